@@ -1,0 +1,69 @@
+// check.h: how everything here fails. One exception type whose text is a whole sentence for the user; main catches it
+// once, prints it and ends with a non-zero status. Also the overflow-safe arithmetic that sizes read from files go through.
+#pragma once
+#include <cstdarg>
+#include <cstdint>
+#include <cstdio>
+#include <stdexcept>
+#include <string>
+
+// An error to show to the user as it is: it names the file, flag or call, what is wrong, and what to do about it.
+struct Error : std::runtime_error {
+    using std::runtime_error::runtime_error;
+};
+
+// printf into a std::string.
+inline std::string format_string_v(const char* format, va_list arguments) {
+    va_list again;
+    va_copy(again, arguments);
+    const int length = std::vsnprintf(nullptr, 0, format, arguments);
+    std::string text(length > 0 ? (size_t)length : 0, '\0');
+    std::vsnprintf(text.data(), text.size() + 1, format, again);
+    va_end(again);
+    return text;
+}
+__attribute__((format(printf, 1, 2))) inline std::string format_string(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    std::string text = format_string_v(format, arguments);
+    va_end(arguments);
+    return text;
+}
+
+// Throws Error with a printf-formatted sentence.
+[[noreturn]] __attribute__((format(printf, 1, 2))) inline void fail(const char* format, ...) {
+    va_list arguments;
+    va_start(arguments, format);
+    std::string text = format_string_v(format, arguments);
+    va_end(arguments);
+    throw Error(text);
+}
+
+// CHECK(rows > 0, "--batch_size %d: must be positive", rows): for input. Our own mistakes use assert.
+#define CHECK(condition, ...)  \
+    do {                       \
+        if (!(condition)) {    \
+            fail(__VA_ARGS__); \
+        }                      \
+    } while (0)
+
+// a * b and a + b of sizes that come from a file; `what` names the quantity when it passes 2^64.
+inline uint64_t checked_mul(uint64_t a, uint64_t b, const char* what) {
+    uint64_t product;
+    CHECK(!__builtin_mul_overflow(a, b, &product), "%s: size overflows 64 bits", what);
+    return product;
+}
+inline uint64_t checked_add(uint64_t a, uint64_t b, const char* what) {
+    uint64_t sum;
+    CHECK(!__builtin_add_overflow(a, b, &sum), "%s: size overflows 64 bits", what);
+    return sum;
+}
+
+template <class Integer>
+constexpr Integer ceil_div(Integer a, Integer b) {
+    return (a + b - 1) / b;
+}
+template <class Integer>
+constexpr Integer round_up(Integer a, Integer multiple) {
+    return ceil_div(a, multiple) * multiple;
+}

@@ -1,0 +1,107 @@
+// cuda_common.cuh: what every kernel header needs: the storage type, 128-bit access, reductions, error checks, NVTX ranges.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+#include <nvtx3/nvToolsExt.h>
+
+#include "check.h"
+
+using bf16 = __nv_bfloat16;
+
+constexpr int WARP_SIZE = 32;
+constexpr unsigned FULL_WARP = 0xffffffffu;
+
+// ---- errors ------------------------------------------------------------------------------------
+// Throws with the statement, the reason and the place.
+inline void cuda_check(cudaError_t status, const char* statement, const char* file, int line) {
+    CHECK(status == cudaSuccess, "CUDA error: %s (%s) from %s at %s:%d", cudaGetErrorString(status),
+          cudaGetErrorName(status), statement, file, line);
+}
+#define CUDA_CHECK(statement) cuda_check((statement), #statement, __FILE__, __LINE__)
+
+// After every launch. `make debug` (LLMC_DEBUG) also waits for the kernel, so that a fault is reported where it happened.
+inline void cuda_check_launch(const char* function, const char* file, int line) {
+    cuda_check(cudaGetLastError(), function, file, line);
+#ifdef LLMC_DEBUG
+    cuda_check(cudaDeviceSynchronize(), function, file, line);
+#endif
+}
+#define CUDA_CHECK_LAUNCH() cuda_check_launch(__func__, __FILE__, __LINE__)
+
+// ---- profiling ---------------------------------------------------------------------------------
+// NVTX range for the enclosing scope, named after the launcher: NVTX_RANGE();
+struct NvtxRange {
+    explicit NvtxRange(const char* name) { nvtxRangePushA(name); }
+    ~NvtxRange() { nvtxRangePop(); }
+    NvtxRange(const NvtxRange&) = delete;
+    NvtxRange& operator=(const NvtxRange&) = delete;
+};
+#define NVTX_RANGE() NvtxRange nvtx_range_(__func__)
+
+// ---- 128-bit access ----------------------------------------------------------------------------
+// Sixteen bytes of Element, loaded and stored by one instruction. The address must be 16-byte aligned.
+template <class Element>
+struct alignas(16) Packed128 {
+    static constexpr int size = 16 / sizeof(Element);
+    Element data[size];
+
+    __device__ Element& operator[](int i) { return data[i]; }
+    __device__ const Element& operator[](int i) const { return data[i]; }
+};
+using bf16x8 = Packed128<bf16>;
+using float4x = Packed128<float>;
+
+template <class Element>
+__device__ inline Packed128<Element> load128(const Element* address) {
+    Packed128<Element> packed;
+    *reinterpret_cast<int4*>(packed.data) = *reinterpret_cast<const int4*>(address);
+    return packed;
+}
+template <class Element>
+__device__ inline void store128(Element* address, const Packed128<Element>& packed) {
+    *reinterpret_cast<int4*>(address) = *reinterpret_cast<const int4*>(packed.data);
+}
+// Streaming forms: for data not read again soon.
+template <class Element>
+__device__ inline Packed128<Element> load128_streaming(const Element* address) {
+    Packed128<Element> packed;
+    *reinterpret_cast<int4*>(packed.data) = __ldcs(reinterpret_cast<const int4*>(address));
+    return packed;
+}
+template <class Element>
+__device__ inline void store128_streaming(Element* address, const Packed128<Element>& packed) {
+    __stcs(reinterpret_cast<int4*>(address), *reinterpret_cast<const int4*>(packed.data));
+}
+
+// ---- reductions --------------------------------------------------------------------------------
+// The sum and the maximum over the warp, in every lane; the order of additions is fixed.
+__device__ inline float warp_sum(float value) {
+#pragma unroll
+    for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) {
+        value += __shfl_xor_sync(FULL_WARP, value, offset);
+    }
+    return value;
+}
+__device__ inline float warp_max(float value) {
+#pragma unroll
+    for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) {
+        value = fmaxf(value, __shfl_xor_sync(FULL_WARP, value, offset));
+    }
+    return value;
+}
+// The same over a block of at most 1024 threads, a multiple of 32; result in every thread. Two __syncthreads.
+template <float (*warp_reduce)(float)>
+__device__ inline float block_reduce(float value, float identity) {
+    __shared__ float warp_results[WARP_SIZE];
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
+    const int num_warps = blockDim.x / WARP_SIZE;
+    value = warp_reduce(value);
+    __syncthreads();  // the previous use of warp_results is over
+    if (lane == 0) {
+        warp_results[warp] = value;
+    }
+    __syncthreads();
+    return warp_reduce(lane < num_warps ? warp_results[lane] : identity);
+}
+__device__ inline float block_sum(float value) { return block_reduce<warp_sum>(value, 0.0f); }
+__device__ inline float block_max(float value) { return block_reduce<warp_max>(value, -INFINITY); }

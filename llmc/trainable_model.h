@@ -1,0 +1,65 @@
+// trainable_model.h: what the training loop needs from a model, so that one loop (train_loop.h) drives both the CPU
+// reference (reference/model.h) and the GPU model (model.cuh).
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "model_config.h"
+#include "parameters.h"
+
+// AdamW (Loshchilov & Hutter 2019, decoupled decay), its schedule already applied.
+struct AdamWSettings {
+    double learning_rate = 0.0;
+    double beta1 = 0.9;
+    double beta2 = 0.95;
+    double eps = 1e-8;
+    double weight_decay = 0.1;     // of tensors with ParameterTensor::decay
+    double max_grad_norm = 1.0;    // clip by global norm; 0: off
+    int64_t adam_step = 1;         // 1 for the first applied update: the bias correction's exponent
+};
+
+struct StepResult {
+    double loss = 0.0;             // mean over the tokens of the step, nats
+    double grad_norm = 0.0;        // global, before clipping
+    bool skipped = false;          // loss or grad_norm was not finite: nothing was updated
+    std::string first_bad_tensor;  // when skipped: "loss", or the first tensor whose gradient is not finite
+};
+
+// The float32 state of one tensor: weights (the master copy) and AdamW's two running means.
+enum class StateKind { master, exp_avg, exp_avg_sq };
+inline const char* state_kind_name(StateKind kind) {
+    return kind == StateKind::master ? "master" : kind == StateKind::exp_avg ? "exp_avg" : "exp_avg_sq";
+}
+
+class TrainableModel {
+  public:
+    virtual ~TrainableModel() = default;
+    virtual const ModelConfig& config() const = 0;
+    virtual const ParameterTable& parameters() const = 0;
+
+    // Which attention the following calls use. Lighthouse needs a legal geometry for T (checked at start-up).
+    virtual void set_attention(AttentionMode mode) = 0;
+
+    // One optimizer step is begin_step, accumulate_gradients for each micro-batch, update.
+    virtual void begin_step() = 0;
+    // tokens: host [B, T + 1]; inputs are columns 0..T-1, targets 1..T. Adds the gradient of loss_weight * (mean loss of
+    // this micro-batch) to the gradients and loss_weight * (its mean loss) to the step's loss.
+    virtual void accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) = 0;
+    // Clips, applies AdamW, or skips everything when loss or norm is not finite. The step's only wait for the device.
+    virtual StepResult update(const AdamWSettings& settings) = 0;
+
+    // Mean loss in nats of one batch; tokens as above. Touches neither gradients nor the step's loss.
+    virtual double evaluate(const int32_t* tokens, int B, int64_t T) = 0;
+    // Logits [V] after the last of T tokens (host [T]; at most max_sequence_length()): for sampling.
+    virtual void next_token_logits(const int32_t* tokens, int64_t T, float* logits) = 0;
+    virtual int64_t max_sequence_length() const = 0;
+
+    // Copies one whole tensor [rows, cols] between host float32 and the model. Writing master also sets the weights used
+    // by the forward pass.
+    virtual void read_state(StateKind kind, int tensor, float* out) = 0;
+    virtual void write_state(StateKind kind, int tensor, const float* in) = 0;
+    // The accumulated gradient of one tensor, [rows, cols]: for tests.
+    virtual void read_gradient(int tensor, float* out) = 0;
+
+    virtual double peak_memory_gib() const = 0;  // in use by the model on its device
+};
