@@ -1,5 +1,7 @@
 // attention_shape.cuh: how attention's operands are described: where a [B, T, H, D] tensor lies, and the sizes.
 #pragma once
+#include <type_traits>
+
 #include "cuda_common.cuh"
 
 // A tensor [B, T, heads, D] anywhere in memory, D contiguous; strides in elements. Packed qkv, gathered rows and dilated
@@ -11,11 +13,18 @@ struct HeadView {
     int64_t stride_t = 0;
     int64_t stride_h = 0;
 
+    HeadView() = default;
+    __host__ __device__ HeadView(Element* data, int64_t stride_b, int64_t stride_t, int64_t stride_h)
+        : data(data), stride_b(stride_b), stride_t(stride_t), stride_h(stride_h) {}
+    // A view to write to serves where one to read from is asked for.
+    template <class Other, class = std::enable_if_t<std::is_convertible_v<Other*, Element*>>>
+    __host__ __device__ HeadView(const HeadView<Other>& other)
+        : HeadView(other.data, other.stride_b, other.stride_t, other.stride_h) {}
+
     __host__ __device__ Element* row(int64_t b, int64_t t, int64_t h) const {
         return data + b * stride_b + t * stride_t + h * stride_h;
     }
-    // A view to read from where there is one to write to.
-    __host__ __device__ operator HeadView<const Element>() const { return {data, stride_b, stride_t, stride_h}; }
+}; }
 };
 
 // Query row t sees key rows 0 .. t + causal_offset when causal (ring attention's chunks use the offset), all otherwise.
