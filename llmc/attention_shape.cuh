@@ -4,8 +4,8 @@
 
 #include "cuda_common.cuh"
 
-// A tensor [B, T, heads, D] anywhere in memory, D contiguous; strides in elements. Packed qkv, gathered rows and dilated
-// views are all this, so attention never copies to transpose. Rows must be 16-byte aligned.
+// A tensor [B, T, heads, D] anywhere in memory, D contiguous; strides in elements. Packed qkv, gathered rows and
+// dilated views are all this, so attention never copies to transpose. Rows must be 16-byte aligned.
 template <class Element>
 struct HeadView {
     Element* data = nullptr;
@@ -24,19 +24,18 @@ struct HeadView {
     __host__ __device__ Element* row(int64_t b, int64_t t, int64_t h) const {
         return data + b * stride_b + t * stride_t + h * stride_h;
     }
-}; }
 };
 
 // Query row t sees key rows 0 .. t + causal_offset when causal (ring attention's chunks use the offset), all otherwise.
 // A query that sees no key gets out = 0, lse = -infinity, and no gradient.
 struct AttentionShape {
-    int B = 1;              // sequences
-    int H = 1;              // query heads
-    int Hkv = 1;            // key/value heads; query head h reads key/value head h / (H / Hkv)
-    int D = 128;            // head dim, a multiple of 8 up to 256
-    int64_t Tq = 0;         // query rows, at least 1
-    int64_t Tk = 0;         // key rows, at least 1
-    float scale = 1.0f;     // of the scores q k^T, usually 1 / sqrt(D)
+    int B = 1;           // sequences
+    int H = 1;           // query heads
+    int Hkv = 1;         // key/value heads; query head h reads key/value head h / (H / Hkv)
+    int D = 128;         // head dim, a multiple of 8 up to 256
+    int64_t Tq = 0;      // query rows, at least 1
+    int64_t Tk = 0;      // key rows, at least 1
+    float scale = 1.0f;  // of the scores q k^T, usually 1 / sqrt(D)
     bool causal = true;
     int64_t causal_offset = 0;
 };

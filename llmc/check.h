@@ -1,5 +1,6 @@
 // check.h: how everything here fails. One exception type whose text is a whole sentence for the user; main catches it
-// once, prints it and ends with a non-zero status. Also the overflow-safe arithmetic that sizes read from files go through.
+// once, prints it and ends with a non-zero status. Also the overflow-safe arithmetic that sizes read from files go
+// through.
 #pragma once
 #include <cstdarg>
 #include <cstdint>

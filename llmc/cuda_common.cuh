@@ -1,4 +1,5 @@
-// cuda_common.cuh: what every kernel header needs: the storage type, 128-bit access, reductions, error checks, NVTX ranges.
+// cuda_common.cuh: what every kernel header needs: the storage type, 128-bit access, reductions, error checks, NVTX
+// ranges.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
@@ -19,7 +20,8 @@ inline void cuda_check(cudaError_t status, const char* statement, const char* fi
 }
 #define CUDA_CHECK(statement) cuda_check((statement), #statement, __FILE__, __LINE__)
 
-// After every launch. `make debug` (LLMC_DEBUG) also waits for the kernel, so that a fault is reported where it happened.
+// After every launch. `make debug` (LLMC_DEBUG) also waits for the kernel, so that a fault is reported where it
+// happened.
 inline void cuda_check_launch(const char* function, const char* file, int line) {
     cuda_check(cudaGetLastError(), function, file, line);
 #ifdef LLMC_DEBUG

@@ -1,4 +1,5 @@
-// model_config.h: the shape of a Llama decoder and of its attention, the named presets, and the rules a shape must obey.
+// model_config.h: the shape of a Llama decoder and of its attention, the named presets, and the rules a shape must
+// obey.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,7 +20,7 @@ struct RopeScaling {
 };
 
 struct ModelConfig {
-    int64_t vocab_size = 258;     // V
+    int64_t vocab_size = 258;  // V
     int num_layers = 4;
     int width = 128;              // C, the residual stream
     int num_heads = 4;            // H, query heads
@@ -30,8 +31,8 @@ struct ModelConfig {
     double rope_theta = 10000.0;
     RopeScaling rope_scaling;
     double norm_eps = 1e-5;
-    double init_std = 0.02;       // of every matrix; the two that write the residual are scaled by 1/sqrt(2 * num_layers)
-    int64_t max_positions = 0;    // written as max_position_embeddings; 0: the sequence length of the run
+    double init_std = 0.02;     // of every matrix; the two that write the residual are scaled by 1/sqrt(2 * num_layers)
+    int64_t max_positions = 0;  // written as max_position_embeddings; 0: the sequence length of the run
 
     int qkv_width() const { return (num_heads + 2 * num_kv_heads) * head_dim; }
     int attention_width() const { return num_heads * head_dim; }
@@ -55,7 +56,8 @@ inline ModelConfig model_preset(const std::string& name) {
         return m;
     }
     if (name == "llama3-8b") {  // meta-llama/Meta-Llama-3-8B config.json
-        m.vocab_size = 128256, m.num_layers = 32, m.width = 4096, m.num_heads = 32, m.num_kv_heads = 8, m.head_dim = 128;
+        m.vocab_size = 128256, m.num_layers = 32, m.width = 4096, m.num_heads = 32, m.num_kv_heads = 8,
+        m.head_dim = 128;
         m.ffn_width = 14336, m.tied_embeddings = false, m.rope_theta = 500000.0, m.max_positions = 8192;
         return m;
     }
@@ -88,7 +90,8 @@ inline void validate(const ModelConfig& m) {
     CHECK(std::isfinite(m.norm_eps) && m.norm_eps > 0, "--norm_eps %g: must be positive", m.norm_eps);
     CHECK(std::isfinite(m.init_std) && m.init_std > 0, "--init_std %g: must be positive", m.init_std);
     const RopeScaling& s = m.rope_scaling;
-    CHECK(std::isfinite(s.factor) && s.factor >= 1.0, "--rope_scaling_factor %g: must be at least 1 (1: off)", s.factor);
+    CHECK(std::isfinite(s.factor) && s.factor >= 1.0, "--rope_scaling_factor %g: must be at least 1 (1: off)",
+          s.factor);
     CHECK(!s.enabled() || (s.low_freq_factor > 0 && s.high_freq_factor > s.low_freq_factor),
           "--rope_high_freq_factor %g: must be greater than --rope_low_freq_factor %g, and both positive",
           s.high_freq_factor, s.low_freq_factor);
@@ -98,7 +101,8 @@ inline void validate(const ModelConfig& m) {
 }
 
 // The inverse frequencies of RoPE, in radians a position, [D / 2]: theta^(-2i/D), with Llama-3 scaling when enabled
-// (Hugging Face modeling_rope_utils "llama3": long wavelengths divided by factor, short ones kept, a linear blend between).
+// (Hugging Face modeling_rope_utils "llama3": long wavelengths divided by factor, short ones kept, a linear blend
+// between).
 inline std::vector<double> rope_inverse_frequencies(const ModelConfig& m) {
     const double pi = 3.14159265358979323846;
     std::vector<double> inverse_frequencies(m.head_dim / 2);
@@ -125,10 +129,10 @@ enum class LighthouseScorer { norm, dilated };
 
 // Stage 1 attention (arXiv:2605.06554); its geometry rules are in lighthouse_geometry.h.
 struct LighthouseConfig {
-    int levels = 3;                                     // L, level 0 the tokens
-    int pool = 4;                                       // p
-    int64_t topk = 1536;                                // k
+    int levels = 3;       // L, level 0 the tokens
+    int pool = 4;         // p
+    int64_t topk = 1536;  // k
     LighthouseScorer scorer = LighthouseScorer::norm;
-    int dilation = 4;                                   // delta of the dilated scorer
-    std::vector<int> dense_layers = {0, 1, -2, -1};     // stay dense throughout; negative counts from the last
+    int dilation = 4;                                // delta of the dilated scorer
+    std::vector<int> dense_layers = {0, 1, -2, -1};  // stay dense throughout; negative counts from the last
 };

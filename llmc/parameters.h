@@ -1,8 +1,8 @@
 // parameters.h: every trainable tensor, once: name, shape, initialisation, weight decay and Hugging Face names. The
 // structs of both trainers, their sizes, checkpoints and tests all come from this table.
 //
-// Every matrix is [rows, cols] = [outputs, inputs] row-major, as in Hugging Face. Fused matrices (q, k, v; gate, up) are
-// stacked by rows, so each Hugging Face tensor is a contiguous range of rows of one of ours.
+// Every matrix is [rows, cols] = [outputs, inputs] row-major, as in Hugging Face. Fused matrices (q, k, v; gate, up)
+// are stacked by rows, so each Hugging Face tensor is a contiguous range of rows of one of ours.
 #pragma once
 #include <cmath>
 #include <string>
@@ -18,12 +18,12 @@ struct HuggingFaceSlice {
 };
 
 struct ParameterTensor {
-    std::string name;         // "layer3.qkv"
-    int64_t rows = 0;         // outputs; 1 for a norm's weight
-    int64_t cols = 0;         // inputs
-    double init_std = 0.0;    // of a normal distribution; 0: all ones
-    bool is_vector = false;   // a norm's weight: Hugging Face shape [cols] rather than [rows, cols]
-    bool decay = false;       // weight decay by default: matrices yes, norms and embeddings no
+    std::string name;        // "layer3.qkv"
+    int64_t rows = 0;        // outputs; 1 for a norm's weight
+    int64_t cols = 0;        // inputs
+    double init_std = 0.0;   // of a normal distribution; 0: all ones
+    bool is_vector = false;  // a norm's weight: Hugging Face shape [cols] rather than [rows, cols]
+    bool decay = false;      // weight decay by default: matrices yes, norms and embeddings no
     std::vector<HuggingFaceSlice> slices;
 
     int64_t num_elements() const { return rows * cols; }
@@ -43,8 +43,8 @@ struct ParameterTable {
     std::vector<ParameterTensor> tensors;  // in order of execution
     int embedding = 0;                     // [V, C]
     std::vector<LayerParameters> layers;
-    int final_norm = 0;                    // [C]
-    int classifier = 0;                    // [V, C]; the embedding's index when tied
+    int final_norm = 0;  // [C]
+    int classifier = 0;  // [V, C]; the embedding's index when tied
 
     int64_t num_elements() const {
         int64_t n = 0;
@@ -79,8 +79,8 @@ inline ParameterTable make_parameter_table(const ModelConfig& m) {
                         {{hf + "self_attn.q_proj.weight", 0, q_rows},
                          {hf + "self_attn.k_proj.weight", q_rows, kv_rows},
                          {hf + "self_attn.v_proj.weight", q_rows + kv_rows, kv_rows}});
-        layer.attention_out = add(name + "attention_out", C, q_rows, residual_std, false, true,
-                                  {{hf + "self_attn.o_proj.weight", 0, C}});
+        layer.attention_out =
+            add(name + "attention_out", C, q_rows, residual_std, false, true, {{hf + "self_attn.o_proj.weight", 0, C}});
         layer.ffn_norm = add_norm(name + "ffn_norm", hf + "post_attention_layernorm.weight");
         layer.gate_up = add(name + "gate_up", 2 * F, C, m.init_std, false, true,
                             {{hf + "mlp.gate_proj.weight", 0, F}, {hf + "mlp.up_proj.weight", F, F}});

@@ -13,9 +13,9 @@ struct AdamWSettings {
     double beta1 = 0.9;
     double beta2 = 0.95;
     double eps = 1e-8;
-    double weight_decay = 0.1;     // of tensors with ParameterTensor::decay
-    double max_grad_norm = 1.0;    // clip by global norm; 0: off
-    int64_t adam_step = 1;         // 1 for the first applied update: the bias correction's exponent
+    double weight_decay = 0.1;   // of tensors with ParameterTensor::decay
+    double max_grad_norm = 1.0;  // clip by global norm; 0: off
+    int64_t adam_step = 1;       // 1 for the first applied update: the bias correction's exponent
 };
 
 struct StepResult {
@@ -42,8 +42,8 @@ class TrainableModel {
 
     // One optimizer step is begin_step, accumulate_gradients for each micro-batch, update.
     virtual void begin_step() = 0;
-    // tokens: host [B, T + 1]; inputs are columns 0..T-1, targets 1..T. Adds the gradient of loss_weight * (mean loss of
-    // this micro-batch) to the gradients and loss_weight * (its mean loss) to the step's loss.
+    // tokens: host [B, T + 1]; inputs are columns 0..T-1, targets 1..T. Adds the gradient of loss_weight * (mean loss
+    // of this micro-batch) to the gradients and loss_weight * (its mean loss) to the step's loss.
     virtual void accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) = 0;
     // Clips, applies AdamW, or skips everything when loss or norm is not finite. The step's only wait for the device.
     virtual StepResult update(const AdamWSettings& settings) = 0;
@@ -54,8 +54,8 @@ class TrainableModel {
     virtual void next_token_logits(const int32_t* tokens, int64_t T, float* logits) = 0;
     virtual int64_t max_sequence_length() const = 0;
 
-    // Copies one whole tensor [rows, cols] between host float32 and the model. Writing master also sets the weights used
-    // by the forward pass.
+    // Copies one whole tensor [rows, cols] between host float32 and the model. Writing master also sets the weights
+    // used by the forward pass.
     virtual void read_state(StateKind kind, int tensor, float* out) = 0;
     virtual void write_state(StateKind kind, int tensor, const float* in) = 0;
     // The accumulated gradient of one tensor, [rows, cols]: for tests.
