@@ -1,52 +1,109 @@
-# make help lists the targets. Everything is found, nothing is configured: see the lines `make` prints first.
+# `make` builds what this machine can build; `make help` lists the targets. Nothing is configured by hand: compilers, the
+# GPU's architecture and libraries are found, and the first lines printed say what was found and what is left out.
+#   make ARCH="80 90a"      CUDA architectures other than this machine's GPU (without a GPU: 80 and 90a)
+#   make HOST_ARCH=x86-64-v3  host code that also runs on other machines than this one
+#   make train_gpt DEBUG=1  asserts in kernels, a wait after every launch, scratch memory poisoned with NaN
 
 CXX       ?= g++
-NVCC      ?= $(shell command -v nvcc || ls /usr/local/cuda/bin/nvcc 2>/dev/null)
-BUILD     := build
-WARNINGS  := -Wall -Wextra -Werror
-CXXFLAGS  := -std=c++17 -O3 -march=native -g -fopenmp -I. $(WARNINGS) -MMD -MP
-LDLIBS    := -lm
+NVCC      ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
+HOST_ARCH ?= native
+BUILD     ?= build
+BIN       ?=
 
-# The GPU's architecture when there is a GPU, else a binary for all of sm_80 and up (sm_90a: Hopper's own kernels).
-# make ARCH=90a or ARCH="80 90a" overrides.
-DETECTED  := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr -d . | sed 's/^90$$/90a/')
-ARCH      ?= $(or $(DETECTED),80 90a)
+# ---- what this machine has -------------------------------------------------------------------------------------------
+GPU_ARCH  := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr -d . | sed 's/^90$$/90a/')
+ARCH      ?= $(or $(GPU_ARCH),80 90a)
+HAVE_MPI  := $(shell command -v mpicxx 2>/dev/null)
+HAVE_NCCL := $(wildcard $(dir $(NVCC))../include/nccl.h /usr/include/nccl.h)
+
+# ---- flags -----------------------------------------------------------------------------------------------------------
+OPTIMIZE  := $(if $(DEBUG),-O1 -g -DLLMC_DEBUG,-O3)
+# fp-contract is left on: fused multiply-adds; no -ffast-math: NaN checks and the reference's arithmetic depend on it.
+CXXFLAGS  ?= $(OPTIMIZE) -march=$(HOST_ARCH)
+override CXXFLAGS += -std=c++17 -fopenmp -I. -Wall -Wextra -Werror -MMD -MP
 GENCODE   := $(foreach a,$(ARCH),-gencode arch=compute_$(a),code=sm_$(a))
-ifneq (,$(filter 80,$(ARCH)))
-GENCODE   += -gencode arch=compute_80,code=compute_80
-endif
-ifneq (,$(filter 90a,$(ARCH)))
-GENCODE   += -DLLMC_HOPPER
-endif
-NVCCFLAGS := -std=c++17 -O3 -lineinfo -I. $(GENCODE) -Xcompiler -fopenmp,-Wall,-Wextra,-Wno-unused-parameter,-march=native \
-             --expt-relaxed-constexpr -Werror all-warnings -Xptxas -warn-spills -MMD -MP
+# PTX of the oldest architecture: what GPUs newer than those listed run.
+comma     := ,
+GENCODE   += $(if $(filter 80,$(ARCH)),-gencode arch=compute_80$(comma)code=compute_80)
+NVCCFLAGS := -std=c++17 $(if $(DEBUG),-O1 -DLLMC_DEBUG,-O3) -lineinfo -I. $(GENCODE) $(if $(filter 90a,$(ARCH)),-DLLMC_HOPPER) \
+             -Xcompiler -fopenmp,-Wall,-Wextra,-march=$(HOST_ARCH) -Werror all-warnings -Xptxas -warn-spills -MMD -MP
 CUDALIBS  := -lcublasLt -lcublas
 
-HOST_TESTS := $(patsubst dev/test/%.cpp,$(BUILD)/%,$(wildcard dev/test/test_*.cpp))
+HOST_TESTS  := $(patsubst dev/test/%.cpp,$(BUILD)/%,$(wildcard dev/test/test_*.cpp))
+HOST_TOOLS  := $(patsubst dev/test/%.cpp,$(BUILD)/%,$(filter-out $(wildcard dev/test/test_*.cpp dev/test/fuzz_*.cpp),$(wildcard dev/test/*.cpp)))
+FUZZERS     := $(patsubst dev/test/%.cpp,$(BUILD)/fuzz/%,$(wildcard dev/test/fuzz_*.cpp))
 DEV_KERNELS := $(patsubst dev/cuda/%.cu,$(BUILD)/dev/%,$(wildcard dev/cuda/*.cu))
 
 .DEFAULT_GOAL := all
+.PHONY: all help found cuda dev host_tests fuzzers test check bench debug sanitize sass clean
+.SECONDARY:
 
-all: train_gpt_cpu  ## everything this machine can build
-ifneq ($(NVCC),)
-all: train_gpt test_gpt
-endif
+all: found train_gpt_cpu $(if $(NVCC),train_gpt test_gpt)  ## the trainers and test_gpt, as far as this machine can build them
 
-train_gpt_cpu: train_gpt.cpp  ## the CPU trainer
-	$(CXX) $(CXXFLAGS) -MF $(BUILD)/train_gpt_cpu.d -MT $@ $< -o $@ $(LDLIBS)
+found:  ## what was found on this machine, and what is left out
+	@echo "C++ compiler: $(CXX) ($(shell $(CXX) -dumpfullversion 2>/dev/null)), host code for $(HOST_ARCH)"
+	@echo "CUDA: $(if $(NVCC),$(NVCC)$(comma) for sm_$(subst $() $(), and sm_,$(strip $(ARCH)))$(if $(GPU_ARCH),: this machine's GPU,: no GPU here),no nvcc: train_gpt and test_gpt are left out; train_gpt_cpu is the trainer)"
+	@echo "MPI: $(if $(HAVE_MPI),$(HAVE_MPI),not found); NCCL: $(if $(HAVE_NCCL),$(firstword $(HAVE_NCCL)),not found); this version trains on one GPU and uses neither"
 
-train_gpt: train_gpt.cu  ## the GPU trainer
-	$(NVCC) $(NVCCFLAGS) -MF $(BUILD)/train_gpt.d $< -o $@ $(CUDALIBS)
+help:  ## this list
+	@grep -hE '^(\$$\(BIN\))?[a-z_]+:.*## ' Makefile | sed 's/^$$(BIN)//; s/:.*## /\t/' | expand -t 16
 
-test_gpt: test_gpt.cu  ## the GPU model's test against the CPU reference
-	$(NVCC) $(NVCCFLAGS) -MF $(BUILD)/test_gpt.d $< -o $@ $(CUDALIBS)
+$(BIN)train_gpt_cpu: train_gpt.cpp | $(BUILD)  ## the CPU trainer
+	$(CXX) $(CXXFLAGS) -MF $(BUILD)/train_gpt_cpu.d -MT $@ $< -o $@
 
-$(BUILD)/dev/%: dev/cuda/%.cu
-	@mkdir -p $(@D)
+$(BIN)train_gpt: train_gpt.cu | $(BUILD)  ## the GPU trainer
+	$(NVCC) $(NVCCFLAGS) -MF $(BUILD)/train_gpt.d -MT $@ $< -o $@ $(CUDALIBS)
+
+$(BIN)test_gpt: test_gpt.cu | $(BUILD)  ## the GPU model's test against the CPU reference
+	$(NVCC) $(NVCCFLAGS) -MF $(BUILD)/test_gpt.d -MT $@ $< -o $@ $(CUDALIBS)
+
+$(BUILD) $(BUILD)/dev $(BUILD)/fuzz:
+	@mkdir -p $@
+
+$(BUILD)/dev/%: dev/cuda/%.cu | $(BUILD)/dev
 	$(NVCC) $(NVCCFLAGS) -MF $@.d -MT $@ $< -o $@ $(CUDALIBS)
 
-$(BUILD)/test_%: dev/test/test_%.cpp
-	@mkdir -p $(@D)
-	$(CXX) $(CXXFLAGS) -MF $@.d -MT $@ $< -o $@ -lgtest -lgtest_main -lpthread $(LDLIBS)
+$(BUILD)/fuzz/%: dev/test/%.cpp | $(BUILD)/fuzz
+	clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -I. -MMD -MP -MF $@.d -MT $@ $< -o $@
 
--include $(wildcard $(BUILD)/*.d $(BUILD)/dev/*.d)
+$(BUILD)/test_%: dev/test/test_%.cpp | $(BUILD)
+	$(CXX) $(CXXFLAGS) -MF $@.d -MT $@ $< -o $@ -lgtest -lgtest_main -lpthread
+
+$(HOST_TOOLS): $(BUILD)/%: dev/test/%.cpp | $(BUILD)
+	$(CXX) $(CXXFLAGS) -MF $@.d -MT $@ $< -o $@
+
+cuda: train_gpt test_gpt dev  ## every CUDA program (needs nvcc, no GPU)
+
+dev: $(DEV_KERNELS)  ## the isolated kernel variants of dev/cuda, in build/dev
+
+host_tests: $(HOST_TESTS) $(HOST_TOOLS)  ## the unit tests and test programs that need no GPU
+
+fuzzers: $(FUZZERS)  ## the parsers under libFuzzer with address and undefined-behaviour sanitizers (needs clang)
+
+test:  ## everything this machine can test (scripts/test.sh)
+	bash scripts/test.sh
+
+check: test  ## the same
+
+gpu_check:  ## everything that needs a GPU (scripts/gpu_check.sh)
+	bash scripts/gpu_check.sh
+
+bench: train_gpt dev  ## compare with PyTorch on this machine's GPU (needs Python with torch)
+	python3 dev/bench/attention.py && python3 dev/bench/lighthouse.py && python3 dev/bench/step.py
+
+debug:  ## trainers with kernel asserts, a wait after every launch and poisoned scratch memory, in build/debug
+	$(MAKE) DEBUG=1 BUILD=$(BUILD)/debug BIN=$(BUILD)/debug/ $(addprefix $(BUILD)/debug/,train_gpt_cpu $(if $(NVCC),train_gpt test_gpt))
+
+sanitize:  ## unit tests of the file formats and flags with address and undefined-behaviour sanitizers
+	$(MAKE) BUILD=$(BUILD)/sanitize CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
+	    $(addprefix $(BUILD)/sanitize/,$(SANITIZED_TESTS))
+	for t in $(SANITIZED_TESTS); do $(BUILD)/sanitize/$$t --gtest_brief=1 || exit 1; done
+SANITIZED_TESTS := $(filter test_tokens test_safetensors test_checkpoint test_flags test_sampler test_random,$(notdir $(HOST_TESTS)))
+
+sass: train_gpt  ## the machine code of the trainer's kernels, in build/train_gpt.sass (needs cuobjdump)
+	cuobjdump --dump-sass train_gpt > $(BUILD)/train_gpt.sass && wc -l $(BUILD)/train_gpt.sass
+
+clean:  ## remove everything that was built
+	rm -rf $(BUILD) train_gpt train_gpt_cpu test_gpt
+
+-include $(wildcard $(BUILD)/*.d $(BUILD)/dev/*.d $(BUILD)/fuzz/*.d)

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Makes a text corpus that needs no download: the C and C++ headers under the system's include folders, as raw bytes, each
+# file once, in a fixed order.
+#   scripts/make_corpus.sh FILE [MIB]     writes FILE, at most MIB MiB (default 16)
+set -euo pipefail
+
+[ $# -ge 1 ] || { echo "usage: scripts/make_corpus.sh FILE [MIB]" >&2; exit 2; }
+out=$1
+limit=$((${2:-16} << 20))
+folders=()
+for folder in /usr/include /usr/local/include /usr/lib/gcc; do
+    [ -d "$folder" ] && folders+=("$folder")
+done
+[ ${#folders[@]} -gt 0 ] || { echo "no include folder found: install a C++ compiler, or use your own text" >&2; exit 1; }
+
+mkdir -p "$(dirname "$out")"
+# Shuffled with a fixed source, so that the cut at MIB takes a fair sample of all libraries and the order is the same each
+# time. head closes the pipe at the limit: that is no error.
+{ find "${folders[@]}" -type f \( -name '*.h' -o -name '*.hpp' -o -name '*.hh' -o -name '*.tcc' \) -size -512k -print0 |
+    LC_ALL=C sort -z | shuf -z --random-source=<(yes) | xargs -0 cat 2>/dev/null || true; } | head -c "$limit" >"$out.tmp"
+[ -s "$out.tmp" ] || { rm -f "$out.tmp"; echo "no headers found under ${folders[*]}" >&2; exit 1; }
+mv "$out.tmp" "$out"
+echo "$out: $(stat -c %s "$out") bytes of C and C++ headers"

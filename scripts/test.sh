@@ -1,0 +1,102 @@
+#!/usr/bin/env bash
+# Installs what the tests need, builds, and runs every test this machine can run; says plainly which it could not run and
+# why. Needs no GPU. Ends with 'N passed, N failed, N skipped'.
+#   scripts/test.sh            everything
+#   scripts/test.sh --no_cuda  without compiling the CUDA code
+set -uo pipefail
+cd "$(dirname "$0")/.."
+cuda=yes
+case ${1:-} in
+"") ;;
+--no_cuda) cuda=no ;;
+*) sed -n 's/^#   //p' "$0"; exit 2 ;;
+esac
+
+scripts/install_dependencies.sh test || exit 1
+passed=0 failed=0 skipped=0 not_run=""
+log=$(mktemp -d)
+
+# check NAME COMMAND...: one test; its output is shown when it fails.
+check() {
+    local name=$1 start=$SECONDS
+    shift
+    if "$@" >"$log/out" 2>&1 </dev/null; then
+        passed=$((passed + 1))
+        echo "ok   $name ($((SECONDS - start)) s)"
+    else
+        failed=$((failed + 1))
+        echo "FAIL $name ($((SECONDS - start)) s): $*"
+        tail -40 "$log/out" | sed 's/^/     /'
+    fi
+}
+# skip NAME REASON
+skip() {
+    skipped=$((skipped + 1))
+    not_run+="     $1: $2"$'\n'
+}
+
+echo "== build"
+make -s found
+check build_cpu_trainer make -s train_gpt_cpu
+check build_host_tests make -s -j"$(nproc)" host_tests
+
+echo "== unit tests"
+for test in dev/test/test_*.cpp; do
+    name=$(basename "$test" .cpp)
+    check "$name" "build/$name" --gtest_brief=1
+done
+check sanitized_unit_tests make -s sanitize
+
+echo "== parsers under libFuzzer"
+if command -v clang++ >/dev/null && echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' |
+    clang++ -x c++ -fsanitize=fuzzer,address - -o "$log/probe" 2>/dev/null; then
+    check build_fuzzers make -s fuzzers
+    for fuzzer in dev/test/fuzz_*.cpp; do
+        name=$(basename "$fuzzer" .cpp)
+        mkdir -p "$log/$name"
+        check "$name" "build/fuzz/$name" -max_total_time="${FUZZ_SECONDS:-10}" -max_len=65536 -rss_limit_mb=4096 \
+            -artifact_prefix="$log/$name/" "$log/$name"
+    done
+else
+    skip fuzzers "clang with libFuzzer is not installed"
+fi
+
+echo "== end to end"
+for script in dev/test/e2e_*.sh; do
+    check "$(basename "$script" .sh)" bash "$script"
+done
+
+echo "== outputs of other implementations"
+golden=../shared/golden
+if [ -d "$golden" ]; then
+    check hugging_face_llama build/check_hf_golden "$golden/hf_llama_gqa"
+    check published_lighthouse build/check_golden "$golden"/peer_lighthouse_*.safetensors
+else
+    skip golden "no ../shared/golden beside this checkout"
+fi
+if python3 -c 'import torch, transformers' 2>/dev/null; then
+    check transformers_reads_our_checkpoints python3 dev/test/check_transformers.py
+else
+    skip transformers_reads_our_checkpoints "Python packages torch and transformers are not installed"
+fi
+
+echo "== CUDA code, compiled for sm_80 and sm_90a"
+if [ $cuda = no ]; then
+    skip cuda "asked not to (--no_cuda)"
+elif make -s found | grep -q 'no nvcc'; then
+    skip cuda "no nvcc here"
+else
+    check build_cuda make -s -j"$(nproc)" ARCH="80 90a" cuda
+    # The programs start without a GPU, and say in one sentence that they need one.
+    check train_gpt_without_gpu bash dev/test/no_gpu.sh
+fi
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    check gpu_check scripts/gpu_check.sh
+else
+    skip gpu_check "no NVIDIA GPU here; $(scripts/gpu_check.sh --stale)"
+fi
+
+rm -rf "$log"
+[ -n "$not_run" ] && printf 'Not run:\n%s' "$not_run"
+echo "$passed passed, $failed failed, $skipped skipped"
+[ $failed -eq 0 ]
