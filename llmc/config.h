@@ -1,0 +1,164 @@
+// config.h: every setting of a run, once, with its default, and the rules across settings. flags.h fills it from the
+// command line and from a file; both trainers read it. A field has the name of its flag.
+#pragma once
+#include <cmath>
+#include <string>
+#include <vector>
+
+#include "check.h"
+#include "model_config.h"
+
+enum class DataFormat { automatic, bytes, shards };  // automatic: by each file's magic number
+enum class ScheduleKind { cosine, linear, constant };
+enum class SaveDtype { automatic, fp32, bf16 };  // automatic: fp32 on the CPU, bf16 on the GPU
+enum class Recompute { none, block };
+
+struct RunConfig {
+    // ---- model: a preset, then every field of its shape
+    std::string model_preset = "tiny";  // --model
+    ModelConfig model;
+
+    // ---- attention
+    AttentionMode attention = AttentionMode::dense;
+    LighthouseConfig lighthouse;    // --lighthouse_levels, --lighthouse_pool, ...
+    int64_t lighthouse_steps = -1;  // first step under dense attention; -1: Lighthouse to the end
+
+    // ---- data
+    std::vector<std::string> train_data;  // files or glob patterns
+    std::vector<std::string> val_data;    // the same; empty: the last val_fraction of the training data
+    double val_fraction = 0.05;
+    DataFormat data_format = DataFormat::automatic;
+    bool byte_markers = true;   // tokens 256 (begin) and 257 (end) around each file of bytes
+    uint64_t shuffle_seed = 0;  // of the order of training sequences
+
+    // ---- training
+    int64_t seq_len = 256;     // T
+    int batch_size = 8;        // B: sequences of one forward and backward pass
+    int64_t global_batch = 0;  // sequences of one optimizer step; 0: batch_size
+    int64_t max_steps = 400;   // 0: only evaluate
+    uint64_t seed = 0;         // of initial weights and samples
+    int64_t max_skipped = 10;  // steps in a row with a non-finite loss or gradient norm before the run stops
+    Recompute recompute = Recompute::none;
+    bool deterministic = false;
+
+    // ---- optimizer
+    double learning_rate = 3e-3;  // the peak, after warm-up
+    int64_t warmup_steps = 20;
+    ScheduleKind schedule = ScheduleKind::cosine;
+    double final_learning_rate_fraction = 0.1;  // of learning_rate, at the end of the decay
+    int64_t decay_steps = 0;                    // the step at which the decay ends; 0: max_steps
+    double beta1 = 0.9;
+    double beta2 = 0.95;
+    double adam_eps = 1e-8;
+    double weight_decay = 0.1;
+    double max_grad_norm = 1.0;  // 0: no clipping
+
+    // ---- checkpoints
+    std::string init_from;         // a Hugging Face Llama directory: weights and shape
+    bool resume = false;           // from the newest whole checkpoint in output_dir
+    std::string output_dir;        // empty: a new folder runs/DATE-TIME
+    int64_t checkpoint_every = 0;  // steps; 0: only at the end
+    int64_t keep_checkpoints = 3;  // 0: all
+    SaveDtype save_dtype = SaveDtype::automatic;
+
+    // ---- evaluation and samples
+    int64_t eval_every = 250;    // steps; 0: only at the end
+    int64_t eval_batches = 64;   // of batch_size sequences; 0: all validation data
+    int64_t sample_every = 0;    // steps; 0: only at the end
+    int64_t sample_tokens = 64;  // 0: no samples
+    std::string sample_prompt;
+    double temperature = 0.8;
+    double top_p = 0.95;
+
+    // ---- device
+    int device = 0;       // GPU index
+    int num_threads = 0;  // of the CPU; 0: all
+    int64_t classifier_chunk_rows =
+        0;  // token rows whose logits exist at once on the GPU; 0: chosen from the vocabulary
+    bool print_memory = false;
+    bool plain = false;  // no progress bar on a terminal
+
+    int64_t sequences_per_step() const { return global_batch > 0 ? global_batch : batch_size; }
+    int64_t micro_batches_per_step() const { return sequences_per_step() / batch_size; }
+    int64_t tokens_per_step() const { return sequences_per_step() * seq_len; }
+    int64_t decay_end() const { return decay_steps > 0 ? decay_steps : max_steps; }
+    // The attention of training step `step` (0 is the first).
+    AttentionMode attention_at(int64_t step) const {
+        return lighthouse_steps >= 0 && step >= lighthouse_steps ? AttentionMode::dense : attention;
+    }
+};
+
+// Throws Error for the first setting that breaks a rule: flag, value, rule, and the nearest value that works. The
+// model's shape is checked too: call it once the shape is known (with --init_from and --resume it comes from a
+// checkpoint).
+inline void validate(const RunConfig& c) {
+    validate(c.model);
+    auto in_range = [](const char* flag, int64_t value, int64_t minimum, int64_t maximum) {
+        CHECK(value >= minimum && value <= maximum, "--%s %lld: must be from %lld to %lld", flag, (long long)value,
+              (long long)minimum, (long long)maximum);
+    };
+    auto at_least = [](const char* flag, int64_t value, int64_t minimum) {
+        CHECK(value >= minimum, "--%s %lld: must be at least %lld", flag, (long long)value, (long long)minimum);
+    };
+    auto real_in_range = [](const char* flag, double value, double minimum, double maximum) {
+        CHECK(value >= minimum && value <= maximum, "--%s %g: must be from %g to %g", flag, value, minimum, maximum);
+    };
+    const double any = 1e300;  // finite, and not a number of anything
+
+    in_range("seq_len", c.seq_len, 1, (int64_t)1 << 24);
+    in_range("batch_size", c.batch_size, 1, 1 << 20);
+    CHECK(c.seq_len * c.batch_size < (int64_t)1 << 31,
+          "--batch_size %d: times --seq_len %lld must stay under 2^31 tokens; the largest that does is %lld",
+          c.batch_size, (long long)c.seq_len, ((1ll << 31) - 1) / (long long)c.seq_len);
+    in_range("global_batch", c.global_batch, 0, (int64_t)1 << 40);
+    CHECK(c.global_batch % c.batch_size == 0,
+          "--global_batch %lld: must be a multiple of --batch_size %d; the nearest is %lld", (long long)c.global_batch,
+          c.batch_size,
+          (long long)c.batch_size * std::max<int64_t>(1, (c.global_batch + c.batch_size / 2) / c.batch_size));
+    CHECK(c.model.max_positions == 0 || c.model.max_positions >= c.seq_len,
+          "--max_positions %lld: must be at least --seq_len %lld (0: equal to it)", (long long)c.model.max_positions,
+          (long long)c.seq_len);
+    in_range("max_steps", c.max_steps, 0, (int64_t)1 << 40);
+    at_least("max_skipped", c.max_skipped, 1);
+
+    real_in_range("learning_rate", c.learning_rate, 0.0, any);
+    at_least("warmup_steps", c.warmup_steps, 0);
+    at_least("decay_steps", c.decay_steps, 0);
+    CHECK(c.decay_steps == 0 || c.decay_steps >= c.warmup_steps,
+          "--decay_steps %lld: must not end before the %lld steps of --warmup_steps", (long long)c.decay_steps,
+          (long long)c.warmup_steps);
+    real_in_range("final_learning_rate_fraction", c.final_learning_rate_fraction, 0.0, 1.0);
+    CHECK(c.beta1 >= 0.0 && c.beta1 < 1.0, "--beta1 %g: must be at least 0 and less than 1", c.beta1);
+    CHECK(c.beta2 >= 0.0 && c.beta2 < 1.0, "--beta2 %g: must be at least 0 and less than 1", c.beta2);
+    CHECK(c.adam_eps > 0.0 && c.adam_eps <= 1.0, "--adam_eps %g: must be greater than 0 and at most 1", c.adam_eps);
+    real_in_range("weight_decay", c.weight_decay, 0.0, any);
+    real_in_range("max_grad_norm", c.max_grad_norm, 0.0, any);
+
+    const bool has_train_data = !c.train_data.empty(), has_val_data = !c.val_data.empty();
+    CHECK(c.val_fraction >= 0.0 && c.val_fraction < 1.0, "--val_fraction %g: must be at least 0 and less than 1",
+          c.val_fraction);
+    CHECK(c.max_steps == 0 || has_train_data,
+          "--train_data: name the files to train on, e.g. --train_data 'corpus/*.txt' (--help lists all flags)");
+    CHECK(c.max_steps > 0 || has_val_data || (has_train_data && c.val_fraction > 0.0),
+          "--max_steps 0 only evaluates: name the data to evaluate with --val_data");
+    CHECK(c.shuffle_seed < (uint64_t)1 << 63 && c.seed < (uint64_t)1 << 63,
+          "--seed and --shuffle_seed: at most 2^63 - 1");
+
+    CHECK(c.init_from.empty() || !c.resume,
+          "--resume and --init_from contradict each other: --resume takes the weights from the newest checkpoint in "
+          "--output_dir; leave one out");
+    CHECK(!c.resume || !c.output_dir.empty(), "--resume: say with --output_dir which run to continue");
+    at_least("checkpoint_every", c.checkpoint_every, 0);
+    at_least("keep_checkpoints", c.keep_checkpoints, 0);
+    at_least("eval_every", c.eval_every, 0);
+    at_least("eval_batches", c.eval_batches, 0);
+    at_least("sample_every", c.sample_every, 0);
+    at_least("sample_tokens", c.sample_tokens, 0);
+    real_in_range("temperature", c.temperature, 0.0, any);
+    CHECK(c.top_p > 0.0 && c.top_p <= 1.0, "--top_p %g: must be greater than 0 and at most 1", c.top_p);
+
+    in_range("device", c.device, 0, 1 << 10);
+    in_range("num_threads", c.num_threads, 0, 1 << 12);
+    at_least("classifier_chunk_rows", c.classifier_chunk_rows, 0);
+    at_least("lighthouse_steps", c.lighthouse_steps, -1);
+}
