@@ -1,0 +1,131 @@
+// rope.cuh: rotary positions, in place: in each head, elements i and i + D/2 turn by position * inverse frequency i
+// (Hugging Face's half-rotation convention). Backward is the inverse rotation.
+// Shapes: qkv [rows, row_width], row_width = (H + 2 Hkv) D; the first num_rotated_heads = H + Hkv heads of D turn, v
+// does not; rows = B * T, position = first_position + row mod T; D a multiple of 8 up to 256. Cost: memory bound; reads
+// and writes num_rotated_heads * D elements a row. There is no table of T rows: each block computes sine and cosine
+// once for each (position, frequency) of its rows and shares them among the heads. The angle is reduced in double
+// precision, in turns, so that it is exact at 10^6 positions. Reference: reference/rope.h. Variants:
+// dev/cuda/rope_forward.cu.
+#pragma once
+#include <algorithm>
+
+#include "cuda_common.cuh"
+#include "model_config.h"
+
+// ---- constants ---------------------------------------------------------------------------------
+constexpr int ROPE_THREADS = 256;
+constexpr int ROPE_PAIRS_PER_THREAD = 4;  // pairs of vectors in flight
+constexpr int ROPE_MAX_ANGLES = 2048;     // (row, frequency) pairs of a block: 16 KiB of shared memory
+constexpr int ROPE_MAX_HEAD_DIM = 256;
+
+// Turns a position advances, for each i < D / 2: inverse frequency / (2 pi).
+struct RopeFrequencies {
+    double turns_per_position[ROPE_MAX_HEAD_DIM / 2];
+};
+inline RopeFrequencies make_rope_frequencies(const ModelConfig& config) {
+    const double pi = 3.14159265358979323846;
+    RopeFrequencies f = {};
+    const std::vector<double> inverse_frequencies = rope_inverse_frequencies(config);
+    for (size_t i = 0; i < inverse_frequencies.size() && i < ROPE_MAX_HEAD_DIM / 2; ++i) {
+        f.turns_per_position[i] = inverse_frequencies[i] / (2.0 * pi);
+    }
+    return f;
+}
+
+// ---- forward and backward ----------------------------------------------------------------------
+// VECTOR bf16 elements moved by one instruction.
+template <int VECTOR>
+struct alignas(VECTOR * sizeof(bf16)) RopeVector {
+    bf16 data[VECTOR];
+};
+
+// Launch: rows_per_block consecutive rows a block, 1-D grid. A thread turns pairs of vectors: VECTOR elements of the
+// first half of a head and the same of the second; VECTOR is 8, or 4 where D / 2 is no multiple of 8. Bound: bandwidth.
+template <int VECTOR, bool INVERSE>
+__global__ void __launch_bounds__(ROPE_THREADS)
+    rope_kernel(bf16* qkv, int64_t rows, int64_t T, int num_rotated_heads, int row_width, int D, int rows_per_block,
+                const __grid_constant__ RopeFrequencies frequencies, int64_t first_position) {
+    __shared__ float2 cos_sin[ROPE_MAX_ANGLES];
+    const int64_t block_row = (int64_t)blockIdx.x * rows_per_block;
+    const int num_rows = (int)min((int64_t)rows_per_block, rows - block_row);
+    const int64_t block_position = block_row % T;
+    const int half = D / 2;
+    for (int i = threadIdx.x; i < num_rows * half; i += ROPE_THREADS) {
+        int64_t position = block_position + i / half;
+        position = first_position + (position < T ? position : position % T);
+        const double turns = (double)position * frequencies.turns_per_position[i % half];
+        float sine, cosine;
+        sincospif(2.0f * (float)(turns - rint(turns)), &sine, &cosine);
+        cos_sin[i] = make_float2(cosine, INVERSE ? -sine : sine);
+    }
+    __syncthreads();
+
+    const int vectors_per_half = half / VECTOR;
+    const int pairs_per_row = num_rotated_heads * vectors_per_half;
+    const int num_pairs = num_rows * pairs_per_row;
+    bf16* block_begin = qkv + block_row * row_width;
+    for (int first = threadIdx.x; first < num_pairs; first += ROPE_THREADS * ROPE_PAIRS_PER_THREAD) {
+        RopeVector<VECTOR> low[ROPE_PAIRS_PER_THREAD], high[ROPE_PAIRS_PER_THREAD];
+        int64_t offset[ROPE_PAIRS_PER_THREAD];
+        int angle[ROPE_PAIRS_PER_THREAD];
+#pragma unroll
+        for (int j = 0; j < ROPE_PAIRS_PER_THREAD; ++j) {
+            const int pair = first + j * ROPE_THREADS;
+            if (pair < num_pairs) {
+                const int row = pair / pairs_per_row, in_row = pair % pairs_per_row;
+                const int head = in_row / vectors_per_half, i = in_row % vectors_per_half * VECTOR;
+                offset[j] = (int64_t)row * row_width + head * D + i;
+                angle[j] = row * half + i;
+                low[j] = *(const RopeVector<VECTOR>*)(block_begin + offset[j]);
+                high[j] = *(const RopeVector<VECTOR>*)(block_begin + offset[j] + half);
+            }
+        }
+#pragma unroll
+        for (int j = 0; j < ROPE_PAIRS_PER_THREAD; ++j) {
+            if (first + j * ROPE_THREADS < num_pairs) {
+#pragma unroll
+                for (int k = 0; k < VECTOR; ++k) {
+                    const float2 cs = cos_sin[angle[j] + k];
+                    const float a = __bfloat162float(low[j].data[k]), b = __bfloat162float(high[j].data[k]);
+                    low[j].data[k] = __float2bfloat16(a * cs.x - b * cs.y);
+                    high[j].data[k] = __float2bfloat16(b * cs.x + a * cs.y);
+                }
+                *(RopeVector<VECTOR>*)(block_begin + offset[j]) = low[j];
+                *(RopeVector<VECTOR>*)(block_begin + offset[j] + half) = high[j];
+            }
+        }
+    }
+}
+
+template <bool INVERSE>
+inline void launch_rope(bf16* qkv, int64_t B, int64_t T, int num_rotated_heads, int row_width, int D,
+                        const RopeFrequencies& frequencies, int64_t first_position, cudaStream_t stream) {
+    CHECK(D >= 8 && D % 8 == 0 && D <= ROPE_MAX_HEAD_DIM && B >= 1 && T >= 1 && num_rotated_heads >= 1 &&
+              row_width % 8 == 0 && (int64_t)num_rotated_heads * D <= row_width,
+          "rope: head dim %d must be a multiple of 8 up to %d, and %d heads of it must fit into a row of %d", D,
+          ROPE_MAX_HEAD_DIM, num_rotated_heads, row_width);
+    const int64_t rows = B * T;
+    const int vector = D % 16 == 0 ? 8 : 4;
+    const int pairs_per_row = num_rotated_heads * (D / 2 / vector);
+    const int rows_per_block =
+        std::max(1, std::min(ROPE_THREADS * ROPE_PAIRS_PER_THREAD / pairs_per_row, ROPE_MAX_ANGLES / (D / 2)));
+    auto* kernel = vector == 8 ? rope_kernel<8, INVERSE> : rope_kernel<4, INVERSE>;
+    kernel<<<ceil_div<int64_t>(rows, rows_per_block), ROPE_THREADS, 0, stream>>>(
+        qkv, rows, T, num_rotated_heads, row_width, D, rows_per_block, frequencies, first_position);
+    CUDA_CHECK_LAUNCH();
+}
+
+// qkv (in place) [B * T, row_width]: the first num_rotated_heads heads of D of every row turn forward by their
+// position, first_position + t. D a multiple of 8 up to 256; row_width a multiple of 8; B * T below 2^31.
+inline void rope_forward(bf16* qkv, int64_t B, int64_t T, int num_rotated_heads, int row_width, int D,
+                         const RopeFrequencies& frequencies, int64_t first_position, cudaStream_t stream) {
+    NVTX_RANGE();
+    launch_rope<false>(qkv, B, T, num_rotated_heads, row_width, D, frequencies, first_position, stream);
+}
+
+// dqkv (in place): the same rows turned back, which is the gradient of rope_forward.
+inline void rope_backward(bf16* dqkv, int64_t B, int64_t T, int num_rotated_heads, int row_width, int D,
+                          const RopeFrequencies& frequencies, int64_t first_position, cudaStream_t stream) {
+    NVTX_RANGE();
+    launch_rope<true>(dqkv, B, T, num_rotated_heads, row_width, D, frequencies, first_position, stream);
+}
