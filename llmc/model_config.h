@@ -135,4 +135,17 @@ struct LighthouseConfig {
     LighthouseScorer scorer = LighthouseScorer::norm;
     int dilation = 4;                                // delta of the dilated scorer
     std::vector<int> dense_layers = {0, 1, -2, -1};  // stay dense throughout; negative counts from the last
+
+    // Whether decoder block `layer` of `num_layers` is one of those that switch.
+    bool applies_to(int layer, int num_layers) const {
+        return std::none_of(dense_layers.begin(), dense_layers.end(),
+                            [&](int dense) { return (dense < 0 ? dense + num_layers : dense) == layer; });
+    }
+    int num_lighthouse_layers(int num_layers) const {
+        int count = 0;
+        for (int layer = 0; layer < num_layers; ++layer) {
+            count += applies_to(layer, num_layers);
+        }
+        return count;
+    }
 };
