@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "lighthouse_geometry.h"
 #include "model_config.h"
 
 enum class DataFormat { automatic, bytes, shards };  // automatic: by each file's magic number
@@ -160,5 +161,14 @@ inline void validate(const RunConfig& c) {
     in_range("device", c.device, 0, 1 << 10);
     in_range("num_threads", c.num_threads, 0, 1 << 12);
     at_least("classifier_chunk_rows", c.classifier_chunk_rows, 0);
+
     at_least("lighthouse_steps", c.lighthouse_steps, -1);
+    if (c.attention == AttentionMode::lighthouse) {
+        make_lighthouse_geometry(c.seq_len, c.lighthouse);  // refuses what it cannot cut into tiles
+        for (const int layer : c.lighthouse.dense_layers) {
+            CHECK(layer >= -c.model.num_layers && layer < c.model.num_layers,
+                  "--lighthouse_dense_layers %d: there is no such layer, --num_layers is %d", layer,
+                  c.model.num_layers);
+        }
+    }
 }

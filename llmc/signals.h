@@ -1,0 +1,42 @@
+// signals.h: stopping a run from outside. The first SIGINT, SIGTERM or SIGUSR1 asks the training loop to finish its
+// step, write a checkpoint and end; a second one ends the process at once.
+#pragma once
+#include <csignal>
+#include <unistd.h>
+
+namespace stop_signal {
+
+// Signal handlers can reach nothing but globals: the signal that asked to stop, 0 when none did.
+inline volatile std::sig_atomic_t received = 0;
+
+inline void on_signal(int signal_number) {
+    if (received != 0) {
+        static const char message[] = "\nsecond signal: stopped without a checkpoint\n";
+        if (write(STDERR_FILENO, message, sizeof message - 1) < 0) {
+            // nothing is left to be done about it
+        }
+        _exit(128 + signal_number);  // the status a shell reports for a process ended by this signal
+    }
+    received = signal_number;
+}
+
+// Installs the handlers. A write to a closed pipe (`train_gpt | head`) is an error of the write rather than a silent
+// death.
+inline void install_handlers() {
+    struct sigaction action = {};
+    action.sa_handler = on_signal;
+    action.sa_flags = SA_RESTART;
+    sigemptyset(&action.sa_mask);
+    for (const int signal_number : {SIGINT, SIGTERM, SIGUSR1}) {
+        sigaction(signal_number, &action, nullptr);
+    }
+    signal(SIGPIPE, SIG_IGN);
+}
+
+inline bool requested() { return received != 0; }
+
+inline const char* name() {
+    return received == SIGINT ? "SIGINT" : received == SIGTERM ? "SIGTERM" : received == SIGUSR1 ? "SIGUSR1" : "none";
+}
+
+}  // namespace stop_signal
