@@ -1,0 +1,450 @@
+// model.cuh: THE STEP on the GPU: forward, backward and update, in order of execution, one launcher a line; the
+// backward is the forward's list reversed. What every pointer is: model_memory.cuh.
+//
+// Precision: storage bf16 (residual stream too), float32 accumulation in every product, gradients of weights
+// accumulated in float32, statistics (norms, log-sum-exp, loss) float32, AdamW on float32 master weights. Asynchrony:
+// everything is enqueued on one stream. The host waits in update(), evaluate() and next_token_logits() for their
+// results; and in accumulate_gradients() only for the token copy of two micro-batches before. Order of additions into a
+// gradient: micro-batches as they come; a tied embedding first gets the classifier's part, chunk by chunk, then the
+// embedding's. With settings.deterministic a step repeats bit for bit; without it only the attention backward may
+// differ.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <cmath>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "model_memory.cuh"   // settings, buffers, plan
+#include "rope.cuh"           // rotary positions
+#include "swiglu.cuh"         // feed-forward gate
+#include "trainable_model.h"  // the interface of the training loop
+
+class GpuModel : public TrainableModel {
+  public:
+    // Plans, holds the plan against the current device's free memory, allocates. Weights are zero until write_state()
+    // sets them.
+    GpuModel(const ModelConfig& config, const GpuModelSettings& settings);
+
+    const ModelConfig& config() const override { return config_; }
+    const ParameterTable& parameters() const override { return table_; }
+    int64_t max_sequence_length() const override { return settings_.max_seq_len; }
+    double peak_memory_gib() const override { return plan_.num_bytes() / BYTES_PER_GIB; }
+    const MemoryPlan& memory_plan() const { return plan_; }
+    void set_attention(AttentionMode mode) override;
+
+    void begin_step() override;
+    void accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) override;
+    StepResult update(const AdamWSettings& settings) override;
+
+    double evaluate(const int32_t* tokens, int B, int64_t T) override;
+    void next_token_logits(const int32_t* tokens, int64_t T, float* logits) override;
+
+    void read_state(StateKind kind, int tensor, float* out) override;
+    void write_state(StateKind kind, int tensor, const float* in) override;
+    void read_gradient(int tensor, float* out) override;
+
+  private:
+    // The micro-batch at hand.
+    struct Batch {
+        int B;
+        int64_t T;
+        int64_t rows() const { return B * T; }
+    };
+    // Token copies: the host fills one of two while the other is on its way.
+    struct TokenStage {
+        PinnedMemory<int32_t> tokens;
+        CudaEvent copied;
+    };
+
+    Batch upload(const int32_t* tokens, int B, int64_t T, bool with_targets);
+    void forward(const Batch& batch);
+    void forward_block(int l, const Batch& batch);
+    void recompute_block(int l, const Batch& batch);
+    void backward(const Batch& batch, double loss_weight);
+    void backward_block(int l, const Batch& batch);
+    void rotate_forward(bf16* qkv, const Batch& batch);
+    void rotate_backward(bf16* dqkv, const Batch& batch);
+    void attention_forward(const BlockActivations& block, const Batch& batch);
+    void attention_backward(const BlockActivations& block, const Batch& batch);
+    std::string first_bad_tensor(double loss);
+
+    bf16* weight(int tensor) const { return buffers_.weights + layout_.offsets[tensor]; }
+    float* gradient(int tensor) const { return buffers_.gradients + layout_.offsets[tensor]; }
+    float* state(StateKind kind, int tensor) const;
+    void read_floats(float* out, const float* device, int64_t num_elements);
+
+    ModelConfig config_;
+    GpuModelSettings settings_;
+    ParameterTable table_;
+    ParameterLayout layout_;
+    RopeFrequencies rope_;
+    CudaStream stream_;
+    ModelBuffers buffers_;
+    MemoryPlan plan_;
+    std::unique_ptr<Gemm> gemm_;
+    AttentionMode attention_ = AttentionMode::dense;
+    bool first_micro_batch_ = true;  // of the step: it writes the gradients of the blocks' matrices, later ones add
+    std::array<TokenStage, 2> stages_;
+    int next_stage_ = 0;
+    PinnedMemory<float> results_;  // [2]: what update() and evaluate() wait for
+};
+
+// ---- construction ------------------------------------------------------------------------------
+inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& settings)
+    : config_(config),
+      settings_(settings),
+      table_(make_parameter_table(config)),
+      layout_(make_parameter_layout(table_)),
+      rope_(make_rope_frequencies(config)),
+      stages_{
+          {{PinnedMemory<int32_t>(2 * settings.max_rows()), {}}, {PinnedMemory<int32_t>(2 * settings.max_rows()), {}}}},
+      results_(2) {
+    plan_buffers(plan_, buffers_, config_, layout_, settings_);
+    size_t free_bytes, total_bytes;
+    CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
+    check_fits(plan_, free_bytes, config_, settings_);
+    plan_.allocate();
+    gemm_ = std::make_unique<Gemm>(buffers_.gemm_workspace, GEMM_WORKSPACE_BYTES);
+}
+
+inline void GpuModel::set_attention(AttentionMode mode) {
+    CHECK(mode == AttentionMode::dense, "--attention lighthouse: not in this version of the GPU trainer");
+    attention_ = mode;
+}
+
+// ---- the step ----------------------------------------------------------------------------------
+inline void GpuModel::begin_step() {
+    NVTX_RANGE();
+    first_micro_batch_ = true;
+    // The first micro-batch writes the gradients of the blocks' matrices; the others' are added to.
+    auto zero = [&](float* begin, int64_t num_elements) {
+        CUDA_CHECK(cudaMemsetAsync(begin, 0, num_elements * sizeof(float), stream_));
+    };
+    zero(buffers_.gradients + layout_.num_decayed, layout_.num_elements - layout_.num_decayed);
+    if (table_.classifier != table_.embedding) {
+        zero(gradient(table_.classifier), table_.tensors[table_.classifier].num_elements());
+    }
+    zero(buffers_.step_results, 2);
+}
+
+inline void GpuModel::accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) {
+    NVTX_RANGE();
+    const Batch batch = upload(tokens, B, T, true);
+    forward(batch);
+    backward(batch, loss_weight);
+    first_micro_batch_ = false;
+}
+
+inline StepResult GpuModel::update(const AdamWSettings& settings) {
+    NVTX_RANGE();
+    const ModelBuffers& m = buffers_;
+    float* const step_loss = m.step_results;
+    float* const norm = m.step_results + 1;
+    AdamWArguments arguments;
+    arguments.learning_rate = (float)settings.learning_rate;
+    arguments.beta1 = (float)settings.beta1;
+    arguments.beta2 = (float)settings.beta2;
+    arguments.eps = (float)settings.eps;
+    arguments.max_grad_norm = (float)settings.max_grad_norm;
+    arguments.beta1_correction = (float)(1.0 - std::pow(settings.beta1, (double)settings.adam_step));
+    arguments.beta2_correction = (float)(1.0 - std::pow(settings.beta2, (double)settings.adam_step));
+    auto update_range = [&](int64_t begin, int64_t end, double weight_decay) {
+        arguments.weight_decay = (float)weight_decay;
+        adamw_update(m.master + begin, m.exp_avg + begin, m.exp_avg_sq + begin, m.weights + begin, m.gradients + begin,
+                     norm, step_loss, end - begin, arguments, stream_);
+    };
+    grad_norm(norm, m.gradients, layout_.num_elements, m.grad_norm_scratch, stream_);
+    update_range(0, layout_.num_decayed, settings.weight_decay);
+    update_range(layout_.num_decayed, layout_.num_elements, 0.0);
+
+    read_floats(results_.data(), m.step_results, 2);
+    StepResult result;
+    result.loss = results_.data()[0];
+    result.grad_norm = results_.data()[1];
+    result.skipped = !std::isfinite(result.loss) || !std::isfinite(result.grad_norm);
+    if (result.skipped) {
+        result.first_bad_tensor = first_bad_tensor(result.loss);
+    }
+    return result;
+}
+
+// ---- forward -----------------------------------------------------------------------------------
+// Leaves the final norm's output, the hidden state of every token, in norm_out.
+inline void GpuModel::forward(const Batch& batch) {
+    NVTX_RANGE();
+    const ModelBuffers& m = buffers_;
+    const int64_t rows = batch.rows();
+    const int C = config_.width;
+    const float eps = (float)config_.norm_eps;
+    embedding_forward(m.blocks[0].residual_in, m.tokens, weight(table_.embedding), rows, C, stream_);
+    rmsnorm_forward(m.norm_out, m.blocks[0].attention_rstd, m.blocks[0].residual_in,
+                    weight(table_.layers[0].attention_norm), rows, C, eps, stream_);
+    for (int l = 0; l < config_.num_layers; ++l) {
+        forward_block(l, batch);
+        // What the block adds to the residual stream is added in the norm that follows.
+        const bool last = l + 1 == config_.num_layers;
+        bf16* residual = last ? m.final_residual : m.blocks[l + 1].residual_in;
+        float* rstd = last ? m.final_rstd : m.blocks[l + 1].attention_rstd;
+        const int norm = last ? table_.final_norm : table_.layers[l + 1].attention_norm;
+        residual_rmsnorm_forward(residual, m.norm_out, rstd, m.blocks[l].residual_mid, m.delta, weight(norm), rows, C,
+                                 eps, stream_);
+    }
+}
+
+// From the attention norm's output in norm_out to what the feed-forward adds in delta.
+inline void GpuModel::forward_block(int l, const Batch& batch) {
+    NVTX_RANGE();
+    const ModelBuffers& m = buffers_;
+    const BlockActivations& block = m.blocks[l];
+    const LayerParameters& p = table_.layers[l];
+    const int64_t rows = batch.rows();
+    const int C = config_.width, F = config_.ffn_width;
+    gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), rows, config_.qkv_width(), C, false, stream_);
+    rotate_forward(block.qkv, batch);
+    attention_forward(block, batch);
+    gemm_->forward(m.delta, block.attention, weight(p.attention_out), rows, C, config_.attention_width(), false,
+                   stream_);
+    residual_rmsnorm_forward(block.residual_mid, m.norm_out, block.ffn_rstd, block.residual_in, m.delta,
+                             weight(p.ffn_norm), rows, C, (float)config_.norm_eps, stream_);
+    gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), rows, 2 * F, C, false, stream_);
+    swiglu_forward(m.swiglu, block.gate_up, rows, F, stream_);
+    gemm_->forward(m.delta, m.swiglu, weight(p.down), rows, C, F, false, stream_);
+}
+
+// What the forward did not keep of a block, again from its input: the same kernels, so the same bits.
+inline void GpuModel::recompute_block(int l, const Batch& batch) {
+    NVTX_RANGE();
+    const ModelBuffers& m = buffers_;
+    const BlockActivations& block = m.blocks[l];
+    const LayerParameters& p = table_.layers[l];
+    const int64_t rows = batch.rows();
+    const int C = config_.width, F = config_.ffn_width;
+    const KeptActivations kept = kept_activations(settings_.recompute);
+    if (!kept.qkv) {
+        rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C,
+                          stream_);
+        gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), rows, config_.qkv_width(), C, false, stream_);
+        rotate_forward(block.qkv, batch);
+    }
+    if (!kept.attention) {
+        attention_forward(block, batch);
+    }
+    if (!kept.residual_mid) {
+        gemm_->forward(m.delta, block.attention, weight(p.attention_out), rows, C, config_.attention_width(), false,
+                       stream_);
+        residual_rmsnorm_forward(block.residual_mid, m.norm_out, block.ffn_rstd, block.residual_in, m.delta,
+                                 weight(p.ffn_norm), rows, C, (float)config_.norm_eps, stream_);
+    }
+    if (!kept.gate_up) {
+        rmsnorm_recompute(m.norm_out, block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, rows, C, stream_);
+        gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), rows, 2 * F, C, false, stream_);
+    }
+}
+
+// ---- backward ----------------------------------------------------------------------------------
+inline void GpuModel::backward(const Batch& batch, double loss_weight) {
+    NVTX_RANGE();
+    const ModelBuffers& m = buffers_;
+    const int64_t rows = batch.rows();
+    const int C = config_.width;
+    classifier_forward_backward(m.losses, m.dhidden, gradient(table_.classifier), m.logits, m.norm_out,
+                                weight(table_.classifier), m.tokens + rows, classifier_shape(config_, settings_, rows),
+                                (float)(loss_weight / (double)rows), *gemm_, stream_);
+    mean_loss(m.step_results, m.losses, rows, (float)loss_weight, m.mean_loss_scratch, stream_);
+    rmsnorm_backward(m.dresidual, gradient(table_.final_norm), nullptr, m.dhidden, m.final_residual,
+                     weight(table_.final_norm), m.final_rstd, m.rmsnorm_scratch, rows, C, stream_);
+    for (int l = config_.num_layers - 1; l >= 0; --l) {
+        recompute_block(l, batch);
+        backward_block(l, batch);
+    }
+    embedding_backward(gradient(table_.embedding), m.dresidual, m.tokens, m.embedding_scratch, rows, C,
+                       config_.vocab_size, stream_);
+}
+
+// dresidual: from the gradient of the block's output to that of its input.
+inline void GpuModel::backward_block(int l, const Batch& batch) {
+    NVTX_RANGE();
+    const ModelBuffers& m = buffers_;
+    const BlockActivations& block = m.blocks[l];
+    const LayerParameters& p = table_.layers[l];
+    const int64_t rows = batch.rows();
+    const int C = config_.width, F = config_.ffn_width;
+    const int attention_width = config_.attention_width(), qkv_width = config_.qkv_width();
+    const bool add = !first_micro_batch_;
+
+    swiglu_forward(m.swiglu_again, block.gate_up, rows, F, stream_);
+    gemm_->backward_weight(gradient(p.down), m.dresidual, m.swiglu_again, rows, C, F, add, stream_);
+    gemm_->backward_input(m.dswiglu, m.dresidual, weight(p.down), rows, C, F, false, stream_);
+    bf16* const dgate_up = block.gate_up;  // in place: gate_up is not needed any more
+    swiglu_backward(dgate_up, m.dswiglu, block.gate_up, rows, F, stream_);
+    rmsnorm_recompute(m.norm_out, block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, rows, C, stream_);
+    gemm_->backward_weight(gradient(p.gate_up), dgate_up, m.norm_out, rows, 2 * F, C, add, stream_);
+    gemm_->backward_input(m.dffn_norm_out, dgate_up, weight(p.gate_up), rows, 2 * F, C, false, stream_);
+    rmsnorm_backward(m.dresidual, gradient(p.ffn_norm), m.dresidual, m.dffn_norm_out, block.residual_mid,
+                     weight(p.ffn_norm), block.ffn_rstd, m.rmsnorm_scratch, rows, C, stream_);
+
+    gemm_->backward_weight(gradient(p.attention_out), m.dresidual, block.attention, rows, C, attention_width, add,
+                           stream_);
+    gemm_->backward_input(m.dattention, m.dresidual, weight(p.attention_out), rows, C, attention_width, false, stream_);
+    attention_backward(block, batch);
+    rotate_backward(m.dqkv, batch);
+    rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C, stream_);
+    gemm_->backward_weight(gradient(p.qkv), m.dqkv, m.norm_out, rows, qkv_width, C, add, stream_);
+    gemm_->backward_input(m.dattention_norm_out, m.dqkv, weight(p.qkv), rows, qkv_width, C, false, stream_);
+    rmsnorm_backward(m.dresidual, gradient(p.attention_norm), m.dresidual, m.dattention_norm_out, block.residual_in,
+                     weight(p.attention_norm), block.attention_rstd, m.rmsnorm_scratch, rows, C, stream_);
+}
+
+// ---- attention ---------------------------------------------------------------------------------
+// The three parts of packed rows [B T, (H + 2 Hkv) D].
+template <class Element>
+struct QkvViews {
+    HeadView<Element> q, k, v;
+    QkvViews(Element* qkv, const ModelConfig& config, int64_t T) {
+        const int64_t width = config.qkv_width(), D = config.head_dim;
+        const int64_t k_begin = config.num_heads * D, v_begin = k_begin + config.num_kv_heads * D;
+        q = {qkv, T * width, width, D};
+        k = {qkv + k_begin, T * width, width, D};
+        v = {qkv + v_begin, T * width, width, D};
+    }
+};
+// Rows [B T, H D].
+template <class Element>
+HeadView<Element> head_view(Element* rows, const ModelConfig& config, int64_t T) {
+    const int64_t width = config.attention_width();
+    return {rows, T * width, width, config.head_dim};
+}
+
+inline void GpuModel::rotate_forward(bf16* qkv, const Batch& batch) {
+    rope_forward(qkv, batch.B, batch.T, config_.num_heads + config_.num_kv_heads, config_.qkv_width(), config_.head_dim,
+                 rope_, 0, stream_);
+}
+inline void GpuModel::rotate_backward(bf16* dqkv, const Batch& batch) {
+    rope_backward(dqkv, batch.B, batch.T, config_.num_heads + config_.num_kv_heads, config_.qkv_width(),
+                  config_.head_dim, rope_, 0, stream_);
+}
+
+inline void GpuModel::attention_forward(const BlockActivations& block, const Batch& batch) {
+    const QkvViews<const bf16> in(block.qkv, config_, batch.T);
+    flash_attention_forward(head_view(block.attention, config_, batch.T), block.lse, in.q, in.k, in.v,
+                            dense_attention_shape(config_, batch.B, batch.T), stream_);
+}
+
+inline void GpuModel::attention_backward(const BlockActivations& block, const Batch& batch) {
+    const QkvViews<const bf16> in(block.qkv, config_, batch.T);
+    const QkvViews<bf16> din(buffers_.dqkv, config_, batch.T);
+    const HeadView<const bf16> out = head_view(block.attention, config_, batch.T);
+    const HeadView<const bf16> dout = head_view(buffers_.dattention, config_, batch.T);
+    flash_attention_backward(din.q, din.k, din.v, dout, in.q, in.k, in.v, out, block.lse, buffers_.attention_scratch,
+                             dense_attention_shape(config_, batch.B, batch.T), settings_.deterministic, stream_);
+}
+
+// ---- tokens ------------------------------------------------------------------------------------
+// tokens: host [B, T + 1] with targets, else [B, T]. Enqueues their copy to m.tokens: inputs, then targets.
+inline GpuModel::Batch GpuModel::upload(const int32_t* tokens, int B, int64_t T, bool with_targets) {
+    NVTX_RANGE();
+    CHECK(B >= 1 && T >= 1 && B <= settings_.max_batch_size && T <= settings_.max_seq_len,
+          "a batch of %d sequences of %lld tokens: memory was planned for at most %d of %lld", B, (long long)T,
+          settings_.max_batch_size, (long long)settings_.max_seq_len);
+    const Batch batch{B, T};
+    TokenStage& stage = stages_[next_stage_];
+    next_stage_ = 1 - next_stage_;
+    CUDA_CHECK(cudaEventSynchronize(stage.copied));
+    int32_t* const inputs = stage.tokens.data();
+    int32_t* const targets = inputs + batch.rows();
+    const int64_t host_row = with_targets ? T + 1 : T;
+    for (int b = 0; b < B; ++b) {
+        const int32_t* row = tokens + b * host_row;
+        for (int64_t t = 0; t < host_row; ++t) {
+            CHECK(row[t] >= 0 && row[t] < config_.vocab_size, "token %d at position %lld: --vocab_size is %lld", row[t],
+                  (long long)t, (long long)config_.vocab_size);
+        }
+        std::copy(row, row + T, inputs + b * T);
+        if (with_targets) {
+            std::copy(row + 1, row + T + 1, targets + b * T);
+        }
+    }
+    const int64_t num_tokens = (with_targets ? 2 : 1) * batch.rows();
+    CUDA_CHECK(cudaMemcpyAsync(buffers_.tokens, inputs, num_tokens * sizeof(int32_t), cudaMemcpyHostToDevice, stream_));
+    CUDA_CHECK(cudaEventRecord(stage.copied, stream_));
+    return batch;
+}
+
+// ---- evaluation and sampling -------------------------------------------------------------------
+inline double GpuModel::evaluate(const int32_t* tokens, int B, int64_t T) {
+    NVTX_RANGE();
+    const ModelBuffers& m = buffers_;
+    const Batch batch = upload(tokens, B, T, true);
+    forward(batch);
+    const int64_t rows = batch.rows();
+    classifier_loss(m.losses, m.logits, m.norm_out, weight(table_.classifier), m.tokens + rows,
+                    classifier_shape(config_, settings_, rows), *gemm_, stream_);
+    CUDA_CHECK(cudaMemsetAsync(m.eval_loss, 0, sizeof(float), stream_));
+    mean_loss(m.eval_loss, m.losses, rows, 1.0f, m.mean_loss_scratch, stream_);
+    read_floats(results_.data(), m.eval_loss, 1);
+    return results_.data()[0];
+}
+
+inline void GpuModel::next_token_logits(const int32_t* tokens, int64_t T, float* logits) {
+    NVTX_RANGE();
+    const ModelBuffers& m = buffers_;
+    const Batch batch = upload(tokens, 1, T, false);
+    forward(batch);
+    const int64_t V = config_.vocab_size, C = config_.width;
+    gemm_->forward(m.logits, m.norm_out + (T - 1) * C, weight(table_.classifier), 1, classifier_padded_vocab(V), C,
+                   false, stream_);
+    std::vector<bf16> last_row(V);
+    CUDA_CHECK(cudaMemcpyAsync(last_row.data(), m.logits, V * sizeof(bf16), cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    std::transform(last_row.begin(), last_row.end(), logits, [](bf16 logit) { return __bfloat162float(logit); });
+}
+
+// ---- state -------------------------------------------------------------------------------------
+inline float* GpuModel::state(StateKind kind, int tensor) const {
+    const ModelBuffers& m = buffers_;
+    float* const arena = kind == StateKind::master ? m.master : kind == StateKind::exp_avg ? m.exp_avg : m.exp_avg_sq;
+    return arena + layout_.offsets[tensor];
+}
+
+// Waits for what is enqueued, and for the copy.
+inline void GpuModel::read_floats(float* out, const float* device, int64_t num_elements) {
+    CUDA_CHECK(cudaMemcpyAsync(out, device, num_elements * sizeof(float), cudaMemcpyDeviceToHost, stream_));
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+}
+
+inline void GpuModel::read_state(StateKind kind, int tensor, float* out) {
+    read_floats(out, state(kind, tensor), table_.tensors[tensor].num_elements());
+}
+inline void GpuModel::read_gradient(int tensor, float* out) {
+    read_floats(out, gradient(tensor), table_.tensors[tensor].num_elements());
+}
+inline void GpuModel::write_state(StateKind kind, int tensor, const float* in) {
+    const int64_t num_elements = table_.tensors[tensor].num_elements();
+    CUDA_CHECK(cudaMemcpyAsync(state(kind, tensor), in, num_elements * sizeof(float), cudaMemcpyHostToDevice, stream_));
+    std::vector<bf16> rounded;
+    if (kind == StateKind::master) {
+        rounded.resize(num_elements);
+        std::transform(in, in + num_elements, rounded.begin(), [](float master) { return __float2bfloat16(master); });
+        CUDA_CHECK(cudaMemcpyAsync(weight(tensor), rounded.data(), num_elements * sizeof(bf16), cudaMemcpyHostToDevice,
+                                   stream_));
+    }
+    CUDA_CHECK(cudaStreamSynchronize(stream_));
+}
+
+// After a skipped step, so it may take its time: a norm a tensor.
+inline std::string GpuModel::first_bad_tensor(double loss) {
+    if (!std::isfinite(loss)) {
+        return "loss";
+    }
+    for (size_t i = 0; i < table_.tensors.size(); ++i) {
+        float* const norm = buffers_.step_results + 1;
+        grad_norm(norm, gradient((int)i), table_.tensors[i].num_elements(), buffers_.grad_norm_scratch, stream_);
+        read_floats(results_.data(), norm, 1);
+        if (!std::isfinite(results_.data()[0])) {
+            return table_.tensors[i].name;
+        }
+    }
+    return "the norm of all gradients";
+}

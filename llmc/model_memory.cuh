@@ -1,0 +1,276 @@
+// model_memory.cuh: every buffer of the GPU model: settings that decide sizes, what a recompute mode keeps, the plan.
+// Notation: rows = B T of a micro-batch, Vp = V rounded up to a multiple of 64 (rows V..Vp-1 of the embedding and the
+// classifier are zero and stay zero: their gradients are).
+#pragma once
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "adamw.cuh"            // weights are updated
+#include "classifier.cuh"       // chunk and scratch sizes
+#include "config.h"             // Recompute
+#include "embedding.cuh"        // scratch size of the backward
+#include "flash_attention.cuh"  // scratch size of the backward
+#include "gemm.cuh"             // workspace size
+#include "grad_norm.cuh"        // scratch size
+#include "memory.cuh"           // the plan
+#include "model_config.h"       // the model's shape
+#include "parameters.h"         // the table of tensors
+#include "rmsnorm.cuh"          // scratch size of the backward
+
+// ---- settings ----------------------------------------------------------------------------------
+struct GpuModelSettings {
+    int max_batch_size = 1;      // B, sequences in a micro-batch
+    int64_t max_seq_len = 1024;  // T
+    Recompute recompute = Recompute::none;
+    bool deterministic = false;
+    int64_t classifier_chunk_rows = 0;  // rows whose logits exist at once; 0: as many as fit CLASSIFIER_CHUNK_BYTES
+
+    int64_t max_rows() const { return max_batch_size * max_seq_len; }
+};
+
+// What the forward keeps for the backward, beside a block's input and the norms' statistics, which are always kept.
+// What is not kept lies in one buffer that all blocks share, and is computed again from the block's input.
+struct KeptActivations {
+    bool qkv;
+    bool attention;     // attention's output and log-sum-exp
+    bool residual_mid;  // between attention and feed-forward
+    bool gate_up;
+
+    bool all() const { return qkv && attention && residual_mid && gate_up; }
+};
+inline KeptActivations kept_activations(Recompute mode) {
+    const bool keep = mode == Recompute::none;
+    return {keep, keep, keep, keep};
+}
+
+// ---- parameters --------------------------------------------------------------------------------
+// Where each tensor of the table lies in the arenas of weights, gradients and optimizer state, which all have one
+// layout: the tensors with weight decay first, so that AdamW is two launches.
+struct ParameterLayout {
+    std::vector<int64_t> offsets;  // of each tensor, in elements
+    int64_t num_decayed = 0;       // elements [0, num_decayed) have weight decay
+    int64_t num_elements = 0;
+};
+inline ParameterLayout make_parameter_layout(const ParameterTable& table) {
+    constexpr int64_t alignment = BUFFER_ALIGNMENT / sizeof(bf16);
+    ParameterLayout layout;
+    layout.offsets.resize(table.tensors.size());
+    for (bool decay : {true, false}) {
+        for (size_t i = 0; i < table.tensors.size(); ++i) {
+            const ParameterTensor& tensor = table.tensors[i];
+            if (tensor.decay != decay) {
+                continue;
+            }
+            const bool has_vocabulary_rows = (int)i == table.embedding || (int)i == table.classifier;
+            const int64_t rows = has_vocabulary_rows ? classifier_padded_vocab(tensor.rows) : tensor.rows;
+            layout.offsets[i] = layout.num_elements;
+            layout.num_elements += round_up(rows * tensor.cols, alignment);
+        }
+        if (decay) {
+            layout.num_decayed = layout.num_elements;
+        }
+    }
+    return layout;
+}
+
+// ---- buffers -----------------------------------------------------------------------------------
+struct BlockActivations {
+    bf16* residual_in;      // [rows, C]
+    float* attention_rstd;  // [rows]
+    bf16* qkv;              // [rows, (H + 2 Hkv) D], q and k rotated
+    bf16* attention;        // [rows, H D]
+    float* lse;             // [B, H, T]
+    bf16* residual_mid;     // [rows, C] between attention and feed-forward
+    float* ffn_rstd;        // [rows]
+    bf16* gate_up;          // [rows, 2 F]
+};
+
+struct ModelBuffers {
+    // live across steps: one element each of ParameterLayout
+    bf16* weights;
+    float *master, *exp_avg, *exp_avg_sq;
+    float* gradients;
+    // kept from forward to backward
+    std::vector<BlockActivations> blocks;
+    BlockActivations shared;  // what the blocks do not keep
+    bf16* final_residual;     // [rows, C]
+    float* final_rstd;        // [rows]
+    // inputs and results
+    int32_t* tokens;      // [2, rows]: inputs, then targets
+    float* losses;        // [rows]
+    float* step_results;  // [2]: the step's loss, the gradient's norm
+    float* eval_loss;     // [1]
+                          // workspace, always
+    std::byte* gemm_workspace;
+    std::byte* rmsnorm_scratch;
+    std::byte* mean_loss_scratch;
+    bf16* norm_out;   // [rows, C] of whichever norm came last
+    bf16* dresidual;  // [rows, C] gradient of the residual stream
+    // workspace of the forward, and of recomputing
+    bf16* delta;   // [rows, C] what attention or feed-forward adds to the residual stream
+    bf16* swiglu;  // [rows, F]
+    // workspace of the classifier
+    bf16* dhidden;  // [rows, C]
+    bf16* logits;   // [chunk, Vp], then their gradient
+    // workspace of the backward of feed-forward
+    bf16* swiglu_again;   // [rows, F]
+    bf16* dswiglu;        // [rows, F]
+    bf16* dffn_norm_out;  // [rows, C]
+    // workspace of the backward of attention
+    bf16* dqkv;        // [rows, (H + 2 Hkv) D]
+    bf16* dattention;  // [rows, H D]
+    std::byte* attention_scratch;
+    bf16* dattention_norm_out;  // [rows, C]
+    // workspace at the ends of the backward
+    std::byte* embedding_scratch;
+    std::byte* grad_norm_scratch;
+};
+
+// ---- the plan ----------------------------------------------------------------------------------
+inline AttentionShape dense_attention_shape(const ModelConfig& config, int B, int64_t T) {
+    AttentionShape shape;
+    shape.B = B;
+    shape.H = config.num_heads;
+    shape.Hkv = config.num_kv_heads;
+    shape.D = config.head_dim;
+    shape.Tq = shape.Tk = T;
+    shape.scale = (float)(1.0 / std::sqrt((double)config.head_dim));
+    return shape;
+}
+
+inline ClassifierShape classifier_shape(const ModelConfig& config, const GpuModelSettings& settings, int64_t rows) {
+    const int64_t asked = settings.classifier_chunk_rows;
+    const int64_t chunk_rows = asked > 0 ? std::min(asked, rows) : classifier_chunk_rows(rows, config.vocab_size);
+    return {rows, config.vocab_size, config.width, chunk_rows};
+}
+
+// Adds every buffer of a model to the plan.
+inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& config, const ParameterLayout& layout,
+                         const GpuModelSettings& settings) {
+    const int64_t rows = settings.max_rows(), C = config.width, F = config.ffn_width;
+    const int64_t attention_width = config.attention_width(), qkv_width = config.qkv_width();
+    const int64_t num_parameters = layout.num_elements;
+    plan.add(&m.weights, MemoryUse::weights, "weights", "[parameters] bf16", num_parameters);
+    plan.add(&m.master, MemoryUse::optimizer, "master weights", "[parameters] float32", num_parameters);
+    plan.add(&m.exp_avg, MemoryUse::optimizer, "exp_avg", "[parameters] float32", num_parameters);
+    plan.add(&m.exp_avg_sq, MemoryUse::optimizer, "exp_avg_sq", "[parameters] float32", num_parameters);
+    plan.add(&m.gradients, MemoryUse::gradients, "gradients", "[parameters] float32", num_parameters);
+
+    // One activation of every block: a buffer each, or one for all.
+    const MemoryUse kept_use = MemoryUse::activations, shared_use = MemoryUse::workspace;
+    m.blocks.resize(config.num_layers);
+    auto add_activation = [&](bool kept, auto BlockActivations::*member, const char* name, const char* shape,
+                              int64_t num_elements) {
+        if (!kept) {
+            plan.add(&(m.shared.*member), shared_use, std::string(name) + ", recomputed", shape, num_elements);
+        }
+        for (BlockActivations& block : m.blocks) {
+            if (kept) {
+                plan.add(&(block.*member), kept_use, name, shape, num_elements);
+            } else {
+                plan.add_alias(&(block.*member), &(m.shared.*member));
+            }
+        }
+    };
+    const KeptActivations kept = kept_activations(settings.recompute);
+    add_activation(true, &BlockActivations::residual_in, "block input", "[B T, C] bf16", rows * C);
+    add_activation(true, &BlockActivations::attention_rstd, "attention_rstd", "[B T] float32", rows);
+    add_activation(kept.qkv, &BlockActivations::qkv, "qkv", "[B T, (H + 2 Hkv) D] bf16", rows * qkv_width);
+    add_activation(kept.attention, &BlockActivations::attention, "attention", "[B T, H D] bf16",
+                   rows * attention_width);
+    add_activation(kept.attention, &BlockActivations::lse, "lse", "[B, H, T] float32", rows * config.num_heads);
+    add_activation(kept.residual_mid, &BlockActivations::residual_mid, "residual_mid", "[B T, C] bf16", rows * C);
+    add_activation(true, &BlockActivations::ffn_rstd, "ffn_rstd", "[B T] float32", rows);
+    add_activation(kept.gate_up, &BlockActivations::gate_up, "gate_up", "[B T, 2 F] bf16", rows * 2 * F);
+    plan.add(&m.final_residual, kept_use, "final residual", "[B T, C] bf16", rows * C);
+    plan.add(&m.final_rstd, kept_use, "final_rstd", "[B T] float32", rows);
+    plan.add(&m.losses, kept_use, "losses", "[B T] float32", rows);
+    plan.add(&m.tokens, kept_use, "tokens and targets", "[2, B T] int32", 2 * rows);
+    plan.add(&m.step_results, kept_use, "loss and gradient norm", "[2] float32", 2);
+    plan.add(&m.eval_loss, kept_use, "evaluation loss", "[1] float32", 1);
+
+    // Workspace: what is always there, then what the phases of a step use in turn.
+    const MemoryUse use = MemoryUse::workspace;
+    auto add_scratch = [&](std::byte** pointer, const char* name, size_t num_bytes) {
+        plan.add(pointer, use, name, "bytes", (int64_t)num_bytes);
+    };
+    add_scratch(&m.gemm_workspace, "cuBLASLt workspace", GEMM_WORKSPACE_BYTES);
+    add_scratch(&m.rmsnorm_scratch, "rmsnorm_backward scratch", rmsnorm_backward_scratch_bytes(rows, config.width));
+    add_scratch(&m.mean_loss_scratch, "mean_loss scratch", mean_loss_scratch_bytes());
+    plan.add(&m.norm_out, use, "norm output", "[B T, C] bf16", rows * C);
+    plan.add(&m.dresidual, use, "dresidual", "[B T, C] bf16", rows * C);
+    plan.begin_alternatives(use);  // forward, and recomputing
+    plan.add(&m.delta, use, "delta", "[B T, C] bf16", rows * C);
+    plan.add(&m.swiglu, use, "swiglu", "[B T, F] bf16", rows * F);
+    plan.next_alternative();  // classifier
+    plan.add(&m.dhidden, use, "dhidden", "[B T, C] bf16", rows * C);
+    plan.add(&m.logits, use, "logits of a chunk", "[chunk, Vp] bf16",
+             (int64_t)(classifier_logits_bytes(classifier_shape(config, settings, rows)) / sizeof(bf16)));
+    plan.next_alternative();  // backward of feed-forward
+    plan.add(&m.swiglu_again, use, "swiglu, recomputed", "[B T, F] bf16", rows * F);
+    plan.begin_alternatives(use);
+    plan.add(&m.dswiglu, use, "dswiglu", "[B T, F] bf16", rows * F);
+    plan.next_alternative();
+    plan.add(&m.dffn_norm_out, use, "dffn_norm_out", "[B T, C] bf16", rows * C);
+    plan.end_alternatives();
+    plan.next_alternative();  // backward of attention
+    plan.add(&m.dqkv, use, "dqkv", "[B T, (H + 2 Hkv) D] bf16", rows * qkv_width);
+    plan.begin_alternatives(use);
+    plan.add(&m.dattention, use, "dattention", "[B T, H D] bf16", rows * attention_width);
+    const AttentionShape shape = dense_attention_shape(config, settings.max_batch_size, settings.max_seq_len);
+    add_scratch(&m.attention_scratch, "flash_attention_backward scratch",
+                flash_attention_backward_scratch_bytes(shape, settings.deterministic));
+    plan.next_alternative();
+    plan.add(&m.dattention_norm_out, use, "dattention_norm_out", "[B T, C] bf16", rows * C);
+    plan.end_alternatives();
+    plan.next_alternative();  // backward of the embedding
+    add_scratch(&m.embedding_scratch, "embedding_backward scratch",
+                embedding_backward_scratch_bytes(rows, config.width, config.vocab_size));
+    plan.next_alternative();  // update
+    add_scratch(&m.grad_norm_scratch, "grad_norm scratch", grad_norm_scratch_bytes(num_parameters));
+    plan.end_alternatives();
+}
+
+// ---- does it fit -------------------------------------------------------------------------------
+inline size_t planned_bytes(const ModelConfig& config, const GpuModelSettings& settings) {
+    MemoryPlan plan;
+    ModelBuffers buffers;
+    plan_buffers(plan, buffers, config, make_parameter_layout(make_parameter_table(config)), settings);
+    return plan.num_bytes();
+}
+
+// Throws when the plan needs more than free_bytes less DEVICE_MEMORY_RESERVE, naming the settings that would fit.
+inline void check_fits(const MemoryPlan& plan, size_t free_bytes, const ModelConfig& config,
+                       const GpuModelSettings& settings) {
+    const size_t usable = free_bytes > DEVICE_MEMORY_RESERVE ? free_bytes - DEVICE_MEMORY_RESERVE : 0;
+    if (plan.num_bytes() <= usable) {
+        return;
+    }
+    std::string advice;
+    auto suggest = [&](const GpuModelSettings& other) {
+        const size_t needed = planned_bytes(config, other);
+        if (needed <= usable && advice.empty()) {
+            advice = format_string("; %s--batch_size %d --seq_len %lld would need %.2f GiB",
+                                   other.recompute == Recompute::block ? "--recompute block " : "",
+                                   other.max_batch_size, (long long)other.max_seq_len, needed / BYTES_PER_GIB);
+        }
+    };
+    // Least loss first: recompute, then fewer sequences, then shorter ones.
+    GpuModelSettings other = settings;
+    other.recompute = Recompute::block;
+    suggest(other);
+    while (advice.empty() && other.max_batch_size > 1) {
+        other.max_batch_size /= 2;
+        suggest(other);
+    }
+    while (advice.empty() && other.max_seq_len > 1) {
+        other.max_seq_len /= 2;
+        suggest(other);
+    }
+    fail(
+        "not enough GPU memory: this run needs %.2f GiB and %.2f GiB are free (less %.2f GiB kept for the driver)%s; "
+        "--print_memory shows what needs how much",
+        plan.num_bytes() / BYTES_PER_GIB, free_bytes / BYTES_PER_GIB, DEVICE_MEMORY_RESERVE / BYTES_PER_GIB,
+        advice.empty() ? "; the model itself is too large for this GPU" : advice.c_str());
+}
