@@ -18,8 +18,7 @@
 #include "mfu.h"
 #include "toml.h"
 
-// ---- values as text
-// --------------------------------------------------------------------------------------------------
+// ---- values as text -----------------------------------------------------------------------------
 
 // The words of each setting that is a choice.
 template <class Enum>
@@ -174,8 +173,7 @@ std::string value_name(const Value& value) {
     }
 }
 
-// ---- the table
-// -------------------------------------------------------------------------------------------------------
+// ---- the table ----------------------------------------------------------------------------------
 
 struct Setting {
     std::string name;   // --name, and the name in settings files
@@ -307,8 +305,7 @@ inline const Setting* find_setting(const std::vector<Setting>& settings, const s
     return nullptr;
 }
 
-// ---- messages
-// --------------------------------------------------------------------------------------------------------
+// ---- messages -----------------------------------------------------------------------------------
 
 // How many letters must be inserted, removed, replaced or swapped with a neighbour to turn `a` into `b`.
 inline int edit_distance(const std::string& a, const std::string& b) {
@@ -328,8 +325,8 @@ inline int edit_distance(const std::string& a, const std::string& b) {
     return d[a.size()][b.size()];
 }
 
-// The setting whose name is nearest to a mistyped one; dashes count as underscores, and a name that contains the typed
-// one, or is contained in it, is nearer than its length says.
+// The setting whose name is nearest to a mistyped one: dashes count as underscores, initials ("lr") stand for their
+// words, and a name that contains the typed one, or is contained in it, is nearer than its length says.
 inline std::string nearest_setting(const std::vector<Setting>& settings, std::string typed) {
     std::replace(typed.begin(), typed.end(), '-', '_');
     std::string nearest;
@@ -339,6 +336,11 @@ inline std::string nearest_setting(const std::vector<Setting>& settings, std::st
         if (typed.size() >= 3 && (name.find(typed) != std::string::npos || typed.find(name) != std::string::npos)) {
             distance /= 2;
         }
+        std::string initials;
+        for (size_t i = 0; i < name.size(); ++i) {
+            initials += i == 0 || name[i - 1] == '_' ? std::string(1, name[i]) : "";
+        }
+        distance = typed == initials ? 0 : distance;
         if (distance < best) {
             best = distance, nearest = name;
         }
@@ -427,8 +429,7 @@ inline std::string settings_table(const RunConfig& config) {
     return table;
 }
 
-// ---- reading
-// ---------------------------------------------------------------------------------------------------------
+// ---- reading ------------------------------------------------------------------------------------
 
 // The settings given in one place; earlier layers give way to later ones.
 struct SettingsLayer {
@@ -486,6 +487,9 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
     options["config"]->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
     try {
         app.parse(argc, argv);
+    } catch (const CLI::ArgumentMismatch& error) {  // "--seq_len: 1 required TEXT missing"
+        const std::string what = error.what();
+        fail("%s: its value is missing", what.substr(0, what.find(':')).c_str());
     } catch (const CLI::ParseError& error) {
         fail("%s", error.what());
     }
@@ -507,7 +511,11 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
     SettingsLayer command_line;
     for (const Setting& s : settings) {
         if (options[s.name]->count() > 0) {
-            command_line.values[s.name] = options[s.name]->results();
+            Words words = options[s.name]->results();
+            if (s.is_toggle && words.back().empty()) {
+                words.back() = "true";
+            }
+            command_line.values[s.name] = words;
             command_line.origin[s.name] = "--" + s.name;
         }
     }

@@ -1,0 +1,329 @@
+// test_flags.cpp: settings from command line and file: layers, refusals and their sentences, saving and reading back.
+#include <gtest/gtest.h>
+
+#include <cstdio>
+#include <fstream>
+#include <limits>
+#include <unistd.h>
+
+#include "llmc/flags.h"
+
+namespace {
+
+ParsedFlags parse_line(std::vector<const char*> arguments) {
+    arguments.insert(arguments.begin(), "train_gpt_cpu");
+    return parse_flags((int)arguments.size(), arguments.data());
+}
+
+// The sentence that parsing, checking and validating these flags ends with; "" when they are accepted.
+std::string refusal(const std::vector<const char*>& arguments) {
+    try {
+        const ParsedFlags parsed = parse_line(arguments);
+        check_given_flags(parsed);
+        validate(parsed.config);
+    } catch (const Error& error) {
+        return error.what();
+    }
+    return "";
+}
+
+void expect_refused(const std::vector<const char*>& arguments, const std::string& part_of_sentence) {
+    const std::string sentence = refusal(arguments);
+    EXPECT_NE(sentence.find(part_of_sentence), std::string::npos) << "got: '" << sentence << "'";
+    EXPECT_EQ(sentence.find('\n'), std::string::npos) << "more than a line: " << sentence;
+}
+
+// A folder that is removed at the end.
+struct TemporaryFolder {
+    std::string path = testing::TempDir() + "llmc_flags_XXXXXX";
+    TemporaryFolder() { EXPECT_NE(mkdtemp(path.data()), nullptr); }
+    ~TemporaryFolder() { EXPECT_EQ(std::system(("rm -rf '" + path + "'").c_str()), 0); }
+    std::string write(const std::string& name, const std::string& text) const {
+        std::ofstream(path + "/" + name, std::ios::binary) << text;
+        return path + "/" + name;
+    }
+};
+
+}  // namespace
+
+TEST(Flags, DefaultsAreTheTinyPreset) {
+    const ParsedFlags parsed = parse_line({"--train_data", "x"});
+    EXPECT_EQ(parsed.config.model.vocab_size, 258);
+    EXPECT_EQ(parsed.config.train_data, std::vector<std::string>{"x"});
+    EXPECT_EQ(parsed.given, std::set<std::string>{"train_data"});
+    EXPECT_EQ(refusal({"--train_data", "x"}), "");
+}
+
+TEST(Flags, EveryKindOfValue) {
+    const RunConfig c = parse_line({"--seq_len=98304",
+                                    "--learning_rate",
+                                    "2e-3",
+                                    "--resume",
+                                    "false",
+                                    "--deterministic",
+                                    "--attention",
+                                    "lighthouse",
+                                    "--train_data",
+                                    "a",
+                                    "b",
+                                    "--train_data",
+                                    "c",
+                                    "--seed",
+                                    "18446744073709551",
+                                    "--tied_embeddings",
+                                    "false",
+                                    "--lighthouse_steps",
+                                    "-1",
+                                    "--lighthouse_dense_layers",
+                                    "-2,-1,0"})
+                            .config;
+    EXPECT_EQ(c.seq_len, 98304);
+    EXPECT_EQ(c.learning_rate, 2e-3);
+    EXPECT_TRUE(c.deterministic);
+    EXPECT_FALSE(c.resume);
+    EXPECT_EQ(c.attention, AttentionMode::lighthouse);
+    EXPECT_EQ(c.train_data, (std::vector<std::string>{"a", "b", "c"}));
+    EXPECT_EQ(c.seed, 18446744073709551u);
+    EXPECT_FALSE(c.model.tied_embeddings);
+    EXPECT_EQ(c.lighthouse_steps, -1);
+    EXPECT_EQ(c.lighthouse.dense_layers, (std::vector<int>{-2, -1, 0}));
+    EXPECT_TRUE(parse_line({"--lighthouse_dense_layers", "none"}).config.lighthouse.dense_layers.empty());
+}
+
+TEST(Flags, ScriptsMayAppendFlagsThatWin) {
+    EXPECT_EQ(parse_line({"--max_steps", "420", "--max_steps", "1000"}).config.max_steps, 1000);
+}
+
+TEST(Flags, PresetThenFields) {
+    const RunConfig c = parse_line({"--width", "64", "--model", "llama3-8b"}).config;
+    EXPECT_EQ(c.model.width, 64);
+    EXPECT_EQ(c.model.ffn_width, 14336);
+    expect_refused({"--model", "llama4"}, "lighthouse-530m");
+}
+
+TEST(Flags, UnknownFlagsNameTheNearest) {
+    expect_refused({"--seq_length", "3"}, "--seq_length: there is no such flag; the nearest is --seq_len ");
+    expect_refused({"--lr", "3"}, "the nearest is --learning_rate ");
+    expect_refused({"--train-data=x"}, "the nearest is --train_data ");
+    expect_refused({"--lighthouse_pol", "3"}, "the nearest is --lighthouse_pool ");
+    expect_refused({"-x"}, "-x: there is no such flag");
+    expect_refused({"corpus.txt"}, "'corpus.txt': every value follows its flag");
+}
+
+TEST(Flags, UnreadableValues) {
+    expect_refused({"--seq_len", "12abc"}, "--seq_len '12abc': must be a whole number");
+    expect_refused({"--seq_len", "1e6"}, "must be a whole number");
+    expect_refused({"--seq_len", "99999999999999999999"}, "fits 64 bits");
+    expect_refused({"--batch_size", "4294967297"}, "fits 32 bits");
+    expect_refused({"--seed", "-1"}, "not negative");
+    expect_refused({"--learning_rate", "fast"}, "must be a number");
+    expect_refused({"--learning_rate", "nan"}, "must be a number");
+    expect_refused({"--learning_rate", "inf"}, "must be a number");
+    expect_refused({"--tied_embeddings", "maybe"}, "must be true or false");
+    expect_refused({"--schedule", "cosin"}, "must be cosine or linear or constant");
+    expect_refused({"--lighthouse_dense_layers", "0,x"}, "whole numbers with commas");
+    expect_refused({"--seq_len"}, "--seq_len: its value is missing");
+}
+
+TEST(Flags, ValuesThatBreakARule) {
+    expect_refused({}, "--train_data");
+    expect_refused({"--train_data", "x", "--seq_len", "0"}, "--seq_len 0");
+    expect_refused({"--train_data", "x", "--global_batch", "12"},
+                   "--global_batch 12: must be a multiple of --batch_size 8; the nearest is 16");
+    expect_refused({"--train_data", "x", "--global_batch", "3"}, "the nearest is 8");
+    expect_refused({"--train_data", "x", "--num_kv_heads", "3"}, "the nearest that does is 2");
+    expect_refused({"--train_data", "x", "--head_dim", "30"}, "the nearest is 32");
+    expect_refused({"--train_data", "x", "--beta1", "1"}, "--beta1 1");
+    expect_refused({"--train_data", "x", "--top_p", "0"}, "--top_p 0");
+    expect_refused({"--train_data", "x", "--val_fraction", "1"}, "--val_fraction 1");
+    expect_refused({"--train_data", "x", "--learning_rate", "-1"}, "--learning_rate -1");
+    expect_refused({"--train_data", "x", "--max_positions", "100"},
+                   "--max_positions 100: must be at least --seq_len 256");
+    expect_refused({"--train_data", "x", "--seq_len", "16000000", "--batch_size", "1000"}, "2^31 tokens");
+    expect_refused({"--train_data", "x", "--max_skipped", "0"}, "--max_skipped 0");
+}
+
+TEST(Flags, Contradictions) {
+    expect_refused({"--train_data", "x", "--resume", "--init_from", "y", "--output_dir", "z"},
+                   "z/settings.toml: cannot open");
+    expect_refused({"--train_data", "x", "--resume"}, "--output_dir");
+    expect_refused({"--train_data", "x", "--lighthouse_topk", "128"}, "--attention lighthouse");
+    expect_refused({"--train_data", "x", "--lighthouse_steps", "5"}, "--attention lighthouse");
+    expect_refused({"--train_data", "x", "--val_data", "y", "--val_fraction", "0.1"}, "leave one out");
+    expect_refused({"--train_data", "x", "--val_fraction", "0", "--eval_every", "10"},
+                   "--eval_every 10 needs validation data");
+    expect_refused({"--train_data", "x", "--sample_every", "5", "--sample_tokens", "0"}, "--sample_tokens 0");
+    expect_refused({"--train_data", "x", "--schedule", "constant", "--decay_steps", "5"}, "--schedule constant");
+    expect_refused({"--train_data", "x", "--warmup_steps", "9", "--decay_steps", "5"}, "--decay_steps 5");
+    expect_refused({"--max_steps", "0"}, "--val_data");
+    RunConfig both;
+    both.train_data = {"x"}, both.init_from = "y", both.resume = true, both.output_dir = "z";
+    EXPECT_THROW(validate(both), Error);
+}
+
+TEST(Flags, LighthouseGeometryIsCheckedAtStartUp) {
+    expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "128", "--seq_len", "2000"},
+                   "--seq_len 2000");
+    expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "100", "--seq_len", "2048"},
+                   "--lighthouse_topk 100");
+    expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "128", "--seq_len", "2048",
+                    "--lighthouse_dense_layers", "7"},
+                   "--lighthouse_dense_layers 7: there is no such layer");
+    EXPECT_EQ(
+        refusal({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "128", "--seq_len", "2048"}),
+        "");
+}
+
+TEST(Flags, SettingsFile) {
+    TemporaryFolder folder;
+    const std::string file = folder.write("run.toml",
+                                          "# a run\n"
+                                          "train_data = [\"a#1/*.txt\", 'b,c',  # two\n"
+                                          "    \"d\"]\n"
+                                          "seq_len = 1024   # tokens\n"
+                                          "learning_rate = 1e-3\n"
+                                          "sample_prompt = \"#include <a, b>\\n\\\"q\\\" \\u00e9\"\n"
+                                          "deterministic = true\n"
+                                          "lighthouse_dense_layers = [0, -1]\r\n"
+                                          "schedule = 'linear'");
+    const ParsedFlags parsed = parse_line({"--config", file.c_str(), "--seq_len", "64"});
+    const RunConfig& c = parsed.config;
+    EXPECT_EQ(c.train_data, (std::vector<std::string>{"a#1/*.txt", "b,c", "d"}));
+    EXPECT_EQ(c.seq_len, 64) << "the command line wins";
+    EXPECT_EQ(c.learning_rate, 1e-3);
+    EXPECT_EQ(c.sample_prompt, "#include <a, b>\n\"q\" \xc3\xa9");
+    EXPECT_TRUE(c.deterministic);
+    EXPECT_EQ(c.lighthouse.dense_layers, (std::vector<int>{0, -1}));
+    EXPECT_EQ(c.schedule, ScheduleKind::linear);
+    EXPECT_EQ(parsed.given.count("learning_rate"), 1u);
+}
+
+TEST(Flags, SettingsFileErrorsNameTheLine) {
+    TemporaryFolder folder;
+    auto refused = [&](const std::string& text, const std::string& part) {
+        const std::string file = folder.write("run.toml", text);
+        expect_refused({"--config", file.c_str()}, part);
+    };
+    refused("seq_len = 4\nseq_lenn = 5\n", "run.toml line 2: there is no setting 'seq_lenn'; the nearest is 'seq_len'");
+    refused("[model]\n", "line 1: sections are not used");
+    refused("seq_len = 4\nseq_len = 5\n", "line 2: 'seq_len' is already set in line 1");
+    refused("seq_len 4\n", "line 1: expected '='");
+    refused("schedule = cosine\n", "line 1: expected a number, true, false, or a string in quotes, not cosine");
+    refused("\n\nsample_prompt = \"abc\n", "line 3: the string has no closing quote");
+    refused("train_data = [\"a\"\n", "the array");
+    refused("seq_len = [1, 2]\n", "line 1: seq_len takes one value");
+    refused("seq_len = 4 5\n", "expected the end of the line");
+    refused("seq_len = \"x\"\n", "run.toml line 1: seq_len 'x': must be a whole number");
+    refused("sample_prompt = \"\\q\"\n", "unknown escape");
+    refused("sample_prompt = \"\\ud800\"\n", "no Unicode character");
+    refused(std::string("seq_len = \0 4\n", 13), "expected a number");
+    expect_refused({"--config", "/no/such/run.toml"}, "/no/such/run.toml: cannot open this settings file");
+}
+
+TEST(Flags, SavedSettingsReadBack) {
+    TemporaryFolder folder;
+    const RunConfig original = parse_line({"--train_data", "we\"ird#, file", "b", "--width", "192", "--learning_rate",
+                                           "0.1234567890123", "--sample_prompt", "line\nline\ttab \x01 'q'",
+                                           "--attention", "lighthouse", "--lighthouse_dense_layers", "none",
+                                           "--tied_embeddings", "false", "--output_dir", folder.path.c_str()})
+                                   .config;
+    const std::string toml = settings_toml(original);
+    folder.write("settings.toml", toml);
+    const std::string saved = saved_settings_path(folder.path);
+    EXPECT_EQ(settings_toml(parse_line({"--config", saved.c_str()}).config), toml);
+
+    const ParsedFlags resumed = parse_line({"--resume", "--output_dir", folder.path.c_str(), "--max_steps", "7"});
+    EXPECT_EQ(resumed.config.train_data, original.train_data);
+    EXPECT_EQ(resumed.config.max_steps, 7) << "the command line wins over the saved settings";
+    EXPECT_EQ(resumed.given.count("width"), 0u) << "saved settings do not count as given";
+    EXPECT_TRUE(resumed.config.resume);
+}
+
+TEST(Flags, SettingsAreListedOnceAndReadBackAsWritten) {
+    RunConfig c;
+    std::set<std::string> names;
+    for (const Setting& s : list_settings(c)) {
+        EXPECT_TRUE(names.insert(s.name).second) << s.name << " is listed twice";
+        EXPECT_FALSE(s.help.empty()) << s.name;
+        const std::string before = s.get();
+        const std::vector<TomlEntry> entries = TomlReader(s.name + " = " + before, "text").read();
+        s.set(entries.at(0).values);
+        EXPECT_EQ(s.get(), before) << s.name;
+    }
+}
+
+TEST(Flags, HelpFitsATerminalAndNamesEverySetting) {
+    const std::string help = help_text("train_gpt");
+    RunConfig c;
+    for (const Setting& s : list_settings(c)) {
+        EXPECT_NE(help.find("--" + s.name), std::string::npos) << s.name;
+    }
+    EXPECT_NE(help.find("6 N T"), std::string::npos) << "the formula of MFU";
+    std::istringstream lines(help);
+    for (std::string line; std::getline(lines, line);) {
+        EXPECT_LE(line.size(), 120u) << line;
+    }
+    EXPECT_TRUE(parse_line({"--help"}).help);
+}
+
+TEST(Flags, NumbersAsTextReadBackExactly) {
+    for (const double value : {0.1, 1e-8, 3e-3, 1.0 / 3.0, 10000.0, 500000.0, 1e300, 5e-324, 0.0, 123456789.5}) {
+        double back;
+        parse(Words{text(value)}, back);
+        EXPECT_EQ(back, value) << text(value);
+    }
+    EXPECT_EQ(text(10000.0), "10000");
+    EXPECT_EQ(text(0.003), "0.003");
+}
+
+TEST(Flags, ModelShapeComesFromTheCheckpoint) {
+    ModelConfig stored = model_preset("tiny");
+    stored.width = 192, stored.max_positions = 64;
+    ParsedFlags parsed = parse_line({"--train_data", "x"});
+    take_model_shape(parsed, stored, "hf");
+    EXPECT_EQ(parsed.config.model.width, 192);
+    EXPECT_EQ(parsed.config.model.max_positions, 256) << "raised to --seq_len";
+
+    parsed = parse_line({"--train_data", "x", "--width", "192"});
+    EXPECT_NO_THROW(take_model_shape(parsed, stored, "hf"));
+    for (const std::vector<const char*>& contradiction :
+         {std::vector<const char*>{"--width", "128"}, {"--model", "tiny"}, {"--rope_theta", "500000"}}) {
+        parsed = parse_line(contradiction);
+        try {
+            take_model_shape(parsed, stored, "hf");
+            FAIL() << "accepted " << contradiction[0];
+        } catch (const Error& error) {
+            EXPECT_NE(std::string(error.what()).find("contradicts the checkpoint hf"), std::string::npos)
+                << error.what();
+        }
+    }
+}
+
+TEST(Mfu, FormulaByHand) {
+    ModelConfig m;  // 4 layers, C 128, H 4, Hkv 2, D 32, F 384, V 258
+    const double block = 128.0 * 256 + 128.0 * 128 + 3.0 * 128 * 384;
+    EXPECT_EQ(matrix_elements(m), 4 * block + 258.0 * 128);
+    const double T = 256;
+    const SequenceFlops dense = sequence_flops(m, 256, AttentionMode::dense, LighthouseConfig());
+    EXPECT_DOUBLE_EQ(dense.work, 6 * matrix_elements(m) * T + 4 * 3.5 * 2 * T * T * 32 * 4);
+    EXPECT_EQ(dense.work, dense.dense_equivalent);
+}
+
+TEST(Mfu, LighthouseCountsTheGatheredRowsOfItsLayers) {
+    const ModelConfig m = model_preset("lighthouse-530m");
+    LighthouseConfig lighthouse;  // T=98304, L=3, p=4, k=1536: S=18432; layers 0, 1, 28, 29 dense
+    const SequenceFlops flops = sequence_flops(m, 98304, AttentionMode::lighthouse, lighthouse);
+    const double dense_layer = attention_flops(m, 98304), lighthouse_layer = attention_flops(m, 18432);
+    EXPECT_DOUBLE_EQ(flops.dense_equivalent - flops.work, 26 * (dense_layer - lighthouse_layer));
+}
+
+TEST(Mfu, OnlyKnownGpus) {
+    EXPECT_EQ(gpu_peak_tflops("NVIDIA H200"), 989.4);
+    EXPECT_EQ(gpu_peak_tflops("NVIDIA H100 80GB HBM3"), 989.4);
+    EXPECT_EQ(gpu_peak_tflops("NVIDIA H100 PCIe"), 756.0);
+    EXPECT_EQ(gpu_peak_tflops("NVIDIA B200"), 2250.0);
+    EXPECT_EQ(gpu_peak_tflops("NVIDIA A100-SXM4-80GB"), 312.0);
+    EXPECT_EQ(gpu_peak_tflops("NVIDIA H100 80GB HBM3 MIG 1g.10gb"), 0.0);
+    EXPECT_EQ(gpu_peak_tflops("NVIDIA GeForce RTX 4090 Laptop GPU"), 0.0);
+    EXPECT_EQ(gpu_peak_tflops("Some GPU"), 0.0);
+}

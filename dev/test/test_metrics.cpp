@@ -1,0 +1,106 @@
+// test_metrics.cpp: metrics.jsonl (resume drops what will be written again, failed writes are errors) and the step's
+// line.
+#include <gtest/gtest.h>
+
+#include <cmath>
+#include <csignal>
+#include <cstdlib>
+#include <sstream>
+#include <sys/resource.h>
+
+#include "llmc/metrics.h"
+
+namespace {
+
+struct TemporaryFolder {
+    std::string path = testing::TempDir() + "llmc_metrics_XXXXXX";
+    TemporaryFolder() { EXPECT_NE(mkdtemp(path.data()), nullptr); }
+    ~TemporaryFolder() { EXPECT_EQ(std::system(("rm -rf '" + path + "'").c_str()), 0); }
+};
+
+std::string read_all(const std::string& path) {
+    std::ostringstream text;
+    text << std::ifstream(path, std::ios::binary).rdbuf();
+    return text.str();
+}
+
+}  // namespace
+
+TEST(MetricsLog, OneObjectALine) {
+    TemporaryFolder folder;
+    const std::string path = folder.path + "/metrics.jsonl";
+    MetricsLog log(path, 0);
+    log.write("step", 1, {{"loss", 0.1}});
+    EXPECT_EQ(read_all(path), "{\"event\":\"step\",\"step\":1,\"loss\":0.1}\n") << "flushed at once";
+    log.write("sample", 1, {{"text", "a\nb\xff"}});
+    EXPECT_EQ(read_all(path).substr(37), "{\"event\":\"sample\",\"step\":1,\"text\":\"a\\nb\xef\xbf\xbd\"}\n");
+}
+
+TEST(MetricsLog, FullPrecisionAndNoNaN) {
+    TemporaryFolder folder;
+    const std::string path = folder.path + "/metrics.jsonl";
+    const double loss = 5.0 / 3.0;
+    MetricsLog(path, 0).write("step", 1, {{"loss", loss}, {"grad_norm", std::nan("")}, {"x", INFINITY}});
+    const Json object = Json::parse(read_all(path));
+    EXPECT_EQ(object["loss"].get<double>(), loss);
+    EXPECT_TRUE(object["grad_norm"].is_null());
+    EXPECT_TRUE(object["x"].is_null());
+}
+
+TEST(MetricsLog, ResumeDropsLaterStepsAndCutLines) {
+    TemporaryFolder folder;
+    const std::string path = folder.path + "/metrics.jsonl";
+    {
+        MetricsLog log(path, 0);
+        for (int step = 0; step <= 5; ++step) {
+            log.write("step", step, {{"loss", step}});
+        }
+    }
+    std::ofstream(path, std::ios::app) << "{\"event\":\"step\",\"st";
+    MetricsLog log(path, 3);
+    log.write("step", 4, {{"loss", 40}});
+    std::istringstream lines(read_all(path));
+    std::string steps;
+    for (std::string line; std::getline(lines, line);) {
+        steps += std::to_string(Json::parse(line)["step"].get<int>());
+    }
+    EXPECT_EQ(steps, "01234");
+    EXPECT_NE(read_all(path).find("40}"), std::string::npos);
+}
+
+TEST(MetricsLog, FailedWritesAreErrors) {
+    EXPECT_THROW(MetricsLog("/no/such/folder/metrics.jsonl", 0), Error);
+    TemporaryFolder folder;
+    EXPECT_THROW(MetricsLog(folder.path, 0), Error) << "a folder is not a file";
+
+    // A limit on the size of files stands for a full disk.
+    MetricsLog log(folder.path + "/metrics.jsonl", 0);
+    rlimit unlimited, full;
+    ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &unlimited), 0);
+    full = unlimited, full.rlim_cur = 10;
+    signal(SIGXFSZ, SIG_IGN);
+    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &full), 0);
+    EXPECT_THROW(log.write("step", 1, {{"loss", 0.1}}), Error);
+    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &unlimited), 0);
+}
+
+TEST(StepLine, Text) {
+    StepMetrics m;
+    m.step = 7, m.max_steps = 400, m.loss = 2.5, m.grad_norm = 1.25, m.learning_rate = 3e-3, m.elapsed_ms = 310.06;
+    m.tokens_per_second = 6605, m.memory_gib = 0.5, m.seconds_left = 3723;
+    EXPECT_EQ(
+        step_line(m),
+        "step   7/400 | loss 2.5000 | norm 1.2500 | lr 3.00e-03 | 310.1 ms | 6605 tok/s | 0.50 GiB | left 1:02:03");
+    m.mfu = m.mfu_dense_equivalent = 0.4567;
+    EXPECT_NE(step_line(m).find("| MFU 45.7 % |"), std::string::npos);
+    m.mfu_dense_equivalent = 2.0;
+    EXPECT_NE(step_line(m).find("| MFU 45.7 % (dense equivalent 200.0 %) |"), std::string::npos);
+}
+
+TEST(StepLine, Durations) {
+    EXPECT_EQ(format_duration(0), "0:00");
+    EXPECT_EQ(format_duration(59.6), "1:00");
+    EXPECT_EQ(format_duration(3600), "1:00:00");
+    EXPECT_EQ(format_duration(-5), "0:00");
+    EXPECT_EQ(format_duration(std::nan("")), "0:00");
+}

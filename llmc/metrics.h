@@ -1,0 +1,179 @@
+// metrics.h: what a run says about itself: a line a step on the terminal, with a progress bar below when it is a
+// terminal, and metrics.jsonl, one JSON object a line, which also holds evaluations, checkpoints, skips and switches.
+#pragma once
+#include <cerrno>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "check.h"
+
+using Json = nlohmann::ordered_json;  // keys stay in the order they are written
+
+// ---- metrics.jsonl ------------------------------------------------------------------------------
+
+// Appends to a file of one JSON object a line, each flushed as it is written. Every object has "event" and "step".
+class MetricsLog {
+  public:
+    // Opens or creates `path`. Of a file that exists, lines of steps after `last_step` are dropped, as is a last line
+    // cut off by a crash: a resumed run writes those steps again. Throws Error when it cannot be read or written.
+    MetricsLog(const std::string& path, int64_t last_step) : path_(path) {
+        drop_lines_after(last_step);
+        file_ = std::fopen(path.c_str(), "ab");
+        CHECK(file_ != nullptr, "%s: cannot write: %s", path.c_str(), std::strerror(errno));
+    }
+    ~MetricsLog() {
+        if (file_ != nullptr) {
+            std::fclose(file_);
+        }
+    }
+    MetricsLog(const MetricsLog&) = delete;
+    MetricsLog& operator=(const MetricsLog&) = delete;
+
+    // One line {"event": event, "step": step, ...fields}. Numbers that are not finite become null: JSON has no others.
+    // Throws Error when the line does not reach the file.
+    void write(const char* event, int64_t step, const Json& fields) {
+        Json object = {{"event", event}, {"step", step}};
+        object.update(fields);
+        const std::string line = to_text(object) + "\n";
+        const bool written = std::fwrite(line.data(), 1, line.size(), file_) == line.size() && std::fflush(file_) == 0;
+        CHECK(written, "%s: cannot write: %s; make room, then go on with --resume", path_.c_str(),
+              std::strerror(errno));
+    }
+
+  private:
+    // Samples may hold any bytes; those that are not UTF-8 are replaced.
+    static std::string to_text(const Json& object) {
+        return object.dump(-1, ' ', false, Json::error_handler_t::replace);
+    }
+
+    void drop_lines_after(int64_t last_step) const {
+        struct stat status;
+        if (stat(path_.c_str(), &status) != 0) {
+            return;
+        }
+        CHECK(S_ISREG(status.st_mode), "%s: is not a file", path_.c_str());
+        std::ifstream old(path_, std::ios::binary);
+        CHECK(old.good(), "%s: cannot read: %s", path_.c_str(), std::strerror(errno));
+        const std::string kept_path = path_ + ".new";
+        std::ofstream kept(kept_path, std::ios::binary | std::ios::trunc);
+        for (std::string line; std::getline(old, line);) {
+            const Json object = Json::parse(line, nullptr, false);
+            const bool whole = object.is_object() && object.contains("step") && object["step"].is_number_integer();
+            if (whole && object["step"].get<int64_t>() <= last_step) {
+                kept << line << '\n';
+            }
+        }
+        kept.close();
+        CHECK(!old.bad() && kept.good() && std::rename(kept_path.c_str(), path_.c_str()) == 0, "%s: cannot write: %s",
+              kept_path.c_str(), std::strerror(errno));
+    }
+
+    std::string path_;
+    std::FILE* file_ = nullptr;
+};
+
+// ---- terminal -----------------------------------------------------------------------------------
+
+// "1:02:03" or "2:03" for a number of seconds.
+inline std::string format_duration(double seconds) {
+    const long long s = seconds > 0 ? (long long)(seconds + 0.5) : 0;
+    return s >= 3600 ? format_string("%lld:%02lld:%02lld", s / 3600, s / 60 % 60, s % 60)
+                     : format_string("%lld:%02lld", s / 60, s % 60);
+}
+
+// What one optimizer step was like.
+struct StepMetrics {
+    int64_t step = 0;  // 1 for the first
+    int64_t max_steps = 0;
+    double loss = 0.0;       // nats a token
+    double grad_norm = 0.0;  // before clipping
+    double learning_rate = 0.0;
+    double elapsed_ms = 0.0;
+    double tokens_per_second = 0.0;
+    double mfu = 0.0;                   // 0..1 of the work done; 0: no peak known
+    double mfu_dense_equivalent = 0.0;  // above mfu only under Lighthouse attention
+    double memory_gib = 0.0;
+    double seconds_left = 0.0;
+};
+
+// The terminal's line of a step.
+inline std::string step_line(const StepMetrics& m) {
+    const int width = (int)std::to_string(m.max_steps).size();
+    std::string line = format_string("step %*lld/%lld | loss %.4f | norm %.4f | lr %.2e | %.1f ms | %.0f tok/s", width,
+                                     (long long)m.step, (long long)m.max_steps, m.loss, m.grad_norm, m.learning_rate,
+                                     m.elapsed_ms, m.tokens_per_second);
+    if (m.mfu > 0.0) {
+        line += format_string(" | MFU %.1f %%", 100.0 * m.mfu);
+        if (m.mfu_dense_equivalent > m.mfu) {
+            line += format_string(" (dense equivalent %.1f %%)", 100.0 * m.mfu_dense_equivalent);
+        }
+    }
+    return line + format_string(" | %.2f GiB | left %s", m.memory_gib, format_duration(m.seconds_left).c_str());
+}
+
+inline Json step_json(const StepMetrics& m) {
+    Json json = {{"loss", m.loss},
+                 {"grad_norm", m.grad_norm},
+                 {"learning_rate", m.learning_rate},
+                 {"elapsed_ms", m.elapsed_ms},
+                 {"tokens_per_second", m.tokens_per_second},
+                 {"memory_gib", m.memory_gib},
+                 {"seconds_left", m.seconds_left}};
+    if (m.mfu > 0.0) {
+        json["mfu"] = m.mfu;
+        json["mfu_dense_equivalent"] = m.mfu_dense_equivalent;
+    }
+    return json;
+}
+
+// Lines on standard output, and below them, on a terminal, a progress bar.
+class Terminal {
+  public:
+    explicit Terminal(bool plain) : has_bar_(!plain && isatty(STDOUT_FILENO)) {}
+    ~Terminal() { clear_bar(); }
+
+    // Prints whole lines (`text` may hold several; a line end is added) above the bar.
+    void print(const std::string& text) {
+        clear_bar();
+        std::fwrite(text.data(), 1, text.size(), stdout);
+        std::fputc('\n', stdout);
+        draw_bar();
+        std::fflush(stdout);
+    }
+
+    // Sets what the bar shows: step of max_steps.
+    void progress(int64_t step, int64_t max_steps, double seconds_left) {
+        const int cells = 40, full = max_steps > 0 ? (int)(cells * step / max_steps) : cells;
+        bar_ = "[" + std::string(full, '#') + std::string(cells - full, '.') + "] " +
+               format_string("%3d %%, %s left", max_steps > 0 ? (int)(100 * step / max_steps) : 100,
+                             format_duration(seconds_left).c_str());
+    }
+    // From here on there is no bar.
+    void end_progress() {
+        clear_bar();
+        bar_.clear();
+        std::fflush(stdout);
+    }
+
+  private:
+    void clear_bar() {
+        if (bar_drawn_) {
+            std::fputs("\r\033[K", stdout);  // to column 0, erase the line
+            bar_drawn_ = false;
+        }
+    }
+    void draw_bar() {
+        if (has_bar_ && !bar_.empty()) {
+            std::fputs(bar_.c_str(), stdout);
+            bar_drawn_ = true;
+        }
+    }
+
+    bool has_bar_ = false, bar_drawn_ = false;
+    std::string bar_;
+};
