@@ -1,0 +1,174 @@
+#!/usr/bin/env python3
+"""Full optimizer steps: train_gpt and its PyTorch peer (pytorch_llama.py), one after the other on this machine's GPU.
+
+Prints a table of tokens/s, their ratio and peak memory, and saves it as step.json and step.png. The tokens are random:
+a shard in llm.c's format is written first, so both programs see data of the same kind (never zeros).
+
+    make train_gpt && python3 dev/bench/step.py                 every row
+    python3 dev/bench/step.py --rows 124m_1k,530m_8k_v256       some rows
+    python3 dev/bench/step.py --list                            what there is
+"""
+import argparse
+import json
+import os
+import random
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+
+LLAMA_530M = dict(num_layers=30, width=1024, num_heads=8, num_kv_heads=8, head_dim=128, ffn_width=1536,
+                  tied_embeddings="false")
+LLAMA_124M = dict(num_layers=12, width=768, num_heads=12, num_kv_heads=12, head_dim=64, ffn_width=2048,
+                  tied_embeddings="true")
+LIGHTHOUSE = ["--attention", "lighthouse", "--lighthouse_pool", "4", "--lighthouse_dense_layers", "0,1,-2,-1"]
+LIGHTHOUSE_98K = LIGHTHOUSE + ["--lighthouse_levels", "3", "--lighthouse_topk", "1536"]
+LIGHTHOUSE_LONG = LIGHTHOUSE + ["--lighthouse_levels", "4", "--lighthouse_topk", "4096"]
+
+# name: model, T, B, V, further flags of train_gpt, whether the peer (always dense) can run it.
+ROWS = {
+    "124m_1k": (LLAMA_124M, 1024, 64, 50304, [], True),
+    "530m_8k_v256": (LLAMA_530M, 8192, 4, 256, [], True),
+    "530m_8k_v128k": (LLAMA_530M, 8192, 4, 128256, [], True),
+    "530m_98k_dense": (LLAMA_530M, 98304, 1, 256, [], True),
+    "530m_98k_lighthouse": (LLAMA_530M, 98304, 1, 256, LIGHTHOUSE_98K, True),
+    "530m_98k_lighthouse_v128k": (LLAMA_530M, 98304, 1, 128256, LIGHTHOUSE_98K, False),
+    "530m_512k_lighthouse": (LLAMA_530M, 524288, 1, 256, LIGHTHOUSE_LONG + ["--recompute", "block"], False),
+    "530m_1m_lighthouse": (LLAMA_530M, 1048576, 1, 128256, LIGHTHOUSE_LONG + ["--recompute", "block"], False),
+}
+
+
+def write_random_shard(path, num_tokens, vocab_size):
+    """llm.c token shard: 256 int32 of header, then uint16 (version 1) or uint32 (version 7) tokens."""
+    wide = vocab_size > 65536
+    magic, version = (20240801, 7) if wide else (20240520, 1)
+    generator = random.Random(1)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<256i", magic, version, num_tokens, *[0] * 253))
+        # Token = high bits of a random word times V: no bias worth the name, and fast enough without numpy.
+        for begin in range(0, num_tokens, 65536):
+            count = min(65536, num_tokens - begin)
+            words = struct.unpack(f"<{count}I", generator.randbytes(4 * count))
+            file.write(struct.pack(f"<{count}{'I' if wide else 'H'}", *[word * vocab_size >> 32 for word in words]))
+
+
+def model_flags(model, T, B, V):
+    flags = []
+    for name, value in {**model, "seq_len": T, "batch_size": B, "vocab_size": V}.items():
+        flags += [f"--{name}", str(value)]
+    return flags
+
+
+def run_trainer(binary, model, T, B, V, extra, steps, limit):
+    # In memory where there is such a folder: a run ends with a checkpoint, which goes with the folder.
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+        shard = os.path.join(folder, "random.bin")
+        write_random_shard(shard, max(4 * T * B, 2 * T * B + 4096) + 1, V)
+        out = os.path.join(folder, "run")
+        command = [binary, *model_flags(model, T, B, V), "--train_data", shard, "--data_format", "shards",
+                   "--val_fraction", "0", "--eval_every", "0", "--sample_tokens", "0", "--max_steps", str(steps + 3),
+                   "--warmup_steps", "0", "--learning_rate", "1e-4", "--output_dir", out, "--plain", *extra]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+        if done.returncode != 0:
+            return {"error": (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:200]}
+        with open(os.path.join(out, "metrics.jsonl")) as file:
+            lines = [json.loads(line) for line in file]
+    timed = [line for line in lines if line["event"] == "step"][3:]
+    ms = statistics.median(line["elapsed_ms"] for line in timed)
+    return {"tokens_per_second": 1e3 * B * T / ms, "ms": ms, "peak_gib": max(line["memory_gib"] for line in timed),
+            "mfu": timed[-1].get("mfu"), "last_loss": timed[-1]["loss"]}
+
+
+def run_peer(model, T, B, V, steps, limit):
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pytorch_llama.py")
+    done = subprocess.run([sys.executable, script, *model_flags(model, T, B, V), "--steps", str(steps)],
+                          capture_output=True, text=True, timeout=limit)
+    if done.returncode != 0:
+        error = done.stderr.strip().splitlines()
+        return {"error": "out of memory" if "OutOfMemoryError" in done.stderr else error[-1][:200] if error else "?"}
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def attempt(function, *arguments):
+    try:
+        return function(*arguments)
+    except subprocess.TimeoutExpired as expired:
+        return {"error": f"over {expired.timeout:.0f} s"}
+
+
+def plot(results, path):
+    try:
+        import matplotlib
+    except ImportError:
+        print("no matplotlib: no plot")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = [name for name in results if "ms" in results[name]["train_gpt"]]
+    figure, axes = plt.subplots(1, 2, figsize=(13, 0.6 * len(names) + 2), sharey=True)
+    for axis, key, label in ((axes[0], "tokens_per_second", "tokens/s"), (axes[1], "peak_gib", "peak memory, GiB")):
+        for offset, program, color in ((0.2, "train_gpt", "tab:blue"), (-0.2, "pytorch", "tab:orange")):
+            values = [(results[name].get(program) or {}).get(key, 0.0) for name in names]
+            bars = axis.barh([i + offset for i in range(len(names))], values, 0.38, color=color, label=program)
+            axis.bar_label(bars, [f"{value:,.0f}" if value else "-" for value in values], padding=2)
+        axis.set_xlabel(label)
+        axis.margins(x=0.15)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def cell(result, key, form):
+    return form.format(result[key]) if result and key in result else "-"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS), help="names with commas between them")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
+    parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
+    parser.add_argument("--time_limit", type=float, default=600, help="seconds a program may take")
+    parser.add_argument("--only", choices=("both", "train_gpt", "pytorch"), default="both")
+    parser.add_argument("--out", default=".", help="folder for step.json and step.png")
+    options = parser.parse_args()
+    if options.list:
+        for name, (_, T, B, V, extra, peer) in ROWS.items():
+            print(f"{name}: T {T}, B {B}, V {V} {' '.join(extra)}{'' if peer else ' (no peer)'}")
+        return 0
+    unknown = [name for name in options.rows.split(",") if name not in ROWS]
+    if unknown:
+        parser.error(f"no such row: {', '.join(unknown)}; --list shows them")
+    os.makedirs(options.out, exist_ok=True)
+
+    results, failed = {}, False
+    print(f"{'row':28} {'train_gpt tok/s':>16} {'PyTorch tok/s':>14} {'ratio':>6} {'ms':>9} {'MFU %':>6} {'GiB':>7} "
+          f"{'PyTorch GiB':>11}")
+    for name in options.rows.split(","):
+        model, T, B, V, extra, has_peer = ROWS[name]
+        ours, peer = None, None
+        if options.only != "pytorch":
+            ours = attempt(run_trainer, options.train_gpt, model, T, B, V, extra, options.steps, options.time_limit)
+        if options.only != "train_gpt" and has_peer:
+            peer = attempt(run_peer, model, T, B, V, options.steps, options.time_limit)
+        results[name] = {"train_gpt": ours or {}, "pytorch": peer}
+        both = ours and peer and "ms" in ours and "ms" in peer
+        ratio = f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}" if both else "-"
+        mfu = f"{100 * ours['mfu']:.1f}" if ours and ours.get("mfu") else "-"
+        print(f"{name:28} {cell(ours, 'tokens_per_second', '{:16.0f}'):>16} "
+              f"{cell(peer, 'tokens_per_second', '{:14.0f}'):>14} {ratio:>6} {cell(ours, 'ms', '{:9.1f}'):>9} {mfu:>6} "
+              f"{cell(ours, 'peak_gib', '{:7.2f}'):>7} {cell(peer, 'peak_gib', '{:11.2f}'):>11}", flush=True)
+        for program, result in (("train_gpt", ours), ("pytorch", peer)):
+            if result and "error" in result:
+                failed = failed or program == "train_gpt"
+                print(f"    {program}: {result['error']}", flush=True)
+        with open(os.path.join(options.out, "step.json"), "w") as file:
+            json.dump(results, file, indent=1)
+    plot(results, os.path.join(options.out, "step.png"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
