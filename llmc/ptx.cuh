@@ -35,6 +35,19 @@ __device__ __forceinline__ void cp_async_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
+// ---- shared memory by address -------------------------------------------------------------------
+__device__ __forceinline__ void store_shared_b32(uint32_t shared, uint32_t value) {
+    asm volatile("st.shared.b32 [%0], %1;" ::"r"(shared), "r"(value) : "memory");
+}
+__device__ __forceinline__ int4 load_shared_b128(uint32_t shared) {
+    int4 value;
+    asm volatile("ld.shared.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+                 : "r"(shared)
+                 : "memory");
+    return value;
+}
+
 // ---- matrix fragments --------------------------------------------------------------------------
 // Four 8 x 8 matrices of 16-bit elements. Lane l gives the address of row l % 8 of matrix l / 8 (16 bytes, aligned);
 // fragment[i] is this lane's pair of matrix i: row l / 4, columns 2 (l % 4) and the next.

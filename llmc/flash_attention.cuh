@@ -1,0 +1,55 @@
+// flash_attention.cuh: softmax attention, forward and backward: which kernels run where.
+//   flash_attention_hopper.cuh  sm_90a (compute capability 9.0 exactly), D = 64 and 128
+//   flash_attention_mma.cuh     everything else: sm_80 and up, any D that is a multiple of 8 up to 256
+// Both take the same operands, keep the same conventions (lse natural, a row that sees no key: out 0, lse -infinity,
+// gradient 0) and may be mixed: the forward of one with the backward of the other.
+#pragma once
+#include "flash_attention_mma.cuh"
+#if defined(LLMC_HOPPER) && __has_include("flash_attention_hopper.cuh")
+#include "flash_attention_hopper.cuh"  // defines LLMC_HOPPER_FORWARD and LLMC_HOPPER_BACKWARD for the passes it has
+#endif
+
+// Whether the current device and the shape are ones the Hopper kernels were written for.
+inline bool flash_attention_is_hopper(const AttentionShape& shape) {
+    int device, major, minor;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
+    return major == 9 && minor == 0 && (shape.D == 64 || shape.D == 128);
+}
+
+// out (=), lse (=) float32 [B, H, Tq], the natural log-sum-exp of the scaled scores. Repeats bit for bit.
+inline void flash_attention_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
+                                    HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
+#ifdef LLMC_HOPPER_FORWARD
+    if (flash_attention_is_hopper(shape)) {
+        return flash_attention_hopper_forward(out, lse, q, k, v, shape, stream);
+    }
+#endif
+    flash_attention_mma_forward(out, lse, q, k, v, shape, stream);
+}
+
+// What flash_attention_backward needs on the current device.
+inline size_t flash_attention_backward_scratch_bytes(const AttentionShape& shape, bool deterministic) {
+#ifdef LLMC_HOPPER_BACKWARD
+    if (flash_attention_is_hopper(shape)) {
+        return flash_attention_hopper_backward_scratch_bytes(shape, deterministic);
+    }
+#endif
+    return flash_attention_mma_backward_scratch_bytes(shape, deterministic);
+}
+
+// dq, dk, dv (=) from dout and the forward's operands, out and lse. deterministic: all three repeat bit for bit;
+// otherwise dq is summed in an order that varies. scratch need not be zero.
+inline void flash_attention_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
+                                     HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
+                                     HeadView<const bf16> out, const float* lse, void* scratch,
+                                     const AttentionShape& shape, bool deterministic, cudaStream_t stream) {
+#ifdef LLMC_HOPPER_BACKWARD
+    if (flash_attention_is_hopper(shape)) {
+        return flash_attention_hopper_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, deterministic,
+                                               stream);
+    }
+#endif
+    flash_attention_mma_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, deterministic, stream);
+}

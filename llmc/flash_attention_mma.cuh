@@ -1,0 +1,1016 @@
+// flash_attention_mma.cuh: attention without a T x T matrix, for every GPU with bf16 tensor cores (sm_80 and up).
+//   forward   out = softmax(scale q k^T + mask) v,  lse = log of the softmax's denominator
+//   backward  P = exp(scale q k^T - lse),  dP = dout v^T,  dS = P (dP - delta),  delta = rowsum(dout out)
+//             dv = P^T dout,  dk = scale dS^T q,  dq = scale dS k
+// Shapes: q, out, dout, dq [B, Tq, H, D]; k, v, dk, dv [B, Tk, Hkv, D], each a HeadView (any strides, rows aligned to
+// 16 bytes); lse [B, H, Tq]. D is a multiple of 8 up to 256: 64 and 128 are the fast ones, others are padded with zeros
+// in shared memory to the next instantiation. Storage bf16, products on mma.sync m16n8k16 with float32 accumulation,
+// statistics float32.
+//
+// Forward: a block owns BLOCK_M query rows and walks over key tiles; a warp owns 16 or 32 of those rows, so scores,
+// their softmax and the output never leave its registers. Backward: a block owns a key tile and walks over the query
+// tiles of every query head of its group, so dk and dv are sums in one block, in a fixed order; the warp owns keys
+// (scores transposed), and P^T and dS^T go from accumulators to operands in registers. Only dS crosses warps, through
+// shared memory, for dq, which is summed over blocks: by float32 atomics in scratch (fast; the order, so the last bits,
+// vary), or, when deterministic, by a second kernel that owns query rows and computes scores and dP again (7 products
+// instead of 5, and no scratch of the size of dq in float32).
+//
+// Bound: tensor cores, of which mma.sync reaches about 62 % on Hopper; then shared memory, because every warp reads
+// every tile. 4 Tq Tk D H / 2 operations forward when causal, 2.5 times that backward. Reference:
+// reference/attention.h. Variants: dev/cuda/flash_attention_forward.cu, dev/cuda/flash_attention_backward.cu.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "attention_shape.cuh"
+#include "ptx.cuh"
+
+// ---- constants ---------------------------------------------------------------------------------
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+// The softmax's reference maximum of a row follows the true one only when it falls this far behind, in powers of two: P
+// then reaches 2^8 at most, which costs no precision, and almost no tile rescales the output.
+constexpr float RESCALE_THRESHOLD_LOG2 = 8.0f;
+// What one group of heads may keep in the L2 cache while the blocks of a launch walk over it. Half of an H100's, less
+// than an A100's.
+constexpr int64_t L2_GROUP_BYTES = 32 << 20;
+
+// ---- what a launch works through ---------------------------------------------------------------
+// A flat grid over (tile, head), B * heads heads in all. The heads are taken in groups that fit the L2 cache together;
+// within a group all heads' longest tiles come first, so that the short ones fill the gaps at the end.
+struct TileOrder {
+    int num_tiles;
+    int num_heads;
+    int heads_per_group;
+
+    struct Place {
+        int tile;  // 0: the first to start
+        int head;  // b * heads + h
+    };
+    __device__ Place place(int block) const {
+        const int first_head = block / (num_tiles * heads_per_group) * heads_per_group;
+        const int heads = min(heads_per_group, num_heads - first_head);
+        const int within = block - num_tiles * first_head;
+        return {within / heads, first_head + within % heads};
+    }
+};
+
+// Causality as one number: query t sees keys below min(Tk, t + 1 + key_offset). Full attention is an offset of Tk, and
+// no offset need be larger, or smaller than -Tq, so the sum cannot overflow.
+inline int64_t mma_key_offset(const AttentionShape& shape) {
+    return shape.causal ? std::clamp(shape.causal_offset, -shape.Tq, shape.Tk) : shape.Tk;
+}
+
+struct MmaForwardArguments {
+    HeadView<bf16> out;
+    float* lse;
+    HeadView<const bf16> q, k, v;
+    int64_t Tq, Tk, key_offset;
+    int H, heads_per_kv_head, D;
+    float scale_log2;  // scale * log2(e): 2^(scale_log2 q.k) is what the softmax adds up
+    TileOrder order;
+};
+
+struct MmaBackwardArguments {
+    HeadView<bf16> dq, dk, dv;
+    HeadView<const bf16> dout, q, k, v;
+    const float2* row_statistics;  // [B, H, Tq]: lse in powers of two, delta
+    float* dq_accumulator;         // in fragment order, see dq_fragment; nullptr: do not compute dq
+    int64_t Tq, Tk, key_offset;
+    int H, heads_per_kv_head, D;
+    float scale, scale_log2;
+    TileOrder order;
+};
+
+// ---- tiles in shared memory --------------------------------------------------------------------
+// A [rows][COLUMNS] bf16 tile whose 16-byte chunks are permuted within a row so that a column of chunks of eight
+// consecutive rows covers all banks: ldmatrix, the copies in and the fragment stores have no conflicts.
+template <int COLUMNS>
+struct SwizzledTile {
+    static_assert(COLUMNS % 16 == 0, "ldmatrix takes 16 columns at a time");
+    static constexpr int NUM_CHUNKS = COLUMNS / 8;
+    static constexpr int ROW_BYTES = 2 * COLUMNS;
+    static constexpr int PERMUTED = COLUMNS % 64 == 0 ? 8 : COLUMNS % 32 == 0 ? 4 : 2;  // chunks, in aligned groups
+
+    __device__ static int key(int row) { return row / (8 / PERMUTED) % PERMUTED; }
+    // Byte offset of a chunk.
+    __device__ static uint32_t offset(int row, int chunk) { return row * ROW_BYTES + (chunk ^ key(row)) * 16; }
+};
+
+// The addresses one lane gives to ldmatrix for four 8 x 8 matrices of a tile: 16 rows and two chunks. `row` is a
+// multiple of 16, `chunk` of 2; when they are constants the address is one register and an immediate.
+template <int COLUMNS>
+struct FragmentReader {
+    using Tile = SwizzledTile<COLUMNS>;
+    uint32_t base;
+    uint32_t lane_chunk;
+
+    __device__ __forceinline__ FragmentReader(uint32_t tile, int lane_row, int lane_chunk)
+        : base(tile + lane_row * Tile::ROW_BYTES), lane_chunk(lane_chunk ^ Tile::key(lane_row)) {}
+    // Matrices in the order (rows 0-7, chunk 0), (rows 8-15, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 1): A
+    // from rows; B from a tile whose rows are the contraction, transposed.
+    __device__ __forceinline__ static FragmentReader rows_first(uint32_t tile, int lane) {
+        return FragmentReader(tile, lane % 16, lane / 16);
+    }
+    // (rows 0-7, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 0), (rows 8-15, chunk 1): B from a tile whose columns
+    // are the contraction; A from a tile whose rows are, transposed.
+    __device__ __forceinline__ static FragmentReader chunks_first(uint32_t tile, int lane) {
+        return FragmentReader(tile, lane % 8 + lane / 16 * 8, lane / 8 % 2);
+    }
+    __device__ __forceinline__ uint32_t address(int row, int chunk) const {
+        const uint32_t permuted = (chunk % Tile::PERMUTED ^ lane_chunk) * 16;
+        return base + permuted + row * Tile::ROW_BYTES + chunk / Tile::PERMUTED * Tile::PERMUTED * 16;
+    }
+};
+
+// Starts copying ROWS rows of D columns into a tile, by THREADS threads; rows from num_rows on and columns from D on
+// become zero. The pointer is stepped, not indexed: offsets of every copy would be hoisted out of the caller's loop and
+// take the accumulators' registers.
+template <int ROWS, int COLUMNS, int THREADS>
+__device__ __forceinline__ void load_tile(uint32_t tile, const bf16* first_row, int64_t stride_t, int64_t num_rows,
+                                          int D) {
+    using Tile = SwizzledTile<COLUMNS>;
+    constexpr int ROWS_PER_PASS = THREADS / Tile::PERMUTED;
+    static_assert(ROWS % ROWS_PER_PASS == 0 && ROWS_PER_PASS % 8 == 0, "whole passes, of whole swizzle patterns");
+    const int row = threadIdx.x / Tile::PERMUTED, chunk = threadIdx.x % Tile::PERMUTED;
+    const uint32_t shared = tile + Tile::offset(row, chunk);
+    const bf16* global = first_row + row * stride_t + chunk * 8;
+    const bool whole = num_rows >= ROWS && D == COLUMNS;
+    const int rows_left = (int)min(num_rows, (int64_t)ROWS) - row, columns_left = D - chunk * 8;
+#pragma unroll
+    for (int pass_row = 0; pass_row < ROWS; pass_row += ROWS_PER_PASS) {
+#pragma unroll
+        for (int group = 0; group < COLUMNS; group += Tile::PERMUTED * 8) {
+            cp_async_16(shared + pass_row * Tile::ROW_BYTES + group * 2, global + group,
+                        whole || (pass_row < rows_left && group < columns_left));
+        }
+        global += ROWS_PER_PASS * stride_t;
+    }
+}
+
+// Rounds a warp's accumulators, times a factor for each row, into its rows of a tile; `tile` is the address of the
+// first.
+template <int COLUMNS, int M_TILES, int N_TILES>
+__device__ __forceinline__ void store_fragments(uint32_t tile, const float (&c)[M_TILES][N_TILES][4],
+                                                const float (&factor)[M_TILES][2], int first_chunk) {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const int row = 16 * m + 8 * half + lane / 4;
+                const uint32_t address =
+                    tile + SwizzledTile<COLUMNS>::offset(row, first_chunk + n) + lane % 4 * sizeof(uint32_t);
+                store_shared_b32(
+                    address, pack_bf16x2(c[m][n][2 * half] * factor[m][half], c[m][n][2 * half + 1] * factor[m][half]));
+            }
+        }
+    }
+}
+// Copies ROWS rows of a tile, of one warp's, to memory: chunks [first_chunk, first_chunk + NUM_CHUNKS) of the first
+// num_rows rows and D columns.
+template <int COLUMNS, int ROWS, int NUM_CHUNKS>
+__device__ __forceinline__ void store_rows(bf16* first_row, int64_t stride_t, uint32_t tile, int64_t num_rows, int D,
+                                           int first_chunk) {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+    for (int index = lane; index < ROWS * NUM_CHUNKS; index += WARP_SIZE) {
+        const int row = index / NUM_CHUNKS, chunk = first_chunk + index % NUM_CHUNKS;
+        if (row < num_rows && chunk * 8 < D) {
+            *reinterpret_cast<int4*>(first_row + row * stride_t + chunk * 8) =
+                load_shared_b128(tile + SwizzledTile<COLUMNS>::offset(row, chunk));
+        }
+    }
+}
+
+// ---- products ----------------------------------------------------------------------------------
+template <int M_TILES, int N_TILES>
+__device__ __forceinline__ void set_zero(float (&c)[M_TILES][N_TILES][4]) {
+#pragma unroll
+    for (int i = 0; i < M_TILES * N_TILES * 4; ++i) {
+        c[i / (4 * N_TILES)][i / 4 % N_TILES][i % 4] = 0.0f;
+    }
+}
+// c = rows of a times rows of b, contracted over their columns: M_TILES * 16 rows of a, N_TILES * 8 of b from b_row on.
+template <int COLUMNS, int M_TILES, int N_TILES>
+__device__ __forceinline__ void multiply_rows(float (&c)[M_TILES][N_TILES][4], const FragmentReader<COLUMNS>& a,
+                                              const FragmentReader<COLUMNS>& b, int b_row) {
+    set_zero(c);
+#pragma unroll
+    for (int k = 0; k < COLUMNS / 16; ++k) {
+        uint32_t a_fragment[M_TILES][4];
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m) {
+            ldmatrix_x4(a_fragment[m], a.address(16 * m, 2 * k));
+        }
+#pragma unroll
+        for (int n = 0; n < N_TILES; n += 2) {
+            uint32_t b_fragment[4];
+            ldmatrix_x4(b_fragment, b.address(b_row + 8 * n, 2 * k));
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m) {
+                mma_m16n8k16(c[m][n], a_fragment[m], b_fragment[0], b_fragment[1]);
+                mma_m16n8k16(c[m][n + 1], a_fragment[m], b_fragment[2], b_fragment[3]);
+            }
+        }
+    }
+}
+// Accumulators, rounded, as the A operand of the next product.
+template <int M_TILES, int N_TILES>
+__device__ __forceinline__ void pack_operand(uint32_t (&a)[M_TILES][N_TILES / 2][4],
+                                             const float (&c)[M_TILES][N_TILES][4]) {
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int n = 0; n < N_TILES; ++n) {
+            a[m][n / 2][n % 2 * 2] = pack_bf16x2(c[m][n][0], c[m][n][1]);
+            a[m][n / 2][n % 2 * 2 + 1] = pack_bf16x2(c[m][n][2], c[m][n][3]);
+        }
+    }
+}
+// c (+=) a b: the contraction runs over rows [b_row, b_row + 16 K_TILES) of b; columns of c are the chunks of b from
+// b_chunk on.
+template <int COLUMNS, int M_TILES, int K_TILES, int N_TILES>
+__device__ __forceinline__ void multiply_add(float (&c)[M_TILES][N_TILES][4], const uint32_t (&a)[M_TILES][K_TILES][4],
+                                             const FragmentReader<COLUMNS>& b, int b_row, int b_chunk) {
+#pragma unroll
+    for (int k = 0; k < K_TILES; ++k) {
+#pragma unroll
+        for (int n = 0; n < N_TILES; n += 2) {
+            uint32_t b_fragment[4];
+            ldmatrix_x4_trans(b_fragment, b.address(b_row + 16 * k, b_chunk + n));
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m) {
+                mma_m16n8k16(c[m][n], a[m][k], b_fragment[0], b_fragment[1]);
+                mma_m16n8k16(c[m][n + 1], a[m][k], b_fragment[2], b_fragment[3]);
+            }
+        }
+    }
+}
+
+// Scores of query rows [row, row + 16 M_TILES) and keys from `key` on become -infinity where the query does not see the
+// key. All row and key numbers are those of the sequence.
+template <int M_TILES, int N_TILES>
+__device__ __forceinline__ void mask_scores(float (&scores)[M_TILES][N_TILES][4], int64_t row, int64_t key,
+                                            int64_t key_offset, int64_t Tk) {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int64_t end = min(Tk, row + 16 * m + 8 * half + lane / 4 + 1 + key_offset);
+            const int visible = (int)max((int64_t)0, min(end - key, (int64_t)(8 * N_TILES))) - lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float& score = scores[m][n][2 * half + i];
+                    score = 8 * n + i < visible ? score : -INFINITY;
+                }
+            }
+        }
+    }
+}
+// The same for transposed scores: 16 M_TILES keys from `key` on, query rows from `row` on.
+template <int M_TILES, int N_TILES>
+__device__ __forceinline__ void mask_scores_transposed(float (&scores)[M_TILES][N_TILES][4], int64_t key, int64_t row,
+                                                       int64_t key_offset, int64_t Tk) {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int64_t this_key = key + 16 * m + 8 * half + lane / 4;
+            // The first row that sees the key, counted from this lane's first column.
+            const int64_t first = this_key < Tk ? this_key - key_offset - row : INT64_MAX;
+            const int hidden = (int)max((int64_t)0, min(first, (int64_t)(8 * N_TILES))) - lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float& score = scores[m][n][2 * half + i];
+                    score = 8 * n + i < hidden ? -INFINITY : score;
+                }
+            }
+        }
+    }
+}
+
+// ---- forward -----------------------------------------------------------------------------------
+// D: padded head dim. M_TILES: 16-row tiles of queries a warp. STAGES: tiles of k and v in flight; with 1, k loads
+// while the softmax and the second product run, and v while the first does.
+template <int D_, int M_TILES_, int BLOCK_N_, int STAGES_>
+struct MmaForwardTile {
+    static constexpr int D = D_, M_TILES = M_TILES_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
+    static constexpr int WARPS = 4, THREADS = WARPS * WARP_SIZE;
+    static constexpr int BLOCK_M = WARPS * 16 * M_TILES;
+    static constexpr int MIN_BLOCKS = 2;  // resident on an SM: 255 registers a thread
+    struct Shared {
+        alignas(128) bf16 q[BLOCK_M * D];  // at the end the output's tile
+        alignas(128) bf16 k[STAGES][BLOCK_N * D];
+        alignas(128) bf16 v[STAGES][BLOCK_N * D];
+    };
+};
+
+// Online softmax of one tile: scores become P = 2^(scale_log2 score - shift) with the shift of each row's reference
+// maximum, row_sum (+=) P, and out is rescaled when a reference moves.
+template <int M_TILES, int N_TILES, int OUT_TILES>
+__device__ __forceinline__ void online_softmax(float (&scores)[M_TILES][N_TILES][4],
+                                               float (&out)[M_TILES][OUT_TILES][4], float (&row_max)[M_TILES][2],
+                                               float (&row_sum)[M_TILES][2], float scale_log2) {
+    float tile_max[M_TILES][2];
+    bool moves = false;
+    const float threshold = RESCALE_THRESHOLD_LOG2 / scale_log2;
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float maximum = -INFINITY;
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                maximum = fmaxf(maximum, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
+            }
+            tile_max[m][half] = maximum;
+            moves |= maximum > row_max[m][half] + threshold;
+        }
+    }
+    if (__any_sync(FULL_WARP, moves)) {
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float maximum = fmaxf(row_max[m][half], tile_max[m][half]);
+                maximum = fmaxf(maximum, __shfl_xor_sync(FULL_WARP, maximum, 1));
+                maximum = fmaxf(maximum, __shfl_xor_sync(FULL_WARP, maximum, 2));
+                // Equal when both are -infinity: their difference must not be formed.
+                const float factor =
+                    maximum == row_max[m][half] ? 1.0f : exp2_approx((row_max[m][half] - maximum) * scale_log2);
+                row_max[m][half] = maximum;
+                row_sum[m][half] *= factor;
+#pragma unroll
+                for (int n = 0; n < OUT_TILES; ++n) {
+                    out[m][n][2 * half] *= factor;
+                    out[m][n][2 * half + 1] *= factor;
+                }
+            }
+        }
+    }
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            // A row that has seen no key yet has only scores of -infinity: any finite shift gives P = 0.
+            const float shift = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * scale_log2;
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float& score = scores[m][n][2 * half + i];
+                    score = exp2_approx(fmaf(score, scale_log2, -shift));
+                    row_sum[m][half] += score;
+                }
+            }
+        }
+    }
+}
+
+// Launch: one block a tile of BLOCK_M query rows of one head, in TileOrder. Bound: tensor cores.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
+    flash_attention_mma_forward_kernel(const __grid_constant__ MmaForwardArguments args) {
+    constexpr int D = Tile::D, M_TILES = Tile::M_TILES, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N;
+    constexpr int THREADS = Tile::THREADS, STAGES = Tile::STAGES, WARP_ROWS = 16 * M_TILES;
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
+    const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+
+    const TileOrder::Place place = args.order.place(blockIdx.x);
+    const int b = place.head / args.H, h = place.head % args.H, kv_head = h / args.heads_per_kv_head;
+    const int64_t first_row = (int64_t)(args.order.num_tiles - 1 - place.tile) * BLOCK_M;
+    const int64_t num_rows = min((int64_t)BLOCK_M, args.Tq - first_row);
+    const int64_t warp_row = first_row + warp * WARP_ROWS;
+    // Keys that some row sees, and keys that every row sees.
+    const int64_t some_see = max((int64_t)0, min(args.Tk, first_row + num_rows + args.key_offset));
+    const int64_t all_see = max((int64_t)0, min(args.Tk, first_row + 1 + args.key_offset));
+    const int num_key_tiles = (int)((some_see + BLOCK_N - 1) / BLOCK_N);
+    const int num_unmasked = (int)(all_see / BLOCK_N);
+
+    const uint32_t q_tile = shared_address(shared.q);
+    const uint32_t q_warp_tile = q_tile + warp * WARP_ROWS * SwizzledTile<D>::ROW_BYTES;
+    const auto q_reader = FragmentReader<D>::rows_first(q_warp_tile, lane);
+    auto load_keys = [&](int tile, int stage, bool values) {
+        const HeadView<const bf16>& view = values ? args.v : args.k;
+        const int64_t key = (int64_t)tile * BLOCK_N;
+        load_tile<BLOCK_N, D, THREADS>(shared_address(values ? shared.v[stage] : shared.k[stage]),
+                                       view.row(b, key, kv_head), view.stride_t, args.Tk - key, args.D);
+    };
+
+    float out[M_TILES][D / 8][4], row_max[M_TILES][2], row_sum[M_TILES][2];
+    set_zero(out);
+#pragma unroll
+    for (int i = 0; i < 2 * M_TILES; ++i) {
+        row_max[i / 2][i % 2] = -INFINITY;
+        row_sum[i / 2][i % 2] = 0.0f;
+    }
+    if (num_key_tiles > 0) {
+        load_tile<BLOCK_M, D, THREADS>(q_tile, args.q.row(b, first_row, h), args.q.stride_t, num_rows, args.D);
+        load_keys(num_key_tiles - 1, 0, false);
+        if (STAGES > 1) {
+            load_keys(num_key_tiles - 1, 0, true);
+        }
+        cp_async_commit();
+    }
+    // From the last key tile down: the masked ones come first, and near keys tend to hold the maximum.
+    for (int tile = num_key_tiles - 1, stage = 0; tile >= 0; --tile, stage = STAGES > 1 ? stage ^ 1 : 0) {
+        cp_async_wait<0>();
+        __syncthreads();  // this tile has arrived, and every warp is done with the one before
+        if (STAGES == 1) {
+            load_keys(tile, stage, true);
+            cp_async_commit();
+        } else if (tile > 0) {
+            load_keys(tile - 1, stage ^ 1, false);
+            load_keys(tile - 1, stage ^ 1, true);
+            cp_async_commit();
+        }
+        float scores[M_TILES][BLOCK_N / 8][4];
+        multiply_rows(scores, q_reader, FragmentReader<D>::chunks_first(shared_address(shared.k[stage]), lane), 0);
+        if (STAGES == 1) {
+            cp_async_wait<0>();
+            __syncthreads();  // v has arrived, and every warp is done with k
+            if (tile > 0) {
+                load_keys(tile - 1, stage, false);
+                cp_async_commit();
+            }
+        }
+        if (tile >= num_unmasked) {
+            mask_scores(scores, warp_row, (int64_t)tile * BLOCK_N, args.key_offset, args.Tk);
+        }
+        online_softmax(scores, out, row_max, row_sum, args.scale_log2);
+        uint32_t p[M_TILES][BLOCK_N / 16][4];
+        pack_operand(p, scores);
+        multiply_add(out, p, FragmentReader<D>::rows_first(shared_address(shared.v[stage]), lane), 0, 0);
+    }
+
+    // The output goes through this warp's own rows of the q tile to be stored 16 bytes at a time.
+    float factor[M_TILES][2];
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float sum = row_sum[m][half];
+            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+            factor[m][half] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: a row that sees no key
+            const int64_t row = warp_row + 16 * m + 8 * half + lane / 4;
+            if (lane % 4 == 0 && row < args.Tq) {
+                args.lse[(int64_t)place.head * args.Tq + row] =
+                    sum == 0.0f ? -INFINITY : (row_max[m][half] * args.scale_log2 + log2f(sum)) * LN_2;
+            }
+        }
+    }
+    __syncwarp();
+    store_fragments<D>(q_warp_tile, out, factor, 0);
+    __syncwarp();
+    store_rows<D, WARP_ROWS, D / 8>(args.out.row(b, warp_row, h), args.out.stride_t, q_warp_tile, args.Tq - warp_row,
+                                    args.D, 0);
+}
+
+// ---- backward: before and after ----------------------------------------------------------------
+// One m16n8 fragment of dq is 128 floats in the accumulator, in the order in which a warp adds them: coalesced, four
+// floats a lane at once where the GPU can add four. Fragments are [B * H][Tq / 16, rounded up][padded D / 8].
+__host__ __device__ inline int64_t dq_fragment(int64_t head, int64_t row, int64_t Tq, int chunk, int num_chunks) {
+    return ((head * ((Tq + 15) / 16) + row / 16) * num_chunks + chunk) * 128;
+}
+// Element i of a lane's four.
+__device__ __forceinline__ int dq_within_fragment(int lane, int i) {
+#if __CUDA_ARCH__ >= 900
+    return lane * 4 + i;
+#else
+    return i * WARP_SIZE + lane;
+#endif
+}
+__device__ __forceinline__ void add_dq_fragment(float* fragment, int lane, const float (&value)[4]) {
+#if __CUDA_ARCH__ >= 900
+    red_add_f32x4(fragment + dq_within_fragment(lane, 0), make_float4(value[0], value[1], value[2], value[3]));
+#else
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        red_add_f32(fragment + dq_within_fragment(lane, i), value[i]);
+    }
+#endif
+}
+
+constexpr int MMA_ROWS_THREADS = 256;
+constexpr int MMA_STATISTICS_LANES = 8;  // threads a row: 128 bytes of a row at a time
+
+// row_statistics (=) {lse log2(e), rowsum(dout out)}. A row that sees no key gets +infinity, which makes its P zero.
+// Launch: 8 threads a row, flat grid over B * H * Tq rows. Bound: bandwidth, 4D + 12 bytes a row.
+__global__ void __launch_bounds__(MMA_ROWS_THREADS)
+    flash_attention_mma_statistics_kernel(float2* row_statistics, HeadView<const bf16> dout, HeadView<const bf16> out,
+                                          const float* lse, int64_t num_rows, int64_t Tq, int H, int D) {
+    const int64_t thread = (int64_t)blockIdx.x * MMA_ROWS_THREADS + threadIdx.x;
+    const int64_t row = thread / MMA_STATISTICS_LANES;
+    const int lane = thread % MMA_STATISTICS_LANES;
+    float delta = 0.0f;
+    if (row < num_rows) {
+        const int64_t head = row / Tq, t = row % Tq;
+        const bf16* dout_row = dout.row(head / H, t, head % H);
+        const bf16* out_row = out.row(head / H, t, head % H);
+        for (int d = lane * bf16x8::size; d < D; d += MMA_STATISTICS_LANES * bf16x8::size) {
+            const bf16x8 a = load128(dout_row + d), b = load128(out_row + d);
+#pragma unroll
+            for (int i = 0; i < bf16x8::size; ++i) {
+                delta += __bfloat162float(a[i]) * __bfloat162float(b[i]);
+            }
+        }
+    }
+#pragma unroll
+    for (int offset = MMA_STATISTICS_LANES / 2; offset > 0; offset /= 2) {
+        delta += __shfl_xor_sync(FULL_WARP, delta, offset);
+    }
+    if (row < num_rows && lane == 0) {
+        row_statistics[row] = {lse[row] == -INFINITY ? INFINITY : lse[row] * LOG2_E, delta};
+    }
+}
+
+// dq (=) scale * accumulator, from fragment order. Launch: one thread 8 columns of a row, flat grid. Bound: bandwidth,
+// 6D bytes a row.
+__global__ void __launch_bounds__(MMA_ROWS_THREADS)
+    flash_attention_mma_dq_kernel(HeadView<bf16> dq, const float* accumulator, int64_t num_rows, int64_t Tq, int H,
+                                  int D, int num_chunks, float scale) {
+    const int64_t thread = (int64_t)blockIdx.x * MMA_ROWS_THREADS + threadIdx.x;
+    const int64_t row = thread / (D / 8);
+    const int chunk = (int)(thread - row * (D / 8));
+    if (row >= num_rows) {
+        return;
+    }
+    const int64_t head = row / Tq, t = row % Tq;
+    const float* fragment = accumulator + dq_fragment(head, t, Tq, chunk, num_chunks);
+    bf16x8 result;
+#pragma unroll
+    for (int column = 0; column < 8; ++column) {
+        const int lane = (int)(t % 8) * 4 + column / 2, i = (int)(t % 16) / 8 * 2 + column % 2;
+        result[column] = __float2bfloat16(scale * fragment[dq_within_fragment(lane, i)]);
+    }
+    store128(dq.row(head / H, t, head % H) + chunk * 8, result);
+}
+
+// Starts copying the statistics of ROWS rows of a head, from first_row on. Those past the end become zero: there q,
+// dout and delta are zero too, so whatever P is, it adds nothing.
+template <int ROWS>
+__device__ __forceinline__ void load_row_statistics(float2* shared, const float2* head_statistics, int64_t first_row,
+                                                    int64_t Tq) {
+    if (threadIdx.x < ROWS) {
+        const int64_t row = first_row + threadIdx.x;
+        cp_async_8(shared_address(shared + threadIdx.x), head_statistics + row, row < Tq);
+    }
+}
+
+// ---- backward: dk, dv, and dq by atomics -------------------------------------------------------
+// D: padded head dim. KEY_TILES: 16-row tiles of keys a warp. Above D = 128 the accumulators of all columns do not fit
+// the registers: two blocks share a key tile, each computes the scores and half of the columns of dk, dv and dq.
+template <int D_, int WARPS_, int KEY_TILES_, int BLOCK_M_>
+struct MmaBackwardTile {
+    static constexpr int D = D_, WARPS = WARPS_, KEY_TILES = KEY_TILES_, BLOCK_M = BLOCK_M_;
+    static constexpr int THREADS = WARPS * WARP_SIZE, BLOCK_N = WARPS * 16 * KEY_TILES;
+    static constexpr int D_SPLITS = D > 128 ? 2 : 1, D_OUT = D / D_SPLITS;
+    static constexpr int SUB_M = std::min(BLOCK_M, 64 / KEY_TILES);  // query rows in registers at once
+    static constexpr int MIN_BLOCKS = WARPS <= 4 ? 2 : 1;
+    // dq's product: warps over query rows, then over columns.
+    static constexpr int DQ_WARPS_M = BLOCK_M >= 32 ? 2 : 1, DQ_WARPS_D = WARPS / DQ_WARPS_M;
+    static constexpr int DQ_ROWS = BLOCK_M / DQ_WARPS_M, DQ_COLUMNS = D_OUT / DQ_WARPS_D;
+    static_assert(DQ_ROWS % 16 == 0 && DQ_COLUMNS % 16 == 0, "whole mma tiles");
+    struct Shared {
+        alignas(128) bf16 k[BLOCK_N * D];  // at the end the tile of dk
+        alignas(128) bf16 v[BLOCK_N * D];  // at the end the tile of dv
+        alignas(128) bf16 q[2][BLOCK_M * D];
+        alignas(128) bf16 dout[2][BLOCK_M * D];
+        alignas(128) bf16 ds[BLOCK_N * BLOCK_M];  // [key][query]
+        alignas(128) float2 row_statistics[2][BLOCK_M];
+    };
+};
+
+// Launch: D_SPLITS blocks a tile of BLOCK_N keys of one kv head, in TileOrder. Bound: tensor cores, closely followed by
+// shared memory.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
+    flash_attention_mma_backward_kernel(const __grid_constant__ MmaBackwardArguments args) {
+    constexpr int D = Tile::D, D_OUT = Tile::D_OUT, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N;
+    constexpr int THREADS = Tile::THREADS, KEY_TILES = Tile::KEY_TILES, WARP_KEYS = 16 * KEY_TILES, SUB_M = Tile::SUB_M;
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
+    const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+
+    const TileOrder::Place place = args.order.place(blockIdx.x / Tile::D_SPLITS);
+    const int first_chunk = blockIdx.x % Tile::D_SPLITS * (D_OUT / 8);
+    const int num_kv_heads = args.H / args.heads_per_kv_head;
+    const int b = place.head / num_kv_heads, kv_head = place.head % num_kv_heads;
+    const int64_t first_key = (int64_t)place.tile * BLOCK_N;
+    const int64_t num_keys = min((int64_t)BLOCK_N, args.Tk - first_key);
+    // The query tiles in which some row sees some key of this tile: from the first row that sees the first key.
+    const int num_query_tiles = (int)((args.Tq + BLOCK_M - 1) / BLOCK_M);
+    const int first_tile = (int)min((int64_t)num_query_tiles, max((int64_t)0, first_key - args.key_offset) / BLOCK_M);
+
+    const uint32_t k_tile = shared_address(shared.k), v_tile = shared_address(shared.v);
+    const uint32_t ds_tile = shared_address(shared.ds);
+    constexpr int WARP_BYTES = WARP_KEYS * SwizzledTile<D>::ROW_BYTES;
+    auto load_queries = [&](int h, int tile, int stage) {
+        const int64_t row = (int64_t)tile * BLOCK_M;
+        load_tile<BLOCK_M, D, THREADS>(shared_address(shared.q[stage]), args.q.row(b, row, h), args.q.stride_t,
+                                       args.Tq - row, args.D);
+        load_tile<BLOCK_M, D, THREADS>(shared_address(shared.dout[stage]), args.dout.row(b, row, h), args.dout.stride_t,
+                                       args.Tq - row, args.D);
+        load_row_statistics<BLOCK_M>(shared.row_statistics[stage],
+                                     args.row_statistics + ((int64_t)b * args.H + h) * args.Tq, row, args.Tq);
+        cp_async_commit();
+    };
+
+    float dk[KEY_TILES][D_OUT / 8][4], dv[KEY_TILES][D_OUT / 8][4];
+    set_zero(dk);
+    set_zero(dv);
+    const int end_head = (kv_head + 1) * args.heads_per_kv_head;
+    int h = first_tile < num_query_tiles ? kv_head * args.heads_per_kv_head : end_head;
+    if (h < end_head) {
+        load_tile<BLOCK_N, D, THREADS>(k_tile, args.k.row(b, first_key, kv_head), args.k.stride_t, num_keys, args.D);
+        load_tile<BLOCK_N, D, THREADS>(v_tile, args.v.row(b, first_key, kv_head), args.v.stride_t, num_keys, args.D);
+        load_queries(h, first_tile, 0);
+    }
+    for (int tile = first_tile, stage = 0; h < end_head; stage ^= 1) {
+        cp_async_wait<0>();
+        __syncthreads();  // this tile has arrived, and every warp is done with the one before and with ds
+        const int this_head = h;
+        const int64_t row = (int64_t)tile * BLOCK_M;
+        if (++tile == num_query_tiles) {
+            tile = first_tile;
+            ++h;
+        }
+        if (h < end_head) {
+            load_queries(h, tile, stage ^ 1);
+        }
+        const uint32_t q_tile = shared_address(shared.q[stage]), dout_tile = shared_address(shared.dout[stage]);
+        const bool masked = first_key + BLOCK_N > args.Tk || first_key + BLOCK_N - 1 > row + args.key_offset;
+#pragma unroll
+        for (int sub = 0; sub < BLOCK_M; sub += SUB_M) {
+            float p[KEY_TILES][SUB_M / 8][4], ds[KEY_TILES][SUB_M / 8][4];
+            multiply_rows(p, FragmentReader<D>::rows_first(k_tile + warp * WARP_BYTES, lane),
+                          FragmentReader<D>::chunks_first(q_tile, lane), sub);
+            multiply_rows(ds, FragmentReader<D>::rows_first(v_tile + warp * WARP_BYTES, lane),
+                          FragmentReader<D>::chunks_first(dout_tile, lane), sub);
+            if (masked) {
+                mask_scores_transposed(p, first_key + warp * WARP_KEYS, row + sub, args.key_offset, args.Tk);
+            }
+#pragma unroll
+            for (int n = 0; n < SUB_M / 8; ++n) {
+                // Of this lane's two columns: lse, delta, lse, delta.
+                const float4 statistics =
+                    *reinterpret_cast<const float4*>(&shared.row_statistics[stage][sub + 8 * n + lane % 4 * 2]);
+#pragma unroll
+                for (int m = 0; m < KEY_TILES; ++m) {
+#pragma unroll
+                    for (int i = 0; i < 4; ++i) {
+                        const float lse = i % 2 == 0 ? statistics.x : statistics.z;
+                        const float delta = i % 2 == 0 ? statistics.y : statistics.w;
+                        p[m][n][i] = exp2_approx(fmaf(p[m][n][i], args.scale_log2, -lse));
+                        ds[m][n][i] = p[m][n][i] * (ds[m][n][i] - delta);
+                    }
+                }
+            }
+            uint32_t operand[KEY_TILES][SUB_M / 16][4];
+            pack_operand(operand, p);
+            multiply_add(dv, operand, FragmentReader<D>::rows_first(dout_tile, lane), sub, first_chunk);
+            pack_operand(operand, ds);
+            if (args.dq_accumulator != nullptr) {
+#pragma unroll
+                for (int m = 0; m < KEY_TILES; ++m) {
+#pragma unroll
+                    for (int i = 0; i < SUB_M / 4; ++i) {  // operand[m][.][i % 4]: row half i % 2, chunk i / 2
+                        const int key = warp * WARP_KEYS + 16 * m + 8 * (i % 2) + lane / 4;
+                        store_shared_b32(
+                            ds_tile + SwizzledTile<BLOCK_M>::offset(key, sub / 8 + i / 2) + lane % 4 * sizeof(uint32_t),
+                            operand[m][i / 4][i % 4]);
+                    }
+                }
+            }
+            multiply_add(dk, operand, FragmentReader<D>::rows_first(q_tile, lane), sub, first_chunk);
+        }
+        if (args.dq_accumulator != nullptr) {
+            __syncthreads();  // ds is whole
+            constexpr int M_TILES = Tile::DQ_ROWS / 16, N_TILES = Tile::DQ_COLUMNS / 8;
+            const int dq_row = warp % Tile::DQ_WARPS_M * Tile::DQ_ROWS;
+            const int dq_chunk = first_chunk + warp / Tile::DQ_WARPS_M * N_TILES;
+            const auto ds_reader = FragmentReader<BLOCK_M>::chunks_first(ds_tile, lane);
+            float dq[M_TILES][N_TILES][4];
+            set_zero(dq);
+#pragma unroll
+            for (int key = 0; key < BLOCK_N; key += 16) {
+                uint32_t operand[M_TILES][1][4];
+#pragma unroll
+                for (int m = 0; m < M_TILES; ++m) {
+                    ldmatrix_x4_trans(operand[m][0], ds_reader.address(key, dq_row / 8 + 2 * m));
+                }
+                multiply_add(dq, operand, FragmentReader<D>::rows_first(k_tile, lane), key, dq_chunk);
+            }
+#pragma unroll
+            for (int m = 0; m < M_TILES; ++m) {
+                const int64_t fragment_row = row + dq_row + 16 * m;
+                if (fragment_row < args.Tq) {
+#pragma unroll
+                    for (int n = 0; n < N_TILES; ++n) {
+                        add_dq_fragment(args.dq_accumulator + dq_fragment((int64_t)b * args.H + this_head, fragment_row,
+                                                                          args.Tq, dq_chunk + n, D / 8),
+                                        lane, dq[m][n]);
+                    }
+                }
+            }
+        }
+    }
+
+    __syncthreads();  // every warp is done with k
+    float dk_factor[KEY_TILES][2], dv_factor[KEY_TILES][2];
+#pragma unroll
+    for (int i = 0; i < 2 * KEY_TILES; ++i) {
+        dk_factor[i / 2][i % 2] = args.scale;
+        dv_factor[i / 2][i % 2] = 1.0f;
+    }
+    store_fragments<D>(k_tile + warp * WARP_BYTES, dk, dk_factor, first_chunk);
+    store_fragments<D>(v_tile + warp * WARP_BYTES, dv, dv_factor, first_chunk);
+    __syncwarp();
+    const int64_t warp_key = first_key + warp * WARP_KEYS;
+    store_rows<D, WARP_KEYS, D_OUT / 8>(args.dk.row(b, warp_key, kv_head), args.dk.stride_t, k_tile + warp * WARP_BYTES,
+                                        args.Tk - warp_key, args.D, first_chunk);
+    store_rows<D, WARP_KEYS, D_OUT / 8>(args.dv.row(b, warp_key, kv_head), args.dv.stride_t, v_tile + warp * WARP_BYTES,
+                                        args.Tk - warp_key, args.D, first_chunk);
+}
+
+// ---- backward: dq in a fixed order -------------------------------------------------------------
+// D: padded head dim. M_TILES: 16-row tiles of queries a warp.
+template <int D_, int M_TILES_, int BLOCK_N_>
+struct MmaBackwardQueryTile {
+    static constexpr int D = D_, M_TILES = M_TILES_, BLOCK_N = BLOCK_N_;
+    static constexpr int WARPS = 4, THREADS = WARPS * WARP_SIZE, BLOCK_M = WARPS * 16 * M_TILES;
+    static constexpr int MIN_BLOCKS = 2;
+    struct Shared {
+        alignas(128) bf16 q[BLOCK_M * D];  // at the end the tile of dq
+        alignas(128) bf16 dout[BLOCK_M * D];
+        alignas(128) bf16 k[2][BLOCK_N * D];
+        alignas(128) bf16 v[2][BLOCK_N * D];
+        alignas(128) float2 row_statistics[BLOCK_M];
+    };
+};
+
+// Launch: one block a tile of BLOCK_M query rows of one head, in TileOrder. Bound: tensor cores.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
+    flash_attention_mma_backward_query_kernel(const __grid_constant__ MmaBackwardArguments args) {
+    constexpr int D = Tile::D, M_TILES = Tile::M_TILES, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N;
+    constexpr int THREADS = Tile::THREADS, WARP_ROWS = 16 * M_TILES;
+    extern __shared__ __align__(128) unsigned char shared_memory[];
+    typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
+    const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
+
+    const TileOrder::Place place = args.order.place(blockIdx.x);
+    const int b = place.head / args.H, h = place.head % args.H, kv_head = h / args.heads_per_kv_head;
+    const int64_t first_row = (int64_t)(args.order.num_tiles - 1 - place.tile) * BLOCK_M;
+    const int64_t num_rows = min((int64_t)BLOCK_M, args.Tq - first_row);
+    const int64_t warp_row = first_row + warp * WARP_ROWS;
+    const int64_t some_see = max((int64_t)0, min(args.Tk, first_row + num_rows + args.key_offset));
+    const int64_t all_see = max((int64_t)0, min(args.Tk, first_row + 1 + args.key_offset));
+    const int num_key_tiles = (int)((some_see + BLOCK_N - 1) / BLOCK_N);
+    const int num_unmasked = (int)(all_see / BLOCK_N);
+
+    const uint32_t q_tile = shared_address(shared.q), dout_tile = shared_address(shared.dout);
+    const uint32_t warp_offset = warp * WARP_ROWS * SwizzledTile<D>::ROW_BYTES;
+    auto load_keys = [&](int tile, int stage) {
+        const int64_t key = (int64_t)tile * BLOCK_N;
+        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.k[stage]), args.k.row(b, key, kv_head), args.k.stride_t,
+                                       args.Tk - key, args.D);
+        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.v[stage]), args.v.row(b, key, kv_head), args.v.stride_t,
+                                       args.Tk - key, args.D);
+        cp_async_commit();
+    };
+
+    float dq[M_TILES][D / 8][4];
+    set_zero(dq);
+    if (num_key_tiles > 0) {
+        load_tile<BLOCK_M, D, THREADS>(q_tile, args.q.row(b, first_row, h), args.q.stride_t, num_rows, args.D);
+        load_tile<BLOCK_M, D, THREADS>(dout_tile, args.dout.row(b, first_row, h), args.dout.stride_t, num_rows, args.D);
+        load_row_statistics<BLOCK_M>(shared.row_statistics, args.row_statistics + (int64_t)place.head * args.Tq,
+                                     first_row, args.Tq);
+        load_keys(num_key_tiles - 1, 0);
+    }
+    for (int tile = num_key_tiles - 1, stage = 0; tile >= 0; --tile, stage ^= 1) {
+        cp_async_wait<0>();
+        __syncthreads();  // this tile has arrived, and every warp is done with the one before
+        if (tile > 0) {
+            load_keys(tile - 1, stage ^ 1);
+        }
+        const uint32_t k_tile = shared_address(shared.k[stage]), v_tile = shared_address(shared.v[stage]);
+        float p[M_TILES][BLOCK_N / 8][4], ds[M_TILES][BLOCK_N / 8][4];
+        multiply_rows(p, FragmentReader<D>::rows_first(q_tile + warp_offset, lane),
+                      FragmentReader<D>::chunks_first(k_tile, lane), 0);
+        multiply_rows(ds, FragmentReader<D>::rows_first(dout_tile + warp_offset, lane),
+                      FragmentReader<D>::chunks_first(v_tile, lane), 0);
+        if (tile >= num_unmasked) {
+            mask_scores(p, warp_row, (int64_t)tile * BLOCK_N, args.key_offset, args.Tk);
+        }
+#pragma unroll
+        for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                const float2 statistics =
+                    shared.row_statistics[warp * WARP_ROWS + 16 * m + 8 * half + lane / 4];  // lse, delta
+#pragma unroll
+                for (int n = 0; n < BLOCK_N / 8; ++n) {
+#pragma unroll
+                    for (int i = 2 * half; i < 2 * half + 2; ++i) {
+                        const float probability = exp2_approx(fmaf(p[m][n][i], args.scale_log2, -statistics.x));
+                        ds[m][n][i] = probability * (ds[m][n][i] - statistics.y);
+                    }
+                }
+            }
+        }
+        uint32_t operand[M_TILES][BLOCK_N / 16][4];
+        pack_operand(operand, ds);
+        multiply_add(dq, operand, FragmentReader<D>::rows_first(k_tile, lane), 0, 0);
+    }
+
+    float factor[M_TILES][2];
+#pragma unroll
+    for (int i = 0; i < 2 * M_TILES; ++i) {
+        factor[i / 2][i % 2] = args.scale;
+    }
+    __syncwarp();
+    store_fragments<D>(q_tile + warp_offset, dq, factor, 0);
+    __syncwarp();
+    store_rows<D, WARP_ROWS, D / 8>(args.dq.row(b, warp_row, h), args.dq.stride_t, q_tile + warp_offset,
+                                    args.Tq - warp_row, args.D, 0);
+}
+
+// ---- launchers ---------------------------------------------------------------------------------
+// What every attention kernel here assumes of its operands.
+inline void mma_check_shape(const AttentionShape& s) {
+    CHECK(s.D >= 8 && s.D <= 256 && s.D % 8 == 0, "attention: head dim D = %d must be a multiple of 8 from 8 to 256",
+          s.D);
+    CHECK(s.B >= 1 && s.Tq >= 1 && s.Tk >= 1, "attention: B = %d, Tq = %lld, Tk = %lld must be positive", s.B,
+          (long long)s.Tq, (long long)s.Tk);
+    CHECK(s.Hkv >= 1 && s.H >= s.Hkv && s.H % s.Hkv == 0,
+          "attention: H = %d query heads must be a multiple of Hkv = %d key/value heads", s.H, s.Hkv);
+    CHECK(std::isfinite(s.scale) && s.scale > 0.0f, "attention: scale %g must be positive and finite", s.scale);
+}
+inline void mma_check_view(const char* name, const HeadView<const bf16>& view) {
+    CHECK(reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride_b % 8 == 0 && view.stride_t % 8 == 0 &&
+              view.stride_h % 8 == 0,
+          "attention: rows of %s must be aligned to 16 bytes (strides %lld, %lld, %lld elements)", name,
+          (long long)view.stride_b, (long long)view.stride_t, (long long)view.stride_h);
+}
+
+// num_tiles a head, of `heads` heads a sequence; the operands that blocks of one head share are head_bytes.
+inline TileOrder mma_tile_order(int64_t num_tiles, int B, int heads, int heads_sharing, int64_t head_bytes) {
+    const int64_t num_heads = (int64_t)B * heads;
+    CHECK(num_tiles * num_heads <= INT32_MAX / 2, "attention: %lld tiles of %lld heads are more than a grid holds",
+          (long long)num_tiles, (long long)num_heads);
+    const int64_t heads_per_group = std::max<int64_t>(1, L2_GROUP_BYTES / head_bytes) * heads_sharing;
+    return {(int)num_tiles, (int)num_heads, (int)std::min(heads_per_group, num_heads)};
+}
+
+template <class Tile, class Arguments>
+inline void mma_launch(void (*kernel)(Arguments), const Arguments& args, int blocks_per_tile, cudaStream_t stream) {
+    const int num_bytes = (int)sizeof(typename Tile::Shared);
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
+    kernel<<<args.order.num_tiles * args.order.num_heads * blocks_per_tile, Tile::THREADS, num_bytes, stream>>>(args);
+    CUDA_CHECK_LAUNCH();
+}
+
+template <class Tile>
+inline void mma_launch_forward(MmaForwardArguments args, const AttentionShape& shape, cudaStream_t stream) {
+    args.order = mma_tile_order(ceil_div<int64_t>(shape.Tq, Tile::BLOCK_M), shape.B, shape.H, args.heads_per_kv_head,
+                                shape.Tk * shape.D * 2 * (int64_t)sizeof(bf16));
+    mma_launch<Tile>(flash_attention_mma_forward_kernel<Tile>, args, 1, stream);
+}
+template <class Tile>
+inline void mma_launch_backward(MmaBackwardArguments args, const AttentionShape& shape, cudaStream_t stream) {
+    const int64_t row_bytes = shape.D * (2 * sizeof(bf16) + (args.dq_accumulator != nullptr ? sizeof(float) : 0));
+    args.order = mma_tile_order(ceil_div<int64_t>(shape.Tk, Tile::BLOCK_N), shape.B, shape.Hkv, 1,
+                                shape.Tq * args.heads_per_kv_head * row_bytes);
+    mma_launch<Tile>(flash_attention_mma_backward_kernel<Tile>, args, Tile::D_SPLITS, stream);
+}
+template <class Tile>
+inline void mma_launch_backward_query(MmaBackwardArguments args, const AttentionShape& shape, cudaStream_t stream) {
+    args.order = mma_tile_order(ceil_div<int64_t>(shape.Tq, Tile::BLOCK_M), shape.B, shape.H, args.heads_per_kv_head,
+                                shape.Tk * shape.D * 2 * (int64_t)sizeof(bf16));
+    mma_launch<Tile>(flash_attention_mma_backward_query_kernel<Tile>, args, 1, stream);
+}
+
+inline MmaForwardArguments mma_forward_arguments(HeadView<bf16> out, float* lse, HeadView<const bf16> q,
+                                                 HeadView<const bf16> k, HeadView<const bf16> v,
+                                                 const AttentionShape& shape) {
+    mma_check_shape(shape);
+    mma_check_view("out", out);
+    mma_check_view("q", q);
+    mma_check_view("k", k);
+    mma_check_view("v", v);
+    MmaForwardArguments args{};
+    args.out = out, args.lse = lse, args.q = q, args.k = k, args.v = v;
+    args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = mma_key_offset(shape);
+    args.H = shape.H, args.heads_per_kv_head = shape.H / shape.Hkv, args.D = shape.D;
+    args.scale_log2 = shape.scale * LOG2_E;
+    return args;
+}
+
+// out (=), lse (=) [B, H, Tq], natural, of the scaled scores. A query that sees no key gets out 0 and lse -infinity.
+// Repeats bit for bit.
+inline void flash_attention_mma_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
+                                        HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
+    NVTX_RANGE();
+    const MmaForwardArguments args = mma_forward_arguments(out, lse, q, k, v, shape);
+    // clang-format off
+    if      (shape.D <= 32)  { mma_launch_forward<MmaForwardTile<32, 2, 64, 2>>(args, shape, stream); }
+    else if (shape.D <= 64)  { mma_launch_forward<MmaForwardTile<64, 2, 64, 2>>(args, shape, stream); }
+    else if (shape.D <= 96)  { mma_launch_forward<MmaForwardTile<96, 2, 64, 1>>(args, shape, stream); }
+    else if (shape.D <= 128) { mma_launch_forward<MmaForwardTile<128, 2, 64, 1>>(args, shape, stream); }
+    else if (shape.D <= 192) { mma_launch_forward<MmaForwardTile<192, 1, 64, 1>>(args, shape, stream); }
+    else                     { mma_launch_forward<MmaForwardTile<256, 1, 64, 1>>(args, shape, stream); }
+    // clang-format on
+}
+
+// The padded head dim of the backward.
+inline int mma_backward_padded_D(int D) { return D <= 32 ? 32 : D <= 64 ? 64 : D <= 96 ? 96 : D <= 128 ? 128 : 256; }
+inline size_t mma_statistics_bytes(const AttentionShape& s) {
+    return round_up<size_t>((size_t)s.B * s.H * s.Tq * sizeof(float2), 256);
+}
+// Exact. Deterministic: 8 bytes a query row and head; otherwise also the float32 accumulator of dq.
+inline size_t flash_attention_mma_backward_scratch_bytes(const AttentionShape& s, bool deterministic) {
+    const size_t accumulator_rows = (size_t)s.B * s.H * round_up<int64_t>(s.Tq, 16);
+    return mma_statistics_bytes(s) +
+           (deterministic ? 0 : accumulator_rows * mma_backward_padded_D(s.D) * sizeof(float));
+}
+
+// dq, dk, dv (=). out and lse are the forward's (or, of a chunk of keys, those of all keys together: the gradients are
+// then the chunk's share). scratch: flash_attention_mma_backward_scratch_bytes, aligned to 16 bytes, need not be zero.
+// dk and dv always repeat bit for bit; dq does when deterministic.
+inline void flash_attention_mma_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv,
+                                         HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
+                                         HeadView<const bf16> v, HeadView<const bf16> out, const float* lse,
+                                         void* scratch, const AttentionShape& shape, bool deterministic,
+                                         cudaStream_t stream) {
+    NVTX_RANGE();
+    mma_check_shape(shape);
+    const std::pair<const char*, HeadView<const bf16>> views[] = {{"dq", dq}, {"dk", dk}, {"dv", dv}, {"dout", dout},
+                                                                  {"q", q},   {"k", k},   {"v", v},   {"out", out}};
+    for (const auto& [name, view] : views) {
+        mma_check_view(name, view);
+    }
+    CHECK(reinterpret_cast<uintptr_t>(scratch) % 16 == 0, "attention: scratch must be aligned to 16 bytes");
+    const int64_t num_rows = (int64_t)shape.B * shape.H * shape.Tq;
+    const int padded_D = mma_backward_padded_D(shape.D);
+    float2* row_statistics = static_cast<float2*>(scratch);
+    float* accumulator = reinterpret_cast<float*>(static_cast<char*>(scratch) + mma_statistics_bytes(shape));
+
+    const int64_t statistics_blocks = ceil_div<int64_t>(num_rows, MMA_ROWS_THREADS / MMA_STATISTICS_LANES);
+    const int64_t dq_blocks = ceil_div<int64_t>(num_rows * (shape.D / 8), MMA_ROWS_THREADS);
+    CHECK(std::max(statistics_blocks, dq_blocks) <= INT32_MAX, "attention: %lld query rows are more than a grid holds",
+          (long long)num_rows);
+    flash_attention_mma_statistics_kernel<<<statistics_blocks, MMA_ROWS_THREADS, 0, stream>>>(
+        row_statistics, dout, out, lse, num_rows, shape.Tq, shape.H, shape.D);
+    CUDA_CHECK_LAUNCH();
+
+    MmaBackwardArguments args{};
+    args.dq = dq, args.dk = dk, args.dv = dv, args.dout = dout, args.q = q, args.k = k, args.v = v;
+    args.row_statistics = row_statistics;
+    args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = mma_key_offset(shape);
+    args.H = shape.H, args.heads_per_kv_head = shape.H / shape.Hkv, args.D = shape.D;
+    args.scale = shape.scale, args.scale_log2 = shape.scale * LOG2_E;
+    if (!deterministic) {
+        args.dq_accumulator = accumulator;
+        CUDA_CHECK(cudaMemsetAsync(
+            accumulator, 0, flash_attention_mma_backward_scratch_bytes(shape, false) - mma_statistics_bytes(shape),
+            stream));
+    }
+    int device, shared_limit;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    using Tile128 = MmaBackwardTile<128, 8, 1, 64>;       // 147 KB: sm_80, sm_90, sm_100
+    using SmallTile128 = MmaBackwardTile<128, 4, 1, 32>;  // 70 KB: where a block may have 99 KB
+    // clang-format off
+    if      (shape.D <= 32)  { mma_launch_backward<MmaBackwardTile<32, 4, 2, 64>>(args, shape, stream); }
+    else if (shape.D <= 64)  { mma_launch_backward<MmaBackwardTile<64, 4, 2, 64>>(args, shape, stream); }
+    else if (shape.D <= 96)  { mma_launch_backward<MmaBackwardTile<96, 4, 1, 64>>(args, shape, stream); }
+    else if (shape.D <= 128) { (int)sizeof(Tile128::Shared) <= shared_limit ? mma_launch_backward<Tile128>(args, shape, stream)
+                                                                            : mma_launch_backward<SmallTile128>(args, shape, stream); }
+    else                     { mma_launch_backward<MmaBackwardTile<256, 4, 1, 16>>(args, shape, stream); }
+    if (!deterministic) {
+        flash_attention_mma_dq_kernel<<<dq_blocks, MMA_ROWS_THREADS, 0, stream>>>(dq, accumulator, num_rows, shape.Tq, shape.H,
+                                                                                  shape.D, padded_D / 8, shape.scale);
+        CUDA_CHECK_LAUNCH();
+    }
+    else if (shape.D <= 32)  { mma_launch_backward_query<MmaBackwardQueryTile<32, 2, 64>>(args, shape, stream); }
+    else if (shape.D <= 64)  { mma_launch_backward_query<MmaBackwardQueryTile<64, 2, 32>>(args, shape, stream); }
+    else if (shape.D <= 96)  { mma_launch_backward_query<MmaBackwardQueryTile<96, 2, 32>>(args, shape, stream); }
+    else if (shape.D <= 128) { mma_launch_backward_query<MmaBackwardQueryTile<128, 2, 32>>(args, shape, stream); }
+    else if (shape.D <= 192) { mma_launch_backward_query<MmaBackwardQueryTile<192, 1, 32>>(args, shape, stream); }
+    else                     { mma_launch_backward_query<MmaBackwardQueryTile<256, 1, 16>>(args, shape, stream); }
+    // clang-format on
+}
