@@ -1,0 +1,209 @@
+// reference/gemm.h: the three matrix products of a linear layer.
+//   gemm_forward          out [M, N]     = in [M, K] weight [N, K]^T
+//   gemm_backward_input   din [M, K]     = dout [M, N] weight [N, K]
+//   gemm_backward_weight  dweight [N, K] = dout [M, N]^T in [M, K]
+// All are one product of matrices with strides, computed in the manner of Goto & van de Geijn (2008): both operands are
+// copied into panels that the innermost loop reads in order, and a tile of the result stays in registers while it runs
+// over k. Every element is summed by one thread in one order, so the bits do not depend on the number of threads.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace reference {
+
+// ---- constants ---------------------------------------------------------------------------------
+// The tile of the result that stays in registers: GEMM_TILE_ROWS rows of two vectors.
+#ifdef __AVX512F__
+constexpr int GEMM_VECTOR_BYTES = 64;
+constexpr int GEMM_TILE_ROWS = 12;  // 24 of 32 registers
+#else
+constexpr int GEMM_VECTOR_BYTES = 32;
+constexpr int GEMM_TILE_ROWS = 6;  // 12 of 16 registers
+#endif
+template <class Real>
+constexpr int GEMM_TILE_COLUMNS = 2 * GEMM_VECTOR_BYTES / (int)sizeof(Real);
+constexpr int64_t GEMM_BLOCK_K = 256;                             // a panel of b stays in the first-level cache
+constexpr int64_t GEMM_BLOCK_ROWS = 8 * GEMM_TILE_ROWS;           // of a task: its panels of a stay in the second level
+constexpr int64_t GEMM_BLOCK_COLUMNS = 128;                       // of a task
+constexpr int64_t GEMM_PACKED_ROWS = 24 * GEMM_BLOCK_ROWS;        // of a packed at a time: bounds the copies' memory
+constexpr int64_t GEMM_PACKED_COLUMNS = 32 * GEMM_BLOCK_COLUMNS;  // of b packed at a time
+
+// ---- operands ----------------------------------------------------------------------------------
+// Element (row, column) of a matrix lies at data[row * row_stride + column * column_stride].
+template <class Real>
+struct Matrix {
+    const Real* data;
+    int64_t row_stride;
+    int64_t column_stride;
+
+    Matrix block(int64_t row, int64_t column) const {
+        return {data + row * row_stride + column * column_stride, row_stride, column_stride};
+    }
+    Matrix transposed() const { return {data, column_stride, row_stride}; }
+};
+
+// packed (=) [K][width]: column k of the num_rows <= width rows of x [num_rows, K], then zeros.
+template <class Real>
+void gemm_pack_panel(Real* packed, Matrix<Real> x, int64_t num_rows, int64_t K, int width) {
+    for (int64_t k = 0; k < K; ++k) {
+        for (int64_t row = 0; row < num_rows; ++row) {
+            packed[k * width + row] = x.data[row * x.row_stride + k * x.column_stride];
+        }
+        for (int64_t row = num_rows; row < width; ++row) {
+            packed[k * width + row] = 0;
+        }
+    }
+}
+
+// ---- the innermost loop ------------------------------------------------------------------------
+template <class Real>
+struct GemmVector;
+template <>
+struct GemmVector<float> {
+    typedef float type __attribute__((vector_size(GEMM_VECTOR_BYTES)));
+};
+template <>
+struct GemmVector<double> {
+    typedef double type __attribute__((vector_size(GEMM_VECTOR_BYTES)));
+};
+
+// out (= or +=) [rows, columns], rows at most GEMM_TILE_ROWS, columns at most GEMM_TILE_COLUMNS, from packed panels
+// a [K][GEMM_TILE_ROWS] and b [K][GEMM_TILE_COLUMNS].
+template <class Real>
+void gemm_tile(Real* out, int64_t out_stride, const Real* a, const Real* b, int64_t rows, int64_t columns, int64_t K,
+               bool accumulate) {
+    using Vector = typename GemmVector<Real>::type;
+    constexpr int COLUMNS = GEMM_TILE_COLUMNS<Real>, LANES = COLUMNS / 2;
+    Vector sum[GEMM_TILE_ROWS][2] = {};
+    for (int64_t k = 0; k < K; ++k) {
+        Vector b0, b1;
+        std::memcpy(&b0, b + k * COLUMNS, sizeof(Vector));
+        std::memcpy(&b1, b + k * COLUMNS + LANES, sizeof(Vector));
+#pragma GCC unroll 16
+        for (int i = 0; i < GEMM_TILE_ROWS; ++i) {
+            const Real a_value = a[k * GEMM_TILE_ROWS + i];
+            sum[i][0] += a_value * b0;
+            sum[i][1] += a_value * b1;
+        }
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+        Real values[COLUMNS];
+        std::memcpy(values, &sum[i], sizeof(values));
+        Real* out_row = out + i * out_stride;
+        for (int64_t n = 0; n < columns; ++n) {
+            out_row[n] = accumulate ? out_row[n] + values[n] : values[n];
+        }
+    }
+}
+
+// ---- products ----------------------------------------------------------------------------------
+// Copies of operands in panels, kept from product to product.
+template <class Real>
+struct GemmScratch {
+    std::vector<Real> a, b;
+
+    // Room for panels of M rows of a and N columns of b, K deep.
+    void reserve(int64_t M, int64_t N, int64_t K) {
+        const int64_t columns = GEMM_TILE_COLUMNS<Real>;
+        const size_t a_size = (size_t)((M + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS * GEMM_TILE_ROWS * K);
+        const size_t b_size = (size_t)((N + columns - 1) / columns * columns * K);
+        if (a.size() < a_size) {
+            a.resize(a_size);
+        }
+        if (b.size() < b_size) {
+            b.resize(b_size);
+        }
+    }
+    Real* a_panel(int64_t row, int64_t K) { return a.data() + row * K; }
+    Real* b_panel(int64_t column, int64_t K) { return b.data() + column * K; }
+};
+
+// out (= or +=) [M, N], rows out_stride apart, from the panels in scratch, K deep.
+template <class Real>
+void gemm_packed(Real* out, int64_t out_stride, GemmScratch<Real>& scratch, int64_t first_row, int64_t first_column,
+                 int64_t M, int64_t N, int64_t K, bool accumulate) {
+    for (int64_t n = 0; n < N; n += GEMM_TILE_COLUMNS<Real>) {
+        for (int64_t m = 0; m < M; m += GEMM_TILE_ROWS) {
+            gemm_tile(out + m * out_stride + n, out_stride, scratch.a_panel(first_row + m, K),
+                      scratch.b_panel(first_column + n, K), std::min<int64_t>(GEMM_TILE_ROWS, M - m),
+                      std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, N - n), K, accumulate);
+        }
+    }
+}
+
+// out (= or +=) [M, N], rows out_stride apart, of a [M, K] and b [K, N]; on the calling thread, for blocks that fit
+// into its cache.
+template <class Real>
+void gemm_block(Real* out, int64_t out_stride, Matrix<Real> a, Matrix<Real> b, int64_t M, int64_t N, int64_t K,
+                bool accumulate, GemmScratch<Real>& scratch) {
+    scratch.reserve(M, N, K);
+    for (int64_t m = 0; m < M; m += GEMM_TILE_ROWS) {
+        gemm_pack_panel(scratch.a_panel(m, K), a.block(m, 0), std::min<int64_t>(GEMM_TILE_ROWS, M - m), K,
+                        GEMM_TILE_ROWS);
+    }
+    for (int64_t n = 0; n < N; n += GEMM_TILE_COLUMNS<Real>) {
+        gemm_pack_panel(scratch.b_panel(n, K), b.block(0, n).transposed(),
+                        std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, N - n), K, GEMM_TILE_COLUMNS<Real>);
+    }
+    gemm_packed(out, out_stride, scratch, 0, 0, M, N, K, accumulate);
+}
+
+// out (= or +=) [M, N] row-major, of a [M, K] and b [K, N]; on all threads.
+template <class Real>
+void gemm(Real* out, Matrix<Real> a, Matrix<Real> b, int64_t M, int64_t N, int64_t K, bool accumulate) {
+    GemmScratch<Real> scratch;
+    scratch.reserve(std::min(M, GEMM_PACKED_ROWS), std::min(N, GEMM_PACKED_COLUMNS), std::min(K, GEMM_BLOCK_K));
+#pragma omp parallel
+    for (int64_t m0 = 0; m0 < M; m0 += GEMM_PACKED_ROWS) {
+        const int64_t rows = std::min(GEMM_PACKED_ROWS, M - m0);
+        for (int64_t n0 = 0; n0 < N; n0 += GEMM_PACKED_COLUMNS) {
+            const int64_t columns = std::min(GEMM_PACKED_COLUMNS, N - n0);
+            for (int64_t k0 = 0; k0 < K; k0 += GEMM_BLOCK_K) {
+                const int64_t depth = std::min(GEMM_BLOCK_K, K - k0);
+#pragma omp for schedule(static) nowait
+                for (int64_t m = 0; m < rows; m += GEMM_TILE_ROWS) {
+                    gemm_pack_panel(scratch.a_panel(m, depth), a.block(m0 + m, k0),
+                                    std::min<int64_t>(GEMM_TILE_ROWS, rows - m), depth, GEMM_TILE_ROWS);
+                }
+#pragma omp for schedule(static)
+                for (int64_t n = 0; n < columns; n += GEMM_TILE_COLUMNS<Real>) {
+                    gemm_pack_panel(scratch.b_panel(n, depth), b.block(k0, n0 + n).transposed(),
+                                    std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, columns - n), depth,
+                                    GEMM_TILE_COLUMNS<Real>);
+                }
+#pragma omp for collapse(2) schedule(static)
+                for (int64_t m = 0; m < rows; m += GEMM_BLOCK_ROWS) {
+                    for (int64_t n = 0; n < columns; n += GEMM_BLOCK_COLUMNS) {
+                        gemm_packed(out + (m0 + m) * N + n0 + n, N, scratch, m, n, std::min(GEMM_BLOCK_ROWS, rows - m),
+                                    std::min(GEMM_BLOCK_COLUMNS, columns - n), depth, accumulate || k0 > 0);
+                    }
+                }
+            }
+        }
+    }
+}
+
+// out (= or +=) [M, N] = in [M, K] weight [N, K]^T.
+template <class Real>
+void gemm_forward(Real* out, const Real* in, const Real* weight, int64_t M, int64_t N, int64_t K, bool accumulate) {
+    gemm<Real>(out, {in, K, 1}, {weight, 1, K}, M, N, K, accumulate);
+}
+
+// din (= or +=) [M, K] = dout [M, N] weight [N, K].
+template <class Real>
+void gemm_backward_input(Real* din, const Real* dout, const Real* weight, int64_t M, int64_t N, int64_t K,
+                         bool accumulate) {
+    gemm<Real>(din, {dout, N, 1}, {weight, K, 1}, M, K, N, accumulate);
+}
+
+// dweight (= or +=) [N, K] = dout [M, N]^T in [M, K].
+template <class Real>
+void gemm_backward_weight(Real* dweight, const Real* dout, const Real* in, int64_t M, int64_t N, int64_t K,
+                          bool accumulate) {
+    gemm<Real>(dweight, {dout, 1, N}, {in, K, 1}, N, K, M, accumulate);
+}
+
+}  // namespace reference
