@@ -67,7 +67,7 @@ std::vector<To> convert(const std::vector<From>& from) {
         if constexpr (std::is_same_v<From, bf16>) {
             to[i] = (To)__bfloat162float(from[i]);
         } else {
-            to[i] = (To)from[i];
+            to[i] = (To)from[i];  // also float to bf16
         }
     }
     return to;
@@ -103,9 +103,10 @@ class DeviceBuffer {
               (long long)num_elements_);
         CUDA_CHECK(cudaMemcpy(data(), values.data(), num_bytes(), cudaMemcpyHostToDevice));
     }
-    std::vector<Element> download() const {
-        std::vector<Element> values(num_elements_);
-        CUDA_CHECK(cudaMemcpy(values.data(), data(), num_bytes(), cudaMemcpyDeviceToHost));
+    std::vector<Element> download() const { return download(0, num_elements_); }
+    std::vector<Element> download(int64_t first, int64_t count) const {
+        std::vector<Element> values(count);
+        CUDA_CHECK(cudaMemcpy(values.data(), data() + first, count * sizeof(Element), cudaMemcpyDeviceToHost));
         return values;
     }
     void fill_random(uint64_t seed, float scale = 1.0f) {
@@ -176,6 +177,13 @@ Difference difference(const std::vector<Element>& actual, const std::vector<doub
         d.mean_error += error / (double)actual.size();
     }
     return d;
+}
+
+// The limit of a result of Element: twice the error of a plain float implementation, rounded to Element.
+template <class Element>
+double twice_plain_error(const std::vector<float>& plain, const std::vector<double>& expected, double floor = -1.0) {
+    floor = floor < 0 ? root_mean_square(expected) : floor;
+    return 2.0 * std::max(difference(convert<Element>(plain), expected, floor).max_error, unit_roundoff<Element>());
 }
 
 // ---- the harness -------------------------------------------------------------------------------

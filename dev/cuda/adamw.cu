@@ -1,0 +1,107 @@
+// adamw.cu: clipping, AdamW on float32 master weights and the bf16 weights. Bound: bandwidth, 30 bytes a parameter.
+#include "dev/cuda/harness.cuh"
+#include "llmc/adamw.cuh"
+#include "llmc/reference/adamw.h"
+
+using Launcher = void (*)(float* master, float* exp_avg, float* exp_avg_sq, bf16* weights, const float* grads,
+                          const float* grad_norm, const float* loss, int64_t num_elements,
+                          const AdamWArguments& arguments, cudaStream_t stream);
+
+// ---- 1: one thread an element ------------------------------------------------------------------
+__global__ void adamw_kernel1(float* master, float* exp_avg, float* exp_avg_sq, bf16* weights, const float* grads,
+                              const float* grad_norm, const float* loss, int64_t num_elements, AdamWArguments a) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i >= num_elements || !isfinite(*grad_norm) || !isfinite(*loss)) {
+        return;
+    }
+    const float clip = a.max_grad_norm > 0.0f && *grad_norm > a.max_grad_norm ? a.max_grad_norm / *grad_norm : 1.0f;
+    adamw_element(master[i], exp_avg[i], exp_avg_sq[i], grads[i] * clip, a);
+    weights[i] = __float2bfloat16(master[i]);
+}
+static void adamw1(float* master, float* exp_avg, float* exp_avg_sq, bf16* weights, const float* grads,
+                   const float* grad_norm, const float* loss, int64_t num_elements, const AdamWArguments& arguments,
+                   cudaStream_t stream) {
+    adamw_kernel1<<<ceil_div<int64_t>(num_elements, 256), 256, 0, stream>>>(master, exp_avg, exp_avg_sq, weights, grads,
+                                                                            grad_norm, loss, num_elements, arguments);
+    CUDA_CHECK_LAUNCH();
+}
+
+static const std::vector<Variant<Launcher>> VARIANTS = {
+    {1, "one thread an element", adamw1},
+    {2, "four elements a thread, 16 bytes an access (llmc/adamw.cuh)", adamw_update},
+};
+
+static void check(Harness& h, const Variant<Launcher>& variant) {
+    for (int64_t n : {1, 3, 4, 1023, 100001}) {
+        for (float norm_value : {0.5f, 4.0f, INFINITY, NAN}) {  // below the clipping norm, above it, refused
+            AdamWArguments a;
+            a.learning_rate = 3e-3f, a.beta1 = 0.9f, a.beta2 = 0.95f, a.eps = 1e-8f, a.weight_decay = 0.1f;
+            a.max_grad_norm = 1.0f, a.beta1_correction = 1.0f - std::pow(0.9f, 3.0f);
+            a.beta2_correction = 1.0f - std::pow(0.95f, 3.0f);
+            const std::vector<float> master = random_vector<float>(n, h.seed),
+                                     m = random_vector<float>(n, h.seed + 1, 0.1f);
+            const std::vector<float> grads = random_vector<float>(n, h.seed + 2, 0.1f);
+            std::vector<float> v = random_vector<float>(n, h.seed + 3, 0.1f);
+            for (float& value : v) {
+                value *= value;
+            }
+            const std::vector<bf16> weights = convert<bf16>(master);
+            std::vector<double> expected[3] = {to_double(master), to_double(m), to_double(v)};
+            std::vector<float> plain[3] = {master, m, v};
+            const reference::AdamWArguments exact = {
+                a.learning_rate,    a.beta1,           a.beta2, a.eps, a.weight_decay, a.max_grad_norm,
+                a.beta1_correction, a.beta2_correction};
+            reference::adamw_update<double>(expected[0].data(), expected[1].data(), expected[2].data(),
+                                            to_double(grads).data(), norm_value, 3.0, n, exact);
+            reference::adamw_update<float>(plain[0].data(), plain[1].data(), plain[2].data(), grads.data(), norm_value,
+                                           3.0, n, exact);
+            DeviceBuffer<float> master_device(master), m_device(m), v_device(v), grads_device(grads);
+            DeviceBuffer<float> norm(std::vector<float>{norm_value}), loss(std::vector<float>{3.0f});
+            DeviceBuffer<bf16> weights_device(weights);
+            auto launch = [&] {
+                master_device.upload(master);
+                m_device.upload(m);
+                v_device.upload(v);
+                CUDA_CHECK(cudaDeviceSynchronize());
+                variant.launch(master_device, m_device, v_device, weights_device, grads_device, norm, loss, n, a,
+                               h.stream);
+            };
+            launch();
+            const std::string label = format_string("n%lld norm %g", (long long)n, norm_value);
+            if (!std::isfinite(norm_value)) {
+                h.compare_exact("master", label, master_device, master);
+                h.compare_exact("exp_avg", label, m_device, m);
+                h.compare_exact("exp_avg_sq", label, v_device, v);
+                h.compare_exact("weights", label, weights_device, weights);
+                continue;
+            }
+            h.compare("master", label, master_device, expected[0], twice_plain_error<float>(plain[0], expected[0]));
+            h.compare("exp_avg", label, m_device, expected[1], twice_plain_error<float>(plain[1], expected[1]));
+            h.compare("exp_avg_sq", label, v_device, expected[2], twice_plain_error<float>(plain[2], expected[2]));
+            h.compare_exact("weights", label, weights_device, convert<bf16>(master_device.download()));
+            h.compare_repeats("master", label, master_device, launch);
+            const std::vector<float> before = master_device.download();
+            loss.upload({NAN});
+            CUDA_CHECK(cudaDeviceSynchronize());
+            variant.launch(master_device, m_device, v_device, weights_device, grads_device, norm, loss, n, a, h.stream);
+            h.compare_exact("master", label + ", loss NaN", master_device, before);
+        }
+    }
+}
+
+static void measure(Harness& h, const Variant<Launcher>& variant) {
+    for (int64_t n : {(int64_t)124000000, (int64_t)530000000}) {
+        DeviceBuffer<float> master(n), m(n), v(n), grads(n), norm(std::vector<float>{2.0f}),
+            loss(std::vector<float>{3.0f});
+        DeviceBuffer<bf16> weights(n);
+        master.fill_random(h.seed);
+        m.fill_random(h.seed + 1, 0.1f);
+        CUDA_CHECK(cudaMemcpy(v, m, m.num_bytes(), cudaMemcpyDeviceToDevice));
+        grads.fill_random(h.seed + 2, 0.1f);
+        const AdamWArguments a = {3e-4f, 0.9f, 0.95f, 1e-8f, 0.1f, 1.0f, 0.2f, 0.1f};
+        h.measure_bandwidth(format_string("n%lld", (long long)n), 30.0 * n, variant.idea,
+                            [&] { variant.launch(master, m, v, weights, grads, norm, loss, n, a, h.stream); });
+    }
+}
+
+int main(int argc, char** argv) { return run_variants(argc, argv, "adamw", VARIANTS, check, measure); }

@@ -1,0 +1,194 @@
+// cross_entropy.cu: losses and, in place, the gradient of the logits; and the mean of the losses. Bound: bandwidth, V
+// elements of bf16 read and written a row (4V bytes).
+#include "dev/cuda/harness.cuh"
+#include "llmc/classifier.cuh"
+#include "llmc/reference/classifier.h"
+
+using Launcher = void (*)(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int64_t V,
+                          int64_t row_stride, float dloss, bool write_gradient, cudaStream_t stream);
+
+// ---- 1: one block a row, three passes: maximum, sum, gradient ----------------------------------
+__global__ void cross_entropy_kernel1(float* losses, bf16* logits, const int32_t* targets, int V, int64_t row_stride,
+                                      float dloss, bool write_gradient) {
+    bf16* row = logits + blockIdx.x * row_stride;
+    float maximum = -INFINITY, sum = 0.0f;
+    for (int c = threadIdx.x; c < V; c += blockDim.x) {
+        maximum = fmaxf(maximum, (float)row[c]);
+    }
+    maximum = block_max(maximum);
+    for (int c = threadIdx.x; c < V; c += blockDim.x) {
+        sum += expf((float)row[c] - maximum);
+    }
+    const float lse = maximum + logf(block_sum(sum));
+    const int target = targets[blockIdx.x];
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = lse - (float)row[target];
+    }
+    __syncthreads();  // the target's logit is read before it is overwritten
+    for (int64_t c = threadIdx.x; write_gradient && c < row_stride; c += blockDim.x) {
+        row[c] = (bf16)(c < V ? (expf((float)row[c] - lse) - (c == target ? 1.0f : 0.0f)) * dloss : 0.0f);
+    }
+}
+static void cross_entropy1(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int64_t V,
+                           int64_t row_stride, float dloss, bool write_gradient, cudaStream_t stream) {
+    cross_entropy_kernel1<<<rows, 256, 0, stream>>>(losses, logits, targets, (int)V, row_stride, dloss, write_gradient);
+    CUDA_CHECK_LAUNCH();
+}
+
+// ---- 2: maximum and sum in one pass, 16 bytes an access; the row is read again for the gradient -
+__global__ void __launch_bounds__(1024)
+    cross_entropy_kernel2(float* losses, bf16* logits, const int32_t* targets, int V, int64_t row_stride, float dloss,
+                          bool write_gradient) {
+    bf16* row = logits + blockIdx.x * row_stride;
+    const int target = targets[blockIdx.x];
+    const float target_logit = row[target];
+    SoftmaxState state;
+    for (int c = threadIdx.x * 8; c < V; c += blockDim.x * 8) {
+        const bf16x8 pack = load128(row + c);
+        for (int k = 0; k < 8 && c + k < V; ++k) {
+            state.join((float)pack[k], 1.0f);
+        }
+    }
+    state = cross_entropy_row_state(state, blockDim.x);
+    const float lse = state.maximum + logf(state.sum);
+    if (threadIdx.x == 0) {
+        losses[blockIdx.x] = lse - target_logit;
+    }
+    for (int c = threadIdx.x * 8; write_gradient && c < row_stride; c += blockDim.x * 8) {
+        bf16x8 pack = load128(row + c);
+        for (int k = 0; k < 8; ++k) {
+            const float gradient = (__expf((float)pack[k] - lse) - (c + k == target ? 1.0f : 0.0f)) * dloss;
+            pack[k] = (bf16)(c + k < V ? gradient : 0.0f);
+        }
+        store128(row + c, pack);
+    }
+}
+static void cross_entropy2(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int64_t V,
+                           int64_t row_stride, float dloss, bool write_gradient, cudaStream_t stream) {
+    cross_entropy_kernel2<<<rows, 1024, 0, stream>>>(losses, logits, targets, (int)V, row_stride, dloss,
+                                                     write_gradient);
+    CUDA_CHECK_LAUNCH();
+}
+
+static const std::vector<Variant<Launcher>> VARIANTS = {
+    {1, "one block a row, three passes", cross_entropy1},
+    {2, "online maximum and sum, 16 bytes an access, the row read twice", cross_entropy2},
+    {3, "several packs in flight, the row kept in shared memory, a warp for short rows (llmc/classifier.cuh)",
+     cross_entropy_forward_backward},
+};
+
+// Logits that hurt: one dominant entry a row; a row of -infinity but for one; or plain random ones.
+enum class LogitKind { random, dominant, masked };
+static const char* kind_name(LogitKind kind) {
+    return kind == LogitKind::random ? "" : kind == LogitKind::dominant ? " one dominant" : " -inf but one";
+}
+
+static void check(Harness& h, const Variant<Launcher>& variant) {
+    struct Case {
+        int64_t rows, V;
+        float scale;
+        LogitKind kind;
+    };
+    for (const Case& c : {Case{1, 2, 1.0f, LogitKind::random}, Case{13, 3, 30.0f, LogitKind::random},
+                          Case{100, 257, 1.0f, LogitKind::random}, Case{70, 1000, 100.0f, LogitKind::random},
+                          Case{9, 5003, 1.0f, LogitKind::dominant}, Case{9, 5003, 1.0f, LogitKind::masked},
+                          Case{33, 50257, 5.0f, LogitKind::random}, Case{5, 128255, 1.0f, LogitKind::random},
+                          Case{2, 1 << 20, 1.0f, LogitKind::random}}) {
+        const int64_t row_stride = classifier_padded_vocab(c.V);
+        const float dloss = 1.0f / 768;
+        const std::string label = format_string("rows%lld V%lld scale %g%s bf16", (long long)c.rows, (long long)c.V,
+                                                c.scale, kind_name(c.kind));
+        const std::vector<int32_t> targets = random_indices(c.rows, h.seed, c.V);
+        // The padding holds NaN: nobody may look at it.
+        std::vector<bf16> logits(c.rows * row_stride, __float2bfloat16(NAN));
+        std::vector<double> expected(logits.size());
+        for (int64_t row = 0; row < c.rows; ++row) {
+            for (int64_t v = 0; v < c.V; ++v) {
+                float value = c.scale * random_normal(h.seed + 1, row * c.V + v);
+                if (c.kind == LogitKind::dominant && v == targets[row] / 2) {
+                    value = 300.0f;
+                } else if (c.kind == LogitKind::masked && v != targets[row]) {
+                    value = -INFINITY;
+                }
+                logits[row * row_stride + v] = __float2bfloat16(value);
+            }
+        }
+        expected = to_double(logits);
+        std::vector<double> expected_losses(c.rows);
+        reference::cross_entropy_forward_backward<double>(expected_losses.data(), expected.data(), targets.data(),
+                                                          c.rows, c.V, row_stride, dloss, true);
+        DeviceBuffer<float> losses(c.rows);
+        DeviceBuffer<bf16> logits_device(logits);
+        DeviceBuffer<int32_t> targets_device(targets);
+        auto launch = [&] {
+            logits_device.upload(logits);
+            CUDA_CHECK(cudaDeviceSynchronize());
+            variant.launch(losses, logits_device, targets_device, c.rows, c.V, row_stride, dloss, true, h.stream);
+        };
+        launch();
+        // The logarithm of a float sum, of terms good to 2^-20, next to a maximum of up to 3.5 scale.
+        const double loss_limit = 0x1p-19 + 3.5 * c.scale * 0x1p-23;
+        h.compare("losses", label, losses, expected_losses, loss_limit, {c.rows}, 1.0);
+        // exp(logit - lse): relative error as the argument's absolute one; then one rounding to bf16.
+        const double limit = unit_roundoff<bf16>() + 2.0 * loss_limit * (1.0 + 7.0 * c.scale) + 0x1p-15;
+        h.compare("dlogits", label, logits_device, expected, limit, {c.rows, row_stride}, 1e-3 * dloss);
+        h.compare_repeats("dlogits", label, logits_device, launch);
+        logits_device.upload(logits);
+        losses.poison();
+        CUDA_CHECK(cudaDeviceSynchronize());
+        variant.launch(losses, logits_device, targets_device, c.rows, c.V, row_stride, 0.0f, false, h.stream);
+        h.compare("losses alone", label, losses, expected_losses, loss_limit, {c.rows}, 1.0);
+        h.compare_exact("logits untouched", label, logits_device, logits);
+    }
+    if (variant.number != VARIANTS.back().number) {
+        return;
+    }
+    {  // a target outside the vocabulary is refused by a loss of NaN
+        DeviceBuffer<float> losses(3);
+        DeviceBuffer<bf16> logits(random_vector<bf16>(3 * 64, h.seed));
+        DeviceBuffer<int32_t> targets(std::vector<int32_t>{-1, 5, 64});
+        variant.launch(losses, logits, targets, 3, 60, 64, 1.0f, true, h.stream);
+        CUDA_CHECK(cudaStreamSynchronize(h.stream));
+        const std::vector<float> values = losses.download();
+        h.expect(std::isnan(values[0]) && std::isfinite(values[1]) && std::isnan(values[2]), "losses",
+                 "targets outside the vocabulary", "NaN");
+    }
+    for (int64_t rows : {(int64_t)1, (int64_t)1000, (int64_t)300001}) {
+        const std::vector<float> losses = random_vector<float>(rows, h.seed);
+        double mean = 0.0;
+        for (float loss : losses) {
+            mean += loss / (double)rows;
+        }
+        DeviceBuffer<float> losses_device(losses), out(1);
+        DeviceBuffer<unsigned char> scratch(mean_loss_scratch_bytes());
+        auto launch = [&] {
+            out.upload({2.0f});
+            CUDA_CHECK(cudaDeviceSynchronize());
+            mean_loss(out, losses_device, rows, 0.25f, scratch, h.stream);
+        };
+        launch();
+        const std::string label = format_string("rows%lld", (long long)rows);
+        h.compare("mean_loss", label, out, {2.0 + 0.25 * mean}, unit_roundoff<float>() * 1.01, {1}, 0.0);
+        h.compare_repeats("mean_loss", label, out, launch);
+    }
+}
+
+static void measure(Harness& h, const Variant<Launcher>& variant) {
+    struct Shape {
+        int64_t rows, V;
+    };
+    for (const auto [rows, V] : {Shape{98304, 258}, Shape{65536, 1000}, Shape{16384, 50304}, Shape{8192, 128256}}) {
+        const int64_t row_stride = classifier_padded_vocab(V);
+        DeviceBuffer<float> losses(rows);
+        DeviceBuffer<bf16> logits(rows * row_stride);
+        DeviceBuffer<int32_t> targets(random_indices(rows, h.seed, V));
+        logits.fill_random(h.seed);
+        // dloss 1 keeps the logits of the next repetition, which are these gradients, from vanishing.
+        h.measure_bandwidth(format_string("rows%lld V%lld", (long long)rows, (long long)V), 4.0 * rows * row_stride,
+                            variant.idea, [&, rows = rows, V = V] {
+                                variant.launch(losses, logits, targets, rows, V, row_stride, 1.0f, true, h.stream);
+                            });
+    }
+}
+
+int main(int argc, char** argv) { return run_variants(argc, argv, "cross_entropy", VARIANTS, check, measure); }

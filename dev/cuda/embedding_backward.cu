@@ -1,0 +1,145 @@
+// embedding_backward.cu: dweight[v] += the sum of the rows of dout whose token is v. Bound: bandwidth, C elements of
+// bf16 a row, and C float elements read and written for each token that occurs.
+#include "dev/cuda/harness.cuh"
+#include "llmc/embedding.cuh"
+#include "llmc/reference/embedding.h"
+
+using Launcher = void (*)(float* dweight, const bf16* dout, const int32_t* tokens, void* scratch, int64_t rows, int C,
+                          int64_t V, cudaStream_t stream);
+
+// ---- 1: one block a vocabulary entry reads all tokens ------------------------------------------
+__global__ void embedding_backward_kernel1(float* dweight, const bf16* dout, const int32_t* tokens, int64_t rows,
+                                           int C) {
+    for (int c = threadIdx.x; c < C; c += blockDim.x) {
+        float sum = 0.0f;
+        for (int64_t row = 0; row < rows; ++row) {
+            if (tokens[row] == (int)blockIdx.x) {
+                sum += __bfloat162float(dout[row * C + c]);
+            }
+        }
+        dweight[(int64_t)blockIdx.x * C + c] += sum;
+    }
+}
+static void embedding_backward1(float* dweight, const bf16* dout, const int32_t* tokens, void*, int64_t rows, int C,
+                                int64_t V, cudaStream_t stream) {
+    embedding_backward_kernel1<<<V, 1024, 0, stream>>>(dweight, dout, tokens, rows, C);
+    CUDA_CHECK_LAUNCH();
+}
+
+// ---- 2: atomic additions: fast for a large vocabulary, but not bit-repeatable ------------------
+__global__ void embedding_backward_kernel2(float* dweight, const bf16* dout, const int32_t* tokens, int64_t num_packs,
+                                           int packs_per_row) {
+    const int64_t pack = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (pack < num_packs) {
+        const int64_t row = pack / packs_per_row, column = (pack - row * packs_per_row) * 8;
+        const bf16x8 values = load128(dout + pack * 8);
+        for (int k = 0; k < 8; ++k) {
+            atomicAdd(dweight + (int64_t)tokens[row] * packs_per_row * 8 + column + k, __bfloat162float(values[k]));
+        }
+    }
+}
+static void embedding_backward2(float* dweight, const bf16* dout, const int32_t* tokens, void*, int64_t rows, int C,
+                                int64_t, cudaStream_t stream) {
+    const int64_t num_packs = rows * (C / 8);
+    embedding_backward_kernel2<<<ceil_div<int64_t>(num_packs, 256), 256, 0, stream>>>(dweight, dout, tokens, num_packs,
+                                                                                      C / 8);
+    CUDA_CHECK_LAUNCH();
+}
+
+static const std::vector<Variant<Launcher>> VARIANTS = {
+    {1, "one block a vocabulary entry reads all tokens", embedding_backward1},
+    {2, "atomic additions: not repeatable", embedding_backward2},
+    {3, "stable sort, runs in chunks, partial sums joined in order (llmc/embedding.cuh)", embedding_backward},
+};
+
+// Tokens as text has them: half of them one token, the rest uniform; or all one token; or all uniform.
+enum class TokenMix { uniform, half_one, all_one };
+static std::vector<int32_t> make_tokens(int64_t rows, int64_t V, TokenMix mix, uint64_t seed) {
+    std::vector<int32_t> tokens = random_indices(rows, seed, V);
+    for (int64_t i = 0; i < rows; ++i) {
+        if (mix == TokenMix::all_one || (mix == TokenMix::half_one && random_bits(seed + 1, i) % 2 == 0)) {
+            tokens[i] = (int32_t)(V / 2);
+        }
+    }
+    return tokens;
+}
+static const char* mix_name(TokenMix mix) {
+    return mix == TokenMix::uniform ? "uniform" : mix == TokenMix::half_one ? "half one token" : "all one token";
+}
+
+static void check(Harness& h, const Variant<Launcher>& variant) {
+    struct Case {
+        int64_t rows;
+        int C;
+        int64_t V;
+        TokenMix mix;
+    };
+    for (const Case& c :
+         {Case{1, 8, 2, TokenMix::uniform}, Case{64, 8, 2, TokenMix::all_one}, Case{65, 1000, 3, TokenMix::uniform},
+          Case{1000, 72, 259, TokenMix::half_one}, Case{12345, 64, 256, TokenMix::all_one},
+          Case{3000, 1032, 128256, TokenMix::half_one}, Case{200000, 16, 100, TokenMix::half_one}}) {
+        const std::string label =
+            format_string("rows%lld C%d V%lld %s", (long long)c.rows, c.C, (long long)c.V, mix_name(c.mix));
+        const std::vector<int32_t> tokens = make_tokens(c.rows, c.V, c.mix, h.seed);
+        const std::vector<bf16> dout = random_vector<bf16>(c.rows * c.C, h.seed + 2);
+        const std::vector<float> initial = random_vector<float>(c.V * c.C, h.seed + 3);
+        std::vector<double> expected = to_double(initial);
+        std::vector<float> plain = initial;
+        reference::embedding_backward<double>(expected.data(), to_double(dout).data(), tokens.data(), c.rows, c.C);
+        reference::embedding_backward<float>(plain.data(), convert<float>(dout).data(), tokens.data(), c.rows, c.C);
+        DeviceBuffer<float> dweight(initial);
+        DeviceBuffer<bf16> dout_device(dout);
+        DeviceBuffer<int32_t> tokens_device(tokens);
+        DeviceBuffer<unsigned char> scratch(embedding_backward_scratch_bytes(c.rows, c.C, c.V));
+        auto launch = [&] {
+            dweight.upload(initial);
+            scratch.poison();
+            CUDA_CHECK(cudaDeviceSynchronize());
+            variant.launch(dweight, dout_device, tokens_device, scratch, c.rows, c.C, c.V, h.stream);
+        };
+        launch();
+        // Atomic additions come in any order: their error may be that of any order.
+        const double limit = twice_plain_error<float>(plain, expected) * (variant.number == 2 ? 4.0 : 1.0);
+        h.compare("dweight", label, dweight, expected, limit, {c.V, c.C});
+        h.expect(scratch.guards_intact(), "scratch", label, "within its bytes");
+        if (variant.number != 2) {
+            h.compare_repeats("dweight", label, dweight, launch);
+        }
+    }
+}
+
+static void measure(Harness& h, const Variant<Launcher>& variant) {
+    struct Shape {
+        int64_t rows;
+        int C;
+        int64_t V;
+        TokenMix mix;
+    };
+    for (const auto [rows, C, V, mix] :
+         {Shape{98304, 1024, 256, TokenMix::uniform}, Shape{98304, 1024, 256, TokenMix::half_one},
+          Shape{98304, 1024, 128256, TokenMix::half_one}, Shape{1048576, 1024, 256, TokenMix::half_one},
+          Shape{65536, 768, 50304, TokenMix::uniform}}) {
+        if (variant.number == 1 && V > 1000) {
+            continue;  // V times rows: seconds
+        }
+        const std::vector<int32_t> tokens = make_tokens(rows, V, mix, h.seed);
+        std::vector<bool> occurs(V);
+        for (int32_t token : tokens) {
+            occurs[token] = true;
+        }
+        const double num_bytes =
+            ((double)rows * sizeof(bf16) + std::count(occurs.begin(), occurs.end(), true) * 2.0 * sizeof(float)) * C;
+        DeviceBuffer<float> dweight(V * C);
+        DeviceBuffer<bf16> dout(rows * C);
+        dweight.fill_random(h.seed);
+        dout.fill_random(h.seed + 1);
+        DeviceBuffer<int32_t> tokens_device(tokens);
+        DeviceBuffer<unsigned char> scratch(embedding_backward_scratch_bytes(rows, C, V));
+        h.measure_bandwidth(format_string("rows%lld C%d V%lld %s", (long long)rows, C, (long long)V, mix_name(mix)),
+                            num_bytes, variant.idea, [&, rows = rows, C = C, V = V] {
+                                variant.launch(dweight, dout, tokens_device, scratch, rows, C, V, h.stream);
+                            });
+    }
+}
+
+int main(int argc, char** argv) { return run_variants(argc, argv, "embedding_backward", VARIANTS, check, measure); }
