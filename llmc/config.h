@@ -79,6 +79,10 @@ struct RunConfig {
     bool print_memory = false;
     bool plain = false;  // no progress bar on a terminal
 
+    // ---- resolved at start-up, not flags
+    std::string program = "train_gpt";  // as it was called
+    std::string checkpoint;             // folder the weights come from: of --init_from, or the newest of --resume
+
     int64_t sequences_per_step() const { return global_batch > 0 ? global_batch : batch_size; }
     int64_t micro_batches_per_step() const { return sequences_per_step() / batch_size; }
     int64_t tokens_per_step() const { return sequences_per_step() * seq_len; }
