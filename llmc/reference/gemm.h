@@ -82,8 +82,6 @@ void gemm_tile(Real* out, int64_t out_stride, const Real* a, const Real* b, int6
         Vector b0, b1;
         std::memcpy(&b0, b + k * COLUMNS, sizeof(Vector));
         std::memcpy(&b1, b + k * COLUMNS + LANES, sizeof(Vector));
-#ifndef __CUDACC__  // nvcc does not know it; references need no speed there
-#endif
         for (int i = 0; i < GEMM_TILE_ROWS; ++i) {
             const Real a_value = a[k * GEMM_TILE_ROWS + i];
             sum[i][0] += a_value * b0;
