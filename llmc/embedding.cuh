@@ -147,22 +147,21 @@ __global__ void __launch_bounds__(EMBEDDING_BACKWARD_THREADS)
         bf16x8 row[EMBEDDING_BACKWARD_ROWS];
 #pragma unroll
         for (int i = 0; i < EMBEDDING_BACKWARD_ROWS; ++i) {
+            token[i] = sorted_tokens[min(position + i, end - 1)];
+            row[i] = {};  // beyond the end: zeros, added to the last run
             if (position + i < end) {
-                token[i] = sorted_tokens[position + i];
                 row[i] = load128_streaming(dout + (int64_t)sorted_row_of[position + i] * C + column);
             }
         }
 #pragma unroll
         for (int i = 0; i < EMBEDDING_BACKWARD_ROWS; ++i) {
-            if (position + i < end) {
-                if (token[i] != run_token) {
-                    finish_run(run_token, false);
-                    run_token = token[i];
-                }
+            if (token[i] != run_token) {
+                finish_run(run_token, false);
+                run_token = token[i];
+            }
 #pragma unroll
-                for (int k = 0; k < 8; ++k) {
-                    sum[k] += __bfloat162float(row[i][k]);
-                }
+            for (int k = 0; k < 8; ++k) {
+                sum[k] += __bfloat162float(row[i][k]);
             }
         }
     }
