@@ -68,7 +68,8 @@ struct MmaForwardArguments {
     HeadView<const bf16> q, k, v;
     int64_t Tq, Tk, key_offset;
     int H, heads_per_kv_head, D;
-    float scale_log2;  // scale * log2(e): 2^(scale_log2 q.k) is what the softmax adds up
+    float scale_log2;         // scale * log2(e): 2^(scale_log2 q.k) is what the softmax adds up
+    float rescale_threshold;  // RESCALE_THRESHOLD_LOG2 in units of q.k
     TileOrder order;
 };
 
@@ -133,7 +134,8 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const bf16* first_row, 
     using Tile = SwizzledTile<COLUMNS>;
     constexpr int ROWS_PER_PASS = THREADS / Tile::PERMUTED;
     static_assert(ROWS % ROWS_PER_PASS == 0 && ROWS_PER_PASS % 8 == 0, "whole passes, of whole swizzle patterns");
-    const int row = threadIdx.x / Tile::PERMUTED, chunk = threadIdx.x % Tile::PERMUTED;
+    const int thread = opaque(threadIdx.x);
+    const int row = thread / Tile::PERMUTED, chunk = thread % Tile::PERMUTED;
     const uint32_t shared = tile + Tile::offset(row, chunk);
     const bf16* global = first_row + row * stride_t + chunk * 8;
     const bool whole = num_rows >= ROWS && D == COLUMNS;
@@ -251,6 +253,31 @@ __device__ __forceinline__ void multiply_add(float (&c)[M_TILES][N_TILES][4], co
     }
 }
 
+// What a block that owns query rows works on. Arguments: forward's or backward's.
+template <class Tile>
+struct QueryBlock {
+    int b, h, kv_head, head;  // head: b * H + h
+    int64_t first_row;
+    int64_t warp_row;    // the first of this warp's rows
+    int64_t first_seen;  // keys that the first row sees: every row does
+    int64_t last_seen;   // keys that the last row sees: no row sees more
+
+    template <class Arguments>
+    __device__ __forceinline__ QueryBlock(const Arguments& args, int block) {
+        const TileOrder::Place place = args.order.place(block);
+        head = place.head;
+        b = head / args.H;
+        h = head % args.H;
+        kv_head = h / args.heads_per_kv_head;
+        // The last rows see most keys: they start first.
+        first_row = (int64_t)(args.order.num_tiles - 1 - place.tile) * Tile::BLOCK_M;
+        warp_row = first_row + threadIdx.x / WARP_SIZE * (16 * Tile::M_TILES);
+        const int64_t end_row = min(args.Tq, first_row + Tile::BLOCK_M);
+        first_seen = max((int64_t)0, min(args.Tk, first_row + 1 + args.key_offset));
+        last_seen = max((int64_t)0, min(args.Tk, end_row + args.key_offset));
+    }
+};
+
 // Scores of query rows [row, row + 16 M_TILES) and keys from `key` on become -infinity where the query does not see the
 // key. All row and key numbers are those of the sequence.
 template <int M_TILES, int N_TILES>
@@ -320,10 +347,10 @@ struct MmaForwardTile {
 template <int M_TILES, int N_TILES, int OUT_TILES>
 __device__ __forceinline__ void online_softmax(float (&scores)[M_TILES][N_TILES][4],
                                                float (&out)[M_TILES][OUT_TILES][4], float (&row_max)[M_TILES][2],
-                                               float (&row_sum)[M_TILES][2], float scale_log2) {
+                                               float (&row_sum)[M_TILES][2], float scale_log2,
+                                               float rescale_threshold) {
     float tile_max[M_TILES][2];
     bool moves = false;
-    const float threshold = RESCALE_THRESHOLD_LOG2 / scale_log2;
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
@@ -334,7 +361,7 @@ __device__ __forceinline__ void online_softmax(float (&scores)[M_TILES][N_TILES]
                 maximum = fmaxf(maximum, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
             }
             tile_max[m][half] = maximum;
-            moves |= maximum > row_max[m][half] + threshold;
+            moves |= maximum > row_max[m][half] + rescale_threshold;
         }
     }
     if (__any_sync(FULL_WARP, moves)) {
@@ -387,16 +414,9 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
     const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
 
-    const TileOrder::Place place = args.order.place(blockIdx.x);
-    const int b = place.head / args.H, h = place.head % args.H, kv_head = h / args.heads_per_kv_head;
-    const int64_t first_row = (int64_t)(args.order.num_tiles - 1 - place.tile) * BLOCK_M;
-    const int64_t num_rows = min((int64_t)BLOCK_M, args.Tq - first_row);
-    const int64_t warp_row = first_row + warp * WARP_ROWS;
-    // Keys that some row sees, and keys that every row sees.
-    const int64_t some_see = max((int64_t)0, min(args.Tk, first_row + num_rows + args.key_offset));
-    const int64_t all_see = max((int64_t)0, min(args.Tk, first_row + 1 + args.key_offset));
-    const int num_key_tiles = (int)((some_see + BLOCK_N - 1) / BLOCK_N);
-    const int num_unmasked = (int)(all_see / BLOCK_N);
+    const QueryBlock<Tile> block(args, blockIdx.x);
+    const int num_key_tiles = (int)((block.last_seen + BLOCK_N - 1) / BLOCK_N);
+    const int num_unmasked = (int)(block.first_seen / BLOCK_N);
 
     const uint32_t q_tile = shared_address(shared.q);
     const uint32_t q_warp_tile = q_tile + warp * WARP_ROWS * SwizzledTile<D>::ROW_BYTES;
@@ -405,7 +425,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
         const HeadView<const bf16>& view = values ? args.v : args.k;
         const int64_t key = (int64_t)tile * BLOCK_N;
         load_tile<BLOCK_N, D, THREADS>(shared_address(values ? shared.v[stage] : shared.k[stage]),
-                                       view.row(b, key, kv_head), view.stride_t, args.Tk - key, args.D);
+                                       view.row(opaque(block.b), key, opaque(block.kv_head)), view.stride_t,
+                                       args.Tk - key, args.D);
     };
 
     float out[M_TILES][D / 8][4], row_max[M_TILES][2], row_sum[M_TILES][2];
@@ -416,7 +437,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
         row_sum[i / 2][i % 2] = 0.0f;
     }
     if (num_key_tiles > 0) {
-        load_tile<BLOCK_M, D, THREADS>(q_tile, args.q.row(b, first_row, h), args.q.stride_t, num_rows, args.D);
+        load_tile<BLOCK_M, D, THREADS>(q_tile, args.q.row(block.b, block.first_row, block.h), args.q.stride_t,
+                                       args.Tq - block.first_row, args.D);
         load_keys(num_key_tiles - 1, 0, false);
         if (STAGES > 1) {
             load_keys(num_key_tiles - 1, 0, true);
@@ -446,15 +468,17 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
             }
         }
         if (tile >= num_unmasked) {
-            mask_scores(scores, warp_row, (int64_t)tile * BLOCK_N, args.key_offset, args.Tk);
+            mask_scores(scores, QueryBlock<Tile>(args, opaque(blockIdx.x)).warp_row, (int64_t)tile * BLOCK_N,
+                        args.key_offset, args.Tk);
         }
-        online_softmax(scores, out, row_max, row_sum, args.scale_log2);
+        online_softmax(scores, out, row_max, row_sum, args.scale_log2, args.rescale_threshold);
         uint32_t p[M_TILES][BLOCK_N / 16][4];
         pack_operand(p, scores);
-        multiply_add(out, p, FragmentReader<D>::rows_first(shared_address(shared.v[stage]), lane), 0, 0);
+        multiply_add(out, p, FragmentReader<D>::rows_first(shared_address(shared.v[stage]), opaque(lane)), 0, 0);
     }
 
     // The output goes through this warp's own rows of the q tile to be stored 16 bytes at a time.
+    const QueryBlock<Tile> again(args, opaque(blockIdx.x));  // not kept through the loop: registers are short
     float factor[M_TILES][2];
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
@@ -464,9 +488,9 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
             sum += __shfl_xor_sync(FULL_WARP, sum, 1);
             sum += __shfl_xor_sync(FULL_WARP, sum, 2);
             factor[m][half] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: a row that sees no key
-            const int64_t row = warp_row + 16 * m + 8 * half + lane / 4;
+            const int64_t row = again.warp_row + 16 * m + 8 * half + lane / 4;
             if (lane % 4 == 0 && row < args.Tq) {
-                args.lse[(int64_t)place.head * args.Tq + row] =
+                args.lse[(int64_t)again.head * args.Tq + row] =
                     sum == 0.0f ? -INFINITY : (row_max[m][half] * args.scale_log2 + log2f(sum)) * LN_2;
             }
         }
@@ -474,8 +498,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     __syncwarp();
     store_fragments<D>(q_warp_tile, out, factor, 0);
     __syncwarp();
-    store_rows<D, WARP_ROWS, D / 8>(args.out.row(b, warp_row, h), args.out.stride_t, q_warp_tile, args.Tq - warp_row,
-                                    args.D, 0);
+    store_rows<D, WARP_ROWS, D / 8>(args.out.row(again.b, again.warp_row, again.h), args.out.stride_t, q_warp_tile,
+                                    args.Tq - again.warp_row, args.D, 0);
 }
 
 // ---- backward: before and after ----------------------------------------------------------------
@@ -771,34 +795,30 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
     const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
 
-    const TileOrder::Place place = args.order.place(blockIdx.x);
-    const int b = place.head / args.H, h = place.head % args.H, kv_head = h / args.heads_per_kv_head;
-    const int64_t first_row = (int64_t)(args.order.num_tiles - 1 - place.tile) * BLOCK_M;
-    const int64_t num_rows = min((int64_t)BLOCK_M, args.Tq - first_row);
-    const int64_t warp_row = first_row + warp * WARP_ROWS;
-    const int64_t some_see = max((int64_t)0, min(args.Tk, first_row + num_rows + args.key_offset));
-    const int64_t all_see = max((int64_t)0, min(args.Tk, first_row + 1 + args.key_offset));
-    const int num_key_tiles = (int)((some_see + BLOCK_N - 1) / BLOCK_N);
-    const int num_unmasked = (int)(all_see / BLOCK_N);
+    const QueryBlock<Tile> block(args, blockIdx.x);
+    const int num_key_tiles = (int)((block.last_seen + BLOCK_N - 1) / BLOCK_N);
+    const int num_unmasked = (int)(block.first_seen / BLOCK_N);
 
     const uint32_t q_tile = shared_address(shared.q), dout_tile = shared_address(shared.dout);
     const uint32_t warp_offset = warp * WARP_ROWS * SwizzledTile<D>::ROW_BYTES;
     auto load_keys = [&](int tile, int stage) {
         const int64_t key = (int64_t)tile * BLOCK_N;
-        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.k[stage]), args.k.row(b, key, kv_head), args.k.stride_t,
-                                       args.Tk - key, args.D);
-        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.v[stage]), args.v.row(b, key, kv_head), args.v.stride_t,
-                                       args.Tk - key, args.D);
+        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.k[stage]), args.k.row(block.b, key, block.kv_head),
+                                       args.k.stride_t, args.Tk - key, args.D);
+        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.v[stage]), args.v.row(block.b, key, block.kv_head),
+                                       args.v.stride_t, args.Tk - key, args.D);
         cp_async_commit();
     };
 
     float dq[M_TILES][D / 8][4];
     set_zero(dq);
     if (num_key_tiles > 0) {
-        load_tile<BLOCK_M, D, THREADS>(q_tile, args.q.row(b, first_row, h), args.q.stride_t, num_rows, args.D);
-        load_tile<BLOCK_M, D, THREADS>(dout_tile, args.dout.row(b, first_row, h), args.dout.stride_t, num_rows, args.D);
-        load_row_statistics<BLOCK_M>(shared.row_statistics, args.row_statistics + (int64_t)place.head * args.Tq,
-                                     first_row, args.Tq);
+        load_tile<BLOCK_M, D, THREADS>(q_tile, args.q.row(block.b, block.first_row, block.h), args.q.stride_t,
+                                       args.Tq - block.first_row, args.D);
+        load_tile<BLOCK_M, D, THREADS>(dout_tile, args.dout.row(block.b, block.first_row, block.h), args.dout.stride_t,
+                                       args.Tq - block.first_row, args.D);
+        load_row_statistics<BLOCK_M>(shared.row_statistics, args.row_statistics + (int64_t)block.head * args.Tq,
+                                     block.first_row, args.Tq);
         load_keys(num_key_tiles - 1, 0);
     }
     for (int tile = num_key_tiles - 1, stage = 0; tile >= 0; --tile, stage ^= 1) {
@@ -814,7 +834,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
         multiply_rows(ds, FragmentReader<D>::rows_first(dout_tile + warp_offset, lane),
                       FragmentReader<D>::chunks_first(v_tile, lane), 0);
         if (tile >= num_unmasked) {
-            mask_scores(p, warp_row, (int64_t)tile * BLOCK_N, args.key_offset, args.Tk);
+            mask_scores(p, QueryBlock<Tile>(args, opaque(blockIdx.x)).warp_row, (int64_t)tile * BLOCK_N,
+                        args.key_offset, args.Tk);
         }
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m) {
@@ -837,6 +858,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
         multiply_add(dq, operand, FragmentReader<D>::rows_first(k_tile, lane), 0, 0);
     }
 
+    const QueryBlock<Tile> again(args, opaque(blockIdx.x));
     float factor[M_TILES][2];
 #pragma unroll
     for (int i = 0; i < 2 * M_TILES; ++i) {
@@ -845,8 +867,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     __syncwarp();
     store_fragments<D>(q_tile + warp_offset, dq, factor, 0);
     __syncwarp();
-    store_rows<D, WARP_ROWS, D / 8>(args.dq.row(b, warp_row, h), args.dq.stride_t, q_tile + warp_offset,
-                                    args.Tq - warp_row, args.D, 0);
+    store_rows<D, WARP_ROWS, D / 8>(args.dq.row(again.b, again.warp_row, again.h), args.dq.stride_t,
+                                    q_tile + warp_offset, args.Tq - again.warp_row, args.D, 0);
 }
 
 // ---- launchers ---------------------------------------------------------------------------------
@@ -917,6 +939,7 @@ inline MmaForwardArguments mma_forward_arguments(HeadView<bf16> out, float* lse,
     args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = mma_key_offset(shape);
     args.H = shape.H, args.heads_per_kv_head = shape.H / shape.Hkv, args.D = shape.D;
     args.scale_log2 = shape.scale * LOG2_E;
+    args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
     return args;
 }
 
@@ -948,6 +971,53 @@ inline size_t flash_attention_mma_backward_scratch_bytes(const AttentionShape& s
            (deterministic ? 0 : accumulator_rows * mma_backward_padded_D(s.D) * sizeof(float));
 }
 
+// What the backward does before the products: fills the statistics, zeroes dq's accumulator, checks the operands.
+inline MmaBackwardArguments mma_begin_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv,
+                                               HeadView<const bf16> dout, HeadView<const bf16> q,
+                                               HeadView<const bf16> k, HeadView<const bf16> v, HeadView<const bf16> out,
+                                               const float* lse, void* scratch, const AttentionShape& shape,
+                                               bool deterministic, cudaStream_t stream) {
+    mma_check_shape(shape);
+    const std::pair<const char*, HeadView<const bf16>> views[] = {{"dq", dq}, {"dk", dk}, {"dv", dv}, {"dout", dout},
+                                                                  {"q", q},   {"k", k},   {"v", v},   {"out", out}};
+    for (const auto& [name, view] : views) {
+        mma_check_view(name, view);
+    }
+    CHECK(reinterpret_cast<uintptr_t>(scratch) % 16 == 0, "attention: scratch must be aligned to 16 bytes");
+    MmaBackwardArguments args{};
+    args.dq = dq, args.dk = dk, args.dv = dv, args.dout = dout, args.q = q, args.k = k, args.v = v;
+    args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = mma_key_offset(shape);
+    args.H = shape.H, args.heads_per_kv_head = shape.H / shape.Hkv, args.D = shape.D;
+    args.scale = shape.scale, args.scale_log2 = shape.scale * LOG2_E;
+
+    float2* row_statistics = static_cast<float2*>(scratch);
+    const int64_t num_rows = (int64_t)shape.B * shape.H * shape.Tq;
+    const int64_t num_blocks = ceil_div<int64_t>(num_rows, MMA_ROWS_THREADS / MMA_STATISTICS_LANES);
+    CHECK(num_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds", (long long)num_rows);
+    flash_attention_mma_statistics_kernel<<<num_blocks, MMA_ROWS_THREADS, 0, stream>>>(
+        row_statistics, dout, out, lse, num_rows, shape.Tq, shape.H, shape.D);
+    CUDA_CHECK_LAUNCH();
+    args.row_statistics = row_statistics;
+    if (!deterministic) {
+        const size_t statistics_bytes = mma_statistics_bytes(shape);
+        args.dq_accumulator = reinterpret_cast<float*>(static_cast<char*>(scratch) + statistics_bytes);
+        CUDA_CHECK(cudaMemsetAsync(args.dq_accumulator, 0,
+                                   flash_attention_mma_backward_scratch_bytes(shape, false) - statistics_bytes,
+                                   stream));
+    }
+    return args;
+}
+// dq (=) from its accumulator.
+inline void mma_finish_dq(const MmaBackwardArguments& args, const AttentionShape& shape, cudaStream_t stream) {
+    const int64_t num_rows = (int64_t)shape.B * shape.H * shape.Tq;
+    const int64_t num_blocks = ceil_div<int64_t>(num_rows * (shape.D / 8), MMA_ROWS_THREADS);
+    CHECK(num_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds", (long long)num_rows);
+    flash_attention_mma_dq_kernel<<<num_blocks, MMA_ROWS_THREADS, 0, stream>>>(
+        args.dq, args.dq_accumulator, num_rows, shape.Tq, shape.H, shape.D, mma_backward_padded_D(shape.D) / 8,
+        shape.scale);
+    CUDA_CHECK_LAUNCH();
+}
+
 // dq, dk, dv (=). out and lse are the forward's (or, of a chunk of keys, those of all keys together: the gradients are
 // then the chunk's share). scratch: flash_attention_mma_backward_scratch_bytes, aligned to 16 bytes, need not be zero.
 // dk and dv always repeat bit for bit; dq does when deterministic.
@@ -957,55 +1027,22 @@ inline void flash_attention_mma_backward(HeadView<bf16> dq, HeadView<bf16> dk, H
                                          void* scratch, const AttentionShape& shape, bool deterministic,
                                          cudaStream_t stream) {
     NVTX_RANGE();
-    mma_check_shape(shape);
-    const std::pair<const char*, HeadView<const bf16>> views[] = {{"dq", dq}, {"dk", dk}, {"dv", dv}, {"dout", dout},
-                                                                  {"q", q},   {"k", k},   {"v", v},   {"out", out}};
-    for (const auto& [name, view] : views) {
-        mma_check_view(name, view);
-    }
-    CHECK(reinterpret_cast<uintptr_t>(scratch) % 16 == 0, "attention: scratch must be aligned to 16 bytes");
-    const int64_t num_rows = (int64_t)shape.B * shape.H * shape.Tq;
-    const int padded_D = mma_backward_padded_D(shape.D);
-    float2* row_statistics = static_cast<float2*>(scratch);
-    float* accumulator = reinterpret_cast<float*>(static_cast<char*>(scratch) + mma_statistics_bytes(shape));
-
-    const int64_t statistics_blocks = ceil_div<int64_t>(num_rows, MMA_ROWS_THREADS / MMA_STATISTICS_LANES);
-    const int64_t dq_blocks = ceil_div<int64_t>(num_rows * (shape.D / 8), MMA_ROWS_THREADS);
-    CHECK(std::max(statistics_blocks, dq_blocks) <= INT32_MAX, "attention: %lld query rows are more than a grid holds",
-          (long long)num_rows);
-    flash_attention_mma_statistics_kernel<<<statistics_blocks, MMA_ROWS_THREADS, 0, stream>>>(
-        row_statistics, dout, out, lse, num_rows, shape.Tq, shape.H, shape.D);
-    CUDA_CHECK_LAUNCH();
-
-    MmaBackwardArguments args{};
-    args.dq = dq, args.dk = dk, args.dv = dv, args.dout = dout, args.q = q, args.k = k, args.v = v;
-    args.row_statistics = row_statistics;
-    args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = mma_key_offset(shape);
-    args.H = shape.H, args.heads_per_kv_head = shape.H / shape.Hkv, args.D = shape.D;
-    args.scale = shape.scale, args.scale_log2 = shape.scale * LOG2_E;
-    if (!deterministic) {
-        args.dq_accumulator = accumulator;
-        CUDA_CHECK(cudaMemsetAsync(
-            accumulator, 0, flash_attention_mma_backward_scratch_bytes(shape, false) - mma_statistics_bytes(shape),
-            stream));
-    }
+    const MmaBackwardArguments args =
+        mma_begin_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, deterministic, stream);
     int device, shared_limit;
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    using Tile128 = MmaBackwardTile<128, 8, 1, 64>;       // 147 KB: sm_80, sm_90, sm_100
-    using SmallTile128 = MmaBackwardTile<128, 4, 1, 32>;  // 70 KB: where a block may have 99 KB
+    using Tile128 = MmaBackwardTile<128, 8, 1, 64>;       // 145 KB: sm_80, sm_90, sm_100
+    using SmallTile128 = MmaBackwardTile<128, 4, 1, 32>;  // 69 KB: where a block may have 99 KB
     // clang-format off
     if      (shape.D <= 32)  { mma_launch_backward<MmaBackwardTile<32, 4, 2, 64>>(args, shape, stream); }
     else if (shape.D <= 64)  { mma_launch_backward<MmaBackwardTile<64, 4, 2, 64>>(args, shape, stream); }
     else if (shape.D <= 96)  { mma_launch_backward<MmaBackwardTile<96, 4, 1, 64>>(args, shape, stream); }
-    else if (shape.D <= 128) { (int)sizeof(Tile128::Shared) <= shared_limit ? mma_launch_backward<Tile128>(args, shape, stream)
-                                                                            : mma_launch_backward<SmallTile128>(args, shape, stream); }
-    else                     { mma_launch_backward<MmaBackwardTile<256, 4, 1, 16>>(args, shape, stream); }
-    if (!deterministic) {
-        flash_attention_mma_dq_kernel<<<dq_blocks, MMA_ROWS_THREADS, 0, stream>>>(dq, accumulator, num_rows, shape.Tq, shape.H,
-                                                                                  shape.D, padded_D / 8, shape.scale);
-        CUDA_CHECK_LAUNCH();
-    }
+    else if (shape.D > 128)  { mma_launch_backward<MmaBackwardTile<256, 4, 1, 16>>(args, shape, stream); }
+    else if ((int)sizeof(Tile128::Shared) <= shared_limit) { mma_launch_backward<Tile128>(args, shape, stream); }
+    else                     { mma_launch_backward<SmallTile128>(args, shape, stream); }
+
+    if      (!deterministic) { mma_finish_dq(args, shape, stream); }
     else if (shape.D <= 32)  { mma_launch_backward_query<MmaBackwardQueryTile<32, 2, 64>>(args, shape, stream); }
     else if (shape.D <= 64)  { mma_launch_backward_query<MmaBackwardQueryTile<64, 2, 32>>(args, shape, stream); }
     else if (shape.D <= 96)  { mma_launch_backward_query<MmaBackwardQueryTile<96, 2, 32>>(args, shape, stream); }

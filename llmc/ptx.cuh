@@ -86,6 +86,14 @@ __device__ __forceinline__ float exp2_approx(float x) {
     return y;
 }
 
+// ---- registers ---------------------------------------------------------------------------------
+// The same value, but the compiler cannot know: what is computed from it is computed anew, here, instead of being kept
+// in registers since it was computed first.
+__device__ __forceinline__ int opaque(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // ---- reductions to global memory ---------------------------------------------------------------
 // address[0..3] (+=) value, each element atomically, none returned; 16-byte aligned. sm_90 and up.
 __device__ __forceinline__ void red_add_f32x4(float* address, float4 value) {

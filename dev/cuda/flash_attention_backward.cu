@@ -1,0 +1,234 @@
+// flash_attention_backward.cu: dq, dk, dv of attention from dout, out and lse. Bound: tensor cores, 10 Tq Tk D H
+// operations (half of them when causal); shared memory comes close, because five products read their operands from it.
+#include "flash_attention_cases.cuh"
+#include "llmc/flash_attention.cuh"
+
+struct BackwardOperands {
+    HeadView<bf16> dq, dk, dv;
+    HeadView<const bf16> dout, q, k, v, out;
+    const float* lse;
+    void* scratch;
+};
+struct Launcher {
+    void (*launch)(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream);
+    size_t (*scratch_bytes)(const AttentionShape& shape);
+    bool dq_repeats;
+    bool only_64_and_128;     // head dims it exists for
+    int64_t longest_to_time;  // sequences
+
+    bool runs(const AttentionShape& s) const { return !only_64_and_128 || s.D == 64 || s.D == 128; }
+};
+
+// ---- 1: one warp a row of dq, then one warp a row of dk and dv ---------------------------------
+// P and dS of a query row and a key row: the lanes share the columns.
+__device__ static float2 p_and_ds(const MmaBackwardArguments& args, const bf16* q, const bf16* k, const bf16* v,
+                                  const bf16* dout, float2 statistics) {
+    float score = 0.0f, dp = 0.0f;
+    for (int d = threadIdx.x % WARP_SIZE; d < args.D; d += WARP_SIZE) {
+        score += __bfloat162float(q[d]) * __bfloat162float(k[d]);
+        dp += __bfloat162float(dout[d]) * __bfloat162float(v[d]);
+    }
+    const float p = exp2f(warp_sum(score) * args.scale_log2 - statistics.x);
+    return make_float2(p, p * (warp_sum(dp) - statistics.y));
+}
+// Launch: one warp a query row of a head, flat grid.
+__global__ void flash_attention_backward_dq_kernel1(MmaBackwardArguments args, int64_t num_rows) {
+    constexpr int MAX_PER_LANE = 256 / WARP_SIZE;
+    const int64_t row = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / WARP_SIZE;
+    if (row >= num_rows) {
+        return;
+    }
+    const int64_t head = row / args.Tq, t = row % args.Tq, b = head / args.H, h = head % args.H;
+    float dq[MAX_PER_LANE] = {};
+    for (int64_t j = 0; j < min(args.Tk, t + 1 + args.key_offset); ++j) {
+        const bf16* k = args.k.row(b, j, h / args.heads_per_kv_head);
+        const float ds = p_and_ds(args, args.q.row(b, t, h), k, args.v.row(b, j, h / args.heads_per_kv_head),
+                                  args.dout.row(b, t, h), args.row_statistics[row])
+                             .y;
+#pragma unroll
+        for (int i = 0; i < MAX_PER_LANE; ++i) {
+            const int d = threadIdx.x % WARP_SIZE + i * WARP_SIZE;
+            dq[i] += d < args.D ? ds * __bfloat162float(k[d]) : 0.0f;
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < MAX_PER_LANE; ++i) {
+        const int d = threadIdx.x % WARP_SIZE + i * WARP_SIZE;
+        if (d < args.D) {
+            args.dq.row(b, t, h)[d] = __float2bfloat16(args.scale * dq[i]);
+        }
+    }
+}
+// Launch: one warp a key row of a kv head, flat grid.
+__global__ void flash_attention_backward_dkv_kernel1(MmaBackwardArguments args, int64_t num_rows) {
+    constexpr int MAX_PER_LANE = 256 / WARP_SIZE;
+    const int64_t row = ((int64_t)blockIdx.x * blockDim.x + threadIdx.x) / WARP_SIZE;
+    if (row >= num_rows) {
+        return;
+    }
+    const int num_kv_heads = args.H / args.heads_per_kv_head;
+    const int64_t head = row / args.Tk, j = row % args.Tk, b = head / num_kv_heads, kv_head = head % num_kv_heads;
+    float dk[MAX_PER_LANE] = {}, dv[MAX_PER_LANE] = {};
+    for (int64_t h = kv_head * args.heads_per_kv_head; h < (kv_head + 1) * args.heads_per_kv_head; ++h) {
+        for (int64_t t = max((int64_t)0, j - args.key_offset); t < args.Tq; ++t) {
+            const bf16 *q = args.q.row(b, t, h), *dout = args.dout.row(b, t, h);
+            const float2 p_ds = p_and_ds(args, q, args.k.row(b, j, kv_head), args.v.row(b, j, kv_head), dout,
+                                         args.row_statistics[(b * args.H + h) * args.Tq + t]);
+#pragma unroll
+            for (int i = 0; i < MAX_PER_LANE; ++i) {
+                const int d = threadIdx.x % WARP_SIZE + i * WARP_SIZE;
+                dk[i] += d < args.D ? p_ds.y * __bfloat162float(q[d]) : 0.0f;
+                dv[i] += d < args.D ? p_ds.x * __bfloat162float(dout[d]) : 0.0f;
+            }
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < MAX_PER_LANE; ++i) {
+        const int d = threadIdx.x % WARP_SIZE + i * WARP_SIZE;
+        if (d < args.D) {
+            args.dk.row(b, j, kv_head)[d] = __float2bfloat16(args.scale * dk[i]);
+            args.dv.row(b, j, kv_head)[d] = __float2bfloat16(dv[i]);
+        }
+    }
+}
+static MmaBackwardArguments begin_backward(const BackwardOperands& x, const AttentionShape& shape, bool deterministic,
+                                           cudaStream_t stream) {
+    return mma_begin_backward(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, deterministic,
+                              stream);
+}
+static void flash_attention_backward1(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+    const MmaBackwardArguments args = begin_backward(x, shape, true, stream);
+    const int64_t num_rows = (int64_t)shape.B * shape.H * shape.Tq;
+    const int64_t num_key_rows = (int64_t)shape.B * shape.Hkv * shape.Tk;
+    flash_attention_backward_dq_kernel1<<<ceil_div<int64_t>(num_rows, 8), 256, 0, stream>>>(args, num_rows);
+    CUDA_CHECK_LAUNCH();
+    flash_attention_backward_dkv_kernel1<<<ceil_div<int64_t>(num_key_rows, 8), 256, 0, stream>>>(args, num_key_rows);
+    CUDA_CHECK_LAUNCH();
+}
+
+// ---- other tiles of the mma.sync kernel --------------------------------------------------------
+template <class Tile64, class Tile128>
+static void flash_attention_backward_tile(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+    const MmaBackwardArguments args = begin_backward(x, shape, false, stream);
+    if (shape.D == 64) {
+        mma_launch_backward<Tile64>(args, shape, stream);
+    } else {
+        mma_launch_backward<Tile128>(args, shape, stream);
+    }
+    mma_finish_dq(args, shape, stream);
+}
+
+// ---- what ships --------------------------------------------------------------------------------
+template <bool deterministic>
+static void flash_attention_backward_mma(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+    flash_attention_mma_backward(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, deterministic,
+                                 stream);
+}
+template <bool deterministic>
+static size_t mma_scratch(const AttentionShape& shape) {
+    return flash_attention_mma_backward_scratch_bytes(shape, deterministic);
+}
+template <bool deterministic>
+static void flash_attention_backward_chosen(const BackwardOperands& x, const AttentionShape& shape,
+                                            cudaStream_t stream) {
+    flash_attention_backward(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, deterministic,
+                             stream);
+}
+template <bool deterministic>
+static size_t chosen_scratch(const AttentionShape& shape) {
+    return flash_attention_backward_scratch_bytes(shape, deterministic);
+}
+
+static const std::vector<Variant<Launcher>> VARIANTS = {
+    {1,
+     "one warp a row of dq, then one a row of dk and dv, float32",
+     {flash_attention_backward1, mma_scratch<true>, true, false, 1024}},
+    {2,
+     "mma.sync, 64 keys a block of 4 warps, 32 queries",
+     {flash_attention_backward_tile<MmaBackwardTile<64, 4, 1, 32>, MmaBackwardTile<128, 4, 1, 32>>, mma_scratch<false>,
+      false, true, 32768}},
+    {3,
+     "64 queries at a time",
+     {flash_attention_backward_tile<MmaBackwardTile<64, 4, 1, 64>, MmaBackwardTile<128, 4, 1, 64>>, mma_scratch<false>,
+      false, true, 32768}},
+    {4,
+     "128 keys a block of 8 warps: half the additions to dq",
+     {flash_attention_backward_tile<MmaBackwardTile<64, 8, 1, 64>, MmaBackwardTile<128, 8, 1, 64>>, mma_scratch<false>,
+      false, true, 32768}},
+    {5,
+     "the best of these for each D (llmc/flash_attention_mma.cuh)",
+     {flash_attention_backward_mma<false>, mma_scratch<false>, false, false, 131072}},
+    {6,
+     "the same, deterministic: dq by a second kernel that owns query rows",
+     {flash_attention_backward_mma<true>, mma_scratch<true>, true, false, 131072}},
+    {7,
+     "what this GPU gets (llmc/flash_attention.cuh)",
+     {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072}},
+    {8, "the same, deterministic", {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072}},
+};
+
+static void check(Harness& h, const Variant<Launcher>& variant) {
+    for (const PreparedCase& c : prepared_cases(h.seed)) {
+        const AttentionShape& s = c.shape();
+        if (!variant.launch.runs(s)) {
+            continue;
+        }
+        const std::string label = c.attention_case.label();
+        // The backward's inputs are the exact forward's, rounded: what is checked here is the backward alone.
+        DeviceBuffer<bf16> out(convert<bf16>(convert<float>(c.exact.out)));
+        DeviceBuffer<float> lse(convert<float>(c.exact.lse));
+        DeviceBuffer<bf16> gradients(packed_elements(s));
+        DeviceBuffer<char> scratch((int64_t)variant.launch.scratch_bytes(s));
+        const PackedViews in = c.operands(), d = packed_views(gradients, s);
+        const HeadView<bf16> out_view(out, s.Tq * s.H * s.D, (int64_t)s.H * s.D, s.D);
+        auto launch = [&] {
+            variant.launch.launch({d.q, d.k, d.v, c.dout_view(), in.q, in.k, in.v, out_view, lse, scratch}, s,
+                                  h.stream);
+        };
+        launch();
+        CUDA_CHECK(cudaStreamSynchronize(h.stream));
+        const std::vector<bf16> buffer = gradients.download();
+        std::vector<char> read(buffer.size(), 0);
+        auto compare = [&](const char* name, HeadView<bf16> view, int64_t T, int heads,
+                           const std::vector<double>& expected, const std::vector<double>& plain) {
+            const double floor = c.gradient_floor(expected);
+            h.compare(name, label, read_view(buffer, gradients, view, s.B, T, heads, s.D, &read), expected,
+                      c.limit(expected, plain, floor), {s.B, T, heads, s.D}, floor);
+        };
+        compare("dq", d.q, s.Tq, s.H, c.exact.dq, c.rounded.dq);
+        compare("dk", d.k, s.Tk, s.Hkv, c.exact.dk, c.rounded.dk);
+        compare("dv", d.v, s.Tk, s.Hkv, c.exact.dv, c.rounded.dv);
+        if (!gradients.guards_intact() || !scratch.guards_intact() || !rest_untouched(buffer, read)) {
+            h.expect(false, "dq dk dv", label, "stray write");
+        }
+        if (variant.launch.dq_repeats) {
+            h.compare_repeats("dq dk dv", label, gradients, launch, s.Tk == 1000 ? 50 : 2);
+        }
+    }
+}
+
+static void measure(Harness& h, const Variant<Launcher>& variant) {
+    for (const AttentionShape& s : attention_timings()) {
+        if (!variant.launch.runs(s) || s.Tq > variant.launch.longest_to_time) {
+            continue;
+        }
+        DeviceBuffer<bf16> qkv(packed_elements(s)), gradients(packed_elements(s));
+        DeviceBuffer<bf16> out(s.B * s.Tq * s.H * s.D), dout(s.B * s.Tq * s.H * s.D);
+        DeviceBuffer<float> lse((int64_t)s.B * s.H * s.Tq);
+        DeviceBuffer<char> scratch((int64_t)variant.launch.scratch_bytes(s));
+        qkv.fill_random(h.seed);
+        dout.fill_random(h.seed + 1);
+        const PackedViews in = packed_views(qkv, s), d = packed_views(gradients, s);
+        auto rows = [&](bf16* data) { return HeadView<bf16>(data, s.Tq * s.H * s.D, (int64_t)s.H * s.D, s.D); };
+        flash_attention_forward(rows(out), lse, in.q, in.k, in.v, s, h.stream);
+        h.measure_flops(format_string("B%d T%lld H%d D%d causal", s.B, (long long)s.Tq, s.H, s.D),
+                        2.5 * attention_flops(s), peak_bf16_tflops(), variant.idea, [&] {
+                            variant.launch.launch(
+                                {d.q, d.k, d.v, rows(dout), in.q, in.k, in.v, rows(out), lse, scratch}, s, h.stream);
+                        });
+    }
+}
+
+int main(int argc, char** argv) {
+    return run_variants(argc, argv, "flash_attention_backward", VARIANTS, check, measure);
+}

@@ -1,0 +1,201 @@
+// flash_attention_cases.cuh: what the checks of every attention kernel share: shapes that hurt, packed and guarded
+// operands, the exact result, and the error a kernel may make.
+//
+// The limit of an output is twice the error that a plain implementation makes against float64 when it rounds to bf16
+// what any kernel on bf16 tensor cores rounds (P, dS, and the outputs) and nothing else: attention_truth with
+// `rounded`. To it come what only float32 scores cost: a score of magnitude s is off by about 2^-22 s (products are
+// exact, the sum of D of them and the scaling are not), which is the relative error of its P. An error counts relative
+// to the element plus the output's root mean square, and never is less than one rounding allowed.
+#pragma once
+#include <memory>
+
+#include "attention_truth.cuh"
+
+enum class Scores { ordinary, large, dominant };  // dominant: one key that every query that sees it attends to
+
+struct AttentionCase {
+    AttentionShape shape;
+    Scores scores = Scores::ordinary;
+
+    std::string label() const {
+        const AttentionShape& s = shape;
+        const std::string mask = s.causal ? format_string("causal%+lld", (long long)s.causal_offset) : "full";
+        const char* kinds[] = {"", " large scores", " dominant key"};
+        return format_string("B%d T%lldx%lld H%d/%d D%d %s%s", s.B, (long long)s.Tq, (long long)s.Tk, s.H, s.Hkv, s.D,
+                             mask.c_str(), kinds[(int)scores]);
+    }
+};
+
+inline AttentionCase attention_case(int B, int64_t Tq, int64_t Tk, int H, int Hkv, int D, bool causal = true,
+                                    int64_t causal_offset = 0, Scores scores = Scores::ordinary) {
+    return {{B, H, Hkv, D, Tq, Tk, 1.0f / std::sqrt((float)D), causal, causal_offset}, scores};
+}
+
+inline std::vector<AttentionCase> attention_cases() {
+    std::vector<AttentionCase> cases;
+    const int heads[][2] = {{4, 2}, {3, 1}, {2, 2}, {8, 1}};
+    int i = 0;
+    for (const int D : {64, 128, 8, 40, 72, 96, 160, 192, 256}) {
+        for (const int64_t T : {1, 17, 127, 128, 129, 1000}) {
+            const auto& [H, Hkv] = heads[i++ % 4];
+            if (D == 64 || D == 128 || (T == 17 || T == 129 || T == 1000)) {
+                cases.push_back(attention_case(T < 1000 ? 2 : 1, T, T, H, Hkv, D));
+            }
+        }
+    }
+    for (const int D : {64, 128, 72, 256}) {
+        cases.push_back(attention_case(2, 129, 300, 4, 2, D, true, 171));    // the last queries of a sequence
+        cases.push_back(attention_case(1, 300, 129, 2, 1, D, true, -150));   // rows, and whole tiles, that see nothing
+        cases.push_back(attention_case(1, 200, 333, 2, 2, D, true, -1000));  // nobody sees anything
+        cases.push_back(attention_case(2, 77, 500, 2, 1, D, false));
+        cases.push_back(attention_case(1, 500, 3, 2, 2, D, false));
+        cases.push_back(attention_case(1, 1, 700, 4, 1, D, true, 699));
+        cases.push_back(attention_case(1, 333, 333, 2, 1, D, true, 0, Scores::large));
+        cases.push_back(attention_case(1, 333, 333, 2, 1, D, true, 0, Scores::dominant));
+    }
+    cases.push_back(attention_case(1, 4097, 4097, 2, 1, 128));
+    cases.push_back(attention_case(1, 4097, 4097, 2, 1, 64));
+    return cases;
+}
+
+// Views of [B, T, H + 2 Hkv, D] packed rows: operands as the fused projection leaves them. T: max(Tq, Tk).
+struct PackedViews {
+    HeadView<bf16> q, k, v;
+};
+inline int64_t packed_width(const AttentionShape& s) { return (int64_t)(s.H + 2 * s.Hkv) * s.D; }
+inline int64_t packed_elements(const AttentionShape& s) { return s.B * std::max(s.Tq, s.Tk) * packed_width(s); }
+inline PackedViews packed_views(bf16* data, const AttentionShape& s) {
+    const int64_t stride_t = packed_width(s), stride_b = std::max(s.Tq, s.Tk) * stride_t;
+    auto view = [&](int64_t first_head) { return HeadView<bf16>(data + first_head * s.D, stride_b, stride_t, s.D); };
+    return {view(0), view(s.H), view(s.H + s.Hkv)};
+}
+// [B, Tq, H, D], contiguous but for 8 elements between rows, which a kernel must leave alone.
+inline int64_t padded_elements(const AttentionShape& s) { return s.B * s.Tq * ((int64_t)s.H * s.D + 8); }
+inline HeadView<bf16> padded_view(bf16* data, const AttentionShape& s) {
+    const int64_t stride_t = (int64_t)s.H * s.D + 8;
+    return HeadView<bf16>(data, s.Tq * stride_t, stride_t, s.D);
+}
+
+// Reads [B, T, heads, D] out of a downloaded buffer that starts at `data`, marking what was read.
+inline std::vector<bf16> read_view(const std::vector<bf16>& buffer, const bf16* data, HeadView<bf16> view, int B,
+                                   int64_t T, int heads, int D, std::vector<char>* read) {
+    std::vector<bf16> values;
+    values.reserve(B * T * heads * D);
+    for (int64_t b = 0; b < B; ++b) {
+        for (int64_t t = 0; t < T; ++t) {
+            for (int64_t h = 0; h < heads; ++h) {
+                const int64_t at = view.row(b, t, h) - data;
+                values.insert(values.end(), buffer.begin() + at, buffer.begin() + at + D);
+                std::fill_n(read->begin() + at, D, 1);
+            }
+        }
+    }
+    return values;
+}
+// Whether everything that was not read still holds the poison.
+inline bool rest_untouched(const std::vector<bf16>& buffer, const std::vector<char>& read) {
+    for (size_t i = 0; i < buffer.size(); ++i) {
+        uint16_t bits;
+        std::memcpy(&bits, &buffer[i], sizeof bits);
+        if (!read[i] && bits != 0xffff) {
+            return false;
+        }
+    }
+    return true;
+}
+
+// A case with its operands on the device and what should come out of them.
+struct PreparedCase {
+    AttentionCase attention_case;
+    std::unique_ptr<DeviceBuffer<bf16>> qkv, dout;
+    AttentionTruth exact, rounded;
+    double max_score = 0.0;  // bound on |scale q.k|
+
+    const AttentionShape& shape() const { return attention_case.shape; }
+    PackedViews operands() const { return packed_views(*qkv, shape()); }
+    HeadView<bf16> dout_view() const { return padded_view(*dout, shape()); }
+
+    // See the head of this file. `expected` and `plain` are the two results; result_floor: added to the root mean
+    // square.
+    double limit(const std::vector<double>& expected, const std::vector<double>& plain, double floor) const {
+        const std::vector<bf16> plain_bf16 = convert<bf16>(convert<float>(plain));
+        const double plain_error = difference(plain_bf16, expected, floor).max_error;
+        return 2.0 * std::max(plain_error, unit_roundoff<bf16>()) + max_score * 0x1p-22;
+    }
+    // The error floor: gradients through the softmax are differences that may cancel to nothing (with one key they are
+    // zero), so an eighth of a bf16 rounding of what was subtracted always is allowed for. v, k, dout have variance 1.
+    double gradient_floor(const std::vector<double>& expected) const {
+        return root_mean_square(expected) + std::sqrt((double)shape().D) * shape().scale / 256.0;
+    }
+};
+
+inline PreparedCase prepare_case(const AttentionCase& c, uint64_t seed) {
+    const AttentionShape& s = c.shape;
+    PreparedCase prepared;
+    prepared.attention_case = c;
+    const float q_scale = c.scores == Scores::large ? 300.0f : 1.0f;
+    std::vector<bf16> qkv = random_vector<bf16>(packed_elements(s), seed);
+    const PackedViews views = packed_views(qkv.data(), s);
+    for (int64_t b = 0; b < s.B; ++b) {
+        for (int64_t t = 0; t < s.Tq; ++t) {
+            for (int64_t h = 0; h < s.H; ++h) {
+                for (int d = 0; d < s.D; ++d) {
+                    bf16& q = views.q.row(b, t, h)[d];
+                    q = __float2bfloat16(__bfloat162float(q) * q_scale + (c.scores == Scores::dominant ? 1.0f : 0.0f));
+                }
+            }
+        }
+        if (c.scores == Scores::dominant) {
+            for (int64_t h = 0; h < s.Hkv; ++h) {
+                for (int d = 0; d < s.D; ++d) {
+                    views.k.row(b, s.Tk / 3, h)[d] = __float2bfloat16(12.0f / std::sqrt((float)s.D));
+                }
+            }
+        }
+    }
+    prepared.max_score = s.scale * s.D * q_scale * 3.0;
+    prepared.qkv = std::make_unique<DeviceBuffer<bf16>>(qkv);
+    prepared.dout = std::make_unique<DeviceBuffer<bf16>>(random_vector<bf16>(padded_elements(s), seed + 1));
+    const PackedViews operands = prepared.operands();
+    for (const bool rounded : {false, true}) {
+        (rounded ? prepared.rounded : prepared.exact) =
+            attention_truth(operands.q, operands.k, operands.v, prepared.dout_view(), s, rounded);
+    }
+    return prepared;
+}
+// All cases; prepared once, at the first call.
+inline const std::vector<PreparedCase>& prepared_cases(uint64_t seed) {
+    static const std::vector<PreparedCase> cases = [&] {
+        std::vector<PreparedCase> prepared;
+        for (const AttentionCase& c : attention_cases()) {
+            prepared.push_back(prepare_case(c, seed));
+        }
+        return prepared;
+    }();
+    return cases;
+}
+
+// ---- timing ------------------------------------------------------------------------------------
+// Shapes timed, causal: short sequences in a batch, then ever longer ones.
+inline std::vector<AttentionShape> attention_timings() {
+    std::vector<AttentionShape> shapes;
+    for (const int D : {128, 64}) {
+        for (const int64_t T : {1024, 8192, 32768, 131072}) {
+            shapes.push_back({T == 1024 ? 32 : 1, 8, 8, D, T, T, 1.0f / std::sqrt((float)D), true, 0});
+        }
+    }
+    return shapes;
+}
+// Products of a causal forward; the backward has 2.5 times as many.
+inline double attention_flops(const AttentionShape& s) { return 2.0 * s.B * s.H * s.D * (double)s.Tq * (double)s.Tk; }
+// Dense bf16 peak of the GPUs whose data sheets were read; 0 for others.
+inline double peak_bf16_tflops() {
+    int device;
+    cudaDeviceProp properties;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+    const std::string name = properties.name;
+    return name.find("H200") != std::string::npos || name.find("H100 80GB HBM3") != std::string::npos ? 989.4
+           : name.find("A100") != std::string::npos                                                   ? 312.0
+                                                                                                      : 0.0;
+}
