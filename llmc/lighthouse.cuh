@@ -1,0 +1,238 @@
+// lighthouse.cuh: Lighthouse attention (arXiv:2605.06554), the layer that stands in for dense attention in the first
+// stage of training: pool and score -> select -> gather -> flash attention on the sub-sequence -> scatter, and back.
+// It has no parameters. Every launch is on one stream, nothing waits for the host, nothing is allocated: the caller
+// plans three areas, whose sizes are exact functions of the shape.
+// Shapes: q, out [B, T, H, D]; k, v [B, T, Hkv, D], after RoPE, each a HeadView, so packed qkv is read in place. S rows
+// are gathered for every key/value head, S = T / p^(L-1) + (L-1) p k.
+// Reference: reference/lighthouse.h. Checked and timed by dev/cuda/lighthouse_layer.cu.
+#pragma once
+#include "flash_attention.cuh"     // the inner attention
+#include "lighthouse_gather.cuh"   // tokens to sub-sequence
+#include "lighthouse_pool.cuh"     // scores and coarsest means
+#include "lighthouse_scatter.cuh"  // sub-sequence to tokens
+#include "lighthouse_select.cuh"   // which entries, in which order
+
+inline LighthouseShape make_lighthouse_shape(const LighthouseGeometry& geometry, const LighthouseConfig& config, int B,
+                                             int H, int Hkv, int D, float scale) {
+    CHECK(B >= 1 && Hkv >= 1 && H % Hkv == 0, "Lighthouse attention: %d query heads on %d key/value heads", H, Hkv);
+    LighthouseShape shape;
+    shape.geometry = geometry;
+    shape.B = B, shape.H = H, shape.Hkv = Hkv, shape.D = D;
+    shape.scale = scale;
+    shape.scorer = config.scorer, shape.dilation = config.dilation;
+    return shape;
+}
+
+// ---- memory --------------------------------------------------------------------------------------
+// Hands out pieces of one area in order, each 256-byte aligned. With no area it only adds up their sizes.
+class LighthouseArea {
+  public:
+    explicit LighthouseArea(void* begin) : begin_(static_cast<unsigned char*>(begin)) {}
+    template <class Element>
+    Element* take(int64_t num_elements) {
+        unsigned char* const piece = begin_ == nullptr ? nullptr : begin_ + num_bytes_;
+        num_bytes_ += round_up<size_t>((size_t)num_elements * sizeof(Element), 256);
+        return reinterpret_cast<Element*>(piece);
+    }
+    size_t num_bytes() const { return num_bytes_; }
+
+  private:
+    unsigned char* begin_;
+    size_t num_bytes_ = 0;
+};
+
+// What forward leaves for backward, in the area `saved`.
+struct LighthouseSaved {
+    int32_t* entries;    // [B, Hkv, S] pyramid address of each gathered row
+    int32_t* positions;  // [B, Hkv, num_slots] gathered row of each pyramid address, -1: absent
+    bf16* q;             // [B, S, H, D]
+    bf16* k;             // [B, S, Hkv, D]
+    bf16* v;             // [B, S, Hkv, D]
+    bf16* out;           // [B, S, H, D], the inner attention's
+    float* lse;          // [B, H, S]
+
+    LighthouseSaved(LighthouseArea& area, const LighthouseShape& shape) {
+        const LighthouseGeometry& g = shape.geometry;
+        const int64_t q_elements = shape.B * g.S * shape.H * shape.D, k_elements = shape.B * g.S * shape.Hkv * shape.D;
+        entries = area.take<int32_t>(shape.num_selections() * g.S);
+        positions = area.take<int32_t>(shape.num_selections() * g.num_slots);
+        q = area.take<bf16>(q_elements);
+        k = area.take<bf16>(k_elements);
+        v = area.take<bf16>(k_elements);
+        out = area.take<bf16>(q_elements);
+        lse = area.take<float>((int64_t)shape.B * shape.H * g.S);
+    }
+};
+
+// Forward's scratch.
+struct LighthouseForwardScratch {
+    float* q_scores;  // [B, H, T]; with the norm scorer [B, H + Hkv, T] together with k_scores
+    float* k_scores;  // [B, H, T] of the dilated scorer
+    void* select_scratch;
+    bf16* pooled;        // [B, T / p^(L-1), H + 2 Hkv, D]
+    bf16* dilated_out;   // [T, H, D], one sequence at a time
+    float* dilated_lse;  // [dilation, H, T / dilation]
+
+    LighthouseForwardScratch(LighthouseArea& area, const LighthouseShape& shape) {
+        const LighthouseGeometry& g = shape.geometry;
+        const bool dilated = shape.scorer == LighthouseScorer::dilated;
+        q_scores = area.take<float>((int64_t)shape.B * (shape.H + (dilated ? 0 : shape.Hkv)) * g.T);
+        k_scores = dilated ? area.take<float>((int64_t)shape.B * shape.H * g.T) : nullptr;
+        select_scratch = area.take<unsigned char>((int64_t)lighthouse_select_scratch_bytes(shape));
+        pooled = area.take<bf16>(shape.B * g.level_size(g.levels - 1) * shape.num_heads() * shape.D);
+        dilated_out = dilated ? area.take<bf16>(g.T * shape.H * shape.D) : nullptr;
+        dilated_lse = dilated ? area.take<float>(g.T * shape.H) : nullptr;
+    }
+};
+
+inline AttentionShape lighthouse_inner_shape(const LighthouseShape& shape) {
+    AttentionShape inner;
+    inner.B = shape.B, inner.H = shape.H, inner.Hkv = shape.Hkv, inner.D = shape.D;
+    inner.Tq = inner.Tk = shape.geometry.S;
+    inner.scale = shape.scale;
+    return inner;
+}
+
+// Backward's scratch: the gradients of the gathered rows, and the inner attention's own.
+struct LighthouseBackwardScratch {
+    bf16* dout;  // [B, S, H, D]
+    bf16* dq;    // [B, S, H, D]
+    bf16* dk;    // [B, S, Hkv, D]
+    bf16* dv;    // [B, S, Hkv, D]
+    void* attention_scratch;
+
+    LighthouseBackwardScratch(LighthouseArea& area, const LighthouseShape& shape, bool deterministic) {
+        const int64_t rows = shape.B * shape.geometry.S;
+        dout = area.take<bf16>(rows * shape.H * shape.D);
+        dq = area.take<bf16>(rows * shape.H * shape.D);
+        dk = area.take<bf16>(rows * shape.Hkv * shape.D);
+        dv = area.take<bf16>(rows * shape.Hkv * shape.D);
+        attention_scratch = area.take<unsigned char>(
+            (int64_t)flash_attention_backward_scratch_bytes(lighthouse_inner_shape(shape), deterministic));
+    }
+};
+
+// Bytes of the three areas: kept from forward to backward, and scratch of one call.
+inline size_t lighthouse_saved_bytes(const LighthouseShape& shape) {
+    LighthouseArea area(nullptr);
+    LighthouseSaved saved(area, shape);
+    return area.num_bytes();
+}
+inline size_t lighthouse_forward_scratch_bytes(const LighthouseShape& shape) {
+    LighthouseArea area(nullptr);
+    LighthouseForwardScratch scratch(area, shape);
+    return area.num_bytes();
+}
+inline size_t lighthouse_backward_scratch_bytes(const LighthouseShape& shape, bool deterministic) {
+    LighthouseArea area(nullptr);
+    LighthouseBackwardScratch scratch(area, shape, deterministic);
+    return area.num_bytes();
+}
+
+template <class Element>
+HeadView<Element> lighthouse_gathered_view(Element* rows, int heads, const LighthouseShape& shape) {
+    const int64_t width = (int64_t)heads * shape.D;
+    return {rows, shape.geometry.S * width, width, shape.D};
+}
+
+// ---- the dilated scorer ----------------------------------------------------------------------------
+// Tokens t = r, r + dilation, ... of a sequence form sequence r of a batch of `dilation`.
+template <class Element>
+HeadView<Element> lighthouse_dilated_view(HeadView<Element> view, int64_t b, int dilation) {
+    return {view.row(b, 0, 0), view.stride_t, view.stride_t * dilation, view.stride_h};
+}
+// Every group-th head, from `member`.
+template <class Element>
+HeadView<Element> lighthouse_group_member(HeadView<Element> view, int member, int group) {
+    return {view.row(0, 0, member), view.stride_b, view.stride_t, view.stride_h * group};
+}
+
+// scratch.q_scores, scratch.k_scores (=) [B, H, T]: the norms of causal attention on every dilated sequence, as (q, k,
+// v) and as (k, q, v). With grouped queries the key's role is played once for each query head of its group.
+inline void lighthouse_dilated_scores(const LighthouseForwardScratch& scratch, const QkvHeads<const bf16>& qkv,
+                                      const LighthouseShape& shape, cudaStream_t stream) {
+    NVTX_RANGE();
+    const int64_t T = shape.geometry.T;
+    const int dilation = shape.dilation, group = shape.H / shape.Hkv;
+    const HeadView<bf16> out = {scratch.dilated_out, 0, (int64_t)shape.H * shape.D, shape.D};
+    LighthouseShape one_sequence = shape;
+    one_sequence.B = 1;
+    AttentionShape inner = lighthouse_inner_shape(shape);
+    inner.B = dilation;
+    inner.Tq = inner.Tk = T / dilation;
+    for (int64_t b = 0; b < shape.B; ++b) {
+        const auto dilated = [&](auto view, int64_t sequence) {
+            return lighthouse_dilated_view(view, sequence, dilation);
+        };
+        const HeadView<const bf16> k = dilated(qkv.k, b), v = dilated(qkv.v, b);
+        inner.H = shape.H;
+        flash_attention_forward(dilated(out, 0), scratch.dilated_lse, dilated(qkv.q, b), k, v, inner, stream);
+        lighthouse_norms(scratch.q_scores + b * shape.H * T, out, one_sequence, stream);
+        inner.H = shape.Hkv;
+        for (int member = 0; member < group; ++member) {
+            flash_attention_forward(dilated(lighthouse_group_member(out, member, group), 0), scratch.dilated_lse, k,
+                                    dilated(lighthouse_group_member(qkv.q, member, group), b), v, inner, stream);
+        }
+        lighthouse_norms(scratch.k_scores + b * shape.H * T, out, one_sequence, stream);
+    }
+}
+
+// ---- forward -----------------------------------------------------------------------------------
+// Scores, selection and gathered rows: saved.entries, positions, q, k and v (=) from qkv.
+inline void lighthouse_gather_forward(const LighthouseSaved& saved, const LighthouseForwardScratch& scratch,
+                                      const QkvHeads<const bf16>& qkv, const LighthouseShape& shape,
+                                      cudaStream_t stream) {
+    NVTX_RANGE();
+    const int64_t T = shape.geometry.T;
+    const int H = shape.H, Hkv = shape.Hkv;
+    if (shape.scorer == LighthouseScorer::dilated) {
+        lighthouse_dilated_scores(scratch, qkv, shape, stream);
+        lighthouse_pool(scratch.pooled, nullptr, qkv, shape, stream);
+        lighthouse_select(saved.entries, saved.positions, scratch.q_scores, H * T, scratch.k_scores, H * T, H / Hkv,
+                          scratch.select_scratch, shape, stream);
+    } else {
+        lighthouse_pool(scratch.pooled, scratch.q_scores, qkv, shape, stream);
+        lighthouse_select(saved.entries, saved.positions, scratch.q_scores, (H + Hkv) * T, scratch.q_scores + H * T,
+                          (H + Hkv) * T, 1, scratch.select_scratch, shape, stream);
+    }
+    const QkvHeads<bf16> gathered = {lighthouse_gathered_view(saved.q, H, shape),
+                                     lighthouse_gathered_view(saved.k, Hkv, shape),
+                                     lighthouse_gathered_view(saved.v, Hkv, shape)};
+    lighthouse_gather(gathered, qkv, scratch.pooled, saved.entries, shape, stream);
+}
+
+// out (=) [B, T, H, D]; saved (=) lighthouse_saved_bytes that backward needs; scratch:
+// lighthouse_forward_scratch_bytes. Both areas 256-byte aligned, of any content. Repeats bit for bit.
+inline void lighthouse_forward(HeadView<bf16> out, void* saved, HeadView<const bf16> q, HeadView<const bf16> k,
+                               HeadView<const bf16> v, void* scratch, const LighthouseShape& shape,
+                               cudaStream_t stream) {
+    NVTX_RANGE();
+    LighthouseArea saved_area(saved), scratch_area(scratch);
+    const LighthouseSaved s(saved_area, shape);
+    lighthouse_gather_forward(s, LighthouseForwardScratch(scratch_area, shape), {q, k, v}, shape, stream);
+    const HeadView<bf16> inner_out = lighthouse_gathered_view(s.out, shape.H, shape);
+    flash_attention_forward(inner_out, s.lse, lighthouse_gathered_view(s.q, shape.H, shape),
+                            lighthouse_gathered_view(s.k, shape.Hkv, shape),
+                            lighthouse_gathered_view(s.v, shape.Hkv, shape), lighthouse_inner_shape(shape), stream);
+    lighthouse_scatter(out, inner_out, s.positions, shape, stream);
+}
+
+// ---- backward ----------------------------------------------------------------------------------
+// dq (=) [B, T, H, D], dk, dv (=) [B, T, Hkv, D] from dout [B, T, H, D] and what the same forward saved; scratch:
+// lighthouse_backward_scratch_bytes, 256-byte aligned. No gradient flows through the selection. deterministic: as in
+// flash_attention_backward; everything around it repeats bit for bit in any case.
+inline void lighthouse_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
+                                void* saved, void* scratch, const LighthouseShape& shape, bool deterministic,
+                                cudaStream_t stream) {
+    NVTX_RANGE();
+    LighthouseArea saved_area(saved), scratch_area(scratch);
+    const LighthouseSaved s(saved_area, shape);
+    const LighthouseBackwardScratch d(scratch_area, shape, deterministic);
+    const auto q_view = [&](bf16* rows) { return lighthouse_gathered_view(rows, shape.H, shape); };
+    const auto k_view = [&](bf16* rows) { return lighthouse_gathered_view(rows, shape.Hkv, shape); };
+    lighthouse_scatter_backward(q_view(d.dout), dout, s.entries, shape, stream);
+    flash_attention_backward(q_view(d.dq), k_view(d.dk), k_view(d.dv), q_view(d.dout), q_view(s.q), k_view(s.k),
+                             k_view(s.v), q_view(s.out), s.lse, d.attention_scratch, lighthouse_inner_shape(shape),
+                             deterministic, stream);
+    lighthouse_gather_backward({dq, dk, dv}, {q_view(d.dq), k_view(d.dk), k_view(d.dv)}, s.positions, shape, stream);
+}
