@@ -66,7 +66,6 @@ inline double derivative_at_zero(const std::function<double(double)>& f, double 
 // f reads x; it is left as it was.
 inline double gradient_error(std::vector<double>& x, const std::vector<double>& dx, const std::function<double()>& f,
                              double step = 1e-3) {
-    const SingleThread single_thread;
     double largest_difference = 0.0, largest = SMALLEST_SCALE;
     for (size_t i = 0; i < x.size(); ++i) {
         const double value = x[i];

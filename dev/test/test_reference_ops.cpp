@@ -19,6 +19,8 @@
 
 namespace {
 
+const SingleThread one_thread_unless_said_otherwise;
+
 using Values = std::vector<double>;
 constexpr double GRADIENT_LIMIT = 1e-6;  // of gradient_error, for every operation
 
