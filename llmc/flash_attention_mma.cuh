@@ -105,10 +105,10 @@ template <int COLUMNS>
 struct FragmentReader {
     using Tile = SwizzledTile<COLUMNS>;
     uint32_t base;
-    uint32_t lane_chunk;
 
+    // tile: aligned to 128 bytes, so that a chunk's number is permuted by flipping bits of the whole address.
     __device__ __forceinline__ FragmentReader(uint32_t tile, int lane_row, int lane_chunk)
-        : base(tile + lane_row * Tile::ROW_BYTES), lane_chunk(lane_chunk ^ Tile::key(lane_row)) {}
+        : base(tile + Tile::offset(lane_row, lane_chunk)) {}
     // Matrices in the order (rows 0-7, chunk 0), (rows 8-15, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 1): A
     // from rows; B from a tile whose rows are the contraction, transposed.
     __device__ __forceinline__ static FragmentReader rows_first(uint32_t tile, int lane) {
@@ -120,35 +120,45 @@ struct FragmentReader {
         return FragmentReader(tile, lane % 8 + lane / 16 * 8, lane / 8 % 2);
     }
     __device__ __forceinline__ uint32_t address(int row, int chunk) const {
-        const uint32_t permuted = (chunk % Tile::PERMUTED ^ lane_chunk) * 16;
-        return base + permuted + row * Tile::ROW_BYTES + chunk / Tile::PERMUTED * Tile::PERMUTED * 16;
+        return (base ^ chunk % Tile::PERMUTED * 16) + row * Tile::ROW_BYTES +
+               chunk / Tile::PERMUTED * Tile::PERMUTED * 16;
     }
 };
 
-// Starts copying ROWS rows of D columns into a tile, by THREADS threads; rows from num_rows on and columns from D on
-// become zero. The pointer is stepped, not indexed: offsets of every copy would be hoisted out of the caller's loop and
-// take the accumulators' registers.
+// Where this thread starts in a tile that begins with first_row: load_tile's threads stand side by side on a row.
+template <int COLUMNS>
+__device__ __forceinline__ const bf16* tile_position(const bf16* first_row, int64_t stride_t) {
+    constexpr int WIDTH = SwizzledTile<COLUMNS>::PERMUTED;
+    return first_row + threadIdx.x / WIDTH * stride_t + threadIdx.x % WIDTH * 8;
+}
+// Starts copying ROWS rows of D columns into a tile, by THREADS threads, each from its tile_position; rows from
+// num_rows on and columns from D on become zero. The pointer is stepped, not indexed: offsets of every copy would be
+// hoisted out of the caller's loop and take the accumulators' registers.
 template <int ROWS, int COLUMNS, int THREADS>
-__device__ __forceinline__ void load_tile(uint32_t tile, const bf16* first_row, int64_t stride_t, int64_t num_rows,
+__device__ __forceinline__ void load_tile(uint32_t tile, const bf16* position, int64_t stride_t, int64_t num_rows,
                                           int D) {
     using Tile = SwizzledTile<COLUMNS>;
     constexpr int ROWS_PER_PASS = THREADS / Tile::PERMUTED;
     static_assert(ROWS % ROWS_PER_PASS == 0 && ROWS_PER_PASS % 8 == 0, "whole passes, of whole swizzle patterns");
-    const int thread = opaque(threadIdx.x);
-    const int row = thread / Tile::PERMUTED, chunk = thread % Tile::PERMUTED;
+    const int row = threadIdx.x / Tile::PERMUTED, chunk = threadIdx.x % Tile::PERMUTED;
     const uint32_t shared = tile + Tile::offset(row, chunk);
-    const bf16* global = first_row + row * stride_t + chunk * 8;
     const bool whole = num_rows >= ROWS && D == COLUMNS;
     const int rows_left = (int)min(num_rows, (int64_t)ROWS) - row, columns_left = D - chunk * 8;
 #pragma unroll
     for (int pass_row = 0; pass_row < ROWS; pass_row += ROWS_PER_PASS) {
 #pragma unroll
         for (int group = 0; group < COLUMNS; group += Tile::PERMUTED * 8) {
-            cp_async_16(shared + pass_row * Tile::ROW_BYTES + group * 2, global + group,
+            cp_async_16(shared + pass_row * Tile::ROW_BYTES + group * 2, position + group,
                         whole || (pass_row < rows_left && group < columns_left));
         }
-        global += ROWS_PER_PASS * stride_t;
+        position += ROWS_PER_PASS * stride_t;
     }
+}
+// The same from the first row's address.
+template <int ROWS, int COLUMNS, int THREADS>
+__device__ __forceinline__ void load_rows(uint32_t tile, const bf16* first_row, int64_t stride_t, int64_t num_rows,
+                                          int D) {
+    load_tile<ROWS, COLUMNS, THREADS>(tile, tile_position<COLUMNS>(first_row, stride_t), stride_t, num_rows, D);
 }
 
 // Rounds a warp's accumulators, times a factor for each row, into its rows of a tile; `tile` is the address of the
@@ -339,6 +349,7 @@ struct MmaForwardTile {
         alignas(128) bf16 q[BLOCK_M * D];  // at the end the output's tile
         alignas(128) bf16 k[STAGES][BLOCK_N * D];
         alignas(128) bf16 v[STAGES][BLOCK_N * D];
+        int num_unmasked;  // key tiles that every row sees whole; here because registers are short
     };
 };
 
@@ -416,17 +427,26 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
 
     const QueryBlock<Tile> block(args, blockIdx.x);
     const int num_key_tiles = (int)((block.last_seen + BLOCK_N - 1) / BLOCK_N);
-    const int num_unmasked = (int)(block.first_seen / BLOCK_N);
+    if (threadIdx.x == 0) {
+        shared.num_unmasked = (int)(block.first_seen / BLOCK_N);
+    }
 
     const uint32_t q_tile = shared_address(shared.q);
     const uint32_t q_warp_tile = q_tile + warp * WARP_ROWS * SwizzledTile<D>::ROW_BYTES;
     const auto q_reader = FragmentReader<D>::rows_first(q_warp_tile, lane);
-    auto load_keys = [&](int tile, int stage, bool values) {
-        const HeadView<const bf16>& view = values ? args.v : args.k;
-        const int64_t key = (int64_t)tile * BLOCK_N;
-        load_tile<BLOCK_N, D, THREADS>(shared_address(values ? shared.v[stage] : shared.k[stage]),
-                                       view.row(opaque(block.b), key, opaque(block.kv_head)), view.stride_t,
-                                       args.Tk - key, args.D);
+    // Tiles of k and of v are loaded one after the other, from the last down.
+    const int64_t last_key = (int64_t)(num_key_tiles - 1) * BLOCK_N;
+    const bf16* k_position = tile_position<D>(args.k.row(block.b, last_key, block.kv_head), args.k.stride_t);
+    const bf16* v_position = tile_position<D>(args.v.row(block.b, last_key, block.kv_head), args.v.stride_t);
+    auto load_k = [&](int tile) {
+        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.k[tile % STAGES]), k_position, args.k.stride_t,
+                                       args.Tk - (int64_t)tile * BLOCK_N, args.D);
+        k_position -= BLOCK_N * args.k.stride_t;
+    };
+    auto load_v = [&](int tile) {
+        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.v[tile % STAGES]), v_position, args.v.stride_t,
+                                       args.Tk - (int64_t)tile * BLOCK_N, args.D);
+        v_position -= BLOCK_N * args.v.stride_t;
     };
 
     float out[M_TILES][D / 8][4], row_max[M_TILES][2], row_sum[M_TILES][2];
@@ -437,24 +457,25 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
         row_sum[i / 2][i % 2] = 0.0f;
     }
     if (num_key_tiles > 0) {
-        load_tile<BLOCK_M, D, THREADS>(q_tile, args.q.row(block.b, block.first_row, block.h), args.q.stride_t,
+        load_rows<BLOCK_M, D, THREADS>(q_tile, args.q.row(block.b, block.first_row, block.h), args.q.stride_t,
                                        args.Tq - block.first_row, args.D);
-        load_keys(num_key_tiles - 1, 0, false);
+        load_k(num_key_tiles - 1);
         if (STAGES > 1) {
-            load_keys(num_key_tiles - 1, 0, true);
+            load_v(num_key_tiles - 1);
         }
         cp_async_commit();
     }
     // From the last key tile down: the masked ones come first, and near keys tend to hold the maximum.
-    for (int tile = num_key_tiles - 1, stage = 0; tile >= 0; --tile, stage = STAGES > 1 ? stage ^ 1 : 0) {
+    for (int tile = num_key_tiles - 1; tile >= 0; --tile) {
+        const int stage = tile % STAGES;
         cp_async_wait<0>();
         __syncthreads();  // this tile has arrived, and every warp is done with the one before
         if (STAGES == 1) {
-            load_keys(tile, stage, true);
+            load_v(tile);
             cp_async_commit();
         } else if (tile > 0) {
-            load_keys(tile - 1, stage ^ 1, false);
-            load_keys(tile - 1, stage ^ 1, true);
+            load_k(tile - 1);
+            load_v(tile - 1);
             cp_async_commit();
         }
         float scores[M_TILES][BLOCK_N / 8][4];
@@ -463,18 +484,18 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
             cp_async_wait<0>();
             __syncthreads();  // v has arrived, and every warp is done with k
             if (tile > 0) {
-                load_keys(tile - 1, stage, false);
+                load_k(tile - 1);
                 cp_async_commit();
             }
         }
-        if (tile >= num_unmasked) {
+        if (tile >= shared.num_unmasked) {
             mask_scores(scores, QueryBlock<Tile>(args, opaque(blockIdx.x)).warp_row, (int64_t)tile * BLOCK_N,
                         args.key_offset, args.Tk);
         }
         online_softmax(scores, out, row_max, row_sum, args.scale_log2, args.rescale_threshold);
         uint32_t p[M_TILES][BLOCK_N / 16][4];
         pack_operand(p, scores);
-        multiply_add(out, p, FragmentReader<D>::rows_first(shared_address(shared.v[stage]), opaque(lane)), 0, 0);
+        multiply_add(out, p, FragmentReader<D>::rows_first(shared_address(shared.v[stage]), lane), 0, 0);
     }
 
     // The output goes through this warp's own rows of the q tile to be stored 16 bytes at a time.
@@ -643,9 +664,9 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     constexpr int WARP_BYTES = WARP_KEYS * SwizzledTile<D>::ROW_BYTES;
     auto load_queries = [&](int h, int tile, int stage) {
         const int64_t row = (int64_t)tile * BLOCK_M;
-        load_tile<BLOCK_M, D, THREADS>(shared_address(shared.q[stage]), args.q.row(b, row, h), args.q.stride_t,
+        load_rows<BLOCK_M, D, THREADS>(shared_address(shared.q[stage]), args.q.row(b, row, h), args.q.stride_t,
                                        args.Tq - row, args.D);
-        load_tile<BLOCK_M, D, THREADS>(shared_address(shared.dout[stage]), args.dout.row(b, row, h), args.dout.stride_t,
+        load_rows<BLOCK_M, D, THREADS>(shared_address(shared.dout[stage]), args.dout.row(b, row, h), args.dout.stride_t,
                                        args.Tq - row, args.D);
         load_row_statistics<BLOCK_M>(shared.row_statistics[stage],
                                      args.row_statistics + ((int64_t)b * args.H + h) * args.Tq, row, args.Tq);
@@ -658,8 +679,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     const int end_head = (kv_head + 1) * args.heads_per_kv_head;
     int h = first_tile < num_query_tiles ? kv_head * args.heads_per_kv_head : end_head;
     if (h < end_head) {
-        load_tile<BLOCK_N, D, THREADS>(k_tile, args.k.row(b, first_key, kv_head), args.k.stride_t, num_keys, args.D);
-        load_tile<BLOCK_N, D, THREADS>(v_tile, args.v.row(b, first_key, kv_head), args.v.stride_t, num_keys, args.D);
+        load_rows<BLOCK_N, D, THREADS>(k_tile, args.k.row(b, first_key, kv_head), args.k.stride_t, num_keys, args.D);
+        load_rows<BLOCK_N, D, THREADS>(v_tile, args.v.row(b, first_key, kv_head), args.v.stride_t, num_keys, args.D);
         load_queries(h, first_tile, 0);
     }
     for (int tile = first_tile, stage = 0; h < end_head; stage ^= 1) {
@@ -801,31 +822,38 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
 
     const uint32_t q_tile = shared_address(shared.q), dout_tile = shared_address(shared.dout);
     const uint32_t warp_offset = warp * WARP_ROWS * SwizzledTile<D>::ROW_BYTES;
-    auto load_keys = [&](int tile, int stage) {
-        const int64_t key = (int64_t)tile * BLOCK_N;
-        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.k[stage]), args.k.row(block.b, key, block.kv_head),
-                                       args.k.stride_t, args.Tk - key, args.D);
-        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.v[stage]), args.v.row(block.b, key, block.kv_head),
-                                       args.v.stride_t, args.Tk - key, args.D);
+    // Tiles of k and v are loaded one after the other, from the last down.
+    const int64_t last_key = (int64_t)(num_key_tiles - 1) * BLOCK_N;
+    const bf16* k_position = tile_position<D>(args.k.row(block.b, last_key, block.kv_head), args.k.stride_t);
+    const bf16* v_position = tile_position<D>(args.v.row(block.b, last_key, block.kv_head), args.v.stride_t);
+    auto load_keys = [&](int tile) {
+        const int64_t num_keys = args.Tk - (int64_t)tile * BLOCK_N;
+        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.k[tile % 2]), k_position, args.k.stride_t, num_keys,
+                                       args.D);
+        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.v[tile % 2]), v_position, args.v.stride_t, num_keys,
+                                       args.D);
         cp_async_commit();
+        k_position -= BLOCK_N * args.k.stride_t;
+        v_position -= BLOCK_N * args.v.stride_t;
     };
 
     float dq[M_TILES][D / 8][4];
     set_zero(dq);
     if (num_key_tiles > 0) {
-        load_tile<BLOCK_M, D, THREADS>(q_tile, args.q.row(block.b, block.first_row, block.h), args.q.stride_t,
+        load_rows<BLOCK_M, D, THREADS>(q_tile, args.q.row(block.b, block.first_row, block.h), args.q.stride_t,
                                        args.Tq - block.first_row, args.D);
-        load_tile<BLOCK_M, D, THREADS>(dout_tile, args.dout.row(block.b, block.first_row, block.h), args.dout.stride_t,
+        load_rows<BLOCK_M, D, THREADS>(dout_tile, args.dout.row(block.b, block.first_row, block.h), args.dout.stride_t,
                                        args.Tq - block.first_row, args.D);
         load_row_statistics<BLOCK_M>(shared.row_statistics, args.row_statistics + (int64_t)block.head * args.Tq,
                                      block.first_row, args.Tq);
-        load_keys(num_key_tiles - 1, 0);
+        load_keys(num_key_tiles - 1);
     }
-    for (int tile = num_key_tiles - 1, stage = 0; tile >= 0; --tile, stage ^= 1) {
+    for (int tile = num_key_tiles - 1; tile >= 0; --tile) {
+        const int stage = tile % 2;
         cp_async_wait<0>();
         __syncthreads();  // this tile has arrived, and every warp is done with the one before
         if (tile > 0) {
-            load_keys(tile - 1, stage ^ 1);
+            load_keys(tile - 1);
         }
         const uint32_t k_tile = shared_address(shared.k[stage]), v_tile = shared_address(shared.v[stage]);
         float p[M_TILES][BLOCK_N / 8][4], ds[M_TILES][BLOCK_N / 8][4];
@@ -953,7 +981,7 @@ inline void flash_attention_mma_forward(HeadView<bf16> out, float* lse, HeadView
     if      (shape.D <= 32)  { mma_launch_forward<MmaForwardTile<32, 2, 64, 2>>(args, shape, stream); }
     else if (shape.D <= 64)  { mma_launch_forward<MmaForwardTile<64, 2, 64, 2>>(args, shape, stream); }
     else if (shape.D <= 96)  { mma_launch_forward<MmaForwardTile<96, 2, 64, 1>>(args, shape, stream); }
-    else if (shape.D <= 128) { mma_launch_forward<MmaForwardTile<128, 2, 64, 1>>(args, shape, stream); }
+    else if (shape.D <= 128) { mma_launch_forward<MmaForwardTile<128, 2, 48, 2>>(args, shape, stream); }
     else if (shape.D <= 192) { mma_launch_forward<MmaForwardTile<192, 1, 64, 1>>(args, shape, stream); }
     else                     { mma_launch_forward<MmaForwardTile<256, 1, 64, 1>>(args, shape, stream); }
     // clang-format on

@@ -78,12 +78,12 @@ static void flash_attention_forward_tile(HeadView<bf16> out, float* lse, HeadVie
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one warp a query row, one key at a time, float32", {flash_attention_forward1, false, 1024}},
-    {2, "mma.sync, 16 query rows a warp, 64 keys, one stage", {flash_attention_forward_tile<1, 64, 1>, true, 32768}},
+    {2, "mma.sync, 16 query rows a warp, 64 keys", {flash_attention_forward_tile<1, 64, 1>, true, 32768}},
     {3,
-     "32 query rows a warp: each fragment of k and v feeds two",
-     {flash_attention_forward_tile<2, 64, 1>, true, 32768}},
-    {4, "two stages of k and v, one barrier a tile", {flash_attention_forward_tile<2, 64, 2>, true, 32768}},
-    {5, "32 keys, two stages", {flash_attention_forward_tile<2, 32, 2>, true, 32768}},
+     "32 query rows a warp: a fragment of k or v feeds two products",
+     {flash_attention_forward_tile<2, 32, 1>, true, 32768}},
+    {4, "two stages of k and v, one barrier a tile", {flash_attention_forward_tile<2, 32, 2>, true, 32768}},
+    {5, "48 keys", {flash_attention_forward_tile<2, 48, 2>, true, 32768}},
     {6, "the best of these for each D (llmc/flash_attention_mma.cuh)", {flash_attention_mma_forward, false, 131072}},
     {7, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 131072}},
 };
