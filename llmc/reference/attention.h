@@ -11,6 +11,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "exponential.h"
 #include "gemm.h"
 
 namespace reference {
@@ -69,7 +70,7 @@ void attention_forward_block(View<Real> out, Real* lse, View<const Real> q, View
                              GemmScratch<Real>& scratch) {
     const int h_kv = h / (shape.H / shape.Hkv), D = shape.D;
     const int64_t queries = end - begin;
-    const Real infinity = std::numeric_limits<Real>::infinity();
+    const Real infinity = std::numeric_limits<Real>::infinity(), scale = (Real)shape.scale;
     std::vector<Real> scores(queries * ATTENTION_BLOCK_KEYS), sums(queries, Real(0)), maxima(queries, -infinity);
     std::vector<Real> block_out(queries * D, Real(0));
     const int64_t num_keys = shape.keys_seen(end - 1);
@@ -82,18 +83,19 @@ void attention_forward_block(View<Real> out, Real* lse, View<const Real> q, View
             Real* row = scores.data() + i * keys;
             const int64_t seen = std::clamp<int64_t>(shape.keys_seen(begin + i) - key, 0, keys);
             Real maximum = maxima[i], sum = 0;
+#pragma omp simd reduction(max : maximum)
             for (int64_t j = 0; j < seen; ++j) {
-                row[j] *= (Real)shape.scale;
-                maximum = std::max(maximum, row[j]);
+                row[j] *= scale;
+                maximum = row[j] > maximum ? row[j] : maximum;
             }
 #pragma omp simd reduction(+ : sum)
             for (int64_t j = 0; j < seen; ++j) {
-                row[j] = std::exp(row[j] - maximum);
+                row[j] = exponential(row[j] - maximum);
                 sum += row[j];
             }
             std::fill(row + seen, row + keys, Real(0));
             if (seen > 0 && maximum != maxima[i]) {
-                const Real rescale = std::exp(maxima[i] - maximum);
+                const Real rescale = exponential(maxima[i] - maximum);
                 sums[i] *= rescale;
                 for (int d = 0; d < D; ++d) {
                     block_out[i * D + d] *= rescale;
@@ -155,17 +157,19 @@ void attention_backward_scores(Real* p, Real* ds, const AttentionBackwardInputs<
     const int h_kv = h / (shape.H / shape.Hkv);
     const Real* lse = in.lse + (b * shape.H + h) * shape.Tq + query;
     const Real* delta = in.delta + (b * shape.H + h) * shape.Tq + query;
+    const Real scale = (Real)shape.scale;
     gemm_block<Real>(p, keys, attention_rows(in.q, b, query, h), attention_rows(in.k, b, key, h_kv).transposed(),
                      queries, keys, shape.D, false, scratch);
     gemm_block<Real>(ds, keys, attention_rows(in.dout, b, query, h), attention_rows(in.v, b, key, h_kv).transposed(),
                      queries, keys, shape.D, false, scratch);
     for (int64_t i = 0; i < queries; ++i) {
         Real *p_row = p + i * keys, *ds_row = ds + i * keys;
+        const Real row_lse = lse[i], row_delta = delta[i];
         const int64_t seen = std::clamp<int64_t>(shape.keys_seen(query + i) - key, 0, keys);
 #pragma omp simd
         for (int64_t j = 0; j < seen; ++j) {
-            p_row[j] = std::exp(p_row[j] * (Real)shape.scale - lse[i]);
-            ds_row[j] = p_row[j] * (ds_row[j] - delta[i]);
+            p_row[j] = exponential(p_row[j] * scale - row_lse);
+            ds_row[j] = p_row[j] * (ds_row[j] - row_delta);
         }
         std::fill(p_row + seen, p_row + keys, Real(0));
         std::fill(ds_row + seen, ds_row + keys, Real(0));
@@ -239,6 +243,7 @@ void attention_backward(View<Real> dq, View<Real> dk, View<Real> dv, View<const 
                 for (int64_t t = 0; t < shape.Tq; ++t) {
                     const Real *dout_row = dout.row(b, t, h), *out_row = out.row(b, t, h);
                     Real sum = 0;
+#pragma omp simd reduction(+ : sum)
                     for (int d = 0; d < shape.D; ++d) {
                         sum += dout_row[d] * out_row[d];
                     }

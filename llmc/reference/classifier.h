@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <limits>
 
+#include "exponential.h"
 #include "gemm.h"
 
 namespace reference {
@@ -24,19 +25,20 @@ void cross_entropy_forward_backward(Real* losses, Real* logits, const int32_t* t
         const bool target_exists = target >= 0 && target < V;
         const Real target_logit = target_exists ? z[target] : std::numeric_limits<Real>::quiet_NaN();
         Real maximum = z[0], sum = 0;
+#pragma omp simd reduction(max : maximum)
         for (int64_t i = 1; i < V; ++i) {
-            maximum = std::max(maximum, z[i]);
+            maximum = z[i] > maximum ? z[i] : maximum;
         }
 #pragma omp simd reduction(+ : sum)
         for (int64_t i = 0; i < V; ++i) {
-            sum += std::exp(z[i] - maximum);
+            sum += exponential(z[i] - maximum);
         }
         const Real lse = maximum + std::log(sum);
         losses[row] = lse - target_logit;
         if (write_gradient) {
 #pragma omp simd
             for (int64_t i = 0; i < V; ++i) {
-                z[i] = std::exp(z[i] - lse) * (Real)dloss;
+                z[i] = exponential(z[i] - lse) * (Real)dloss;
             }
             if (target_exists) {
                 z[target] -= (Real)dloss;

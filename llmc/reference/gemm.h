@@ -9,8 +9,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
-#include <type_traits>
-#include <vector>
+#include <memory>
 
 namespace reference {
 
@@ -45,15 +44,26 @@ struct Matrix {
     Matrix transposed() const { return {data, column_stride, row_stride}; }
 };
 
-// packed (=) [K][width]: column k of the num_rows <= width rows of x [num_rows, K], then zeros.
-template <class Real>
-void gemm_pack_panel(Real* packed, Matrix<Real> x, int64_t num_rows, int64_t K, int width) {
-    for (int64_t k = 0; k < K; ++k) {
-        for (int64_t row = 0; row < num_rows; ++row) {
-            packed[k * width + row] = x.data[row * x.row_stride + k * x.column_stride];
+// packed (=) [K][WIDTH]: column k of the num_rows <= WIDTH rows of x [num_rows, K], then zeros.
+template <int WIDTH, class Real>
+void gemm_pack_panel(Real* packed, Matrix<Real> x, int64_t num_rows, int64_t K) {
+    if (num_rows == WIDTH && x.row_stride == 1) {
+        for (int64_t k = 0; k < K; ++k) {
+            std::memcpy(packed + k * WIDTH, x.data + k * x.column_stride, WIDTH * sizeof(Real));
         }
-        for (int64_t row = num_rows; row < width; ++row) {
-            packed[k * width + row] = 0;
+        return;
+    }
+    if (num_rows == WIDTH && x.column_stride == 1) {
+        for (int64_t k = 0; k < K; ++k) {
+            for (int row = 0; row < WIDTH; ++row) {
+                packed[k * WIDTH + row] = x.data[row * x.row_stride + k];
+            }
+        }
+        return;
+    }
+    for (int64_t k = 0; k < K; ++k) {
+        for (int64_t row = 0; row < WIDTH; ++row) {
+            packed[k * WIDTH + row] = row < num_rows ? x.data[row * x.row_stride + k * x.column_stride] : 0;
         }
     }
 }
@@ -102,22 +112,27 @@ void gemm_tile(Real* out, int64_t out_stride, const Real* a, const Real* b, int6
 // Copies of operands in panels, kept from product to product.
 template <class Real>
 struct GemmScratch {
-    std::vector<Real> a, b;
+    std::unique_ptr<Real[]> a, b;
+    size_t a_size = 0, b_size = 0;
 
-    // Room for panels of M rows of a and N columns of b, K deep.
+    // Room for panels of M rows of a and N columns of b, K deep. Not initialised: that would cost as much as filling
+    // it.
     void reserve(int64_t M, int64_t N, int64_t K) {
-        const int64_t columns = GEMM_TILE_COLUMNS<Real>;
-        const size_t a_size = (size_t)((M + GEMM_TILE_ROWS - 1) / GEMM_TILE_ROWS * GEMM_TILE_ROWS * K);
-        const size_t b_size = (size_t)((N + columns - 1) / columns * columns * K);
-        if (a.size() < a_size) {
-            a.resize(a_size);
-        }
-        if (b.size() < b_size) {
-            b.resize(b_size);
+        reserve_panels(a, a_size, M, GEMM_TILE_ROWS, K);
+        reserve_panels(b, b_size, N, GEMM_TILE_COLUMNS<Real>, K);
+    }
+    Real* a_panel(int64_t row, int64_t K) { return a.get() + row * K; }
+    Real* b_panel(int64_t column, int64_t K) { return b.get() + column * K; }
+
+  private:
+    static void reserve_panels(std::unique_ptr<Real[]>& panels, size_t& size, int64_t num_rows, int64_t width,
+                               int64_t K) {
+        const size_t needed = (size_t)((num_rows + width - 1) / width * width * K);
+        if (size < needed) {
+            panels.reset(new Real[needed]);
+            size = needed;
         }
     }
-    Real* a_panel(int64_t row, int64_t K) { return a.data() + row * K; }
-    Real* b_panel(int64_t column, int64_t K) { return b.data() + column * K; }
 };
 
 // out (= or +=) [M, N], rows out_stride apart, from the panels in scratch, K deep.
@@ -140,12 +155,12 @@ void gemm_block(Real* out, int64_t out_stride, Matrix<Real> a, Matrix<Real> b, i
                 bool accumulate, GemmScratch<Real>& scratch) {
     scratch.reserve(M, N, K);
     for (int64_t m = 0; m < M; m += GEMM_TILE_ROWS) {
-        gemm_pack_panel(scratch.a_panel(m, K), a.block(m, 0), std::min<int64_t>(GEMM_TILE_ROWS, M - m), K,
-                        GEMM_TILE_ROWS);
+        gemm_pack_panel<GEMM_TILE_ROWS>(scratch.a_panel(m, K), a.block(m, 0), std::min<int64_t>(GEMM_TILE_ROWS, M - m),
+                                        K);
     }
     for (int64_t n = 0; n < N; n += GEMM_TILE_COLUMNS<Real>) {
-        gemm_pack_panel(scratch.b_panel(n, K), b.block(0, n).transposed(),
-                        std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, N - n), K, GEMM_TILE_COLUMNS<Real>);
+        gemm_pack_panel<GEMM_TILE_COLUMNS<Real>>(scratch.b_panel(n, K), b.block(0, n).transposed(),
+                                                 std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, N - n), K);
     }
     gemm_packed(out, out_stride, scratch, 0, 0, M, N, K, accumulate);
 }
@@ -164,14 +179,14 @@ void gemm(Real* out, Matrix<Real> a, Matrix<Real> b, int64_t M, int64_t N, int64
                 const int64_t depth = std::min(GEMM_BLOCK_K, K - k0);
 #pragma omp for schedule(static) nowait
                 for (int64_t m = 0; m < rows; m += GEMM_TILE_ROWS) {
-                    gemm_pack_panel(scratch.a_panel(m, depth), a.block(m0 + m, k0),
-                                    std::min<int64_t>(GEMM_TILE_ROWS, rows - m), depth, GEMM_TILE_ROWS);
+                    gemm_pack_panel<GEMM_TILE_ROWS>(scratch.a_panel(m, depth), a.block(m0 + m, k0),
+                                                    std::min<int64_t>(GEMM_TILE_ROWS, rows - m), depth);
                 }
 #pragma omp for schedule(static)
                 for (int64_t n = 0; n < columns; n += GEMM_TILE_COLUMNS<Real>) {
-                    gemm_pack_panel(scratch.b_panel(n, depth), b.block(k0, n0 + n).transposed(),
-                                    std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, columns - n), depth,
-                                    GEMM_TILE_COLUMNS<Real>);
+                    gemm_pack_panel<GEMM_TILE_COLUMNS<Real>>(
+                        scratch.b_panel(n, depth), b.block(k0, n0 + n).transposed(),
+                        std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, columns - n), depth);
                 }
 #pragma omp for collapse(2) schedule(static)
                 for (int64_t m = 0; m < rows; m += GEMM_BLOCK_ROWS) {

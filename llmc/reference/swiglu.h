@@ -2,8 +2,9 @@
 //   dgate = dout * up * s * (1 + gate * (1 - s)),   dup = dout * gate * s
 // Shapes: gate_up [rows, 2F], gate in columns [0, F), up in [F, 2F); out [rows, F]; rows = B * T.
 #pragma once
-#include <cmath>
 #include <cstdint>
+
+#include "exponential.h"
 
 namespace reference {
 
@@ -16,7 +17,7 @@ void swiglu_forward(Real* out, const Real* gate_up, int64_t rows, int F) {
         Real* out_row = out + row * F;
 #pragma omp simd
         for (int f = 0; f < F; ++f) {
-            const Real s = 1 / (1 + std::exp(-gate[f]));
+            const Real s = 1 / (1 + exponential(-gate[f]));
             out_row[f] = gate[f] * s * up[f];
         }
     }
@@ -33,7 +34,7 @@ void swiglu_backward(Real* dgate_up, const Real* dout, const Real* gate_up, int6
 #pragma omp simd
         for (int f = 0; f < F; ++f) {
             const Real g = gate[f], u = up[f], d = dout_row[f];
-            const Real s = 1 / (1 + std::exp(-g));
+            const Real s = 1 / (1 + exponential(-g));
             dgate[f] = d * u * s * (1 + g * (1 - s));
             dup[f] = d * g * s;
         }
