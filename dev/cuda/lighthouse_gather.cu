@@ -1,0 +1,162 @@
+// lighthouse_gather.cu: rows of the sub-sequence from tokens and pooled windows, and back; what ships is
+// llmc/lighthouse_gather.cuh. Bound: memory.
+#include "dev/cuda/lighthouse_cases.cuh"
+#include "llmc/lighthouse_gather.cuh"
+
+struct Launcher {
+    void (*forward)(const QkvHeads<bf16>&, const QkvHeads<const bf16>&, const bf16*, const int32_t*,
+                    const LighthouseShape&, cudaStream_t);
+    void (*backward)(const QkvHeads<bf16>&, const QkvHeads<const bf16>&, const int32_t*, const LighthouseShape&,
+                     cudaStream_t);
+};
+
+// ---- 1: one thread an element --------------------------------------------------------------------
+struct Element1 {
+    int64_t b, row;
+    int head, d;
+    bool valid;
+
+    __device__ Element1(const LighthouseShape& shape, int64_t rows) {
+        const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+        d = (int)(i % shape.D);
+        head = (int)(i / shape.D % shape.num_heads());
+        row = i / shape.D / shape.num_heads() % rows;
+        b = i / shape.D / shape.num_heads() / rows;
+        valid = b < shape.B;
+    }
+};
+__global__ void forward_kernel1(QkvHeads<bf16> out, QkvHeads<const bf16> qkv, const int32_t* entries,
+                                LighthouseShape shape) {
+    const LighthouseGeometry& g = shape.geometry;
+    const Element1 e(shape, g.S);
+    if (!e.valid) {
+        return;
+    }
+    int64_t index = entries[(e.b * shape.Hkv + lighthouse_kv_head(shape, e.head)) * g.S + e.row];
+    const int64_t window = g.window(g.level_of_slot(index));
+    float sum = 0.0f;
+    for (int64_t t = index * window; t < (index + 1) * window; ++t) {
+        sum += __bfloat162float(qkv.head(shape, e.head).row(e.b, t, 0)[e.d]);
+    }
+    out.head(shape, e.head).row(e.b, e.row, 0)[e.d] = __float2bfloat16(sum / (float)window);
+}
+__global__ void backward_kernel1(QkvHeads<bf16> dqkv, QkvHeads<const bf16> dout, const int32_t* positions,
+                                 LighthouseShape shape) {
+    const LighthouseGeometry& g = shape.geometry;
+    const Element1 e(shape, g.T);
+    if (!e.valid) {
+        return;
+    }
+    positions += (e.b * shape.Hkv + lighthouse_kv_head(shape, e.head)) * g.num_slots;
+    float sum = 0.0f;
+    for (int l = g.levels - 1; l >= 0; --l) {
+        const int32_t n = positions[g.slot(l, e.row >> g.window_bits(l))];
+        sum += n < 0 ? 0.0f : __bfloat162float(dout.head(shape, e.head).row(e.b, n, 0)[e.d]) / (float)g.window(l);
+    }
+    dqkv.head(shape, e.head).row(e.b, e.row, 0)[e.d] = __float2bfloat16(sum);
+}
+static unsigned blocks1(const LighthouseShape& shape, int64_t rows) {
+    return (unsigned)ceil_div<int64_t>(shape.B * rows * shape.num_heads() * shape.D, 256);
+}
+static void forward1(const QkvHeads<bf16>& out, const QkvHeads<const bf16>& qkv, const bf16*, const int32_t* entries,
+                     const LighthouseShape& shape, cudaStream_t stream) {
+    forward_kernel1<<<blocks1(shape, shape.geometry.S), 256, 0, stream>>>(out, qkv, entries, shape);
+    CUDA_CHECK_LAUNCH();
+}
+static void backward1(const QkvHeads<bf16>& dqkv, const QkvHeads<const bf16>& dout, const int32_t* positions,
+                      const LighthouseShape& shape, cudaStream_t stream) {
+    backward_kernel1<<<blocks1(shape, shape.geometry.T), 256, 0, stream>>>(dqkv, dout, positions, shape);
+    CUDA_CHECK_LAUNCH();
+}
+
+static const std::vector<Variant<Launcher>> VARIANTS = {
+    {1, "one thread an element, every entry from its tokens", {forward1, backward1}},
+    {2,
+     "16 bytes a lane, coarsest rows from the pool pass, shared entries once (llmc/lighthouse_gather.cuh)",
+     {lighthouse_gather, lighthouse_gather_backward}},
+};
+
+static void check(Harness& h, const Variant<Launcher>& variant) {
+    for (const LighthouseCase& c : LIGHTHOUSE_CASES) {
+        const LighthouseShape shape = c.shape();
+        const LighthouseGeometry& g = shape.geometry;
+        const HostSelection selection(shape, h.seed + 7);
+        const int64_t width = (int64_t)shape.num_heads() * c.D, windows = g.level_size(g.levels - 1);
+        const int c_window = 1 << g.window_bits(g.levels - 1);
+        DeviceBuffer<int32_t> entries(selection.entries), positions(selection.positions);
+
+        // Forward. The coarsest means, exact too: the mean of small integers, which the kernel copies.
+        const std::vector<bf16> qkv = small_integers(c.B * c.T * width, h.seed);
+        std::vector<double> x = to_double(qkv), expected(c.B * g.S * width), coarsest(c.B * windows * width, 0.0);
+        for (size_t i = 0; i < x.size(); ++i) {
+            const int64_t token = (int64_t)i / width;
+            coarsest[token / c_window * width + i % width] += x[i] / c_window;  // whole windows: T is a multiple
+        }
+        const auto in = packed_heads<const double>(x.data(), c.T, shape);
+        const auto out = packed_heads<double>(expected.data(), g.S, shape);
+        reference::lighthouse_gather<double>(reference_view(out.q), reference_view(in.q), selection.entries.data(), c.B,
+                                             c.H, c.Hkv, c.D, g);
+        reference::lighthouse_gather<double>(reference_view(out.k), reference_view(in.k), selection.entries.data(), c.B,
+                                             c.Hkv, c.Hkv, c.D, g);
+        reference::lighthouse_gather<double>(reference_view(out.v), reference_view(in.v), selection.entries.data(), c.B,
+                                             c.Hkv, c.Hkv, c.D, g);
+        DeviceBuffer<bf16> qkv_device(qkv), pooled(to_bf16(coarsest)), gathered(expected.size());
+        const auto forward = [&] {
+            variant.launch.forward(packed_heads<bf16>(gathered, g.S, shape),
+                                   packed_heads<const bf16>(qkv_device, c.T, shape), pooled, entries, shape, h.stream);
+        };
+        forward();
+        h.compare_exact("forward", c.label() + " integers", gathered, to_bf16(expected));
+        h.compare_repeats("forward", c.label(), gathered, forward);
+
+        // Backward: float32 sums of at most six quotients by powers of two are exact.
+        const std::vector<bf16> dout = small_integers(c.B * g.S * width, h.seed + 1);
+        std::vector<double> dx(c.B * c.T * width), dgathered = to_double(dout);
+        const auto din = packed_heads<const double>(dgathered.data(), g.S, shape);
+        const auto dqkv = packed_heads<double>(dx.data(), c.T, shape);
+        reference::lighthouse_gather_backward<double>(reference_view(dqkv.q), reference_view(din.q),
+                                                      selection.positions.data(), c.B, c.H, c.Hkv, c.D, g);
+        reference::lighthouse_gather_backward<double>(reference_view(dqkv.k), reference_view(din.k),
+                                                      selection.positions.data(), c.B, c.Hkv, c.Hkv, c.D, g);
+        reference::lighthouse_gather_backward<double>(reference_view(dqkv.v), reference_view(din.v),
+                                                      selection.positions.data(), c.B, c.Hkv, c.Hkv, c.D, g);
+        DeviceBuffer<bf16> dout_device(dout), dqkv_device(dx.size());
+        const auto backward = [&] {
+            variant.launch.backward(packed_heads<bf16>(dqkv_device, c.T, shape),
+                                    packed_heads<const bf16>(dout_device, g.S, shape), positions, shape, h.stream);
+        };
+        backward();
+        h.compare_exact("backward", c.label() + " integers", dqkv_device, to_bf16(dx));
+        h.compare_repeats("backward", c.label(), dqkv_device, backward);
+    }
+}
+
+static void measure(Harness& h, const Variant<Launcher>& variant) {
+    for (const LighthouseCase& c : LIGHTHOUSE_TIMED) {
+        const LighthouseShape shape = c.shape();
+        const LighthouseGeometry& g = shape.geometry;
+        const HostSelection selection(shape, h.seed + 7);
+        const int64_t width = (int64_t)shape.num_heads() * c.D, windows = g.level_size(g.levels - 1);
+        DeviceBuffer<int32_t> entries(selection.entries), positions(selection.positions);
+        DeviceBuffer<bf16> qkv(c.B * c.T * width), pooled(c.B * windows * width), gathered(c.B * g.S * width);
+        qkv.fill_random(h.seed);
+        pooled.fill_random(h.seed);
+        // Tokens under the coarsest entries that are selected, each once; the coarsest rows; the gathered rows.
+        const double selected_tokens = (double)g.tiles * LIGHTHOUSE_TILE_BUDGET * (double)g.window(g.levels - 1);
+        const double token_bytes = g.levels > 2 ? selected_tokens : (double)g.topk * g.pool;
+        h.measure_bandwidth(
+            "forward " + c.label(), 2.0 * c.B * (double)width * (token_bytes + (double)windows + (double)g.S),
+            variant.idea, [&] {
+                variant.launch.forward(packed_heads<bf16>(gathered, g.S, shape),
+                                       packed_heads<const bf16>(qkv, c.T, shape), pooled, entries, shape, h.stream);
+            });
+        h.measure_bandwidth(
+            "backward " + c.label(), (double)(qkv.num_bytes() + gathered.num_bytes() + positions.num_bytes()),
+            variant.idea, [&] {
+                variant.launch.backward(packed_heads<bf16>(qkv, c.T, shape),
+                                        packed_heads<const bf16>(gathered, g.S, shape), positions, shape, h.stream);
+            });
+    }
+}
+
+int main(int argc, char** argv) { return run_variants(argc, argv, "lighthouse_gather", VARIANTS, check, measure); }

@@ -1,0 +1,419 @@
+// lighthouse_layer.cu: the whole layer of llmc/lighthouse.cuh: forward and backward against the CPU reference on the
+// selection the GPU made, causality, repetition, golden files; timings of every stage, of the layer and of dense
+// attention on the same tokens. Bound: memory around the inner attention, tensor cores inside.
+//   lighthouse_layer --shape T,levels,pool,topk,H,Hkv[,D] ...   times these shapes instead of checking
+// Golden files, if LLMC_GOLDEN_DIR names a folder of them, are checked too (dev/test/golden_lighthouse.h).
+#include <cstdlib>
+#include <filesystem>
+
+#include "dev/cuda/lighthouse_cases.cuh"
+#include "dev/test/golden_lighthouse.h"
+#include "llmc/lighthouse.cuh"
+
+// ---- one layer on the device -----------------------------------------------------------------------
+struct DeviceLayer {
+    LighthouseShape shape;
+    DeviceBuffer<bf16> qkv, dqkv, out, dout;
+    DeviceBuffer<unsigned char> saved, forward_scratch, backward_scratch;
+
+    explicit DeviceLayer(const LighthouseShape& shape)
+        : shape(shape),
+          qkv(shape.B * shape.geometry.T * shape.num_heads() * shape.D),
+          dqkv(qkv.size()),
+          out(shape.B * shape.geometry.T * shape.H * shape.D),
+          dout(out.size()),
+          saved((int64_t)lighthouse_saved_bytes(shape)),
+          forward_scratch((int64_t)lighthouse_forward_scratch_bytes(shape)),
+          backward_scratch((int64_t)lighthouse_backward_scratch_bytes(shape, true)) {}
+
+    template <class Element = bf16>
+    HeadView<Element> tokens(const DeviceBuffer<bf16>& rows) const {
+        return plain_heads<Element>(rows.data(), shape.geometry.T, shape.H, shape.D);
+    }
+    QkvHeads<const bf16> in() const { return packed_heads<const bf16>(qkv.data(), shape.geometry.T, shape); }
+    QkvHeads<bf16> din() const { return packed_heads<bf16>(dqkv.data(), shape.geometry.T, shape); }
+
+    void forward(cudaStream_t stream) {
+        lighthouse_forward(tokens(out), saved.data(), in().q, in().k, in().v, forward_scratch.data(), shape, stream);
+    }
+    void backward(cudaStream_t stream, bool deterministic = true) {
+        lighthouse_backward(din().q, din().k, din().v, tokens<const bf16>(dout), saved.data(), backward_scratch.data(),
+                            shape, deterministic, stream);
+    }
+    LighthouseSaved saved_parts() const {
+        LighthouseArea area(saved.data());
+        return LighthouseSaved(area, shape);
+    }
+    template <class Element>
+    std::vector<Element> download(const Element* from, int64_t num_elements) const {
+        std::vector<Element> values(num_elements);
+        CUDA_CHECK(cudaMemcpy(values.data(), from, num_elements * sizeof(Element), cudaMemcpyDeviceToHost));
+        return values;
+    }
+};
+
+// The reference on the same operands in Real, with rounding to bf16 wherever the GPU stores it (rounded) or not at all.
+struct HostResult {
+    std::vector<double> out, dqkv;
+};
+inline void round_to_bf16(std::vector<double>& values) {
+    for (double& value : values) {
+        value = __bfloat162float(__float2bfloat16((float)value));
+    }
+}
+static HostResult host_layer(const LighthouseShape& shape, const std::vector<bf16>& qkv, const std::vector<bf16>& dout,
+                             const std::vector<int32_t>& entries, const std::vector<int32_t>& positions, bool rounded) {
+    const LighthouseGeometry& g = shape.geometry;
+    const int B = shape.B, H = shape.H, Hkv = shape.Hkv, D = shape.D;
+    std::vector<double> x = to_double(qkv), dy = to_double(dout);
+    const auto packed = [&](std::vector<double>& rows, int first) {
+        const int64_t width = (int64_t)shape.num_heads() * D;
+        return reference::View<double>(rows.data() + first * D, g.T * width, width, D);
+    };
+    const auto tokens = [&](std::vector<double>& rows) {
+        return reference::View<double>(rows.data(), g.T * H * D, (int64_t)H * D, D);
+    };
+    const auto maybe_round = [&](std::vector<double>& values) {
+        if (rounded) {
+            round_to_bf16(values);
+        }
+    };
+    HostResult result;
+    result.out.resize(dy.size());
+    result.dqkv.resize(x.size());
+    reference::LighthouseState<double> state;
+    state.entries = entries, state.positions = positions;
+    reference::lighthouse_attend<double>(tokens(result.out), state, packed(x, 0), packed(x, H), packed(x, H + Hkv), B,
+                                         H, Hkv, D, shape.scale, g);
+    if (rounded) {
+        for (auto* rows : {&state.q, &state.k, &state.v}) {
+            round_to_bf16(*rows);
+        }
+        reference::attention_forward<double>(reference::lighthouse_rows(state.out, g.S, H, D), state.lse.data(),
+                                             reference::lighthouse_rows(state.q, g.S, H, D),
+                                             reference::lighthouse_rows(state.k, g.S, Hkv, D),
+                                             reference::lighthouse_rows(state.v, g.S, Hkv, D),
+                                             reference::lighthouse_attention_shape(B, H, Hkv, D, g.S, shape.scale));
+        round_to_bf16(state.out);
+        reference::lighthouse_scatter<double>(tokens(result.out), reference::lighthouse_rows(state.out, g.S, H, D),
+                                              state.positions.data(), B, H, Hkv, D, g);
+    }
+    reference::lighthouse_backward<double>(packed(result.dqkv, 0), packed(result.dqkv, H), packed(result.dqkv, H + Hkv),
+                                           tokens(dy), state, B, H, Hkv, D, shape.scale, g);
+    maybe_round(result.out);
+    maybe_round(result.dqkv);
+    return result;
+}
+
+// ---- checks ------------------------------------------------------------------------------------
+// Errors are relative to the root mean square. The plain computation in bf16 (every stored row rounded, the inner
+// attention exact inside) sets the limit: twice its error, and what the tensor cores' bf16 probabilities add.
+static void check_against_host(Harness& h, const std::string& label, const std::vector<bf16>& actual,
+                               const std::vector<double>& exact, const std::vector<double>& plain, const char* name) {
+    const double floor = root_mean_square(exact);
+    const double plain_error = difference(plain, exact, floor).max_error;
+    h.compare(name, label, actual, exact, 2.0 * plain_error + 8.0 * unit_roundoff<bf16>(), {}, floor);
+}
+
+static void check_case(Harness& h, const LighthouseCase& c, LighthouseScorer scorer) {
+    const LighthouseShape shape = c.shape(scorer);
+    const LighthouseGeometry& g = shape.geometry;
+    const std::string label = c.label() + (scorer == LighthouseScorer::dilated ? " dilated" : " norm");
+    DeviceLayer layer(shape);
+    const std::vector<bf16> qkv = random_vector<bf16>(layer.qkv.size(), h.seed);
+    const std::vector<bf16> dout = random_vector<bf16>(layer.dout.size(), h.seed + 1);
+    layer.qkv.upload(qkv);
+    layer.dout.upload(dout);
+    layer.forward(h.stream);
+    layer.backward(h.stream);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+
+    // The selection is exact for the scores the GPU computed.
+    const LighthouseSaved saved = layer.saved_parts();
+    const auto entries = layer.download(saved.entries, shape.num_selections() * g.S);
+    const auto positions = layer.download(saved.positions, shape.num_selections() * g.num_slots);
+    LighthouseArea area(layer.forward_scratch.data());
+    const LighthouseForwardScratch scratch(area, shape);
+    const bool dilated = scorer == LighthouseScorer::dilated;
+    const int k_heads = dilated ? c.H : c.Hkv, stored = dilated ? c.H : c.H + c.Hkv;
+    const auto stored_scores = layer.download(scratch.q_scores, c.B * stored * c.T);
+    std::vector<float> q_scores, k_scores;
+    for (int64_t b = 0; b < c.B; ++b) {
+        const auto first = stored_scores.begin() + b * stored * c.T;
+        q_scores.insert(q_scores.end(), first, first + c.H * c.T);
+        k_scores.insert(k_scores.end(), first + c.H * c.T, first + stored * c.T);
+    }
+    if (dilated) {
+        k_scores = layer.download(scratch.k_scores, c.B * c.H * c.T);
+    }
+    const HostSelection expected(shape, q_scores, k_scores, k_heads);
+    h.expect(entries == expected.entries && positions == expected.positions, "selection", label,
+             "given the GPU's own scores");
+    // The scores themselves.
+    std::vector<double> x = to_double(qkv);
+    const int64_t width = (int64_t)shape.num_heads() * c.D;
+    const auto part = [&](int first) {
+        return reference::View<const double>(x.data() + first * c.D, c.T * width, width, c.D);
+    };
+    std::vector<float> q_expected(q_scores.size()), k_expected(k_scores.size());
+    if (dilated) {
+        reference::lighthouse_dilated_scores<double>(q_expected.data(), k_expected.data(), part(0), part(c.H),
+                                                     part(c.H + c.Hkv), c.B, c.T, c.H, c.Hkv, c.D, shape.dilation,
+                                                     shape.scale);
+    } else {
+        reference::lighthouse_norms<double>(q_expected.data(), part(0), c.B, c.T, c.H, c.D);
+        reference::lighthouse_norms<double>(k_expected.data(), part(c.H), c.B, c.T, c.Hkv, c.D);
+    }
+    // Dilated: the norm of an output row rounded to bf16, made of probabilities rounded to bf16.
+    const double score_limit = dilated ? 4.0 * unit_roundoff<bf16>() : 256 * unit_roundoff<float>();
+    h.compare("q_scores", label, q_scores, to_double(q_expected), score_limit);
+    h.compare("k_scores", label, k_scores, to_double(k_expected), score_limit);
+
+    const HostResult exact = host_layer(shape, qkv, dout, entries, positions, false);
+    const HostResult plain = host_layer(shape, qkv, dout, entries, positions, true);
+    check_against_host(h, label, layer.out.download(), exact.out, plain.out, "out");
+    check_against_host(h, label, layer.dqkv.download(), exact.dqkv, plain.dqkv, "dqkv");
+    h.expect(layer.out.guards_intact() && layer.dqkv.guards_intact() && layer.saved.guards_intact() &&
+                 layer.forward_scratch.guards_intact() && layer.backward_scratch.guards_intact(),
+             "guards", label);
+    const auto both = [&] {
+        layer.forward_scratch.poison();
+        layer.backward_scratch.poison();
+        CUDA_CHECK(cudaDeviceSynchronize());
+        layer.forward(h.stream);
+        layer.backward(h.stream);
+    };
+    h.compare_repeats("out", label, layer.out, both, 2);
+    h.compare_repeats("dqkv", label, layer.dqkv, both, 2);
+}
+
+// A token's content may reach no output before it: signs of q and k and the whole of v change, the norms do not.
+static void check_causality(Harness& h, const LighthouseCase& c) {
+    const LighthouseShape shape = c.shape();
+    DeviceLayer layer(shape);
+    const std::vector<bf16> qkv = random_vector<bf16>(layer.qkv.size(), h.seed);
+    layer.qkv.upload(qkv);
+    layer.forward(h.stream);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    const std::vector<bf16> before = layer.out.download();
+    for (const int64_t j : {(int64_t)0, c.T / 2 - 1, c.T / 2, c.T - 1}) {
+        std::vector<bf16> changed = qkv;
+        const int64_t width = (int64_t)shape.num_heads() * c.D;
+        for (int64_t i = 0; i < width; ++i) {
+            bf16& value = changed[j * width + i];
+            value = i >= (c.H + c.Hkv) * c.D ? __float2bfloat16(__bfloat162float(value) + 1.0f)
+                                             : __float2bfloat16((i % 2 ? 1.0f : -1.0f) * __bfloat162float(value));
+        }
+        layer.qkv.upload(changed);
+        layer.forward(h.stream);
+        CUDA_CHECK(cudaStreamSynchronize(h.stream));
+        const std::vector<bf16> after = layer.out.download();
+        const size_t first = j * c.H * c.D;
+        const bool earlier_equal = std::memcmp(before.data(), after.data(), first * sizeof(bf16)) == 0;
+        const bool later_differ =
+            std::memcmp(before.data() + first, after.data() + first, (before.size() - first) * sizeof(bf16)) != 0;
+        h.expect(earlier_equal && later_differ, "causality", c.label(),
+                 format_string("token %lld changed: earlier outputs %s, later ones %s", (long long)j,
+                               earlier_equal ? "equal" : "DIFFER", later_differ ? "differ" : "EQUAL"));
+    }
+}
+
+// A captured forward and backward replays to the same bits: nothing in the layer needs the host.
+static void check_graph(Harness& h, const LighthouseCase& c) {
+    DeviceLayer layer(c.shape());
+    layer.qkv.fill_random(h.seed);
+    layer.dout.fill_random(h.seed + 1);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    layer.forward(h.stream);
+    layer.backward(h.stream);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    const std::vector<bf16> out = layer.out.download(), dqkv = layer.dqkv.download();
+    cudaGraph_t graph;
+    cudaGraphExec_t executable;
+    CUDA_CHECK(cudaStreamBeginCapture(h.stream, cudaStreamCaptureModeThreadLocal));
+    layer.forward(h.stream);
+    layer.backward(h.stream);
+    CUDA_CHECK(cudaStreamEndCapture(h.stream, &graph));
+    CUDA_CHECK(cudaGraphInstantiate(&executable, graph, 0));
+    layer.out.poison();
+    layer.dqkv.poison();
+    CUDA_CHECK(cudaGraphLaunch(executable, h.stream));
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    const auto same = [](const std::vector<bf16>& a, const std::vector<bf16>& b) {
+        return std::memcmp(a.data(), b.data(), a.size() * sizeof(bf16)) == 0;
+    };
+    h.expect(same(out, layer.out.download()) && same(dqkv, layer.dqkv.download()), "graph", c.label(),
+             "replayed to the same bits");
+    cudaGraphExecDestroy(executable);
+    cudaGraphDestroy(graph);
+}
+
+static void check_golden(Harness& h, const std::string& file) {
+    const GoldenLighthouse golden = read_golden_lighthouse(file);
+    const std::string label = std::filesystem::path(file).filename().string();
+    const int H = golden.H, D = golden.D;
+    const LighthouseShape shape = make_lighthouse_shape(make_lighthouse_geometry(golden.T, golden.config),
+                                                        golden.config, 1, H, H, D, 1.0f / std::sqrt((float)D));
+    DeviceLayer layer(shape);
+    const int64_t width = (int64_t)H * D;
+    const auto pack = [&](const char* q, const char* k, const char* v) {
+        std::vector<float> packed;
+        for (int64_t t = 0; t < golden.T; ++t) {
+            for (const char* name : {q, k, v}) {
+                const float* row = golden.tensors.at(name).data() + t * width;
+                packed.insert(packed.end(), row, row + width);
+            }
+        }
+        return packed;
+    };
+    const std::vector<bf16> qkv = to_bf16(convert<double>(pack("q", "k", "v")));
+    const std::vector<bf16> dout = to_bf16(convert<double>(golden.tensors.at("dout")));
+    layer.qkv.upload(qkv);
+    layer.dout.upload(dout);
+    layer.forward(h.stream);
+    layer.backward(h.stream);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    const LighthouseSaved saved = layer.saved_parts();
+    const auto entries = layer.download(saved.entries, (int64_t)golden.indices.size());
+    h.expect(entries == golden.indices, "golden selection", label, "entry for entry");
+    const auto positions = layer.download(saved.positions, H * shape.geometry.num_slots);
+    const HostResult plain = host_layer(shape, qkv, dout, entries, positions, true);
+    check_against_host(h, label, layer.out.download(), convert<double>(golden.tensors.at("out")), plain.out,
+                       "golden out");
+    check_against_host(h, label, layer.dqkv.download(), convert<double>(pack("dq", "dk", "dv")), plain.dqkv,
+                       "golden dqkv");
+}
+
+using Launcher = int;  // one implementation: the shipped one
+static void check(Harness& h, const Variant<Launcher>&) {
+    for (const LighthouseCase& c : std::vector<LighthouseCase>{{1, 256, 2, 2, 128, 1, 1, 64},
+                                                               {2, 129 * 2 * 4, 3, 2, 256, 4, 2, 64},
+                                                               {1, 4096, 3, 4, 256, 4, 1, 128},
+                                                               {2, 1056, 4, 2, 128, 3, 3, 80},
+                                                               {1, 2048, 2, 4, 128, 2, 2, 128}}) {
+        check_case(h, c, LighthouseScorer::norm);
+        check_case(h, c, LighthouseScorer::dilated);
+    }
+    check_causality(h, {1, 4096, 3, 4, 256, 4, 2, 128});
+    check_causality(h, {1, 1032, 3, 2, 256, 2, 1, 64});
+    check_graph(h, {1, 4096, 3, 4, 256, 4, 2, 128});
+    if (const char* directory = std::getenv("LLMC_GOLDEN_DIR")) {
+        for (const auto& file : std::filesystem::directory_iterator(directory)) {
+            if (file.path().filename().string().rfind("peer_lighthouse_", 0) == 0) {
+                check_golden(h, file.path().string());
+            }
+        }
+    }
+}
+
+// ---- timings -----------------------------------------------------------------------------------
+// One greppable line a stage: "stage NAME  shape  ms".
+static void measure_shape(Harness& h, const LighthouseCase& c, LighthouseScorer scorer, bool with_dense) {
+    const LighthouseShape shape = c.shape(scorer);
+    const int64_t T = c.T;
+    DeviceLayer layer(shape);
+    layer.qkv.fill_random(h.seed);
+    layer.dout.fill_random(h.seed + 1);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    layer.forward(h.stream);
+    layer.backward(h.stream);
+    const std::string label = c.label() + (scorer == LighthouseScorer::dilated ? " dilated" : "");
+    const auto time = [&](const char* stage, const std::function<void()>& launch) {
+        const double ms = h.time_ms(launch);
+        std::printf("stage %-22s  %s  %.4f ms\n", stage, label.c_str(), ms);
+        std::fflush(stdout);
+        return ms;
+    };
+    const LighthouseSaved s = layer.saved_parts();
+    LighthouseArea area(layer.forward_scratch.data()), backward_area(layer.backward_scratch.data());
+    const LighthouseForwardScratch scratch(area, shape);
+    const LighthouseBackwardScratch d(backward_area, shape, true);
+    const auto q_view = [&](bf16* rows) { return lighthouse_gathered_view(rows, c.H, shape); };
+    const auto k_view = [&](bf16* rows) { return lighthouse_gathered_view(rows, c.Hkv, shape); };
+    const AttentionShape inner = lighthouse_inner_shape(shape);
+    double around = 0.0, around_backward = 0.0;
+    if (scorer == LighthouseScorer::dilated) {
+        around += time("dilated_scores", [&] { lighthouse_dilated_scores(scratch, layer.in(), shape, h.stream); });
+    }
+    const bool norm = scorer == LighthouseScorer::norm;
+    around += time("pool", [&] {
+        lighthouse_pool(scratch.pooled, norm ? scratch.q_scores : nullptr, layer.in(), shape, h.stream);
+    });
+    around += time("select", [&] {
+        const int64_t stride = norm ? (c.H + c.Hkv) * T : c.H * T;
+        lighthouse_select(s.entries, s.positions, scratch.q_scores, stride,
+                          norm ? scratch.q_scores + c.H * T : scratch.k_scores, stride, norm ? 1 : c.H / c.Hkv,
+                          scratch.select_scratch, shape, h.stream);
+    });
+    around += time("gather", [&] {
+        lighthouse_gather({q_view(s.q), k_view(s.k), k_view(s.v)}, layer.in(), scratch.pooled, s.entries, shape,
+                          h.stream);
+    });
+    time("attention", [&] {
+        flash_attention_forward(q_view(s.out), s.lse, q_view(s.q), k_view(s.k), k_view(s.v), inner, h.stream);
+    });
+    around += time("scatter",
+                   [&] { lighthouse_scatter(layer.tokens(layer.out), q_view(s.out), s.positions, shape, h.stream); });
+    around_backward += time("scatter_backward", [&] {
+        lighthouse_scatter_backward(q_view(d.dout), layer.tokens<const bf16>(layer.dout), s.entries, shape, h.stream);
+    });
+    time("attention_backward", [&] {
+        flash_attention_backward(q_view(d.dq), k_view(d.dk), k_view(d.dv), q_view(d.dout), q_view(s.q), k_view(s.k),
+                                 k_view(s.v), q_view(s.out), s.lse, d.attention_scratch, inner, false, h.stream);
+    });
+    around_backward += time("gather_backward", [&] {
+        lighthouse_gather_backward(layer.din(), {q_view(d.dq), k_view(d.dk), k_view(d.dv)}, s.positions, shape,
+                                   h.stream);
+    });
+    std::printf("stage %-22s  %s  %.4f ms\n", "around", label.c_str(), around);
+    std::printf("stage %-22s  %s  %.4f ms\n", "around_backward", label.c_str(), around_backward);
+    time("layer", [&] { layer.forward(h.stream); });
+    time("layer_backward", [&] { layer.backward(h.stream, false); });
+    if (!with_dense) {
+        return;
+    }
+    AttentionShape dense = inner;
+    dense.Tq = dense.Tk = T;
+    DeviceBuffer<float> lse(c.B * c.H * T);
+    DeviceBuffer<unsigned char> dense_scratch((int64_t)flash_attention_backward_scratch_bytes(dense, false));
+    const auto in = layer.in();
+    time("dense", [&] { flash_attention_forward(layer.tokens(layer.out), lse, in.q, in.k, in.v, dense, h.stream); });
+    time("dense_backward", [&] {
+        flash_attention_backward(layer.din().q, layer.din().k, layer.din().v, layer.tokens<const bf16>(layer.dout),
+                                 in.q, in.k, in.v, layer.tokens<const bf16>(layer.out), lse, dense_scratch.data(),
+                                 dense, false, h.stream);
+    });
+}
+
+static void measure(Harness& h, const Variant<Launcher>&) {
+    measure_shape(h, {1, 98304, 3, 4, 1536, 8, 8, 128}, LighthouseScorer::norm, true);
+    measure_shape(h, {1, 98304, 3, 4, 1536, 8, 8, 128}, LighthouseScorer::dilated, false);
+}
+
+// --shape T,levels,pool,topk,H,Hkv[,D]
+static LighthouseCase parse_shape(const std::string& text) {
+    LighthouseCase c = {1, 0, 0, 0, 0, 0, 0, 128};
+    long long T, topk;
+    const int found =
+        std::sscanf(text.c_str(), "%lld,%d,%d,%lld,%d,%d,%d", &T, &c.levels, &c.pool, &topk, &c.H, &c.Hkv, &c.D);
+    CHECK(found >= 6, "--shape %s: give T,levels,pool,topk,H,Hkv[,D]", text.c_str());
+    c.T = T, c.topk = topk;
+    return c;
+}
+
+int main(int argc, char** argv) {
+    if (argc > 2 && std::string(argv[1]) == "--shape") {
+        try {
+            Harness harness(argv[0], "lighthouse_layer");
+            for (int i = 2; i < argc; ++i) {
+                measure_shape(harness, parse_shape(argv[i]), LighthouseScorer::norm, true);
+            }
+            return 0;
+        } catch (const Error& error) {
+            std::fprintf(stderr, "lighthouse_layer: %s\n", error.what());
+            return 2;
+        }
+    }
+    static const std::vector<Variant<Launcher>> VARIANTS = {{1, "the layer (llmc/lighthouse.cuh)", 0}};
+    return run_variants(argc, argv, "lighthouse_layer", VARIANTS, check, measure);
+}
