@@ -83,6 +83,49 @@ static const char* kind_name(LogitKind kind) {
     return kind == LogitKind::random ? "" : kind == LogitKind::dominant ? " one dominant" : " -inf but one";
 }
 
+// The classifier as a whole, in chunks of rows, against the reference.
+static void check_classifier(Harness& h) {
+    const ClassifierShape shape = {500, 1003, 136, 192};
+    const int64_t Vp = shape.padded_vocab(), rows = shape.rows, V = shape.V;
+    const int C = shape.C;
+    const float dloss = 1.0f / rows;
+    const std::string label = format_string("rows%lld V%lld C%d chunk%lld bf16", (long long)rows, (long long)V, C,
+                                            (long long)shape.chunk_rows);
+    const std::vector<bf16> hidden = random_vector<bf16>(rows * C, h.seed);
+    std::vector<bf16> weight = random_vector<bf16>(Vp * C, h.seed + 1, 0.1f);
+    std::fill(weight.begin() + V * C, weight.end(), __float2bfloat16(0.0f));
+    std::vector<float> initial = random_vector<float>(Vp * C, h.seed + 2, 1e-3f);
+    const std::vector<int32_t> targets = random_indices(rows, h.seed + 3, V);
+    std::vector<double> losses(rows), dhidden(rows * C), dweight = to_double(initial), logits(rows * V);
+    reference::classifier_forward_backward<double>(losses.data(), dhidden.data(), dweight.data(), logits.data(),
+                                                   to_double(hidden).data(), to_double(weight).data(), targets.data(),
+                                                   rows, V, C, rows, dloss);
+
+    DeviceBuffer<bf16> hidden_device(hidden), weight_device(weight), dhidden_device(rows * C);
+    DeviceBuffer<bf16> logits_device((int64_t)(classifier_logits_bytes(shape) / sizeof(bf16)));
+    DeviceBuffer<float> losses_device(rows), dweight_device(initial);
+    DeviceBuffer<int32_t> targets_device(targets);
+    DeviceBuffer<unsigned char> workspace(GEMM_WORKSPACE_BYTES);
+    Gemm gemm(workspace, GEMM_WORKSPACE_BYTES);
+    auto launch = [&] {
+        dweight_device.upload(initial);
+        CUDA_CHECK(cudaDeviceSynchronize());
+        classifier_forward_backward(losses_device, dhidden_device, dweight_device, logits_device, hidden_device,
+                                    weight_device, targets_device, shape, dloss, gemm, h.stream);
+    };
+    launch();
+    // Logits of up to 5 are rounded to bf16 (an absolute error of 2^-6 at most, which is the relative error of a
+    // probability), gradients of logits once more; the sums over rows and vocabulary average over both.
+    const double probability_error = 0x1p-6 + unit_roundoff<bf16>();
+    h.compare("classifier losses", label, losses_device, losses, probability_error, {rows}, 1.0);
+    h.compare("classifier dhidden", label, dhidden_device, dhidden, probability_error, {rows, C});
+    h.compare("classifier dweight", label, dweight_device, dweight, probability_error, {Vp, C});
+    h.compare_repeats("classifier dweight", label, dweight_device, launch);
+    losses_device.poison();
+    classifier_loss(losses_device, logits_device, hidden_device, weight_device, targets_device, shape, gemm, h.stream);
+    h.compare("classifier_loss", label, losses_device, losses, probability_error, {rows}, 1.0);
+}
+
 static void check(Harness& h, const Variant<Launcher>& variant) {
     struct Case {
         int64_t rows, V;
@@ -140,6 +183,24 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         h.compare("losses alone", label, losses, expected_losses, loss_limit, {c.rows}, 1.0);
         h.compare_exact("logits untouched", label, logits_device, logits);
     }
+    {  // offsets beyond 2^31: the last rows are looked at
+        const int64_t rows = 40001, V = 60000, row_stride = classifier_padded_vocab(V), tail = 20;
+        const std::vector<int32_t> targets = random_indices(rows, h.seed, V);
+        DeviceBuffer<float> losses(rows);
+        DeviceBuffer<bf16> logits(rows * row_stride);
+        DeviceBuffer<int32_t> targets_device(targets);
+        logits.fill_random(h.seed);
+        CUDA_CHECK(cudaDeviceSynchronize());
+        std::vector<double> expected = to_double(logits.download((rows - tail) * row_stride, tail * row_stride));
+        std::vector<double> expected_losses(tail);
+        reference::cross_entropy_forward_backward<double>(expected_losses.data(), expected.data(),
+                                                          targets.data() + rows - tail, tail, V, row_stride, 1.0, true);
+        variant.launch(losses, logits, targets_device, rows, V, row_stride, 1.0f, true, h.stream);
+        CUDA_CHECK(cudaStreamSynchronize(h.stream));
+        h.compare("dlogits", format_string("rows%lld V%lld last rows", (long long)rows, (long long)V),
+                  logits.download((rows - tail) * row_stride, tail * row_stride), expected,
+                  unit_roundoff<bf16>() + 0x1p-14, {tail, row_stride}, 1e-3);
+    }
     if (variant.number != VARIANTS.back().number) {
         return;
     }
@@ -171,6 +232,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         h.compare("mean_loss", label, out, {2.0 + 0.25 * mean}, unit_roundoff<float>() * 1.01, {1}, 0.0);
         h.compare_repeats("mean_loss", label, out, launch);
     }
+    check_classifier(h);
 }
 
 static void measure(Harness& h, const Variant<Launcher>& variant) {

@@ -60,6 +60,21 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         variant.launch(out, tokens_device, weight_device, c.rows, c.C, h.stream);
         h.compare("out", label, out, expected, 0.0, {c.rows, c.C});
     }
+    // Offsets beyond 2^31: the last rows are looked at.
+    const int64_t rows = (1 << 21) + 5, V = 300, tail = 50;
+    const int C = 1032;
+    const std::vector<int32_t> tokens = random_indices(rows, h.seed, V);
+    DeviceBuffer<int32_t> tokens_device(tokens);
+    DeviceBuffer<bf16> weight(V * C), out(rows * C);
+    weight.fill_random(h.seed + 1);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    variant.launch(out, tokens_device, weight, rows, C, h.stream);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    std::vector<double> expected(tail * C);
+    reference::embedding_forward<double>(expected.data(), tokens.data() + rows - tail,
+                                         to_double(weight.download()).data(), tail, C);
+    h.compare("out", format_string("rows%lld C%d last rows", (long long)rows, C),
+              out.download((rows - tail) * C, tail * C), expected, 0.0, {tail, C});
 }
 
 static void measure(Harness& h, const Variant<Launcher>& variant) {

@@ -126,6 +126,22 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             }
         }
     }
+    // Offsets beyond 2^31: the last rows are looked at.
+    const int64_t rows = (1 << 21) + 5, tail = 50;
+    const int C = 1032;
+    DeviceBuffer<bf16> x(rows * C), weight(C), out(rows * C);
+    DeviceBuffer<float> rstd(rows);
+    x.fill_random(h.seed);
+    weight.fill_random(h.seed + 1);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    variant.launch(nullptr, out, rstd, x, nullptr, weight, rows, C, 1e-5f, h.stream);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    std::vector<double> expected(tail * C), expected_rstd(tail);
+    reference::rmsnorm_forward<double>(expected.data(), expected_rstd.data(),
+                                       to_double(x.download((rows - tail) * C, tail * C)).data(),
+                                       to_double(weight.download()).data(), tail, C, 1e-5);
+    h.compare("out", format_string("rows%lld C%d last rows", (long long)rows, C),
+              out.download((rows - tail) * C, tail * C), expected, unit_roundoff<bf16>() + 2e-6, {tail, C}, 1e-30);
 }
 
 static void measure(Harness& h, const Variant<Launcher>& variant) {

@@ -92,6 +92,21 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             h.compare_repeats("qkv", label, qkv_device, launch);
         }
     }
+    // Offsets beyond 2^31: the last rows are looked at.
+    const int64_t T = (1 << 21) + 5, tail = 50;
+    const int H = 8, D = 64;
+    const ModelConfig config = make_config(H, H, D, false);
+    const int width = config.qkv_width();
+    DeviceBuffer<bf16> qkv(T * width);
+    qkv.fill_random(h.seed);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    std::vector<double> expected = to_double(qkv.download((T - tail) * width, tail * width));
+    reference::rope_forward<double>(expected.data(), 1, tail, 2 * H, width, D, rope_inverse_frequencies(config),
+                                    T - tail);
+    variant.launch(qkv, 1, T, 2 * H, width, D, make_rope_frequencies(config), 0, false, h.stream);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    h.compare("qkv", format_string("T%lld H%d/%d D%d last rows", (long long)T, H, H, D),
+              qkv.download((T - tail) * width, tail * width), expected, unit_roundoff<bf16>() + 1e-6, {tail, width});
 }
 
 static void measure(Harness& h, const Variant<Launcher>& variant) {

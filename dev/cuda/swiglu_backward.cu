@@ -83,6 +83,22 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         variant.launch(gate_up_device, dout_device, gate_up_device, c.rows, c.F, h.stream);
         h.compare_exact("in place", label, gate_up_device, dgate_up.download());
     }
+    // Offsets beyond 2^31: the last rows are looked at.
+    const int64_t rows = 700001, tail = 50;
+    const int F = 1536;
+    DeviceBuffer<bf16> dgate_up(rows * 2 * F), dout(rows * F), gate_up(rows * 2 * F);
+    dout.fill_random(h.seed);
+    gate_up.fill_random(h.seed + 1);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    variant.launch(dgate_up, dout, gate_up, rows, F, h.stream);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    std::vector<double> expected(tail * 2 * F);
+    reference::swiglu_backward<double>(expected.data(), to_double(dout.download((rows - tail) * F, tail * F)).data(),
+                                       to_double(gate_up.download((rows - tail) * 2 * F, tail * 2 * F)).data(), tail,
+                                       F);
+    h.compare("dgate_up", format_string("rows%lld F%d last rows", (long long)rows, F),
+              dgate_up.download((rows - tail) * 2 * F, tail * 2 * F), expected, 2 * unit_roundoff<bf16>(),
+              {tail, 2 * F});
 }
 
 static void measure(Harness& h, const Variant<Launcher>& variant) {

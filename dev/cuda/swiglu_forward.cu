@@ -66,6 +66,19 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         h.compare("out", label, out, expected, limit, {c.rows, c.F}, 1e-30);
         h.compare_repeats("out", label, out, launch);
     }
+    // Offsets beyond 2^31: the last rows are looked at.
+    const int64_t rows = 700001, tail = 50;
+    const int F = 1536;
+    DeviceBuffer<bf16> gate_up(rows * 2 * F), out(rows * F);
+    gate_up.fill_random(h.seed);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    variant.launch(out, gate_up, rows, F, h.stream);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    std::vector<double> expected(tail * F);
+    reference::swiglu_forward<double>(expected.data(),
+                                      to_double(gate_up.download((rows - tail) * 2 * F, tail * 2 * F)).data(), tail, F);
+    h.compare("out", format_string("rows%lld F%d last rows", (long long)rows, F),
+              out.download((rows - tail) * F, tail * F), expected, unit_roundoff<bf16>() + 0x1p-19, {tail, F}, 1e-30);
 }
 
 static void measure(Harness& h, const Variant<Launcher>& variant) {
