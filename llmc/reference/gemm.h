@@ -24,11 +24,13 @@ constexpr int GEMM_TILE_ROWS = 6;  // 12 of 16 registers
 #endif
 template <class Real>
 constexpr int GEMM_TILE_COLUMNS = 2 * GEMM_VECTOR_BYTES / (int)sizeof(Real);
-constexpr int64_t GEMM_BLOCK_K = 256;                             // a panel of b stays in the first-level cache
-constexpr int64_t GEMM_BLOCK_ROWS = 8 * GEMM_TILE_ROWS;           // of a task: its panels of a stay in the second level
-constexpr int64_t GEMM_BLOCK_COLUMNS = 128;                       // of a task
-constexpr int64_t GEMM_PACKED_ROWS = 24 * GEMM_BLOCK_ROWS;        // of a packed at a time: bounds the copies' memory
-constexpr int64_t GEMM_PACKED_COLUMNS = 32 * GEMM_BLOCK_COLUMNS;  // of b packed at a time
+constexpr int64_t GEMM_BLOCK_K = 256;                   // a panel of b stays in the first-level cache
+constexpr int64_t GEMM_TASK_ROWS = 4 * GEMM_TILE_ROWS;  // of the result, a thread's piece of work: small, so that few
+constexpr int64_t GEMM_TASK_COLUMNS = 64;  // rows keep all threads busy too; its panels stay in the second level
+// Copied at a time, to bound the memory of the copies: rows of a, columns of b, and how deep.
+constexpr int64_t GEMM_PACKED_ROWS = 24 * GEMM_TASK_ROWS;
+constexpr int64_t GEMM_PACKED_COLUMNS = 32 * GEMM_TASK_COLUMNS;
+constexpr int64_t GEMM_PACKED_DEPTH = 4 * GEMM_BLOCK_K;
 
 // ---- operands ----------------------------------------------------------------------------------
 // Element (row, column) of a matrix lies at data[row * row_stride + column * column_stride].
@@ -44,16 +46,16 @@ struct Matrix {
     Matrix transposed() const { return {data, column_stride, row_stride}; }
 };
 
-// packed (=) [K][WIDTH]: column k of the num_rows <= WIDTH rows of x [num_rows, K], then zeros.
+// packed (=) [K][WIDTH]: column k of the first WIDTH rows of x [num_rows, K], of fewer and zeros when it has fewer.
 template <int WIDTH, class Real>
 void gemm_pack_panel(Real* packed, Matrix<Real> x, int64_t num_rows, int64_t K) {
-    if (num_rows == WIDTH && x.row_stride == 1) {
+    if (num_rows >= WIDTH && x.row_stride == 1) {
         for (int64_t k = 0; k < K; ++k) {
             std::memcpy(packed + k * WIDTH, x.data + k * x.column_stride, WIDTH * sizeof(Real));
         }
         return;
     }
-    if (num_rows == WIDTH && x.column_stride == 1) {
+    if (num_rows >= WIDTH && x.column_stride == 1) {
         for (int64_t k = 0; k < K; ++k) {
             for (int row = 0; row < WIDTH; ++row) {
                 packed[k * WIDTH + row] = x.data[row * x.row_stride + k];
@@ -109,25 +111,22 @@ void gemm_tile(Real* out, int64_t out_stride, const Real* a, const Real* b, int6
 }
 
 // ---- products ----------------------------------------------------------------------------------
-// Copies of operands in panels, kept from product to product.
+constexpr int64_t gemm_padded(int64_t n, int64_t width) { return (n + width - 1) / width * width; }
+
+// Memory for copies of operands in panels, kept from product to product.
 template <class Real>
 struct GemmScratch {
     std::unique_ptr<Real[]> a, b;
     size_t a_size = 0, b_size = 0;
 
-    // Room for panels of M rows of a and N columns of b, K deep. Not initialised: that would cost as much as filling
-    // it.
+    // Room for M rows of a and N columns of b, K deep. Not initialised: that would cost as much as filling it.
     void reserve(int64_t M, int64_t N, int64_t K) {
-        reserve_panels(a, a_size, M, GEMM_TILE_ROWS, K);
-        reserve_panels(b, b_size, N, GEMM_TILE_COLUMNS<Real>, K);
+        reserve_panels(a, a_size, (size_t)(gemm_padded(M, GEMM_TILE_ROWS) * K));
+        reserve_panels(b, b_size, (size_t)(gemm_padded(N, GEMM_TILE_COLUMNS<Real>) * K));
     }
-    Real* a_panel(int64_t row, int64_t K) { return a.get() + row * K; }
-    Real* b_panel(int64_t column, int64_t K) { return b.get() + column * K; }
 
   private:
-    static void reserve_panels(std::unique_ptr<Real[]>& panels, size_t& size, int64_t num_rows, int64_t width,
-                               int64_t K) {
-        const size_t needed = (size_t)((num_rows + width - 1) / width * width * K);
+    static void reserve_panels(std::unique_ptr<Real[]>& panels, size_t& size, size_t needed) {
         if (size < needed) {
             panels.reset(new Real[needed]);
             size = needed;
@@ -135,15 +134,15 @@ struct GemmScratch {
     }
 };
 
-// out (= or +=) [M, N], rows out_stride apart, from the panels in scratch, K deep.
+// out (= or +=) [M, N], rows out_stride apart, from consecutive panels of a and of b, K deep.
 template <class Real>
-void gemm_packed(Real* out, int64_t out_stride, GemmScratch<Real>& scratch, int64_t first_row, int64_t first_column,
-                 int64_t M, int64_t N, int64_t K, bool accumulate) {
+void gemm_panels(Real* out, int64_t out_stride, const Real* a, const Real* b, int64_t M, int64_t N, int64_t K,
+                 bool accumulate) {
     for (int64_t n = 0; n < N; n += GEMM_TILE_COLUMNS<Real>) {
         for (int64_t m = 0; m < M; m += GEMM_TILE_ROWS) {
-            gemm_tile(out + m * out_stride + n, out_stride, scratch.a_panel(first_row + m, K),
-                      scratch.b_panel(first_column + n, K), std::min<int64_t>(GEMM_TILE_ROWS, M - m),
-                      std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, N - n), K, accumulate);
+            gemm_tile(out + m * out_stride + n, out_stride, a + m * K, b + n * K,
+                      std::min<int64_t>(GEMM_TILE_ROWS, M - m), std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, N - n), K,
+                      accumulate);
         }
     }
 }
@@ -155,44 +154,56 @@ void gemm_block(Real* out, int64_t out_stride, Matrix<Real> a, Matrix<Real> b, i
                 bool accumulate, GemmScratch<Real>& scratch) {
     scratch.reserve(M, N, K);
     for (int64_t m = 0; m < M; m += GEMM_TILE_ROWS) {
-        gemm_pack_panel<GEMM_TILE_ROWS>(scratch.a_panel(m, K), a.block(m, 0), std::min<int64_t>(GEMM_TILE_ROWS, M - m),
-                                        K);
+        gemm_pack_panel<GEMM_TILE_ROWS>(scratch.a.get() + m * K, a.block(m, 0), M - m, K);
     }
     for (int64_t n = 0; n < N; n += GEMM_TILE_COLUMNS<Real>) {
-        gemm_pack_panel<GEMM_TILE_COLUMNS<Real>>(scratch.b_panel(n, K), b.block(0, n).transposed(),
-                                                 std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, N - n), K);
+        gemm_pack_panel<GEMM_TILE_COLUMNS<Real>>(scratch.b.get() + n * K, b.block(0, n).transposed(), N - n, K);
     }
-    gemm_packed(out, out_stride, scratch, 0, 0, M, N, K, accumulate);
+    gemm_panels(out, out_stride, scratch.a.get(), scratch.b.get(), M, N, K, accumulate);
+}
+
+// packed (=) the panels of x [num_rows, K], GEMM_BLOCK_K deep: all panels of the first block of columns, then those of
+// the second, ... Shared among the threads that call it; they may leave before others are done.
+template <int WIDTH, class Real>
+void gemm_pack_shared(Real* packed, Matrix<Real> x, int64_t num_rows, int64_t K) {
+#pragma omp for collapse(2) schedule(static) nowait
+    for (int64_t k = 0; k < K; k += GEMM_BLOCK_K) {
+        for (int64_t row = 0; row < num_rows; row += WIDTH) {
+            const int64_t depth = std::min(GEMM_BLOCK_K, K - k);
+            gemm_pack_panel<WIDTH>(packed + gemm_padded(num_rows, WIDTH) * k + row * depth, x.block(row, k),
+                                   num_rows - row, depth);
+        }
+    }
 }
 
 // out (= or +=) [M, N] row-major, of a [M, K] and b [K, N]; on all threads.
 template <class Real>
 void gemm(Real* out, Matrix<Real> a, Matrix<Real> b, int64_t M, int64_t N, int64_t K, bool accumulate) {
+    constexpr int TILE_COLUMNS = GEMM_TILE_COLUMNS<Real>;
     GemmScratch<Real> scratch;
-    scratch.reserve(std::min(M, GEMM_PACKED_ROWS), std::min(N, GEMM_PACKED_COLUMNS), std::min(K, GEMM_BLOCK_K));
+    scratch.reserve(std::min(M, GEMM_PACKED_ROWS), std::min(N, GEMM_PACKED_COLUMNS), std::min(K, GEMM_PACKED_DEPTH));
 #pragma omp parallel
     for (int64_t m0 = 0; m0 < M; m0 += GEMM_PACKED_ROWS) {
-        const int64_t rows = std::min(GEMM_PACKED_ROWS, M - m0);
+        const int64_t rows = std::min(GEMM_PACKED_ROWS, M - m0), padded_rows = gemm_padded(rows, GEMM_TILE_ROWS);
         for (int64_t n0 = 0; n0 < N; n0 += GEMM_PACKED_COLUMNS) {
             const int64_t columns = std::min(GEMM_PACKED_COLUMNS, N - n0);
-            for (int64_t k0 = 0; k0 < K; k0 += GEMM_BLOCK_K) {
-                const int64_t depth = std::min(GEMM_BLOCK_K, K - k0);
-#pragma omp for schedule(static) nowait
-                for (int64_t m = 0; m < rows; m += GEMM_TILE_ROWS) {
-                    gemm_pack_panel<GEMM_TILE_ROWS>(scratch.a_panel(m, depth), a.block(m0 + m, k0),
-                                                    std::min<int64_t>(GEMM_TILE_ROWS, rows - m), depth);
-                }
-#pragma omp for schedule(static)
-                for (int64_t n = 0; n < columns; n += GEMM_TILE_COLUMNS<Real>) {
-                    gemm_pack_panel<GEMM_TILE_COLUMNS<Real>>(
-                        scratch.b_panel(n, depth), b.block(k0, n0 + n).transposed(),
-                        std::min<int64_t>(GEMM_TILE_COLUMNS<Real>, columns - n), depth);
-                }
-#pragma omp for collapse(2) schedule(static)
-                for (int64_t m = 0; m < rows; m += GEMM_BLOCK_ROWS) {
-                    for (int64_t n = 0; n < columns; n += GEMM_BLOCK_COLUMNS) {
-                        gemm_packed(out + (m0 + m) * N + n0 + n, N, scratch, m, n, std::min(GEMM_BLOCK_ROWS, rows - m),
-                                    std::min(GEMM_BLOCK_COLUMNS, columns - n), depth, accumulate || k0 > 0);
+            const int64_t padded_columns = gemm_padded(columns, TILE_COLUMNS);
+            for (int64_t k0 = 0; k0 < K; k0 += GEMM_PACKED_DEPTH) {
+                const int64_t depth = std::min(GEMM_PACKED_DEPTH, K - k0);
+                gemm_pack_shared<GEMM_TILE_ROWS>(scratch.a.get(), a.block(m0, k0), rows, depth);
+                gemm_pack_shared<TILE_COLUMNS>(scratch.b.get(), b.block(k0, n0).transposed(), columns, depth);
+#pragma omp barrier
+#pragma omp for collapse(2) schedule(dynamic)
+                for (int64_t m = 0; m < rows; m += GEMM_TASK_ROWS) {
+                    for (int64_t n = 0; n < columns; n += GEMM_TASK_COLUMNS) {
+                        for (int64_t k = 0; k < depth; k += GEMM_BLOCK_K) {
+                            const int64_t block_depth = std::min(GEMM_BLOCK_K, depth - k);
+                            gemm_panels(out + (m0 + m) * N + n0 + n, N,
+                                        scratch.a.get() + padded_rows * k + m * block_depth,
+                                        scratch.b.get() + padded_columns * k + n * block_depth,
+                                        std::min(GEMM_TASK_ROWS, rows - m), std::min(GEMM_TASK_COLUMNS, columns - n),
+                                        block_depth, accumulate || k0 + k > 0);
+                        }
                     }
                 }
             }
