@@ -9,7 +9,8 @@
 #include "lighthouse_rows.cuh"
 
 // ---- forward -----------------------------------------------------------------------------------
-constexpr int LIGHTHOUSE_GATHER_CHUNK = 4;  // rows loaded before the first is used
+constexpr int LIGHTHOUSE_GATHER_ROWS = 4;   // gathered rows of one head that a group of lanes makes
+constexpr int LIGHTHOUSE_GATHER_CHUNK = 4;  // further tokens of one of them in flight
 
 struct LighthouseGatherArguments {
     QkvHeads<bf16> out;
@@ -17,57 +18,57 @@ struct LighthouseGatherArguments {
     const bf16* pooled;
     const int32_t* entries;
     LighthouseShape shape;
+    int64_t num_strips;  // of LIGHTHOUSE_GATHER_ROWS rows a sequence
 };
 
-// Launch: one group of ROW_LANES lanes a (gathered row, head), heads fastest; 1-D grid. Memory bound.
+// Launch: one group of ROW_LANES lanes for LIGHTHOUSE_GATHER_ROWS rows of a head, heads fastest; 1-D grid. Memory
+// bound.
 template <int ROW_LANES>
 __global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS)
     lighthouse_gather_kernel(const __grid_constant__ LighthouseGatherArguments a) {
     const LighthouseShape& shape = a.shape;
     const LighthouseGeometry& g = shape.geometry;
     const int num_heads = shape.num_heads();
-    const RowGroup<ROW_LANES> group(shape.B * g.S, num_heads, shape.D);
+    const RowGroup<ROW_LANES> group(shape.B * a.num_strips, num_heads, shape.D);
     if (!group.active) {
         return;
     }
-    const int64_t b = group.index / g.S, n = group.index - b * g.S;
-    int64_t index = a.entries[(b * shape.Hkv + lighthouse_kv_head(shape, group.head)) * g.S + n];
-    const int level = g.level_of_slot(index);
-    bf16* out = a.out.head(shape, group.head).row(b, n, 0) + group.lane * 8;
-    if (level == g.levels - 1) {
-        const int64_t pooled_row = (b * g.level_size(level) + index) * num_heads + group.head;
-        store128(out, load128_streaming(a.pooled + pooled_row * shape.D + group.lane * 8));
-        return;
-    }
-    const int window = 1 << g.window_bits(level);
+    const int64_t b = group.index / a.num_strips, first_row = (group.index - b * a.num_strips) * LIGHTHOUSE_GATHER_ROWS;
+    const int32_t* entries = a.entries + (b * shape.Hkv + lighthouse_kv_head(shape, group.head)) * g.S;
     const HeadView<const bf16> view = a.qkv.head(shape, group.head);
-    const bf16* token = view.row(b, index << g.window_bits(level), 0) + group.lane * 8;
-    FloatRow sum;
-    for (int first = 0; first < window; first += LIGHTHOUSE_GATHER_CHUNK) {
-        bf16x8 rows[LIGHTHOUSE_GATHER_CHUNK];
+    RowWindow windows[LIGHTHOUSE_GATHER_ROWS];
+    float shares[LIGHTHOUSE_GATHER_ROWS];
 #pragma unroll
-        for (int i = 0; i < LIGHTHOUSE_GATHER_CHUNK; ++i) {
-            rows[i] = {};
-            if (first + i < window) {
-                rows[i] = load128(token);
-                token += view.stride_t;
-            }
+    for (int i = 0; i < LIGHTHOUSE_GATHER_ROWS; ++i) {
+        if (first_row + i >= g.S) {
+            continue;
         }
-#pragma unroll
-        for (int i = 0; i < LIGHTHOUSE_GATHER_CHUNK; ++i) {
-            sum.add(rows[i]);
+        int64_t index = entries[first_row + i];
+        const int level = g.level_of_slot(index);
+        if (level == g.levels - 1) {
+            const int64_t pooled_row = (b * g.level_size(level) + index) * num_heads + group.head;
+            windows[i] = {a.pooled + pooled_row * shape.D + group.lane * 8, 1};
+            shares[i] = 1.0f;
+        } else {
+            const int window = 1 << g.window_bits(level);
+            windows[i] = {view.row(b, index << g.window_bits(level), 0) + group.lane * 8, window};
+            shares[i] = 1.0f / (float)window;  // a power of two: exact
         }
     }
-    sum.scale(1.0f / (float)window);  // a power of two: exact
-    store128(out, sum.pack());
+    const HeadView<bf16> out = a.out.head(shape, group.head);
+    sum_row_windows<LIGHTHOUSE_GATHER_CHUNK>(windows, view.stride_t, [&](int i, FloatRow& sum) {
+        sum.scale(shares[i]);
+        store128(out.row(b, first_row + i, 0) + group.lane * 8, sum.pack());
+    });
 }
 
 // out (=) the rows of the sub-sequence, bf16 of float32 means, for every entry of entries [B, Hkv, S].
 inline void lighthouse_gather(const QkvHeads<bf16>& out, const QkvHeads<const bf16>& qkv, const bf16* pooled,
                               const int32_t* entries, const LighthouseShape& shape, cudaStream_t stream) {
     NVTX_RANGE();
-    const LighthouseGatherArguments arguments = {out, qkv, pooled, entries, shape};
-    launch_row_groups(shape.B * shape.geometry.S, shape.num_heads(), shape.D, [&](auto row_lanes, unsigned blocks) {
+    const int64_t num_strips = ceil_div<int64_t>(shape.geometry.S, LIGHTHOUSE_GATHER_ROWS);
+    const LighthouseGatherArguments arguments = {out, qkv, pooled, entries, shape, num_strips};
+    launch_row_groups(shape.B * num_strips, shape.num_heads(), shape.D, [&](auto row_lanes, unsigned blocks) {
         lighthouse_gather_kernel<decltype(row_lanes)::value><<<blocks, LIGHTHOUSE_ROW_THREADS, 0, stream>>>(arguments);
     });
     CUDA_CHECK_LAUNCH();
@@ -111,15 +112,8 @@ __global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS)
         offset += g.level_size(level);
         share /= (float)g.pool;
     }
-    const int64_t first = window << g.log2_pool;
-    for (int i = 0; i < g.pool; ++i) {
-        const int32_t n = positions[first + i];
-        FloatRow sum = shared_sum;
-        if (n >= 0) {
-            sum.add(load128(dout.row(b, n, 0) + group.lane * 8));
-        }
-        store128_streaming(dqkv.row(b, first + i, 0) + group.lane * 8, sum.pack());
-    }
+    add_token_rows(positions, window << g.log2_pool, (window + 1) << g.log2_pool, shared_sum, dout, dqkv, b,
+                   group.lane);
 }
 
 // dqkv (=) [B, T, ...] from dout, the gradients of the gathered rows [B, S, ...], by positions [B, Hkv, num_slots].

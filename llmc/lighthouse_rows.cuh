@@ -19,17 +19,21 @@ struct LighthouseShape {
     __host__ __device__ int64_t num_selections() const { return (int64_t)B * Hkv; }
 };
 
+// One head as a tensor of one head.
+template <class Element>
+__host__ __device__ HeadView<Element> head_of(HeadView<Element> view, int head) {
+    view.data = view.row(0, 0, head);
+    return view;
+}
+
 // q [B, *, H, D], k and v [B, *, Hkv, D] as one list of H + 2 Hkv heads, in this order.
 template <class Element>
 struct QkvHeads {
     HeadView<Element> q, k, v;
 
-    // One head of the list, as a tensor of one head.
     __device__ HeadView<Element> head(const LighthouseShape& shape, int head) const {
-        HeadView<Element> view = head < shape.H ? q : head < shape.H + shape.Hkv ? k : v;
-        const int within = head < shape.H ? head : (head - shape.H) % shape.Hkv;
-        view.data = view.row(0, 0, within);
-        return view;
+        return head < shape.H ? head_of(q, head)
+                              : head_of(head < shape.H + shape.Hkv ? k : v, (head - shape.H) % shape.Hkv);
     }
 };
 // The key/value head whose selection a head of that list follows.
@@ -72,6 +76,80 @@ struct FloatRow {  // one lane's eight elements
         return packed;
     }
 };
+
+// `count` rows from `first`, to be added up; none when count is 0.
+struct RowWindow {
+    const bf16* first = nullptr;
+    int count = 0;
+};
+// Calls finish(i, sum) for every window that has rows, in order; the rows of a window are added in order. stride:
+// elements between rows. The first rows of all windows are in flight together, then those of one window, CHUNK at a
+// time: that hides the latency of windows of one row without starving on long ones.
+template <int CHUNK, int NUM_WINDOWS, class Finish>
+__device__ inline void sum_row_windows(const RowWindow (&windows)[NUM_WINDOWS], int64_t stride, Finish finish) {
+    bf16x8 first[NUM_WINDOWS];
+#pragma unroll
+    for (int i = 0; i < NUM_WINDOWS; ++i) {
+        if (windows[i].count > 0) {
+            first[i] = load128(windows[i].first);
+        }
+    }
+#pragma unroll
+    for (int i = 0; i < NUM_WINDOWS; ++i) {
+        if (windows[i].count == 0) {
+            continue;
+        }
+        FloatRow sum;
+        sum.add(first[i]);
+        const bf16* row = windows[i].first + stride;
+        for (int done = 1; done < windows[i].count; done += CHUNK) {
+            bf16x8 rows[CHUNK];
+#pragma unroll
+            for (int c = 0; c < CHUNK; ++c) {
+                rows[c] = {};
+                if (done + c < windows[i].count) {
+                    rows[c] = load128(row);
+                    row += stride;
+                }
+            }
+#pragma unroll
+            for (int c = 0; c < CHUNK; ++c) {
+                sum.add(rows[c]);
+            }
+        }
+        finish(i, sum);
+    }
+}
+
+// Tokens [begin, end) of one head: out row j (=) shared_sum plus x row positions[j], where that is not negative. The
+// positions, then the rows of four tokens are in flight together.
+__device__ inline void add_token_rows(const int32_t* positions, int64_t begin, int64_t end, const FloatRow& shared_sum,
+                                      const HeadView<const bf16>& x, const HeadView<bf16>& out, int64_t b, int lane) {
+    constexpr int CHUNK = 4;
+    for (int64_t first = begin; first < end; first += CHUNK) {
+        int32_t found[CHUNK];
+        bf16x8 rows[CHUNK];
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) {
+            found[i] = first + i < end ? positions[first + i] : -1;
+        }
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) {
+            rows[i] = {};
+            if (found[i] >= 0) {
+                rows[i] = load128(x.row(b, found[i], 0) + lane * 8);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) {
+            if (first + i < end) {
+                FloatRow sum = shared_sum;
+                sum.add(rows[i]);
+                store128_streaming(out.row(b, first + i, 0) + lane * 8, sum.pack());
+            }
+        }
+    }
+}
 
 // Where this thread stands in a 1-D launch of one group of ROW_LANES lanes a row, heads varying fastest.
 template <int ROW_LANES>

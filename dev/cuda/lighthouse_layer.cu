@@ -1,7 +1,7 @@
 // lighthouse_layer.cu: the whole layer of llmc/lighthouse.cuh: forward and backward against the CPU reference on the
 // selection the GPU made, causality, repetition, golden files; timings of every stage, of the layer and of dense
 // attention on the same tokens. Bound: memory around the inner attention, tensor cores inside.
-//   lighthouse_layer --shape T,levels,pool,topk,H,Hkv[,D] ...   times these shapes instead of checking
+//   lighthouse_layer [--without_dense] --shape T,levels,pool,topk,H,Hkv[,D] ...   times these shapes, checks nothing
 // Golden files, if LLMC_GOLDEN_DIR names a folder of them, are checked too (dev/test/golden_lighthouse.h).
 #include <cstdlib>
 #include <filesystem>
@@ -318,8 +318,8 @@ static void measure_shape(Harness& h, const LighthouseCase& c, LighthouseScorer 
     layer.forward(h.stream);
     layer.backward(h.stream);
     const std::string label = c.label() + (scorer == LighthouseScorer::dilated ? " dilated" : "");
-    const auto time = [&](const char* stage, const std::function<void()>& launch) {
-        const double ms = h.time_ms(launch);
+    const auto time = [&](const char* stage, const std::function<void()>& launch, int min_runs = 5) {
+        const double ms = h.time_ms(launch, min_runs);
         std::printf("stage %-22s  %s  %.4f ms\n", stage, label.c_str(), ms);
         std::fflush(stdout);
         return ms;
@@ -377,12 +377,18 @@ static void measure_shape(Harness& h, const LighthouseCase& c, LighthouseScorer 
     DeviceBuffer<float> lse(c.B * c.H * T);
     DeviceBuffer<unsigned char> dense_scratch((int64_t)flash_attention_backward_scratch_bytes(dense, false));
     const auto in = layer.in();
-    time("dense", [&] { flash_attention_forward(layer.tokens(layer.out), lse, in.q, in.k, in.v, dense, h.stream); });
-    time("dense_backward", [&] {
-        flash_attention_backward(layer.din().q, layer.din().k, layer.din().v, layer.tokens<const bf16>(layer.dout),
-                                 in.q, in.k, in.v, layer.tokens<const bf16>(layer.out), lse, dense_scratch.data(),
-                                 dense, false, h.stream);
-    });
+    const int dense_runs = T < 524288 ? 5 : 1;  // of seconds each
+    time(
+        "dense", [&] { flash_attention_forward(layer.tokens(layer.out), lse, in.q, in.k, in.v, dense, h.stream); },
+        dense_runs);
+    time(
+        "dense_backward",
+        [&] {
+            flash_attention_backward(layer.din().q, layer.din().k, layer.din().v, layer.tokens<const bf16>(layer.dout),
+                                     in.q, in.k, in.v, layer.tokens<const bf16>(layer.out), lse, dense_scratch.data(),
+                                     dense, false, h.stream);
+        },
+        dense_runs);
 }
 
 static void measure(Harness& h, const Variant<Launcher>&) {
@@ -402,11 +408,16 @@ static LighthouseCase parse_shape(const std::string& text) {
 }
 
 int main(int argc, char** argv) {
-    if (argc > 2 && std::string(argv[1]) == "--shape") {
+    std::vector<std::string> arguments(argv + 1, argv + argc);
+    const bool with_dense = arguments.empty() || arguments[0] != "--without_dense";
+    if (!with_dense) {
+        arguments.erase(arguments.begin());
+    }
+    if (!arguments.empty() && arguments[0] == "--shape") {
         try {
             Harness harness(argv[0], "lighthouse_layer");
-            for (int i = 2; i < argc; ++i) {
-                measure_shape(harness, parse_shape(argv[i]), LighthouseScorer::norm, true);
+            for (size_t i = 1; i < arguments.size(); ++i) {
+                measure_shape(harness, parse_shape(arguments[i]), LighthouseScorer::norm, with_dense);
             }
             return 0;
         } catch (const Error& error) {
