@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
         return;
     }
     // Backwards, so that what did not fit into shared memory is what L2 saw last.
-    const int last = (row_packs - 1 - thread) / threads_per_row * threads_per_row + thread;
+    const int last = thread < row_packs ? (row_packs - 1 - thread) / threads_per_row * threads_per_row + thread : -1;
     for (int pack = last; pack >= 0; pack -= threads_per_row) {
         bf16x8 packed = {};
         if (pack < num_packs) {
