@@ -7,7 +7,7 @@
 //   VARIANTS  std::vector<Variant<Launcher>>: number, idea, launcher; the last entry calls the header in llmc/
 //   check     void(Harness&, const Variant<Launcher>&): runs it on shapes that hurt, calls harness.compare and the like
 //   measure   void(Harness&, const Variant<Launcher>&): calls harness.measure_bandwidth or measure_flops
-// Options: --list, --variant N (repeatable), --check_only, --measure_only, --seed N.
+// Options: --list, --variant N (repeatable), --check_only, --measure_only, --small, --seed N.
 // All checks come before the first timing. Exit status 1 when a check failed; last line 'N passed, N failed'.
 #pragma once
 #include <algorithm>
@@ -79,6 +79,8 @@ std::vector<double> to_double(const std::vector<Element>& from) {
 
 // ---- device buffers ----------------------------------------------------------------------------
 // num_elements on the device between two guards that a stray write destroys; filled with NaN (int: -1) until written.
+// Whatever fills it is complete on return: the harness's stream does not wait for the default stream, and a copy from
+// pageable memory may return before its last bytes have arrived.
 template <class Element>
 class DeviceBuffer {
   public:
@@ -97,11 +99,15 @@ class DeviceBuffer {
     int64_t size() const { return num_elements_; }
     size_t num_bytes() const { return num_elements_ * sizeof(Element); }
 
-    void poison() { CUDA_CHECK(cudaMemset(data(), 0xff, num_bytes())); }
+    void poison() {
+        CUDA_CHECK(cudaMemset(data(), 0xff, num_bytes()));
+        CUDA_CHECK(cudaDeviceSynchronize());
+    }
     void upload(const std::vector<Element>& values) {
         CHECK((int64_t)values.size() == num_elements_, "upload of %zu elements into a buffer of %lld", values.size(),
               (long long)num_elements_);
         CUDA_CHECK(cudaMemcpy(data(), values.data(), num_bytes(), cudaMemcpyHostToDevice));
+        CUDA_CHECK(cudaDeviceSynchronize());
     }
     std::vector<Element> download() const { return download(0, num_elements_); }
     std::vector<Element> download(int64_t first, int64_t count) const {
@@ -112,6 +118,7 @@ class DeviceBuffer {
     void fill_random(uint64_t seed, float scale = 1.0f) {
         fill_random_kernel<<<1024, 256>>>(data(), num_elements_, seed, scale);
         CUDA_CHECK_LAUNCH();
+        CUDA_CHECK(cudaDeviceSynchronize());
     }
     bool guards_intact() const {
         std::vector<unsigned char> front(GUARD_BYTES), back(GUARD_BYTES);
@@ -128,10 +135,10 @@ class DeviceBuffer {
 };
 
 // ---- errors ------------------------------------------------------------------------------------
-// Unit roundoff: the largest relative error of rounding to the type.
+// Unit roundoff: the largest relative error of rounding to the type, which has 8, 24 or 53 significant bits.
 template <class Element>
 constexpr double unit_roundoff() {
-    return std::is_same_v<Element, bf16> ? 1.0 / 512 : std::is_same_v<Element, float> ? 0x1p-24 : 0x1p-53;
+    return std::is_same_v<Element, bf16> ? 0x1p-8 : std::is_same_v<Element, float> ? 0x1p-24 : 0x1p-53;
 }
 
 // How far values are from what they should be. The error of an element is |actual - expected| / (|expected| + floor):
@@ -198,6 +205,7 @@ class Harness {
   public:
     cudaStream_t stream = nullptr;
     uint64_t seed = 1;
+    bool small = false;  // --small: only what compute-sanitizer, some hundred times slower, gets through in a minute
 
     Harness(std::string program, std::string operation) : program_(program), operation_(operation) {
         CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
@@ -450,7 +458,7 @@ int run_variants(int argc, char** argv, const char* operation, const std::vector
                  Check check, Measure measure) {
     try {
         std::vector<int> wanted;
-        bool list = false, check_only = false, measure_only = false;
+        bool list = false, check_only = false, measure_only = false, small = false;
         uint64_t seed = 1;
         for (int i = 1; i < argc; ++i) {
             const std::string option = argv[i];
@@ -468,13 +476,17 @@ int run_variants(int argc, char** argv, const char* operation, const std::vector
                 check_only = true;
             } else if (option == "--measure_only") {
                 measure_only = true;
+            } else if (option == "--small") {
+                small = true;
             } else if (option == "--variant") {
                 wanted.push_back((int)number());
             } else if (option == "--seed") {
                 seed = (uint64_t)number();
             } else {
-                fail("%s: no such option; there are --list, --variant N, --check_only, --measure_only, --seed N",
-                     option.c_str());
+                fail(
+                    "%s: no such option; there are --list, --variant N, --check_only, --measure_only, --small, --seed "
+                    "N",
+                    option.c_str());
             }
         }
         std::vector<Variant<Launcher>> selected;
@@ -503,6 +515,7 @@ int run_variants(int argc, char** argv, const char* operation, const std::vector
 
         Harness harness(argv[0], operation);
         harness.seed = seed;
+        harness.small = small;
         // One variant's failure must not hide the others' results.
         auto guarded = [&](const Variant<Launcher>& v, const char* what, auto& body) {
             harness.set_variant(v.number);
