@@ -1,0 +1,643 @@
+// checkpoint.h: folders of weights. Any Hugging Face Llama folder is loaded; what is saved is one too, with what a
+// resumed run needs beside the model:
+//
+//   config.json, model.safetensors   as transformers, vLLM and llama.cpp read them; weights float32 or bfloat16
+//   generation_config.json, tokenizer files   where they are known
+//   optimizer-00001-of-00002.safetensors ...   float32: "layer0.qkv.exp_avg", ".exp_avg_sq" and, with bfloat16 weights,
+//                                    ".master"; names as in parameters.h; a tensor is whole, in whichever file
+//   state.json                       step, position in the data, seeds, every resolved setting
+//   manifest.json                    length and XXH3 hash of each file above; a folder that agrees with it is whole
+//
+// A folder is written under another name, each file and the folder are waited for until they are on the disk, and then
+// it is renamed: OUTPUT_DIR/step00000400 is whole or is not there, whatever fails. Names that begin with ".partial-"
+// are folders on their way in or out; the next save removes what a crash has left of them. One process at a time may
+// save into an output folder.
+#pragma once
+#include <algorithm>
+#include <cstdio>
+#include <filesystem>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "config.h"           // settings of the run
+#include "durable_file.h"     // files that are on the disk, checksums
+#include "flags.h"            // the settings by name
+#include "hf_config.h"        // config.json
+#include "json.h"             // state.json, manifest.json, the index of sharded weights
+#include "safetensors.h"      // tensors
+#include "trainable_model.h"  // where they go and come from
+
+// What a run needs beside the model's tensors to go on where it stopped. Random numbers depend on seeds and positions
+// alone, so these are the state of all generators too.
+struct TrainingState {
+    int64_t step = 0;              // steps done, skipped ones included
+    int64_t adam_step = 0;         // updates applied: AdamW's bias correction
+    int64_t data_position = 0;     // sequences consumed
+    int64_t skipped = 0;           // steps with a non-finite loss or gradient norm
+    int64_t skipped_in_a_row = 0;  // of those, the last ones without an applied update between
+};
+
+namespace checkpoint {
+
+namespace fs = std::filesystem;
+
+constexpr const char* MANIFEST = "manifest.json";
+constexpr const char* STATE = "state.json";
+constexpr const char* WEIGHTS = "model.safetensors";
+constexpr const char* WEIGHTS_INDEX = "model.safetensors.index.json";
+constexpr const char* PARTIAL = ".partial-";
+constexpr uint64_t OPTIMIZER_SHARD_BYTES = (uint64_t)4 << 30;  // a file is closed when it holds this much
+
+// ---- the manifest ------------------------------------------------------------------------------
+
+using Manifest = std::map<std::string, FileDigest>;  // by file name
+
+// Whether a name out of a file names a file in its own folder.
+inline bool is_plain_name(const std::string& name) {
+    return !name.empty() && name != "." && name != ".." && name.find('/') == std::string::npos &&
+           name.find('\0') == std::string::npos;
+}
+
+inline std::string manifest_text(const Manifest& manifest) {
+    Json files = Json::object();
+    for (const auto& [name, digest] : manifest) {
+        files[name] = {{"bytes", digest.num_bytes},
+                       {"xxh3", format_string("%016llx", (unsigned long long)digest.xxh3)}};
+    }
+    return Json({{"format", "llmc checkpoint"}, {"version", 1}, {"files", files}}).dump(1) + "\n";
+}
+
+// Throws Error, naming `path`, for text that is not a manifest.
+inline Manifest parse_manifest(std::string_view text, const std::string& path) {
+    const JsonValue json = parse_json(text, path);
+    const JsonObject object(json, path);
+    CHECK(object.text("format") == "llmc checkpoint" && object.integer("version", 0, INT64_MAX) == 1,
+          "%s: is not a checkpoint's manifest of version 1", path.c_str());
+    const JsonObject files = object.object("files");
+    Manifest manifest;
+    for (const auto& [name, value] : object.at("files").items()) {
+        CHECK(is_plain_name(name), "%s: '%s' is not the name of a file in this folder", path.c_str(),
+              printable(name).c_str());
+        const JsonObject entry(value, path + ": " + printable(name));
+        const std::string hash = entry.text("xxh3");
+        CHECK(hash.size() == 16 && hash.find_first_not_of("0123456789abcdef") == std::string::npos,
+              "%s: the hash of %s must be 16 hexadecimal digits", path.c_str(), printable(name).c_str());
+        manifest[name] = {(uint64_t)entry.integer("bytes", 0, INT64_MAX), std::stoull(hash, nullptr, 16)};
+    }
+    return manifest;
+}
+
+// Throws Error when `name` in `folder` has another length than the manifest says or, with `contents`, other bytes.
+inline void verify_file(const std::string& folder, const std::string& name, const FileDigest& expected, bool contents) {
+    const std::string path = folder + "/" + name;
+    std::error_code error;
+    const uint64_t num_bytes = fs::file_size(path, error);
+    CHECK(!error, "%s: cannot be read: %s", path.c_str(), error.message().c_str());
+    CHECK(num_bytes == expected.num_bytes, "%s: has %llu bytes and not the %llu that %s says", path.c_str(),
+          (unsigned long long)num_bytes, (unsigned long long)expected.num_bytes, MANIFEST);
+    CHECK(!contents || digest_file(path).xxh3 == expected.xxh3,
+          "%s: is damaged: its bytes are not those that %s says (delete that file if you changed this one on purpose)",
+          path.c_str(), MANIFEST);
+}
+
+// The manifest of a checkpoint all of whose files are there and have the stated lengths and, with `contents`, hashes.
+// Throws Error saying what is wrong otherwise.
+inline Manifest verify(const std::string& folder, bool contents) {
+    const std::string path = folder + "/" + MANIFEST;
+    const Manifest manifest = parse_manifest(read_text_file(path), path);
+    for (const char* name : {"config.json", WEIGHTS, STATE}) {
+        CHECK(manifest.count(name) > 0, "%s: lacks %s", path.c_str(), name);
+    }
+    for (const bool read_all : {false, true}) {
+        for (const auto& [name, digest] : manifest) {
+            if (!read_all || contents) {
+                verify_file(folder, name, digest, read_all);
+            }
+        }
+    }
+    return manifest;
+}
+
+// ---- folders of an output folder ---------------------------------------------------------------
+
+// "step00000400"
+inline std::string folder_name(int64_t step) { return format_string("step%08lld", (long long)step); }
+
+// All checkpoint folders by step, whole or not; empty when the output folder does not exist.
+inline std::map<int64_t, std::string> list(const std::string& output_dir) {
+    std::map<int64_t, std::string> folders;
+    std::error_code error;
+    for (const fs::directory_entry& entry : fs::directory_iterator(output_dir, error)) {
+        const std::string name = entry.path().filename().string();
+        const std::string digits = name.substr(0, 4) == "step" ? name.substr(4) : "";
+        if (digits.empty() || digits.size() > 18 || digits.find_first_not_of("0123456789") != std::string::npos) {
+            continue;
+        }
+        const int64_t step = std::stoll(digits);
+        if (name == folder_name(step) && entry.is_directory()) {
+            folders[step] = output_dir + "/" + name;
+        }
+    }
+    CHECK(!error || error == std::errc::no_such_file_or_directory, "%s: cannot be read: %s", output_dir.c_str(),
+          error.message().c_str());
+    return folders;
+}
+
+inline void remove_folder(const std::string& folder) {
+    std::error_code error;
+    fs::remove_all(folder, error);
+    CHECK(!error, "%s: cannot remove this folder: %s", folder.c_str(), error.message().c_str());
+}
+
+inline void rename_folder(const std::string& from, const std::string& to) {
+    CHECK(std::rename(from.c_str(), to.c_str()) == 0, "%s: cannot rename it to %s: %s", from.c_str(), to.c_str(),
+          std::strerror(errno));
+}
+
+// What an interrupted save or removal has left.
+inline void remove_leftovers(const std::string& output_dir) {
+    std::vector<std::string> leftovers;
+    for (const fs::directory_entry& entry : fs::directory_iterator(output_dir)) {
+        if (entry.path().filename().string().rfind(PARTIAL, 0) == 0) {
+            leftovers.push_back(entry.path().string());
+        }
+    }
+    for (const std::string& leftover : leftovers) {
+        remove_folder(leftover);
+    }
+}
+
+// Puts the finished folder `partial` in the place of `folder`, which may exist: its old contents stay until the new
+// ones stand.
+inline void publish(const std::string& partial, const std::string& folder, const std::string& output_dir) {
+    sync_folder(partial);
+    if (!fs::exists(folder)) {
+        rename_folder(partial, folder);
+    } else if (renameat2(AT_FDCWD, partial.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) != 0) {
+        // File systems that cannot swap two names, such as NFS.
+        const std::string old = partial + "-old";
+        rename_folder(folder, old);
+        rename_folder(partial, folder);
+        sync_folder(output_dir);
+        remove_folder(old);
+    }
+    sync_folder(output_dir);
+    remove_folder(partial);  // what was swapped out
+}
+
+// Removes the oldest checkpoints: `keep` stay, `newest` (just written) among them. Those that cannot be whole, by their
+// files' lengths, neither count nor go; nor do those of later steps, which a resumed run has passed over.
+inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
+    const std::map<int64_t, std::string> folders = list(output_dir);
+    int64_t num_kept = 1;
+    for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
+        const auto& [step, folder] = *it;
+        if (step >= newest) {
+            continue;
+        }
+        bool whole = true;
+        try {
+            verify(folder, false);
+        } catch (const Error&) {
+            whole = false;
+        }
+        if (whole && ++num_kept > keep) {
+            const std::string partial = output_dir + "/" + PARTIAL + folder_name(step);
+            rename_folder(folder, partial);  // never half a checkpoint under its name
+            remove_folder(partial);
+        }
+    }
+}
+
+// ---- tensors of a folder -----------------------------------------------------------------------
+
+// The tensors of several safetensors files as one set.
+class TensorSet {
+  public:
+    // Throws Error when a tensor is in two files.
+    void add(const std::string& path) {
+        files_.push_back(std::make_unique<SafetensorsFile>(path));
+        for (const SafetensorsTensor& tensor : files_.back()->tensors()) {
+            const auto [found, is_new] = tensors_.insert({tensor.name, {files_.back().get(), &tensor}});
+            CHECK(is_new, "%s: has the tensor %s, which is also in %s", path.c_str(), printable(tensor.name).c_str(),
+                  found->second.file->path().c_str());
+        }
+    }
+
+    struct Place {
+        const SafetensorsFile* file = nullptr;
+        const SafetensorsTensor* tensor = nullptr;
+    };
+    bool has(const std::string& name) const { return tensors_.count(name) > 0; }
+    const std::unordered_map<std::string, Place>& all() const { return tensors_; }
+
+    // Throws Error when it is missing, in words that begin with `folder`, is of another shape or not of a weight dtype.
+    const Place& at(const std::string& name, const std::vector<uint64_t>& shape, const std::string& folder) const {
+        const auto found = tensors_.find(name);
+        CHECK(found != tensors_.end(), "%s: lacks the tensor %s, which this model has", folder.c_str(), name.c_str());
+        const Place& place = found->second;
+        CHECK(place.tensor->shape == shape, "%s: tensor %s has shape %s, this model's is %s",
+              place.file->path().c_str(), name.c_str(), printable(shape_text(place.tensor->shape)).c_str(),
+              shape_text(shape).c_str());
+        CHECK(is_weight_dtype(place.tensor->dtype), "%s: tensor %s is %s; weights must be F32, F16 or BF16",
+              place.file->path().c_str(), name.c_str(), dtype_info(place.tensor->dtype).name);
+        return place;
+    }
+
+  private:
+    std::vector<std::unique_ptr<SafetensorsFile>> files_;
+    std::unordered_map<std::string, Place> tensors_;
+};
+
+inline std::vector<uint64_t> slice_shape(const ParameterTensor& tensor, const HuggingFaceSlice& slice) {
+    return tensor.is_vector ? std::vector<uint64_t>{(uint64_t)tensor.cols}
+                            : std::vector<uint64_t>{(uint64_t)slice.num_rows, (uint64_t)tensor.cols};
+}
+inline std::vector<uint64_t> state_shape(const ParameterTensor& tensor) {
+    return {(uint64_t)tensor.rows, (uint64_t)tensor.cols};
+}
+inline std::string state_name(const ParameterTensor& tensor, StateKind kind) {
+    return tensor.name + "." + state_kind_name(kind);
+}
+
+// The weights of a folder: model.safetensors, or the files that its index names.
+inline TensorSet open_weights(const std::string& folder) {
+    TensorSet set;
+    if (fs::exists(folder + "/" + WEIGHTS)) {
+        set.add(folder + "/" + WEIGHTS);
+        return set;
+    }
+    const std::string path = folder + "/" + WEIGHTS_INDEX;
+    CHECK(fs::exists(path), "%s: holds neither %s nor %s", folder.c_str(), WEIGHTS, WEIGHTS_INDEX);
+    const JsonValue json = parse_json(read_text_file(path), path);
+    const JsonObject index(json, path);
+    const JsonValue& weight_map = index.at("weight_map");
+    CHECK(weight_map.is_object(), "%s: \"weight_map\" must give a file for every tensor", path.c_str());
+    std::set<std::string> files;
+    for (const auto& [name, file] : weight_map.items()) {
+        CHECK(file.is_string() && is_plain_name(file.get<std::string>()),
+              "%s: the file of tensor %s must be a name in this folder", path.c_str(), printable(name).c_str());
+        files.insert(file.get<std::string>());
+    }
+    for (const std::string& file : files) {
+        set.add(folder + "/" + file);
+    }
+    for (const auto& [name, file] : weight_map.items()) {
+        CHECK(set.has(name) && set.all().at(name).file->path() == folder + "/" + file.get<std::string>(),
+              "%s: tensor %s is not in %s", path.c_str(), printable(name).c_str(),
+              printable(file.get<std::string>()).c_str());
+    }
+    return set;
+}
+
+// Throws Error unless config.json describes the model and the weights are its tensors, all and only, in these shapes.
+// Allowed beside them: the table of RoPE frequencies in old folders, and the classifier of a model that shares it with
+// the embedding (transformers reads neither).
+inline void check_weights(const TensorSet& set, const TrainableModel& model, const std::string& folder) {
+    const std::string difference = first_difference(load_hf_config(folder), model.config());
+    CHECK(difference.empty(), "%s/config.json: does not fit this model: %s", folder.c_str(), difference.c_str());
+    std::set<std::string> names;
+    for (const ParameterTensor& tensor : model.parameters().tensors) {
+        for (const HuggingFaceSlice& slice : tensor.slices) {
+            set.at(slice.name, slice_shape(tensor, slice), folder);
+            names.insert(slice.name);
+        }
+    }
+    for (const auto& [name, place] : set.all()) {
+        const std::string_view frequencies = ".rotary_emb.inv_freq";
+        const bool is_unused =
+            (model.config().tied_embeddings && name == "lm_head.weight") ||
+            (name.size() > frequencies.size() && name.substr(name.size() - frequencies.size()) == frequencies);
+        CHECK(names.count(name) > 0 || is_unused, "%s: has the tensor %s, which a Llama of its config.json has not",
+              place.file->path().c_str(), printable(name).c_str());
+    }
+}
+
+// Sets the master weights from checked weights, one tensor at a time.
+inline void read_weights(TrainableModel& model, const TensorSet& set, const std::string& folder) {
+    const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
+    std::vector<float> values;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        values.resize(tensors[i].num_elements());
+        for (const HuggingFaceSlice& slice : tensors[i].slices) {
+            const TensorSet::Place& place = set.at(slice.name, slice_shape(tensors[i], slice), folder);
+            place.file->read_floats(*place.tensor, values.data() + slice.row_begin * tensors[i].cols);
+        }
+        model.write_state(StateKind::master, (int)i, values.data());
+    }
+}
+
+// ---- state.json --------------------------------------------------------------------------------
+
+inline std::string state_text(const TrainingState& state, const RunConfig& config) {
+    RunConfig copy = config;
+    Json settings = Json::object();
+    for (const Setting& s : list_settings(copy)) {
+        const std::string value = s.get();
+        const Json parsed = Json::parse(value, nullptr, false);  // numbers, truths and quoted texts are JSON
+        settings[s.name] = parsed.is_discarded() ? Json(value) : parsed;
+    }
+    const Json json = {{"format", "llmc training state"},
+                       {"version", 1},
+                       {"step", state.step},
+                       {"adam_step", state.adam_step},
+                       {"data_position", state.data_position},
+                       {"skipped", state.skipped},
+                       {"skipped_in_a_row", state.skipped_in_a_row},
+                       {"seed", config.seed},
+                       {"shuffle_seed", config.shuffle_seed},
+                       {"settings", settings}};
+    return json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
+// Throws Error, naming `path`, for text that is not a training state.
+inline TrainingState parse_state(std::string_view text, const std::string& path) {
+    const JsonValue json = parse_json(text, path);
+    const JsonObject object(json, path);
+    CHECK(object.text("format") == "llmc training state" && object.integer("version", 0, INT64_MAX) == 1,
+          "%s: is not a training state of version 1", path.c_str());
+    TrainingState state;
+    state.step = object.integer("step", 0, INT64_MAX);
+    state.adam_step = object.integer("adam_step", 0, state.step);
+    state.data_position = object.integer("data_position", 0, INT64_MAX);
+    state.skipped = object.integer("skipped", 0, state.step);
+    state.skipped_in_a_row = object.integer("skipped_in_a_row", 0, state.skipped);
+    return state;
+}
+
+// ---- writing -----------------------------------------------------------------------------------
+
+// Files beside the weights that say how to use them: of the folder a run started from, they belong to its checkpoints.
+constexpr const char* COMPANIONS[] = {"generation_config.json",
+                                      "tokenizer.json",
+                                      "tokenizer_config.json",
+                                      "tokenizer.model",
+                                      "special_tokens_map.json",
+                                      "added_tokens.json",
+                                      "vocab.json",
+                                      "merges.txt",
+                                      "chat_template.jinja"};
+
+// A folder in the making; removed again unless it was kept.
+class PartialFolder {
+  public:
+    explicit PartialFolder(std::string path) : path_(std::move(path)) {
+        CHECK(mkdir(path_.c_str(), 0777) == 0, "%s: cannot make this folder: %s", path_.c_str(), std::strerror(errno));
+    }
+    ~PartialFolder() {
+        if (!kept_) {
+            std::error_code ignored;  // an exception is on its way; the next save tries again
+            fs::remove_all(path_, ignored);
+        }
+    }
+    PartialFolder(const PartialFolder&) = delete;
+    PartialFolder& operator=(const PartialFolder&) = delete;
+
+    const std::string& path() const { return path_; }
+    void keep() { kept_ = true; }
+
+    void write_text(const std::string& name, const std::string& text) {
+        DurableFile file(path_ + "/" + name);
+        file.write(text.data(), text.size());
+        add(name, file.finish());
+    }
+    void add(const std::string& name, const FileDigest& digest) { manifest_[name] = digest; }
+    // The last file: all that were added.
+    void write_manifest() {
+        const std::string text = manifest_text(manifest_);
+        DurableFile file(path_ + "/" + MANIFEST);
+        file.write(text.data(), text.size());
+        file.finish();
+    }
+
+  private:
+    std::string path_;
+    Manifest manifest_;
+    bool kept_ = false;
+};
+
+// Of the folder that a run's tokenizer files come from, when there is one; else those of the byte vocabulary.
+inline SpecialTokens special_tokens(const std::string& source, const ModelConfig& model) {
+    SpecialTokens tokens;
+    if (source.empty()) {
+        if (model.vocab_size == ModelConfig().vocab_size) {
+            tokens.begin = 256, tokens.end = 257;
+        }
+        return tokens;
+    }
+    const std::string path = source + "/config.json";
+    const JsonValue json = parse_json(read_text_file(path), path);
+    const auto token = [&](const char* name) {  // Llama 3 has several ends: the first
+        const JsonValue& value = json.contains(name) ? json.at(name) : JsonValue();
+        const JsonValue& first = value.is_array() && !value.empty() ? value[0] : value;
+        return first.is_number_integer() ? first.get<int64_t>() : -1;
+    };
+    tokens.begin = token("bos_token_id"), tokens.end = token("eos_token_id");
+    return tokens;
+}
+
+inline void write_companions(PartialFolder& folder, const std::string& source, const SpecialTokens& tokens) {
+    if (source.empty()) {
+        if (tokens.end >= 0) {
+            const Json json = {{"bos_token_id", tokens.begin}, {"eos_token_id", tokens.end}};
+            folder.write_text("generation_config.json", json.dump(1) + "\n");
+        }
+        return;
+    }
+    for (const char* name : COMPANIONS) {
+        if (fs::is_regular_file(source + "/" + name)) {
+            folder.write_text(name, read_text_file(source + "/" + name));
+        }
+    }
+}
+
+inline void write_weights(PartialFolder& folder, TrainableModel& model, bool weights_bf16) {
+    const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
+    std::vector<SafetensorsTensor> slices;
+    for (const ParameterTensor& tensor : tensors) {
+        for (const HuggingFaceSlice& slice : tensor.slices) {
+            slices.push_back({slice.name, weights_bf16 ? Dtype::BF16 : Dtype::F32, slice_shape(tensor, slice), 0, 0});
+        }
+    }
+    SafetensorsWriter writer(folder.path() + "/" + WEIGHTS, slices, {{"format", "pt"}});
+    std::vector<float> values;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        values.resize(tensors[i].num_elements());
+        model.read_state(StateKind::master, (int)i, values.data());
+        for (const HuggingFaceSlice& slice : tensors[i].slices) {
+            writer.write(values.data() + slice.row_begin * tensors[i].cols, slice.num_rows * tensors[i].cols);
+        }
+    }
+    folder.add(WEIGHTS, writer.finish());
+}
+
+inline void write_optimizer(PartialFolder& folder, TrainableModel& model, bool with_master, uint64_t shard_bytes) {
+    const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
+    std::vector<StateKind> kinds = {StateKind::exp_avg, StateKind::exp_avg_sq};
+    if (with_master) {
+        kinds.insert(kinds.begin(), StateKind::master);
+    }
+    struct Entry {
+        StateKind kind;
+        int tensor;
+    };
+    std::vector<std::vector<Entry>> shards(1);
+    uint64_t num_bytes = 0;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        for (const StateKind kind : kinds) {
+            if (num_bytes >= shard_bytes) {
+                shards.emplace_back(), num_bytes = 0;
+            }
+            shards.back().push_back({kind, (int)i});
+            num_bytes += 4 * (uint64_t)tensors[i].num_elements();
+        }
+    }
+    std::vector<float> values;
+    for (size_t s = 0; s < shards.size(); ++s) {
+        std::vector<SafetensorsTensor> header;
+        for (const Entry& e : shards[s]) {
+            header.push_back({state_name(tensors[e.tensor], e.kind), Dtype::F32, state_shape(tensors[e.tensor]), 0, 0});
+        }
+        const std::string name = format_string("optimizer-%05zu-of-%05zu.safetensors", s + 1, shards.size());
+        SafetensorsWriter writer(folder.path() + "/" + name, header, {});
+        for (const Entry& e : shards[s]) {
+            values.resize(tensors[e.tensor].num_elements());
+            model.read_state(e.kind, e.tensor, values.data());
+            writer.write(values.data(), values.size());
+        }
+        folder.add(name, writer.finish());
+    }
+}
+
+}  // namespace checkpoint
+
+// ---- what a run calls --------------------------------------------------------------------------
+
+// The newest checkpoint in `output_dir` that is whole: every file's hash is compared with its manifest, which reads it
+// once. No value when there is none. Newer ones that are damaged are passed over; `damaged` gets a sentence for each.
+inline std::optional<std::string> find_newest_checkpoint(const std::string& output_dir,
+                                                         std::vector<std::string>* damaged = nullptr) {
+    const std::map<int64_t, std::string> folders = checkpoint::list(output_dir);
+    for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
+        try {
+            checkpoint::verify(it->second, true);
+            return it->second;
+        } catch (const Error& error) {
+            if (damaged != nullptr) {
+                damaged->push_back(error.what());
+            }
+        }
+    }
+    return std::nullopt;
+}
+
+// Sets the model's weights, and nothing else, from any Hugging Face Llama folder, one of ours included: then what is
+// read must also be what its manifest says. F16 and BF16 become float32 exactly. Throws Error, before the model is
+// touched, when the folder is damaged or does not hold this model.
+inline void load_model(TrainableModel& model, const std::string& folder) {
+    const std::string path = folder + "/" + checkpoint::MANIFEST;
+    if (checkpoint::fs::exists(path)) {
+        for (const auto& [name, digest] : checkpoint::parse_manifest(read_text_file(path), path)) {
+            if (name == "config.json" || name == checkpoint::WEIGHTS) {
+                checkpoint::verify_file(folder, name, digest, true);
+            }
+        }
+    }
+    const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
+    checkpoint::check_weights(weights, model, folder);
+    checkpoint::read_weights(model, weights, folder);
+}
+
+// Sets master weights and both means of AdamW from a checkpoint, and returns where training stood. Throws Error, before
+// the model is touched, when the checkpoint is damaged (its files are read and compared with the manifest first) or is
+// not of this model.
+inline TrainingState load_checkpoint(TrainableModel& model, const std::string& folder) {
+    const checkpoint::Manifest manifest = checkpoint::verify(folder, true);
+    const std::string state_path = folder + "/" + checkpoint::STATE;
+    const TrainingState state = checkpoint::parse_state(read_text_file(state_path), state_path);
+    const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
+    checkpoint::check_weights(weights, model, folder);
+    checkpoint::TensorSet optimizer;
+    for (const auto& [name, digest] : manifest) {
+        if (name.rfind("optimizer-", 0) == 0) {
+            optimizer.add(folder + "/" + name);
+        }
+    }
+    // With float32 weights those are the master; the kinds that are then in the optimizer's files.
+    const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
+    const bool has_master = optimizer.has(checkpoint::state_name(tensors[0], StateKind::master));
+    std::vector<StateKind> kinds = {StateKind::exp_avg, StateKind::exp_avg_sq};
+    if (has_master) {
+        kinds.push_back(StateKind::master);
+    }
+    for (const ParameterTensor& tensor : tensors) {
+        for (const StateKind kind : kinds) {
+            optimizer.at(checkpoint::state_name(tensor, kind), checkpoint::state_shape(tensor), folder);
+        }
+    }
+    if (!has_master) {
+        for (const auto& [name, place] : weights.all()) {
+            CHECK(place.tensor->dtype == Dtype::F32, "%s: holds no float32 weights to go on with: %s is %s",
+                  folder.c_str(), printable(name).c_str(), dtype_info(place.tensor->dtype).name);
+        }
+        checkpoint::read_weights(model, weights, folder);
+    }
+    std::vector<float> values;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        values.resize(tensors[i].num_elements());
+        for (const StateKind kind : kinds) {
+            const checkpoint::TensorSet::Place& place =
+                optimizer.at(checkpoint::state_name(tensors[i], kind), checkpoint::state_shape(tensors[i]), folder);
+            place.file->read_floats(*place.tensor, values.data());
+            model.write_state(kind, (int)i, values.data());
+        }
+    }
+    return state;
+}
+
+// Writes a checkpoint of `state.step` into `output_dir` (made when missing) and returns its folder; then removes those
+// that --keep_checkpoints does not keep. weights_bf16: model.safetensors in bfloat16, the float32 master beside it.
+// Holds one tensor at a time. Throws Error when anything fails: what was there before then still is.
+inline std::string save_checkpoint(TrainableModel& model, const TrainingState& state, const RunConfig& config,
+                                   bool weights_bf16, const std::string& output_dir,
+                                   uint64_t optimizer_shard_bytes = checkpoint::OPTIMIZER_SHARD_BYTES) {
+    namespace fs = std::filesystem;
+    std::error_code error;
+    fs::create_directories(output_dir, error);
+    CHECK(!error, "--output_dir %s: cannot make this folder: %s", output_dir.c_str(), error.message().c_str());
+    checkpoint::remove_leftovers(output_dir);
+
+    // The folder the run started from may be gone, but each checkpoint has what it had.
+    const std::map<int64_t, std::string> earlier = checkpoint::list(output_dir);
+    const std::string source = fs::exists(config.checkpoint) ? config.checkpoint
+                               : earlier.empty()             ? ""
+                                                             : earlier.rbegin()->second;
+    const std::string name = checkpoint::folder_name(state.step), folder = output_dir + "/" + name;
+    try {
+        checkpoint::PartialFolder partial(output_dir + "/" + checkpoint::PARTIAL + name);
+        const SpecialTokens tokens = checkpoint::special_tokens(source, model.config());
+        const ModelConfig& m = model.config();
+        const int64_t max_positions = m.max_positions > 0 ? m.max_positions : config.seq_len;
+        partial.write_text("config.json", hf_config_json(m, max_positions, weights_bf16, tokens).dump(1) + "\n");
+        checkpoint::write_companions(partial, source, tokens);
+        checkpoint::write_weights(partial, model, weights_bf16);
+        checkpoint::write_optimizer(partial, model, weights_bf16, optimizer_shard_bytes);
+        partial.write_text(checkpoint::STATE, checkpoint::state_text(state, config));
+        partial.write_manifest();
+        checkpoint::publish(partial.path(), folder, output_dir);
+        partial.keep();
+    } catch (const Error& what) {
+        fail("%s; earlier checkpoints are as they were: with room to write, --resume goes on from the newest",
+             what.what());
+    }
+    if (config.keep_checkpoints > 0) {
+        checkpoint::prune(output_dir, state.step, config.keep_checkpoints);
+    }
+    return folder;
+}

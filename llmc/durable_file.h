@@ -1,0 +1,110 @@
+// durable_file.h: files that are on the disk when they are said to be, and their XXH3 checksums.
+#pragma once
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <fcntl.h>
+#include <string>
+#include <sys/stat.h>
+#include <unistd.h>
+#include <vector>
+
+#define XXH_INLINE_ALL
+#include <xxhash.h>
+
+#include "check.h"
+
+// What a file is recognised by: its length and the XXH3 hash (64 bits) of its bytes.
+struct FileDigest {
+    uint64_t num_bytes = 0;
+    uint64_t xxh3 = 0;
+};
+
+// XXH3 of bytes that arrive in pieces.
+class Xxh3Stream {
+  public:
+    Xxh3Stream() { XXH3_64bits_reset(&state_); }
+    void update(const void* data, uint64_t num_bytes) {
+        XXH3_64bits_update(&state_, data, num_bytes);
+        num_bytes_ += num_bytes;
+    }
+    FileDigest digest() const { return {num_bytes_, XXH3_64bits_digest(&state_)}; }
+
+  private:
+    XXH3_state_t state_;
+    uint64_t num_bytes_ = 0;
+};
+
+// A new file that is written from its beginning to its end. Whatever fails throws Error with the path and the reason.
+class DurableFile {
+  public:
+    // There must be no file at `path`.
+    explicit DurableFile(const std::string& path)
+        : path_(path), file_(open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) {
+        check(file_ >= 0);
+    }
+    ~DurableFile() {
+        if (file_ >= 0) {
+            close(file_);
+        }
+    }
+    DurableFile(const DurableFile&) = delete;
+    DurableFile& operator=(const DurableFile&) = delete;
+
+    void write(const void* data, uint64_t num_bytes) {
+        const char* next = (const char*)data;
+        for (uint64_t left = num_bytes; left > 0;) {
+            constexpr uint64_t MAX_CALL = (uint64_t)1 << 30;  // Linux writes at most 2 GiB a call
+            const ssize_t written = ::write(file_, next, left < MAX_CALL ? left : MAX_CALL);
+            check(written > 0 || (written < 0 && errno == EINTR));
+            const uint64_t advance = written > 0 ? (uint64_t)written : 0;
+            next += advance, left -= advance;
+        }
+        hash_.update(data, num_bytes);
+    }
+    // Waits until the bytes are on the disk. Nothing can be written afterwards.
+    FileDigest finish() {
+        check(fsync(file_) == 0);
+        const int file = file_;
+        file_ = -1;
+        check(close(file) == 0);
+        return hash_.digest();
+    }
+
+  private:
+    void check(bool done) const { CHECK(done, "%s: cannot write: %s", path_.c_str(), std::strerror(errno)); }
+
+    std::string path_;
+    int file_;
+    Xxh3Stream hash_;
+};
+
+// Waits until the names of the files in `folder` are on the disk: after files are made, renamed or removed in it.
+inline void sync_folder(const std::string& folder) {
+    const int file = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
+    CHECK(file >= 0, "%s: cannot open this folder: %s", folder.c_str(), std::strerror(errno));
+    const bool synced = fsync(file) == 0;
+    const int error = errno;
+    close(file);
+    CHECK(synced, "%s: cannot write this folder to the disk: %s", folder.c_str(), std::strerror(error));
+}
+
+// Length and hash of a file's bytes as they are read now. By read() rather than mmap(): a disk that cannot give them is
+// an error, not a signal.
+inline FileDigest digest_file(const std::string& path) {
+    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
+    CHECK(file >= 0, "%s: cannot open: %s", path.c_str(), std::strerror(errno));
+    Xxh3Stream hash;
+    std::vector<char> buffer((size_t)4 << 20);
+    ssize_t num_bytes;
+    while ((num_bytes = read(file, buffer.data(), buffer.size())) != 0) {
+        if (num_bytes < 0 && errno != EINTR) {
+            break;
+        }
+        hash.update(buffer.data(), num_bytes > 0 ? (uint64_t)num_bytes : 0);
+    }
+    const int error = errno;
+    close(file);
+    CHECK(num_bytes == 0, "%s: cannot read: %s", path.c_str(), std::strerror(error));
+    return hash.digest();
+}
