@@ -1,5 +1,6 @@
 // flash_attention.cuh: softmax attention, forward and backward: which kernels run where.
-//   flash_attention_hopper.cuh  sm_90a (compute capability 9.0 exactly), D = 64 and 128
+//   flash_attention_hopper.cuh  sm_90a (compute capability 9.0 exactly), D = 64 and 128, and views that TMA can read
+//                               and write: strides positive and below 2^40 bytes (tma_can_map)
 //   flash_attention_mma.cuh     everything else: sm_80 and up, any D that is a multiple of 8 up to 256
 // Both take the same operands, keep the same conventions (lse natural, a row that sees no key: out 0, lse -infinity,
 // gradient 0) and may be mixed: the forward of one with the backward of the other.
@@ -22,7 +23,7 @@ inline bool flash_attention_is_hopper(const AttentionShape& shape) {
 inline void flash_attention_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                                     HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
 #ifdef LLMC_HOPPER_FORWARD
-    if (flash_attention_is_hopper(shape)) {
+    if (flash_attention_is_hopper(shape) && flash_attention_hopper_forward_takes(out, q, k, v, shape)) {
         return flash_attention_hopper_forward(out, lse, q, k, v, shape, stream);
     }
 #endif

@@ -1,0 +1,582 @@
+// flash_attention_hopper_forward.cuh: the attention forward for sm_90a: out = softmax(scale q k^T + mask) v, and lse.
+// Shapes: q, out [B, Tq, H, D]; k, v [B, Tk, Hkv, D], each a HeadView; lse [B, H, Tq] float32, natural. D is 64 or 128.
+// Storage bf16, products on wgmma with float32 accumulation, statistics float32.
+//
+// A block owns BLOCK_M query rows of a head and walks over key tiles from the last visible one down, so masked tiles
+// come first and the running maximum settles early. One warpgroup of it only loads, by TMA; each of the others owns 64
+// rows, whose scores, softmax and output never leave its registers:
+//   issue S' = q k'^T of the next key tile | issue out += P v of this one | softmax of S' while P v runs | S' becomes P
+// and the consumers take turns in issuing, so one's softmax runs under another's products. Blocks are persistent: each
+// walks over a fixed list of tiles (TileWalk), and loads for the next tile start while the last one is finished.
+//
+// Bound: tensor cores at D = 128 (BLOCK_M x BLOCK_N x 2 D products against half as many clocks of exponentials and 88 %
+// as many of shared memory); tensor cores and exponentials alike at D = 64. From 32K up the chip's power limit lowers
+// the clock, so work that is left out counts twice. 4 Tq Tk D H operations, half of them when causal.
+// Reference: reference/attention.h. Variants: dev/cuda/flash_attention_forward.cu.
+#pragma once
+#include "flash_attention_mma.cuh"  // what both share: TileOrder, the causal offset, checks of shapes
+#include "ptx_hopper.cuh"
+
+// ---- tiles -------------------------------------------------------------------------------------
+// What a variant of dev/cuda may replace stands below Shared.
+template <int D_, int CONSUMERS_, int BLOCK_N_, int Q_SLOTS_>
+struct HopperForwardTile {
+    static constexpr int D = D_;
+    static constexpr int CONSUMERS = CONSUMERS_;  // warpgroups that compute, of 64 query rows each
+    static constexpr int BLOCK_M = 64 * CONSUMERS;
+    static constexpr int BLOCK_N = BLOCK_N_;
+    static constexpr int Q_SLOTS = Q_SLOTS_;
+    static constexpr int STAGES = 2;  // of k and of v
+    static constexpr int THREADS = WARPGROUP_SIZE * (1 + CONSUMERS);
+    // Of 65536 in all. At launch all threads have the same; the loader gives up what the consumers then take.
+    static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
+    static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+    static_assert(D % 64 == 0 && BLOCK_N % 16 == 0 && (CONSUMERS == 2 || CONSUMERS == 3), "tile");
+
+    struct Shared {
+        alignas(1024) bf16 k[STAGES][BLOCK_N * D];
+        alignas(1024) bf16 v[STAGES][BLOCK_N * D];
+        alignas(1024) bf16 q[Q_SLOTS][CONSUMERS][64 * D];  // a consumer's rows; its output leaves through them
+        uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], q_full[Q_SLOTS], q_empty[Q_SLOTS];
+    };
+
+    static constexpr bool PING_PONG = true;   // consumers issue products in turn
+    static constexpr bool LAZY = true;        // rescale only when the maximum moves by more than the threshold
+    static constexpr bool PERSISTENT = true;  // one block an SM; otherwise one a tile
+};
+
+struct HopperForwardArguments {
+    CUtensorMap q, k, v, out;  // boxes of 64, BLOCK_N, BLOCK_N and 64 rows
+    float* lse;
+    int Tq, Tk, key_offset;  // query t sees keys below min(Tk, t + 1 + key_offset)
+    int H, heads_per_kv_head;
+    float scale_log2;         // scale * log2(e)
+    float rescale_threshold;  // RESCALE_THRESHOLD_LOG2 in units of q.k
+    TileOrder order;
+};
+
+// Named barriers; 0 is __syncthreads.
+enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4 };  // + consumer
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+
+// ---- what a block works through ----------------------------------------------------------------
+// The tiles of a persistent block, without communication: every warp walks for itself. In each group of heads the tiles
+// lie from longest to shortest and are dealt out to the blocks to and fro (0 .. n-1, n-1 .. 0, 0 ..), so that long and
+// short ones add up; the next group starts where the last one ended.
+struct TileWalk {
+    int first_head = 0, round = 0, start;
+
+    __device__ explicit TileWalk(int block) : start(block) {}
+
+    // The next tile of this block, if there is one.
+    __device__ bool next(const TileOrder& order, TileOrder::Place* place) {
+        const int num_blocks = gridDim.x;
+        while (first_head < order.num_heads) {
+            const int heads = min(order.heads_per_group, order.num_heads - first_head);
+            const int num_places = order.num_tiles * heads;
+            while (round * num_blocks < num_places) {
+                const int position = round * num_blocks + (round % 2 == 0 ? start : num_blocks - 1 - start);
+                ++round;
+                if (position < num_places) {
+                    *place = {position / heads, first_head + position % heads};
+                    return true;
+                }
+            }
+            first_head += heads;
+            round = 0;
+            start = (start + num_blocks - num_places % num_blocks) % num_blocks;
+        }
+        return false;
+    }
+};
+
+// A tile of query rows and the key tiles it sees, [0, num_key_tiles), of which those below num_full_tiles are seen
+// whole by every row. At least one key tile is visited: where nobody sees anything, all of it is masked.
+struct ForwardWork {
+    int b, h, first_row, num_key_tiles, num_full_tiles;
+
+    template <class Tile>
+    __device__ static ForwardWork at(const TileOrder::Place& place, const HopperForwardArguments& args) {
+        ForwardWork work;
+        work.b = place.head / args.H;
+        work.h = place.head % args.H;
+        work.first_row = (args.order.num_tiles - 1 - place.tile) * Tile::BLOCK_M;
+        const int last_row = min(work.first_row + Tile::BLOCK_M, args.Tq) - 1;
+        const int end = min(args.Tk, last_row + 1 + args.key_offset);
+        work.num_key_tiles = max(1, (end + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
+        work.num_full_tiles = max(0, min(args.Tk, work.first_row + 1 + args.key_offset)) / Tile::BLOCK_N;
+        return work;
+    }
+};
+
+// ---- load --------------------------------------------------------------------------------------
+// One thread. Order: k of the first tile, q, then k a tile ahead of v.
+template <class Tile>
+struct ForwardLoader {
+    using Shared = typename Tile::Shared;
+    static constexpr uint32_t TILE_BYTES = Tile::BLOCK_N * Tile::D * sizeof(bf16);
+    static constexpr uint32_t Q_BYTES = Tile::BLOCK_M * Tile::D * sizeof(bf16);
+
+    Shared& shared;
+    const HopperForwardArguments& args;
+    uint64_t q_policy;
+    PipelineState<Tile::STAGES> k_state, v_state;
+    PipelineState<Tile::Q_SLOTS> q_state;
+
+    __device__ ForwardLoader(Shared& shared, const HopperForwardArguments& args)
+        : shared(shared), args(args), q_policy(l2_policy_evict_first()) {}
+
+    __device__ void load_q(const ForwardWork& work) {
+        mbarrier_wait(shared_address(&shared.q_empty[q_state.stage]), q_state.parity ^ 1);
+        const uint32_t full = shared_address(&shared.q_full[q_state.stage]);
+        mbarrier_arrive_expect(full, Q_BYTES);
+#pragma unroll
+        for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
+            tma_load(shared_address(shared.q[q_state.stage][consumer]), &args.q, work.first_row + 64 * consumer, work.h,
+                     work.b, full, q_policy);
+        }
+        q_state.advance();
+    }
+    __device__ void load_k(const ForwardWork& work, int n) {
+        const int stage = k_state.stage;
+        mbarrier_wait(shared_address(&shared.k_empty[stage]), k_state.parity ^ 1);
+        const uint32_t full = shared_address(&shared.k_full[stage]);
+        mbarrier_arrive_expect(full, TILE_BYTES);
+        tma_load(shared_address(shared.k[stage]), &args.k, n * Tile::BLOCK_N, work.h / args.heads_per_kv_head, work.b,
+                 full);
+        k_state.advance();
+    }
+    __device__ void load_v(const ForwardWork& work, int n) {
+        const int stage = v_state.stage;
+        mbarrier_wait(shared_address(&shared.v_empty[stage]), v_state.parity ^ 1);
+        const uint32_t full = shared_address(&shared.v_full[stage]);
+        mbarrier_arrive_expect(full, TILE_BYTES);
+        tma_load(shared_address(shared.v[stage]), &args.v, n * Tile::BLOCK_N, work.h / args.heads_per_kv_head, work.b,
+                 full);
+        v_state.advance();
+    }
+    __device__ void load(const ForwardWork& work) {
+        load_k(work, work.num_key_tiles - 1);
+        load_q(work);
+        for (int n = work.num_key_tiles - 1; n > 0; --n) {
+            load_k(work, n - 1);
+            load_v(work, n);
+        }
+        load_v(work, 0);
+    }
+};
+
+// ---- score -------------------------------------------------------------------------------------
+// Issues scores = q k^T of 64 query rows.
+template <int D, int BLOCK_N>
+__device__ __forceinline__ void issue_scores(float (&scores)[BLOCK_N / 2], uint64_t q, uint64_t k) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        const uint64_t a = wgmma_advance(q, step / 4 * 64 * 128 + step % 4 * 32);
+        const uint64_t b = wgmma_advance(k, step / 4 * BLOCK_N * 128 + step % 4 * 32);
+        if (step == 0) {
+            wgmma_zero<0, 0>(scores, a, b);
+        } else {
+            wgmma<0, 0>(scores, a, b);
+        }
+    }
+    wgmma_commit();
+}
+// Issues out += p v.
+template <int D, int BLOCK_N>
+__device__ __forceinline__ void issue_out(float (&out)[D / 2], const uint32_t (&p)[BLOCK_N / 16][4], uint64_t v) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < BLOCK_N / 16; ++step) {
+        wgmma<1>(out, p[step], wgmma_advance(v, step * 16 * 128));
+    }
+    wgmma_commit();
+}
+// Scores of keys that the row does not see become -infinity. first_limit: keys visible to the thread's first row, from
+// this tile's first key and the thread's first column on; second_limit: the same of its second row, 8 further down.
+template <int count>
+__device__ __forceinline__ void mask_scores(float (&scores)[count], int first_limit, int second_limit) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        const int column = i / 4 * 8 + i % 2;
+        if (column >= (i / 2 % 2 == 0 ? first_limit : second_limit)) {
+            scores[i] = -INFINITY;
+        }
+    }
+}
+
+// ---- softmax -----------------------------------------------------------------------------------
+// Of a thread's two rows, 8 apart: the reference maximum (of q.k; the same in the four threads of a row) and this
+// thread's part of the sum of 2^(scale_log2 (q.k - maximum)).
+struct SoftmaxRows {
+    float maximum[2] = {-INFINITY, -INFINITY};
+    float sum[2] = {0.0f, 0.0f};
+};
+
+// scores become P = 2^(scale_log2 (score - maximum)). Returns whether the reference maximum moved, for some row of the
+// warp; then sums of P so far, the output among them, are to be multiplied by factor. MASKED: rows may have seen no key
+// at all.
+template <bool MASKED, bool LAZY, int count>
+__device__ __forceinline__ bool softmax_tile(float (&scores)[count], SoftmaxRows& rows, float (&factor)[2],
+                                             float scale_log2, float rescale_threshold) {
+    float maximum[2] = {scores[0], scores[2]};
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        maximum[i / 2 % 2] = fmaxf(maximum[i / 2 % 2], scores[i]);
+    }
+    bool moves = true;
+    if (LAZY) {
+        // Each thread asks about its own columns: the four of a row need their common maximum only when it moves.
+        moves = __any_sync(FULL_WARP, maximum[0] > rows.maximum[0] + rescale_threshold ||
+                                          maximum[1] > rows.maximum[1] + rescale_threshold);
+    }
+    if (moves) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float& m = maximum[half];
+            m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 1));
+            m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 2));
+            m = fmaxf(m, rows.maximum[half]);
+            // -infinity - -infinity is not a number; while a row has seen nothing there is nothing to multiply.
+            factor[half] = MASKED && m == -INFINITY ? 1.0f : exp2_approx((rows.maximum[half] - m) * scale_log2);
+            rows.maximum[half] = m;
+            rows.sum[half] *= factor[half];
+        }
+    }
+    float shift[2], sum[2] = {0.0f, 0.0f};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        // A row that has seen no key yet has only scores of -infinity: any finite shift gives P = 0.
+        shift[half] = MASKED && rows.maximum[half] == -INFINITY ? 0.0f : rows.maximum[half] * scale_log2;
+    }
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -shift[i / 2 % 2]));
+        sum[i / 2 % 2] += scores[i];
+    }
+    rows.sum[0] += sum[0];
+    rows.sum[1] += sum[1];
+    return moves;
+}
+
+// Accumulators as the A operand of the next product.
+template <int steps>
+__device__ __forceinline__ void pack_fragments(uint32_t (&fragments)[steps][4], const float (&values)[steps * 8]) {
+#pragma unroll
+    for (int i = 0; i < steps * 4; ++i) {
+        fragments[i / 4][i % 4] = pack_bf16x2(values[2 * i], values[2 * i + 1]);
+    }
+}
+template <int count>
+__device__ __forceinline__ void scale_rows(float (&out)[count], const float (&factor)[2]) {
+#pragma unroll
+    for (int i = 0; i < count; ++i) {
+        out[i] *= factor[i / 2 % 2];
+    }
+}
+
+// ---- store -------------------------------------------------------------------------------------
+// Normalises a warpgroup's 64 rows of the output, writes their lse, and leaves the rows as a TMA tile at `staging`,
+// which the warpgroup's own products have read. lse points at the row of the thread's first; rows_left: how many exist
+// from there.
+template <int D>
+__device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& rows, float scale_log2, uint32_t staging,
+                                            float* lse, int rows_left) {
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE % 4;
+    float inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        float sum = rows.sum[half];
+        sum += __shfl_xor_sync(FULL_WARP, sum, 1);
+        sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+        const bool sees_nothing = sum == 0.0f;
+        inverse[half] = sees_nothing ? 0.0f : 1.0f / sum;
+        if (lane % 4 == 0 && 8 * half < rows_left) {
+            lse[8 * half] = sees_nothing ? -INFINITY : (rows.maximum[half] * scale_log2 + log2f(sum)) * LN_2;
+        }
+    }
+    scale_rows(out, inverse);
+    const int row = 16 * warp + lane % 16;
+#pragma unroll
+    for (int group = 0; group < D / 16; ++group) {
+        uint32_t fragment[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            fragment[i] = pack_bf16x2(out[8 * group + 2 * i], out[8 * group + 2 * i + 1]);
+        }
+        const int chunk = 2 * (group % 4) + lane / 16;
+        stmatrix_x4(staging + group / 4 * 64 * 128 + row * 128 + (chunk ^ (row % 8)) * 16, fragment);
+    }
+    fence_async_shared();
+}
+
+// ---- compute -----------------------------------------------------------------------------------
+// A consumer warpgroup.
+template <class Tile>
+struct ForwardConsumer {
+    using Shared = typename Tile::Shared;
+    static constexpr int D = Tile::D, BLOCK_N = Tile::BLOCK_N;
+
+    Shared& shared;
+    const HopperForwardArguments& args;
+    const int consumer, lane, thread_row;  // thread_row: the thread's first row within BLOCK_M
+    PipelineState<Tile::STAGES> k_state, v_state;
+    PipelineState<Tile::Q_SLOTS> q_state;
+
+    __device__ ForwardConsumer(Shared& shared, const HopperForwardArguments& args, int consumer)
+        : shared(shared),
+          args(args),
+          consumer(consumer),
+          lane(threadIdx.x % WARP_SIZE),
+          thread_row(64 * consumer + threadIdx.x / WARP_SIZE % 4 * 16 + lane / 4) {}
+
+    __device__ __forceinline__ void wait_turn() const {
+        if constexpr (Tile::PING_PONG) {
+            named_barrier_sync(TURN_BARRIER + consumer, 2 * WARPGROUP_SIZE);
+        }
+    }
+    __device__ __forceinline__ void pass_turn() const {
+        if constexpr (Tile::PING_PONG) {
+            named_barrier_arrive(TURN_BARRIER + (consumer + 1) % Tile::CONSUMERS, 2 * WARPGROUP_SIZE);
+        }
+    }
+    // Tells the loader that this warp is done with a stage.
+    __device__ __forceinline__ void release(const uint64_t& empty) const {
+        if (lane == 0) {
+            mbarrier_arrive(shared_address(&empty));
+        }
+    }
+    __device__ __forceinline__ void mask(float (&scores)[BLOCK_N / 2], const ForwardWork& work, int n) const {
+        const int row_limit = work.first_row + thread_row + 1 + args.key_offset;
+        const int first_column = n * BLOCK_N + lane % 4 * 2;
+        mask_scores(scores, min(args.Tk, row_limit) - first_column, min(args.Tk, row_limit + 8) - first_column);
+    }
+
+    // Key tile n under the products of tile n + 1, whose P is p.
+    template <bool MASKED>
+    __device__ __forceinline__ void step(float (&out)[D / 2], uint32_t (&p)[BLOCK_N / 16][4], SoftmaxRows& rows,
+                                         const ForwardWork& work, int n, uint64_t q) {
+        float scores[BLOCK_N / 2], factor[2] = {1.0f, 1.0f};
+        mbarrier_wait(shared_address(&shared.k_full[k_state.stage]), k_state.parity);
+        wait_turn();
+        issue_scores<D, BLOCK_N>(scores, q, wgmma_descriptor_k_major(shared_address(shared.k[k_state.stage])));
+        mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
+        issue_out<D, BLOCK_N>(out, p,
+                              wgmma_descriptor_mn_major(shared_address(shared.v[v_state.stage]), BLOCK_N * 128));
+        pass_turn();
+        wgmma_wait<1>();
+        wgmma_pin(scores);
+        release(shared.k_empty[k_state.stage]);
+        k_state.advance();
+        if (MASKED) {
+            mask(scores, work, n);
+        }
+        const bool moves =
+            softmax_tile<MASKED, Tile::LAZY>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
+        wgmma_wait<0>();
+        wgmma_pin(out);
+        release(shared.v_empty[v_state.stage]);
+        v_state.advance();
+        pack_fragments(p, scores);
+        if (moves) {
+            scale_rows(out, factor);
+        }
+    }
+
+    __device__ __forceinline__ void compute(const ForwardWork& work, bool first_tile) {
+        const int slot = q_state.stage;
+        const uint32_t q_address = shared_address(shared.q[slot][consumer]);
+        const uint64_t q = wgmma_descriptor_k_major(q_address);
+        float out[D / 2];
+        uint32_t p[BLOCK_N / 16][4];
+        SoftmaxRows rows;
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) {
+            out[i] = 0.0f;
+        }
+        int n = work.num_key_tiles - 1;
+        {
+            float scores[BLOCK_N / 2], factor[2];
+            mbarrier_wait(shared_address(&shared.q_full[slot]), q_state.parity);
+            mbarrier_wait(shared_address(&shared.k_full[k_state.stage]), k_state.parity);
+            issue_scores<D, BLOCK_N>(scores, q, wgmma_descriptor_k_major(shared_address(shared.k[k_state.stage])));
+            if (Tile::Q_SLOTS > 1 && !first_tile) {
+                release_q(q_state.stage ^ 1);
+            }
+            wgmma_wait<0>();
+            wgmma_pin(scores);
+            release(shared.k_empty[k_state.stage]);
+            k_state.advance();
+            mask(scores, work, n);
+            softmax_tile<true, false>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
+            pack_fragments(p, scores);
+        }
+        for (--n; n >= work.num_full_tiles; --n) {
+            step<true>(out, p, rows, work, n, q);
+        }
+        for (; n >= 0; --n) {
+            step<false>(out, p, rows, work, n, q);
+        }
+        mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
+        issue_out<D, BLOCK_N>(out, p,
+                              wgmma_descriptor_mn_major(shared_address(shared.v[v_state.stage]), BLOCK_N * 128));
+        wgmma_wait<0>();
+        wgmma_pin(out);
+        release(shared.v_empty[v_state.stage]);
+        v_state.advance();
+
+        named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);  // all warps' products are done with q
+        const int first_row = work.first_row + thread_row;
+        float* lse = args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq + first_row;
+        finish_rows<D>(out, rows, args.scale_log2, q_address, lse, args.Tq - first_row);
+        named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);
+        if (threadIdx.x % WARPGROUP_SIZE == 0) {
+            tma_store(&args.out, q_address, work.first_row + 64 * consumer, work.h, work.b);
+            bulk_commit();
+        }
+        if (Tile::Q_SLOTS == 1) {
+            release_q(slot);
+        }
+        q_state.advance();
+    }
+    // Gives a slot of q back to the loader once the output in it has been read.
+    __device__ __forceinline__ void release_q(int slot) const {
+        if (threadIdx.x % WARPGROUP_SIZE == 0) {
+            bulk_wait_read<0>();
+            mbarrier_arrive(shared_address(&shared.q_empty[slot]));
+        }
+    }
+};
+#endif  // sm_90a
+
+// ---- kernel ------------------------------------------------------------------------------------
+// Launch: THREADS threads; PERSISTENT: one block an SM, otherwise one a tile, longest first.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::THREADS, 1)
+    flash_attention_hopper_forward_kernel(const __grid_constant__ HopperForwardArguments args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    using Shared = typename Tile::Shared;
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
+    const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / WARPGROUP_SIZE, 0);
+
+    if (threadIdx.x == 0) {
+        if (shared_address(&shared) % 1024 != 0) {
+            __trap();  // the swizzle is a function of the address
+        }
+        prefetch_tensor_map(&args.q);
+        prefetch_tensor_map(&args.k);
+        prefetch_tensor_map(&args.v);
+        prefetch_tensor_map(&args.out);
+#pragma unroll
+        for (int i = 0; i < Tile::STAGES; ++i) {
+            mbarrier_init(shared_address(&shared.k_full[i]), 1);
+            mbarrier_init(shared_address(&shared.v_full[i]), 1);
+            mbarrier_init(shared_address(&shared.k_empty[i]), 4 * Tile::CONSUMERS);  // a warp of a consumer each
+            mbarrier_init(shared_address(&shared.v_empty[i]), 4 * Tile::CONSUMERS);
+        }
+#pragma unroll
+        for (int i = 0; i < Tile::Q_SLOTS; ++i) {
+            mbarrier_init(shared_address(&shared.q_full[i]), 1);
+            mbarrier_init(shared_address(&shared.q_empty[i]), Tile::CONSUMERS);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+
+    TileOrder::Place place;
+    TileWalk walk(blockIdx.x);
+    if (!Tile::PERSISTENT) {
+        place = args.order.place(blockIdx.x);
+    }
+    if (warpgroup == 0) {
+        registers_decrease<Tile::LOADER_REGISTERS>();
+        if (threadIdx.x == 0) {
+            ForwardLoader<Tile> loader(shared, args);
+            if constexpr (Tile::PERSISTENT) {
+                while (walk.next(args.order, &place)) {
+                    loader.load(ForwardWork::at<Tile>(place, args));
+                }
+            } else {
+                loader.load(ForwardWork::at<Tile>(place, args));
+            }
+        }
+    } else {
+        registers_increase<Tile::CONSUMER_REGISTERS>();
+        ForwardConsumer<Tile> consumer(shared, args, warpgroup - 1);
+        if (warpgroup == Tile::CONSUMERS) {
+            consumer.pass_turn();  // the first consumer begins
+        }
+        if constexpr (Tile::PERSISTENT) {
+            for (bool first_tile = true; walk.next(args.order, &place); first_tile = false) {
+                consumer.compute(ForwardWork::at<Tile>(place, args), first_tile);
+            }
+        } else {
+            consumer.compute(ForwardWork::at<Tile>(place, args), true);
+        }
+        if (threadIdx.x % WARPGROUP_SIZE == 0) {
+            bulk_wait_read<0>();  // shared memory goes with the block
+        }
+    }
+#endif
+}
+
+// ---- launchers ---------------------------------------------------------------------------------
+// Whether these kernels can run on the operands: D 64 or 128, and views that TMA can map.
+inline bool flash_attention_hopper_forward_takes(HeadView<const bf16> out, HeadView<const bf16> q,
+                                                 HeadView<const bf16> k, HeadView<const bf16> v,
+                                                 const AttentionShape& s) {
+    return (s.D == 64 || s.D == 128) && tma_can_map(out, s.B, s.Tq, s.H) && tma_can_map(q, s.B, s.Tq, s.H) &&
+           tma_can_map(k, s.B, s.Tk, s.Hkv) && tma_can_map(v, s.B, s.Tk, s.Hkv);
+}
+
+template <class Tile>
+inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
+                                  HeadView<const bf16> v, const AttentionShape& s, cudaStream_t stream) {
+    mma_check_shape(s);
+    CHECK(s.D == Tile::D && flash_attention_hopper_forward_takes(out, q, k, v, s),
+          "attention forward on Hopper: D = %d must be %d, and every stride a positive multiple of 8 elements", s.D,
+          Tile::D);
+    constexpr int LONGEST = (1 << 30) - 256;  // row + key offset fits an int
+    CHECK(s.Tq <= LONGEST && s.Tk <= LONGEST, "attention: Tq = %lld and Tk = %lld may be at most %d", (long long)s.Tq,
+          (long long)s.Tk, LONGEST);
+    HopperForwardArguments args{};
+    args.q = head_tensor_map(q, s.B, s.Tq, s.H, s.D, 64);
+    args.k = head_tensor_map(k, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
+    args.v = head_tensor_map(v, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
+    args.out = head_tensor_map(out, s.B, s.Tq, s.H, s.D, 64);
+    args.lse = lse;
+    args.Tq = (int)s.Tq, args.Tk = (int)s.Tk, args.key_offset = (int)mma_key_offset(s);
+    args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
+    args.scale_log2 = s.scale * LOG2_E;
+    args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
+    args.order = mma_tile_order(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M), s.B, s.H, args.heads_per_kv_head,
+                                s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
+    int num_blocks = args.order.num_tiles * args.order.num_heads;
+    if (Tile::PERSISTENT) {
+        int device, num_sms;
+        CUDA_CHECK(cudaGetDevice(&device));
+        CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+        num_blocks = std::min(num_blocks, num_sms);
+    }
+    const auto kernel = flash_attention_hopper_forward_kernel<Tile>;
+    constexpr int num_bytes = (int)sizeof(typename Tile::Shared);
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
+    kernel<<<num_blocks, Tile::THREADS, num_bytes, stream>>>(args);
+    CUDA_CHECK_LAUNCH();
+}
+
+// out (=), lse (=) [B, H, Tq], natural, of the scaled scores. A query that sees no key gets out 0 and lse -infinity.
+// Repeats bit for bit. Takes what flash_attention_hopper_forward_takes accepts.
+inline void flash_attention_hopper_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q,
+                                           HeadView<const bf16> k, HeadView<const bf16> v, const AttentionShape& shape,
+                                           cudaStream_t stream) {
+    NVTX_RANGE();
+    if (shape.D == 64) {
+        hopper_launch_forward<HopperForwardTile<64, 3, 128, 2>>(out, lse, q, k, v, shape, stream);
+    } else {
+        hopper_launch_forward<HopperForwardTile<128, 2, 128, 2>>(out, lse, q, k, v, shape, stream);
+    }
+}
