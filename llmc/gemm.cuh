@@ -2,10 +2,9 @@
 //   forward          out [M, N]     = in [M, K] weight [N, K]^T
 //   backward_input   din [M, K]     = dout [M, N] weight [N, K]
 //   backward_weight  dweight [N, K] = dout [M, N]^T in [M, K]       float32
-// All matrices are row-major without padding; M = rows = B * T up to several million; N and K multiples of 8, as is M
-// in backward_weight's sum only by convention of the caller: any M >= 1 works. cuBLASLt is column-major: a row-major
-// [R, S] matrix is its S x R one, so each product is asked for transposed. Cost: 2 M N K floating-point operations
-// each. Reference: reference/gemm.h. Checks and timings: dev/cuda/gemm.cu.
+// All matrices are row-major without padding; M = rows = B * T, any up to several million; N and K multiples of 8.
+// cuBLASLt is column-major: a row-major [R, S] matrix is its S x R one, so each product is asked for transposed. Cost:
+// 2 M N K floating-point operations each. Reference: reference/gemm.h. Checks and timings: dev/cuda/gemm.cu.
 #pragma once
 #include <cublasLt.h>
 
@@ -19,7 +18,9 @@
 // ---- constants ---------------------------------------------------------------------------------
 constexpr size_t GEMM_WORKSPACE_BYTES = (size_t)32 << 20;  // what NVIDIA recommends for Hopper
 constexpr int GEMM_SEARCH_CANDIDATES = 12;                 // of the heuristic's list, timed by a search
-constexpr int GEMM_SEARCH_REPEATS = 3;                     // timings of each; the fastest counts
+constexpr int GEMM_SEARCH_REPEATS = 3;                     // timings of each at most; the fastest counts
+constexpr float GEMM_SEARCH_MS = 5.0f;                     // no further repeat after so long
+constexpr float GEMM_SEARCH_ALPHA = 1e-30f;  // not 0, at which a kernel may skip the work that is to be timed
 
 // ---- errors ------------------------------------------------------------------------------------
 inline void cublas_check(cublasStatus_t status, const char* statement, const char* file, int line) {
@@ -37,16 +38,22 @@ class Gemm {
     // aligned; products that use it must be on one stream.
     Gemm(void* workspace, size_t workspace_bytes) : workspace_(workspace), workspace_bytes_(workspace_bytes) {
         CUBLAS_CHECK(cublasLtCreate(&handle_));
+        CUDA_CHECK(cudaEventCreate(&begin_));
+        CUDA_CHECK(cudaEventCreate(&end_));
     }
-    ~Gemm() { cublasLtDestroy(handle_); }
+    ~Gemm() {
+        cudaEventDestroy(end_);
+        cudaEventDestroy(begin_);
+        cublasLtDestroy(handle_);
+    }
     Gemm(const Gemm&) = delete;
     Gemm& operator=(const Gemm&) = delete;
 
-    // While on, the first product of each kind and shape tries the best GEMM_SEARCH_CANDIDATES algorithms of cuBLASLt's
-    // list on its own operands and keeps the fastest. Those operands' sums are then added several times, so the caller
-    // discards that step's results: it is for a warm-up step on real data. The host waits for the device. While off
-    // (the start), the first of the list is taken, which depends on nothing but the shape: that is the deterministic
-    // choice.
+    // While on, the first product of each kind and shape times the best GEMM_SEARCH_CANDIDATES algorithms of cuBLASLt's
+    // list on its own operands, then runs with the fastest, which is kept. The result is that of one product: a sum is
+    // timed with a factor GEMM_SEARCH_ALPHA, which leaves it as it is. The host waits for the device. While off (the
+    // start), a product that was not searched for takes the first of the list, which depends on nothing but the shape:
+    // the choice of a deterministic run, as the search's depends on the clock.
     void set_search(bool on) { search_ = on; }
 
     // out (= or, with accumulate, +=) [M, N] = in [M, K] weight [N, K]^T.
@@ -81,6 +88,7 @@ class Gemm {
         cublasLtMatmulDesc_t operation = nullptr;
         cublasLtMatrixLayout_t a = nullptr, b = nullptr, d = nullptr;
         cublasLtMatmulAlgo_t algorithm;
+        bool searched = false;
 
         Product(const Problem& p) {
             CUBLAS_CHECK(cublasLtMatmulDescCreate(&operation, CUBLAS_COMPUTE_32F, CUDA_R_32F));
@@ -127,8 +135,9 @@ class Gemm {
               (long long)p.N, (long long)p.K);
         const Key key{(int)p.operation, p.M, p.N, p.K, p.accumulate, alignment(d), alignment(a), alignment(b)};
         auto found = products_.find(key);
-        if (found == products_.end()) {
-            found = products_.try_emplace(key, p).first;
+        const bool is_new = found == products_.end();
+        if (is_new || (search_ && !found->second.searched)) {
+            found = is_new ? products_.try_emplace(key, p).first : found;
             try {
                 choose_algorithm(found->second, p, d, a, b, stream);
             } catch (...) {
@@ -136,12 +145,12 @@ class Gemm {
                 throw;
             }
         }
-        run(found->second, found->second.algorithm, p.accumulate, d, a, b, stream);
+        run(found->second, found->second.algorithm, 1.0f, p.accumulate, d, a, b, stream);
     }
 
-    void run(const Product& product, const cublasLtMatmulAlgo_t& algorithm, bool accumulate, void* d, const void* a,
-             const void* b, cudaStream_t stream) {
-        const float alpha = 1.0f, beta = accumulate ? 1.0f : 0.0f;
+    void run(const Product& product, const cublasLtMatmulAlgo_t& algorithm, float alpha, bool accumulate, void* d,
+             const void* a, const void* b, cudaStream_t stream) {
+        const float beta = accumulate ? 1.0f : 0.0f;
         CUBLAS_CHECK(cublasLtMatmul(handle_, product.operation, &alpha, a, product.a, b, product.b, &beta, d, product.d,
                                     d, product.d, &algorithm, workspace_, workspace_bytes_, stream));
     }
@@ -151,6 +160,7 @@ class Gemm {
         const std::vector<cublasLtMatmulHeuristicResult_t> candidates =
             list_algorithms(product, p, alignment(d), alignment(a), alignment(b));
         product.algorithm = candidates[0].algo;
+        product.searched = search_;
         if (!search_) {
             return;
         }
@@ -196,25 +206,22 @@ class Gemm {
     // Milliseconds of the fastest of some runs; infinity when the algorithm refuses.
     float time_algorithm(const Product& product, const cublasLtMatmulAlgo_t& algorithm, bool accumulate, void* d,
                          const void* a, const void* b, cudaStream_t stream) {
-        cudaEvent_t begin, end;
-        CUDA_CHECK(cudaEventCreate(&begin));
-        CUDA_CHECK(cudaEventCreate(&end));
-        float best_ms = INFINITY;
+        const float alpha = accumulate ? GEMM_SEARCH_ALPHA : 1.0f;
+        float best_ms = INFINITY, total_ms = 0.0f;
         try {
-            for (int i = 0; i < 1 + GEMM_SEARCH_REPEATS; ++i) {
-                CUDA_CHECK(cudaEventRecord(begin, stream));
-                run(product, algorithm, accumulate, d, a, b, stream);
-                CUDA_CHECK(cudaEventRecord(end, stream));
-                CUDA_CHECK(cudaEventSynchronize(end));
+            run(product, algorithm, alpha, accumulate, d, a, b, stream);  // loads the kernel
+            for (int i = 0; i < GEMM_SEARCH_REPEATS && total_ms < GEMM_SEARCH_MS; ++i) {
+                CUDA_CHECK(cudaEventRecord(begin_, stream));
+                run(product, algorithm, alpha, accumulate, d, a, b, stream);
+                CUDA_CHECK(cudaEventRecord(end_, stream));
+                CUDA_CHECK(cudaEventSynchronize(end_));
                 float ms;
-                CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
-                best_ms = i == 0 ? INFINITY : std::min(best_ms, ms);  // the first run loads the kernel
+                CUDA_CHECK(cudaEventElapsedTime(&ms, begin_, end_));
+                best_ms = std::min(best_ms, ms), total_ms += ms;
             }
         } catch (const Error&) {
-            best_ms = INFINITY;
+            return INFINITY;
         }
-        cudaEventDestroy(end);
-        cudaEventDestroy(begin);
         return best_ms;
     }
 
@@ -225,6 +232,7 @@ class Gemm {
     }
 
     cublasLtHandle_t handle_ = nullptr;
+    cudaEvent_t begin_ = nullptr, end_ = nullptr;  // of a timing
     void* workspace_;
     size_t workspace_bytes_;
     bool search_ = false;
