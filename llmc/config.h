@@ -12,7 +12,9 @@
 enum class DataFormat { automatic, bytes, shards };  // automatic: by each file's magic number
 enum class ScheduleKind { cosine, linear, constant };
 enum class SaveDtype { automatic, fp32, bf16 };  // automatic: fp32 on the CPU, bf16 on the GPU
-enum class Recompute { none, block };
+// What the backward pass computes again rather than keep from the forward pass: nothing; all of a block but attention;
+// all of a block.
+enum class Recompute { none, all_but_attention, block };
 
 struct RunConfig {
     // ---- model: a preset, then every field of its shape

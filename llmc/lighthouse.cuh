@@ -217,6 +217,15 @@ inline void lighthouse_forward(HeadView<bf16> out, void* saved, HeadView<const b
     lighthouse_scatter(out, inner_out, s.positions, shape, stream);
 }
 
+// out (=) [B, T, H, D]: what the forward that left `saved` gave, bit for bit, so that it need not be kept.
+inline void lighthouse_output_again(HeadView<bf16> out, void* saved, const LighthouseShape& shape,
+                                    cudaStream_t stream) {
+    NVTX_RANGE();
+    LighthouseArea saved_area(saved);
+    const LighthouseSaved s(saved_area, shape);
+    lighthouse_scatter(out, lighthouse_gathered_view(s.out, shape.H, shape), s.positions, shape, stream);
+}
+
 // ---- backward ----------------------------------------------------------------------------------
 // dq (=) [B, T, H, D], dk, dv (=) [B, T, Hkv, D] from dout [B, T, H, D] and what the same forward saved; scratch:
 // lighthouse_backward_scratch_bytes, 256-byte aligned. No gradient flows through the selection. deterministic: as in

@@ -6,8 +6,8 @@
 // everything is enqueued on one stream. The host waits in update(), evaluate() and next_token_logits() for their
 // results; and in accumulate_gradients() only for the token copy of two micro-batches before. Order of additions into a
 // gradient: micro-batches as they come; a tied embedding first gets the classifier's part, chunk by chunk, then the
-// embedding's. With settings.deterministic a step repeats bit for bit; without it only the attention backward may
-// differ.
+// embedding's. With settings.deterministic a step repeats bit for bit; without it the attention backward may differ,
+// and between runs all products, as the algorithms of the first step's search are chosen by the clock.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -66,10 +66,20 @@ class GpuModel : public TrainableModel {
     void backward_block(int l, const Batch& batch);
     void rotate_forward(bf16* qkv, const Batch& batch);
     void rotate_backward(bf16* dqkv, const Batch& batch);
-    void attention_forward(const BlockActivations& block, const Batch& batch);
-    void attention_backward(const BlockActivations& block, const Batch& batch);
+    void attention_forward(int l, const Batch& batch);
+    void attention_output_again(int l, const Batch& batch);
+    void attention_backward(int l, const Batch& batch);
     std::string first_bad_tensor(double loss);
 
+    bool uses_lighthouse(int l) const {
+        return attention_ == AttentionMode::lighthouse && settings_.lighthouse->applies_to(l, config_.num_layers);
+    }
+    const BlockActivations& block_activations(int l) const {
+        return uses_lighthouse(l) ? buffers_.lighthouse_blocks[l] : buffers_.dense_blocks[l];
+    }
+    LighthouseShape lighthouse_shape_of(const Batch& batch) const {
+        return lighthouse_shape(config_, *settings_.lighthouse, batch.B, batch.T);
+    }
     bf16* weight(int tensor) const { return buffers_.weights + layout_.offsets[tensor]; }
     float* gradient(int tensor) const { return buffers_.gradients + layout_.offsets[tensor]; }
     float* state(StateKind kind, int tensor) const;
@@ -110,7 +120,8 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
 }
 
 inline void GpuModel::set_attention(AttentionMode mode) {
-    CHECK(mode == AttentionMode::dense, "--attention lighthouse: not in this version of the GPU trainer");
+    CHECK(mode == AttentionMode::dense || settings_.lighthouse,
+          "Lighthouse attention: memory was planned for a model that is dense throughout (--attention dense)");
     attention_ = mode;
 }
 
@@ -132,8 +143,12 @@ inline void GpuModel::begin_step() {
 inline void GpuModel::accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) {
     NVTX_RANGE();
     const Batch batch = upload(tokens, B, T, true);
+    // A training batch's shape comes again and again, so its products are worth a search: it happens when they are met
+    // for the first time. Its choice depends on the clock, so a deterministic run goes without.
+    gemm_->set_search(!settings_.deterministic);
     forward(batch);
     backward(batch, loss_weight);
+    gemm_->set_search(false);
     first_micro_batch_ = false;
 }
 
@@ -178,18 +193,19 @@ inline void GpuModel::forward(const Batch& batch) {
     const int64_t rows = batch.rows();
     const int C = config_.width;
     const float eps = (float)config_.norm_eps;
-    embedding_forward(m.blocks[0].residual_in, m.tokens, weight(table_.embedding), rows, C, stream_);
-    rmsnorm_forward(m.norm_out, m.blocks[0].attention_rstd, m.blocks[0].residual_in,
-                    weight(table_.layers[0].attention_norm), rows, C, eps, stream_);
+    const BlockActivations& first = block_activations(0);
+    embedding_forward(first.residual_in, m.tokens, weight(table_.embedding), rows, C, stream_);
+    rmsnorm_forward(m.norm_out, first.attention_rstd, first.residual_in, weight(table_.layers[0].attention_norm), rows,
+                    C, eps, stream_);
     for (int l = 0; l < config_.num_layers; ++l) {
         forward_block(l, batch);
         // What the block adds to the residual stream is added in the norm that follows.
         const bool last = l + 1 == config_.num_layers;
-        bf16* residual = last ? m.final_residual : m.blocks[l + 1].residual_in;
-        float* rstd = last ? m.final_rstd : m.blocks[l + 1].attention_rstd;
+        bf16* residual = last ? m.final_residual : block_activations(l + 1).residual_in;
+        float* rstd = last ? m.final_rstd : block_activations(l + 1).attention_rstd;
         const int norm = last ? table_.final_norm : table_.layers[l + 1].attention_norm;
-        residual_rmsnorm_forward(residual, m.norm_out, rstd, m.blocks[l].residual_mid, m.delta, weight(norm), rows, C,
-                                 eps, stream_);
+        residual_rmsnorm_forward(residual, m.norm_out, rstd, block_activations(l).residual_mid, m.delta, weight(norm),
+                                 rows, C, eps, stream_);
     }
 }
 
@@ -197,13 +213,13 @@ inline void GpuModel::forward(const Batch& batch) {
 inline void GpuModel::forward_block(int l, const Batch& batch) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
-    const BlockActivations& block = m.blocks[l];
+    const BlockActivations& block = block_activations(l);
     const LayerParameters& p = table_.layers[l];
     const int64_t rows = batch.rows();
     const int C = config_.width, F = config_.ffn_width;
     gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), rows, config_.qkv_width(), C, false, stream_);
     rotate_forward(block.qkv, batch);
-    attention_forward(block, batch);
+    attention_forward(l, batch);
     gemm_->forward(m.delta, block.attention, weight(p.attention_out), rows, C, config_.attention_width(), false,
                    stream_);
     residual_rmsnorm_forward(block.residual_mid, m.norm_out, block.ffn_rstd, block.residual_in, m.delta,
@@ -213,32 +229,39 @@ inline void GpuModel::forward_block(int l, const Batch& batch) {
     gemm_->forward(m.delta, m.swiglu, weight(p.down), rows, C, F, false, stream_);
 }
 
-// What the forward did not keep of a block, again from its input: the same kernels, so the same bits.
+// What the forward did not keep of a block, again from what it kept: the same kernels, so the same bits. Leaves the
+// feed-forward norm's output in norm_out.
 inline void GpuModel::recompute_block(int l, const Batch& batch) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
-    const BlockActivations& block = m.blocks[l];
+    const BlockActivations& block = block_activations(l);
     const LayerParameters& p = table_.layers[l];
     const int64_t rows = batch.rows();
     const int C = config_.width, F = config_.ffn_width;
-    const KeptActivations kept = kept_activations(settings_.recompute);
-    if (!kept.qkv) {
+    const bool lighthouse = uses_lighthouse(l);
+    const KeptActivations kept =
+        kept_activations(settings_.recompute, lighthouse ? AttentionMode::lighthouse : AttentionMode::dense);
+    const bool needs_qkv = !lighthouse || !kept.attention_state;
+    if (needs_qkv && !kept.qkv) {
         rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C,
                           stream_);
         gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), rows, config_.qkv_width(), C, false, stream_);
         rotate_forward(block.qkv, batch);
     }
-    if (!kept.attention) {
-        attention_forward(block, batch);
+    if (!kept.attention_state) {
+        attention_forward(l, batch);
+    } else if (!kept.attention) {
+        attention_output_again(l, batch);
     }
     if (!kept.residual_mid) {
         gemm_->forward(m.delta, block.attention, weight(p.attention_out), rows, C, config_.attention_width(), false,
                        stream_);
         residual_rmsnorm_forward(block.residual_mid, m.norm_out, block.ffn_rstd, block.residual_in, m.delta,
                                  weight(p.ffn_norm), rows, C, (float)config_.norm_eps, stream_);
+    } else {
+        rmsnorm_recompute(m.norm_out, block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, rows, C, stream_);
     }
     if (!kept.gate_up) {
-        rmsnorm_recompute(m.norm_out, block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, rows, C, stream_);
         gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), rows, 2 * F, C, false, stream_);
     }
 }
@@ -263,11 +286,11 @@ inline void GpuModel::backward(const Batch& batch, double loss_weight) {
                        config_.vocab_size, stream_);
 }
 
-// dresidual: from the gradient of the block's output to that of its input.
+// dresidual: from the gradient of the block's output to that of its input. recompute_block has been called.
 inline void GpuModel::backward_block(int l, const Batch& batch) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
-    const BlockActivations& block = m.blocks[l];
+    const BlockActivations& block = block_activations(l);
     const LayerParameters& p = table_.layers[l];
     const int64_t rows = batch.rows();
     const int C = config_.width, F = config_.ffn_width;
@@ -279,7 +302,6 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     gemm_->backward_input(m.dswiglu, m.dresidual, weight(p.down), rows, C, F, false, stream_);
     bf16* const dgate_up = block.gate_up;  // in place: gate_up is not needed any more
     swiglu_backward(dgate_up, m.dswiglu, block.gate_up, rows, F, stream_);
-    rmsnorm_recompute(m.norm_out, block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, rows, C, stream_);
     gemm_->backward_weight(gradient(p.gate_up), dgate_up, m.norm_out, rows, 2 * F, C, add, stream_);
     gemm_->backward_input(m.dffn_norm_out, dgate_up, weight(p.gate_up), rows, 2 * F, C, false, stream_);
     rmsnorm_backward(m.dresidual, gradient(p.ffn_norm), m.dresidual, m.dffn_norm_out, block.residual_mid,
@@ -288,7 +310,7 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     gemm_->backward_weight(gradient(p.attention_out), m.dresidual, block.attention, rows, C, attention_width, add,
                            stream_);
     gemm_->backward_input(m.dattention, m.dresidual, weight(p.attention_out), rows, C, attention_width, false, stream_);
-    attention_backward(block, batch);
+    attention_backward(l, batch);
     rotate_backward(m.dqkv, batch);
     rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C, stream_);
     gemm_->backward_weight(gradient(p.qkv), m.dqkv, m.norm_out, rows, qkv_width, C, add, stream_);
@@ -326,19 +348,40 @@ inline void GpuModel::rotate_backward(bf16* dqkv, const Batch& batch) {
                   config_.head_dim, rope_, 0, stream_);
 }
 
-inline void GpuModel::attention_forward(const BlockActivations& block, const Batch& batch) {
+inline void GpuModel::attention_forward(int l, const Batch& batch) {
+    const BlockActivations& block = block_activations(l);
     const QkvViews<const bf16> in(block.qkv, config_, batch.T);
-    flash_attention_forward(head_view(block.attention, config_, batch.T), block.lse, in.q, in.k, in.v,
-                            dense_attention_shape(config_, batch.B, batch.T), stream_);
+    const HeadView<bf16> out = head_view(block.attention, config_, batch.T);
+    if (uses_lighthouse(l)) {
+        lighthouse_forward(out, block.lighthouse, in.q, in.k, in.v, buffers_.lighthouse_forward_scratch,
+                           lighthouse_shape_of(batch), stream_);
+    } else {
+        flash_attention_forward(out, block.lse, in.q, in.k, in.v, dense_attention_shape(config_, batch.B, batch.T),
+                                stream_);
+    }
 }
 
-inline void GpuModel::attention_backward(const BlockActivations& block, const Batch& batch) {
-    const QkvViews<const bf16> in(block.qkv, config_, batch.T);
-    const QkvViews<bf16> din(buffers_.dqkv, config_, batch.T);
-    const HeadView<const bf16> out = head_view(block.attention, config_, batch.T);
-    const HeadView<const bf16> dout = head_view(buffers_.dattention, config_, batch.T);
-    flash_attention_backward(din.q, din.k, din.v, dout, in.q, in.k, in.v, out, block.lse, buffers_.attention_scratch,
-                             dense_attention_shape(config_, batch.B, batch.T), settings_.deterministic, stream_);
+// Of a Lighthouse layer, from what its forward saved.
+inline void GpuModel::attention_output_again(int l, const Batch& batch) {
+    const BlockActivations& block = block_activations(l);
+    lighthouse_output_again(head_view(block.attention, config_, batch.T), block.lighthouse, lighthouse_shape_of(batch),
+                            stream_);
+}
+
+inline void GpuModel::attention_backward(int l, const Batch& batch) {
+    const ModelBuffers& m = buffers_;
+    const BlockActivations& block = block_activations(l);
+    const QkvViews<bf16> din(m.dqkv, config_, batch.T);
+    const HeadView<const bf16> dout = head_view(m.dattention, config_, batch.T);
+    if (uses_lighthouse(l)) {
+        lighthouse_backward(din.q, din.k, din.v, dout, block.lighthouse, m.lighthouse_backward_scratch,
+                            lighthouse_shape_of(batch), settings_.deterministic, stream_);
+    } else {
+        const QkvViews<const bf16> in(block.qkv, config_, batch.T);
+        const HeadView<const bf16> out = head_view(block.attention, config_, batch.T);
+        flash_attention_backward(din.q, din.k, din.v, dout, in.q, in.k, in.v, out, block.lse, m.attention_scratch,
+                                 dense_attention_shape(config_, batch.B, batch.T), settings_.deterministic, stream_);
+    }
 }
 
 // ---- tokens ------------------------------------------------------------------------------------

@@ -1,8 +1,10 @@
 // model_memory.cuh: every buffer of the GPU model: settings that decide sizes, what a recompute mode keeps, the plan.
-// Notation: rows = B T of a micro-batch, Vp = V rounded up to a multiple of 64 (rows V..Vp-1 of the embedding and the
-// classifier are zero and stay zero: their gradients are).
+// One plan serves dense and Lighthouse attention of one run: what a block keeps for the one and for the other shares
+// memory. Notation: rows = B T of a micro-batch, Vp = V rounded up to a multiple of 64 (rows V..Vp-1 of the embedding
+// and the classifier are zero and stay zero: their gradients are).
 #pragma once
 #include <algorithm>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,6 +15,7 @@
 #include "flash_attention.cuh"  // scratch size of the backward
 #include "gemm.cuh"             // workspace size
 #include "grad_norm.cuh"        // scratch size
+#include "lighthouse.cuh"       // sizes of its three areas
 #include "memory.cuh"           // the plan
 #include "model_config.h"       // the model's shape
 #include "parameters.h"         // the table of tensors
@@ -25,23 +28,41 @@ struct GpuModelSettings {
     Recompute recompute = Recompute::none;
     bool deterministic = false;
     int64_t classifier_chunk_rows = 0;  // rows whose logits exist at once; 0: as many as fit CLASSIFIER_CHUNK_BYTES
+    // Lighthouse attention, in the layers it applies to; without it every layer is always dense.
+    std::optional<LighthouseConfig> lighthouse;
+    // With Lighthouse: whether steps under dense attention are trained too (the second stage), not only evaluated.
+    bool trains_dense = true;
 
     int64_t max_rows() const { return max_batch_size * max_seq_len; }
 };
+inline GpuModelSettings gpu_model_settings(const RunConfig& c) {
+    GpuModelSettings settings;
+    settings.max_batch_size = c.batch_size;
+    settings.max_seq_len = c.seq_len;
+    settings.recompute = c.recompute;
+    settings.deterministic = c.deterministic;
+    settings.classifier_chunk_rows = c.classifier_chunk_rows;
+    if (c.attention == AttentionMode::lighthouse) {
+        settings.lighthouse = c.lighthouse;
+        settings.trains_dense = c.lighthouse_steps >= 0 && c.lighthouse_steps < c.max_steps;
+    }
+    return settings;
+}
 
-// What the forward keeps for the backward, beside a block's input and the norms' statistics, which are always kept.
-// What is not kept lies in one buffer that all blocks share, and is computed again from the block's input.
+// What the forward keeps of a block for the backward, beside the block's input and the norms' statistics, which are
+// always kept. What is not kept lies in one buffer that all blocks share, and is computed again from what is.
 struct KeptActivations {
     bool qkv;
-    bool attention;     // attention's output and log-sum-exp
-    bool residual_mid;  // between attention and feed-forward
+    bool attention_state;  // dense: the log-sum-exp; Lighthouse: its saved area
+    bool attention;        // attention's output
+    bool residual_mid;     // between attention and feed-forward
     bool gate_up;
-
-    bool all() const { return qkv && attention && residual_mid && gate_up; }
 };
-inline KeptActivations kept_activations(Recompute mode) {
-    const bool keep = mode == Recompute::none;
-    return {keep, keep, keep, keep};
+// The backward of a Lighthouse layer reads its saved area and no q, k, v; its output is one cheap pass over that area.
+inline KeptActivations kept_activations(Recompute mode, AttentionMode attention) {
+    const bool dense = attention == AttentionMode::dense, all = mode == Recompute::none;
+    const bool attention_result = mode != Recompute::block;
+    return {all && dense, attention_result, dense ? attention_result : all, all, all};
 }
 
 // ---- parameters --------------------------------------------------------------------------------
@@ -80,7 +101,8 @@ struct BlockActivations {
     float* attention_rstd;  // [rows]
     bf16* qkv;              // [rows, (H + 2 Hkv) D], q and k rotated
     bf16* attention;        // [rows, H D]
-    float* lse;             // [B, H, T]
+    float* lse;             // [B, H, T] of dense attention
+    std::byte* lighthouse;  // lighthouse_saved_bytes of Lighthouse attention
     bf16* residual_mid;     // [rows, C] between attention and feed-forward
     float* ffn_rstd;        // [rows]
     bf16* gate_up;          // [rows, 2 F]
@@ -91,8 +113,8 @@ struct ModelBuffers {
     bf16* weights;
     float *master, *exp_avg, *exp_avg_sq;
     float* gradients;
-    // kept from forward to backward
-    std::vector<BlockActivations> blocks;
+    // kept from forward to backward, of each block: under dense attention, and under Lighthouse where it can switch
+    std::vector<BlockActivations> dense_blocks, lighthouse_blocks;
     BlockActivations shared;  // what the blocks do not keep
     bf16* final_residual;     // [rows, C]
     float* final_rstd;        // [rows]
@@ -101,7 +123,7 @@ struct ModelBuffers {
     float* losses;        // [rows]
     float* step_results;  // [2]: the step's loss, the gradient's norm
     float* eval_loss;     // [1]
-                          // workspace, always
+    // workspace, always
     std::byte* gemm_workspace;
     std::byte* rmsnorm_scratch;
     std::byte* mean_loss_scratch;
@@ -110,6 +132,7 @@ struct ModelBuffers {
     // workspace of the forward, and of recomputing
     bf16* delta;   // [rows, C] what attention or feed-forward adds to the residual stream
     bf16* swiglu;  // [rows, F]
+    std::byte* lighthouse_forward_scratch;
     // workspace of the classifier
     bf16* dhidden;  // [rows, C]
     bf16* logits;   // [chunk, Vp], then their gradient
@@ -121,6 +144,7 @@ struct ModelBuffers {
     bf16* dqkv;        // [rows, (H + 2 Hkv) D]
     bf16* dattention;  // [rows, H D]
     std::byte* attention_scratch;
+    std::byte* lighthouse_backward_scratch;
     bf16* dattention_norm_out;  // [rows, C]
     // workspace at the ends of the backward
     std::byte* embedding_scratch;
@@ -139,11 +163,45 @@ inline AttentionShape dense_attention_shape(const ModelConfig& config, int B, in
     return shape;
 }
 
+// The geometry must be legal for T.
+inline LighthouseShape lighthouse_shape(const ModelConfig& config, const LighthouseConfig& lighthouse, int B,
+                                        int64_t T) {
+    return make_lighthouse_shape(make_lighthouse_geometry(T, lighthouse), lighthouse, B, config.num_heads,
+                                 config.num_kv_heads, config.head_dim, dense_attention_shape(config, B, T).scale);
+}
+
 inline ClassifierShape classifier_shape(const ModelConfig& config, const GpuModelSettings& settings, int64_t rows) {
     const int64_t asked = settings.classifier_chunk_rows;
     const int64_t chunk_rows = asked > 0 ? std::min(asked, rows) : classifier_chunk_rows(rows, config.vocab_size);
     return {rows, config.vocab_size, config.width, chunk_rows};
 }
+
+// One activation of all blocks: a buffer for each block that keeps it, one for all blocks that do not.
+template <class Member>
+struct BlockActivation {
+    Member member;  // of BlockActivations
+    const char* name;
+    const char* shape;
+    int64_t num_elements;
+    bool is_shared = false;  // by some blocks
+
+    void add_block(MemoryPlan& plan, BlockActivations& block, bool kept, BlockActivations& shared) {
+        if (kept) {
+            plan.add(&(block.*member), MemoryUse::activations, name, shape, num_elements);
+        } else {
+            is_shared = true;
+            plan.add_alias(&(block.*member), &(shared.*member));
+        }
+    }
+    void add_shared(MemoryPlan& plan, BlockActivations& shared) const {
+        if (is_shared) {
+            plan.add(&(shared.*member), MemoryUse::workspace, std::string(name) + ", of one block", shape,
+                     num_elements);
+        }
+    }
+};
+template <class Member>
+BlockActivation(Member, const char*, const char*, int64_t) -> BlockActivation<Member>;
 
 // Adds every buffer of a model to the plan.
 inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& config, const ParameterLayout& layout,
@@ -151,38 +209,68 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     const int64_t rows = settings.max_rows(), C = config.width, F = config.ffn_width;
     const int64_t attention_width = config.attention_width(), qkv_width = config.qkv_width();
     const int64_t num_parameters = layout.num_elements;
+    const AttentionShape dense_shape = dense_attention_shape(config, settings.max_batch_size, settings.max_seq_len);
+    std::optional<LighthouseShape> lighthouse;
+    if (settings.lighthouse && settings.lighthouse->num_lighthouse_layers(config.num_layers) > 0) {
+        lighthouse = lighthouse_shape(config, *settings.lighthouse, settings.max_batch_size, settings.max_seq_len);
+    }
     plan.add(&m.weights, MemoryUse::weights, "weights", "[parameters] bf16", num_parameters);
     plan.add(&m.master, MemoryUse::optimizer, "master weights", "[parameters] float32", num_parameters);
     plan.add(&m.exp_avg, MemoryUse::optimizer, "exp_avg", "[parameters] float32", num_parameters);
     plan.add(&m.exp_avg_sq, MemoryUse::optimizer, "exp_avg_sq", "[parameters] float32", num_parameters);
     plan.add(&m.gradients, MemoryUse::gradients, "gradients", "[parameters] float32", num_parameters);
 
-    // One activation of every block: a buffer each, or one for all.
-    const MemoryUse kept_use = MemoryUse::activations, shared_use = MemoryUse::workspace;
-    m.blocks.resize(config.num_layers);
-    auto add_activation = [&](bool kept, auto BlockActivations::*member, const char* name, const char* shape,
-                              int64_t num_elements) {
-        if (!kept) {
-            plan.add(&(m.shared.*member), shared_use, std::string(name) + ", recomputed", shape, num_elements);
-        }
-        for (BlockActivations& block : m.blocks) {
-            if (kept) {
-                plan.add(&(block.*member), kept_use, name, shape, num_elements);
-            } else {
-                plan.add_alias(&(block.*member), &(m.shared.*member));
+    // Activations of the blocks.
+    using Block = BlockActivations;
+    BlockActivation residual_in{&Block::residual_in, "block input", "[B T, C] bf16", rows * C};
+    BlockActivation attention_rstd{&Block::attention_rstd, "attention_rstd", "[B T] float32", rows};
+    BlockActivation qkv{&Block::qkv, "qkv", "[B T, (H + 2 Hkv) D] bf16", rows * qkv_width};
+    BlockActivation attention{&Block::attention, "attention", "[B T, H D] bf16", rows * attention_width};
+    BlockActivation lse{&Block::lse, "lse", "[B, H, T] float32", rows * config.num_heads};
+    BlockActivation lighthouse_saved{&Block::lighthouse, "Lighthouse rows", "bytes",
+                                     lighthouse ? (int64_t)lighthouse_saved_bytes(*lighthouse) : 0};
+    BlockActivation residual_mid{&Block::residual_mid, "residual_mid", "[B T, C] bf16", rows * C};
+    BlockActivation ffn_rstd{&Block::ffn_rstd, "ffn_rstd", "[B T] float32", rows};
+    BlockActivation gate_up{&Block::gate_up, "gate_up", "[B T, 2 F] bf16", rows * 2 * F};
+    m.dense_blocks.resize(config.num_layers);
+    m.lighthouse_blocks.resize(config.num_layers);
+    const KeptActivations dense_kept = kept_activations(settings.recompute, AttentionMode::dense);
+    const KeptActivations lighthouse_kept = kept_activations(settings.recompute, AttentionMode::lighthouse);
+    bool any_trains_dense = false;
+    for (int l = 0; l < config.num_layers; ++l) {
+        const bool can_switch = lighthouse && settings.lighthouse->applies_to(l, config.num_layers);
+        Block &dense = m.dense_blocks[l], &switched = m.lighthouse_blocks[l];
+        auto add_to_both = [&](bool kept, auto& activation) {
+            activation.add_block(plan, dense, kept, m.shared);
+            if (can_switch) {
+                plan.add_alias(&(switched.*activation.member), &(dense.*activation.member));
             }
+        };
+        add_to_both(true, residual_in);
+        add_to_both(true, attention_rstd);
+        add_to_both(true, ffn_rstd);
+        add_to_both(dense_kept.residual_mid, residual_mid);
+        add_to_both(dense_kept.gate_up, gate_up);
+
+        const bool trains_dense = !can_switch || settings.trains_dense;
+        any_trains_dense = any_trains_dense || trains_dense;
+        if (can_switch) {
+            plan.begin_alternatives(MemoryUse::activations);
+            qkv.add_block(plan, switched, lighthouse_kept.qkv, m.shared);
+            attention.add_block(plan, switched, lighthouse_kept.attention, m.shared);
+            lighthouse_saved.add_block(plan, switched, lighthouse_kept.attention_state, m.shared);
+            plan.next_alternative();
         }
-    };
-    const KeptActivations kept = kept_activations(settings.recompute);
-    add_activation(true, &BlockActivations::residual_in, "block input", "[B T, C] bf16", rows * C);
-    add_activation(true, &BlockActivations::attention_rstd, "attention_rstd", "[B T] float32", rows);
-    add_activation(kept.qkv, &BlockActivations::qkv, "qkv", "[B T, (H + 2 Hkv) D] bf16", rows * qkv_width);
-    add_activation(kept.attention, &BlockActivations::attention, "attention", "[B T, H D] bf16",
-                   rows * attention_width);
-    add_activation(kept.attention, &BlockActivations::lse, "lse", "[B, H, T] float32", rows * config.num_heads);
-    add_activation(kept.residual_mid, &BlockActivations::residual_mid, "residual_mid", "[B T, C] bf16", rows * C);
-    add_activation(true, &BlockActivations::ffn_rstd, "ffn_rstd", "[B T] float32", rows);
-    add_activation(kept.gate_up, &BlockActivations::gate_up, "gate_up", "[B T, 2 F] bf16", rows * 2 * F);
+        qkv.add_block(plan, dense, trains_dense && dense_kept.qkv, m.shared);
+        attention.add_block(plan, dense, trains_dense && dense_kept.attention, m.shared);
+        lse.add_block(plan, dense, trains_dense && dense_kept.attention_state, m.shared);
+        if (can_switch) {
+            plan.end_alternatives();
+        }
+    }
+
+    // Other inputs and results of a step.
+    const MemoryUse kept_use = MemoryUse::activations;
     plan.add(&m.final_residual, kept_use, "final residual", "[B T, C] bf16", rows * C);
     plan.add(&m.final_rstd, kept_use, "final_rstd", "[B T] float32", rows);
     plan.add(&m.losses, kept_use, "losses", "[B T] float32", rows);
@@ -200,31 +288,46 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     add_scratch(&m.mean_loss_scratch, "mean_loss scratch", mean_loss_scratch_bytes());
     plan.add(&m.norm_out, use, "norm output", "[B T, C] bf16", rows * C);
     plan.add(&m.dresidual, use, "dresidual", "[B T, C] bf16", rows * C);
-    plan.begin_alternatives(use);  // forward, and recomputing
+    qkv.add_shared(plan, m.shared);
+    attention.add_shared(plan, m.shared);
+    lse.add_shared(plan, m.shared);
+    lighthouse_saved.add_shared(plan, m.shared);
+    plan.begin_alternatives(use);  // forward, recomputing, and the backward of feed-forward
+    residual_mid.add_shared(plan, m.shared);
+    gate_up.add_shared(plan, m.shared);
+    plan.begin_alternatives(use);  // attention
+    add_scratch(&m.lighthouse_forward_scratch, "lighthouse_forward scratch",
+                lighthouse ? lighthouse_forward_scratch_bytes(*lighthouse) : 0);
+    plan.next_alternative();  // what is added to the residual
     plan.add(&m.delta, use, "delta", "[B T, C] bf16", rows * C);
     plan.add(&m.swiglu, use, "swiglu", "[B T, F] bf16", rows * F);
-    plan.next_alternative();  // classifier
-    plan.add(&m.dhidden, use, "dhidden", "[B T, C] bf16", rows * C);
-    plan.add(&m.logits, use, "logits of a chunk", "[chunk, Vp] bf16",
-             (int64_t)(classifier_logits_bytes(classifier_shape(config, settings, rows)) / sizeof(bf16)));
-    plan.next_alternative();  // backward of feed-forward
+    plan.next_alternative();  // the backward of feed-forward
     plan.add(&m.swiglu_again, use, "swiglu, recomputed", "[B T, F] bf16", rows * F);
     plan.begin_alternatives(use);
     plan.add(&m.dswiglu, use, "dswiglu", "[B T, F] bf16", rows * F);
     plan.next_alternative();
     plan.add(&m.dffn_norm_out, use, "dffn_norm_out", "[B T, C] bf16", rows * C);
     plan.end_alternatives();
-    plan.next_alternative();  // backward of attention
+    plan.end_alternatives();
+    plan.next_alternative();  // classifier
+    plan.add(&m.dhidden, use, "dhidden", "[B T, C] bf16", rows * C);
+    plan.add(&m.logits, use, "logits of a chunk", "[chunk, Vp] bf16",
+             (int64_t)(classifier_logits_bytes(classifier_shape(config, settings, rows)) / sizeof(bf16)));
+    plan.next_alternative();  // the backward of attention
     plan.add(&m.dqkv, use, "dqkv", "[B T, (H + 2 Hkv) D] bf16", rows * qkv_width);
     plan.begin_alternatives(use);
     plan.add(&m.dattention, use, "dattention", "[B T, H D] bf16", rows * attention_width);
-    const AttentionShape shape = dense_attention_shape(config, settings.max_batch_size, settings.max_seq_len);
+    plan.begin_alternatives(use);
     add_scratch(&m.attention_scratch, "flash_attention_backward scratch",
-                flash_attention_backward_scratch_bytes(shape, settings.deterministic));
+                any_trains_dense ? flash_attention_backward_scratch_bytes(dense_shape, settings.deterministic) : 0);
+    plan.next_alternative();
+    add_scratch(&m.lighthouse_backward_scratch, "lighthouse_backward scratch",
+                lighthouse ? lighthouse_backward_scratch_bytes(*lighthouse, settings.deterministic) : 0);
+    plan.end_alternatives();
     plan.next_alternative();
     plan.add(&m.dattention_norm_out, use, "dattention_norm_out", "[B T, C] bf16", rows * C);
     plan.end_alternatives();
-    plan.next_alternative();  // backward of the embedding
+    plan.next_alternative();  // the backward of the embedding
     add_scratch(&m.embedding_scratch, "embedding_backward scratch",
                 embedding_backward_scratch_bytes(rows, config.width, config.vocab_size));
     plan.next_alternative();  // update
@@ -232,12 +335,22 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     plan.end_alternatives();
 }
 
-// ---- does it fit -------------------------------------------------------------------------------
-inline size_t planned_bytes(const ModelConfig& config, const GpuModelSettings& settings) {
+// The plan of a model that is not there yet: to be printed, or held against other settings.
+inline MemoryPlan planned_memory(const ModelConfig& config, const GpuModelSettings& settings) {
     MemoryPlan plan;
     ModelBuffers buffers;
     plan_buffers(plan, buffers, config, make_parameter_layout(make_parameter_table(config)), settings);
-    return plan.num_bytes();
+    return plan;
+}
+
+// ---- does it fit -------------------------------------------------------------------------------
+inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse) {
+    try {
+        make_lighthouse_geometry(T, lighthouse);
+        return true;
+    } catch (const Error&) {
+        return false;
+    }
 }
 
 // Throws when the plan needs more than free_bytes less DEVICE_MEMORY_RESERVE, naming the settings that would fit.
@@ -248,25 +361,30 @@ inline void check_fits(const MemoryPlan& plan, size_t free_bytes, const ModelCon
         return;
     }
     std::string advice;
-    auto suggest = [&](const GpuModelSettings& other) {
-        const size_t needed = planned_bytes(config, other);
+    auto suggest = [&](const GpuModelSettings& other, const char* recompute) {
+        const size_t needed = planned_memory(config, other).num_bytes();
         if (needed <= usable && advice.empty()) {
-            advice = format_string("; %s--batch_size %d --seq_len %lld would need %.2f GiB",
-                                   other.recompute == Recompute::block ? "--recompute block " : "",
+            advice = format_string("; --recompute %s --batch_size %d --seq_len %lld would need %.2f GiB", recompute,
                                    other.max_batch_size, (long long)other.max_seq_len, needed / BYTES_PER_GIB);
         }
     };
     // Least loss first: recompute, then fewer sequences, then shorter ones.
     GpuModelSettings other = settings;
+    if (settings.recompute == Recompute::none) {
+        other.recompute = Recompute::all_but_attention;
+        suggest(other, "all_but_attention");
+    }
     other.recompute = Recompute::block;
-    suggest(other);
+    suggest(other, "block");
     while (advice.empty() && other.max_batch_size > 1) {
         other.max_batch_size /= 2;
-        suggest(other);
+        suggest(other, "block");
     }
     while (advice.empty() && other.max_seq_len > 1) {
         other.max_seq_len /= 2;
-        suggest(other);
+        if (!settings.lighthouse || is_lighthouse_length(other.max_seq_len, *settings.lighthouse)) {
+            suggest(other, "block");
+        }
     }
     fail(
         "not enough GPU memory: this run needs %.2f GiB and %.2f GiB are free (less %.2f GiB kept for the driver)%s; "

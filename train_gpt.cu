@@ -1,0 +1,38 @@
+// train_gpt.cu: the trainer on a GPU: flags -> device -> memory plan -> model -> run. Its twin train_gpt.cpp runs on the
+// CPU. What a run does, step by step, is in llmc/train_loop.h; the step itself, kernel by kernel, in llmc/model.cuh.
+#include <exception>
+#include <new>
+
+#include "llmc/device.cuh"    // the GPU
+#include "llmc/model.cuh"     // Llama forward, backward and update on it
+#include "llmc/train_loop.h"  // settings, data, steps, evaluation, checkpoints
+
+static int train(int argc, char** argv) {
+    const std::optional<RunConfig> config = configure_run(argc, argv);
+    if (!config) {
+        return 0;  // --help
+    }
+    const GpuDevice gpu = open_device(config->device);
+    const GpuModelSettings settings = gpu_model_settings(*config);
+    if (config->print_memory) {
+        std::printf("%s", planned_memory(config->model, settings).table().c_str());  // also of a run that does not fit
+        std::fflush(stdout);
+    }
+    GpuModel model(config->model, settings);
+    DeviceInfo device;
+    device.name = gpu.name;
+    device.is_gpu = true;
+    device.peak_tflops = gpu_peak_tflops(gpu.name);
+    return run_training(model, *config, device);
+}
+
+int main(int argc, char** argv) {
+    try {
+        return train(argc, argv);
+    } catch (const std::bad_alloc&) {
+        std::fprintf(stderr, "%s: out of host memory\n", argv[0]);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "%s: %s\n", argv[0], error.what());
+    }
+    return 1;
+}
