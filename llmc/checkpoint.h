@@ -14,13 +14,18 @@
 // save into an output folder.
 #pragma once
 #include <algorithm>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
+#include <fcntl.h>
 #include <filesystem>
 #include <map>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
+#include <sys/stat.h>
 #include <unordered_map>
 #include <utility>
 #include <vector>
@@ -126,26 +131,40 @@ inline Manifest verify(const std::string& folder, bool contents) {
 
 // ---- folders of an output folder ---------------------------------------------------------------
 
+inline bool exists(const std::string& path) {
+    std::error_code error;
+    return fs::exists(path, error);
+}
+
 // "step00000400"
 inline std::string folder_name(int64_t step) { return format_string("step%08lld", (long long)step); }
+
+// The names in a folder; none when it does not exist.
+inline std::vector<std::string> names_in(const std::string& folder) {
+    std::vector<std::string> names;
+    std::error_code error;
+    for (fs::directory_iterator it(folder, error); !error && it != fs::directory_iterator(); it.increment(error)) {
+        names.push_back(it->path().filename().string());
+    }
+    CHECK(!error || error == std::errc::no_such_file_or_directory, "%s: cannot be read: %s", folder.c_str(),
+          error.message().c_str());
+    return names;
+}
 
 // All checkpoint folders by step, whole or not; empty when the output folder does not exist.
 inline std::map<int64_t, std::string> list(const std::string& output_dir) {
     std::map<int64_t, std::string> folders;
-    std::error_code error;
-    for (const fs::directory_entry& entry : fs::directory_iterator(output_dir, error)) {
-        const std::string name = entry.path().filename().string();
+    for (const std::string& name : names_in(output_dir)) {
         const std::string digits = name.substr(0, 4) == "step" ? name.substr(4) : "";
         if (digits.empty() || digits.size() > 18 || digits.find_first_not_of("0123456789") != std::string::npos) {
             continue;
         }
         const int64_t step = std::stoll(digits);
-        if (name == folder_name(step) && entry.is_directory()) {
+        std::error_code error;
+        if (name == folder_name(step) && fs::is_directory(output_dir + "/" + name, error)) {
             folders[step] = output_dir + "/" + name;
         }
     }
-    CHECK(!error || error == std::errc::no_such_file_or_directory, "%s: cannot be read: %s", output_dir.c_str(),
-          error.message().c_str());
     return folders;
 }
 
@@ -162,33 +181,11 @@ inline void rename_folder(const std::string& from, const std::string& to) {
 
 // What an interrupted save or removal has left.
 inline void remove_leftovers(const std::string& output_dir) {
-    std::vector<std::string> leftovers;
-    for (const fs::directory_entry& entry : fs::directory_iterator(output_dir)) {
-        if (entry.path().filename().string().rfind(PARTIAL, 0) == 0) {
-            leftovers.push_back(entry.path().string());
+    for (const std::string& name : names_in(output_dir)) {
+        if (name.rfind(PARTIAL, 0) == 0) {
+            remove_folder(output_dir + "/" + name);
         }
     }
-    for (const std::string& leftover : leftovers) {
-        remove_folder(leftover);
-    }
-}
-
-// Puts the finished folder `partial` in the place of `folder`, which may exist: its old contents stay until the new
-// ones stand.
-inline void publish(const std::string& partial, const std::string& folder, const std::string& output_dir) {
-    sync_folder(partial);
-    if (!fs::exists(folder)) {
-        rename_folder(partial, folder);
-    } else if (renameat2(AT_FDCWD, partial.c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) != 0) {
-        // File systems that cannot swap two names, such as NFS.
-        const std::string old = partial + "-old";
-        rename_folder(folder, old);
-        rename_folder(partial, folder);
-        sync_folder(output_dir);
-        remove_folder(old);
-    }
-    sync_folder(output_dir);
-    remove_folder(partial);  // what was swapped out
 }
 
 // Removes the oldest checkpoints: `keep` stay, `newest` (just written) among them. Those that cannot be whole, by their
@@ -266,32 +263,40 @@ inline std::string state_name(const ParameterTensor& tensor, StateKind kind) {
     return tensor.name + "." + state_kind_name(kind);
 }
 
+// The file of each tensor in the index of sharded weights. Throws Error, naming `path`, for text that is no such index.
+inline std::map<std::string, std::string> parse_weight_map(std::string_view text, const std::string& path) {
+    const JsonValue json = parse_json(text, path);
+    const JsonValue& weight_map = JsonObject(json, path).at("weight_map");
+    CHECK(weight_map.is_object(), "%s: \"weight_map\" must give a file for every tensor", path.c_str());
+    std::map<std::string, std::string> files;
+    for (const auto& [name, file] : weight_map.items()) {
+        CHECK(file.is_string() && is_plain_name(file.get<std::string>()),
+              "%s: the file of tensor %s must be a name in this folder", path.c_str(), printable(name).c_str());
+        files[name] = file.get<std::string>();
+    }
+    return files;
+}
+
 // The weights of a folder: model.safetensors, or the files that its index names.
 inline TensorSet open_weights(const std::string& folder) {
     TensorSet set;
-    if (fs::exists(folder + "/" + WEIGHTS)) {
+    if (exists(folder + "/" + WEIGHTS)) {
         set.add(folder + "/" + WEIGHTS);
         return set;
     }
     const std::string path = folder + "/" + WEIGHTS_INDEX;
-    CHECK(fs::exists(path), "%s: holds neither %s nor %s", folder.c_str(), WEIGHTS, WEIGHTS_INDEX);
-    const JsonValue json = parse_json(read_text_file(path), path);
-    const JsonObject index(json, path);
-    const JsonValue& weight_map = index.at("weight_map");
-    CHECK(weight_map.is_object(), "%s: \"weight_map\" must give a file for every tensor", path.c_str());
+    CHECK(exists(path), "%s: holds neither %s nor %s", folder.c_str(), WEIGHTS, WEIGHTS_INDEX);
+    const std::map<std::string, std::string> weight_map = parse_weight_map(read_text_file(path), path);
     std::set<std::string> files;
-    for (const auto& [name, file] : weight_map.items()) {
-        CHECK(file.is_string() && is_plain_name(file.get<std::string>()),
-              "%s: the file of tensor %s must be a name in this folder", path.c_str(), printable(name).c_str());
-        files.insert(file.get<std::string>());
+    for (const auto& [name, file] : weight_map) {
+        files.insert(file);
     }
     for (const std::string& file : files) {
         set.add(folder + "/" + file);
     }
-    for (const auto& [name, file] : weight_map.items()) {
-        CHECK(set.has(name) && set.all().at(name).file->path() == folder + "/" + file.get<std::string>(),
-              "%s: tensor %s is not in %s", path.c_str(), printable(name).c_str(),
-              printable(file.get<std::string>()).c_str());
+    for (const auto& [name, file] : weight_map) {
+        CHECK(set.has(name) && set.all().at(name).file->path() == folder + "/" + file, "%s: tensor %s is not in %s",
+              path.c_str(), printable(name).c_str(), printable(file).c_str());
     }
     return set;
 }
@@ -422,7 +427,48 @@ class PartialFolder {
     bool kept_ = false;
 };
 
-// Of the folder that a run's tokenizer files come from, when there is one; else those of the byte vocabulary.
+// Puts the finished folder in the place of `folder`, which may exist: its old contents stay until the new ones stand.
+inline void publish(PartialFolder& partial, const std::string& folder, const std::string& output_dir) {
+    sync_folder(partial.path());
+    if (!exists(folder)) {
+        rename_folder(partial.path(), folder);
+        partial.keep();
+        sync_folder(output_dir);
+        return;
+    }
+    std::string old = partial.path();
+    if (renameat2(AT_FDCWD, partial.path().c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) != 0) {
+        old += "-old";  // a file system that cannot swap two names, such as NFS
+        rename_folder(folder, old);
+        rename_folder(partial.path(), folder);
+    }
+    partial.keep();
+    sync_folder(output_dir);
+    remove_folder(old);
+}
+
+// The folder whose tokenizer and special tokens a run's checkpoints carry on: the one it started from or, when that is
+// gone, an earlier checkpoint of this run. Empty when there is none.
+inline std::string companion_source(const std::string& started_from, const std::string& output_dir) {
+    if (!started_from.empty() && exists(started_from)) {
+        return started_from;
+    }
+    const std::map<int64_t, std::string> folders = list(output_dir);
+    for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
+        const std::string& folder = it->second;
+        try {
+            for (const auto& [name, digest] : verify(folder, false)) {
+                verify_file(folder, name, digest, fs::path(name).extension() != ".safetensors");
+            }
+            return folder;
+        } catch (const Error&) {
+            continue;  // a damaged one: the one before
+        }
+    }
+    return "";
+}
+
+// Those in the config.json of `source`; without a source those of the byte vocabulary.
 inline SpecialTokens special_tokens(const std::string& source, const ModelConfig& model) {
     SpecialTokens tokens;
     if (source.empty()) {
@@ -433,9 +479,9 @@ inline SpecialTokens special_tokens(const std::string& source, const ModelConfig
     }
     const std::string path = source + "/config.json";
     const JsonValue json = parse_json(read_text_file(path), path);
-    const auto token = [&](const char* name) {  // Llama 3 has several ends: the first
-        const JsonValue& value = json.contains(name) ? json.at(name) : JsonValue();
-        const JsonValue& first = value.is_array() && !value.empty() ? value[0] : value;
+    const auto token = [&](const char* name) {
+        const JsonValue value = json.is_object() ? json.value(name, JsonValue()) : JsonValue();
+        const JsonValue first = value.is_array() && !value.empty() ? value[0] : value;  // Llama 3 has several ends
         return first.is_number_integer() ? first.get<int64_t>() : -1;
     };
     tokens.begin = token("bos_token_id"), tokens.end = token("eos_token_id");
@@ -451,7 +497,7 @@ inline void write_companions(PartialFolder& folder, const std::string& source, c
         return;
     }
     for (const char* name : COMPANIONS) {
-        if (fs::is_regular_file(source + "/" + name)) {
+        if (exists(source + "/" + name)) {
             folder.write_text(name, read_text_file(source + "/" + name));
         }
     }
@@ -542,7 +588,7 @@ inline std::optional<std::string> find_newest_checkpoint(const std::string& outp
 // touched, when the folder is damaged or does not hold this model.
 inline void load_model(TrainableModel& model, const std::string& folder) {
     const std::string path = folder + "/" + checkpoint::MANIFEST;
-    if (checkpoint::fs::exists(path)) {
+    if (checkpoint::exists(path)) {
         for (const auto& [name, digest] : checkpoint::parse_manifest(read_text_file(path), path)) {
             if (name == "config.json" || name == checkpoint::WEIGHTS) {
                 checkpoint::verify_file(folder, name, digest, true);
@@ -607,17 +653,12 @@ inline TrainingState load_checkpoint(TrainableModel& model, const std::string& f
 inline std::string save_checkpoint(TrainableModel& model, const TrainingState& state, const RunConfig& config,
                                    bool weights_bf16, const std::string& output_dir,
                                    uint64_t optimizer_shard_bytes = checkpoint::OPTIMIZER_SHARD_BYTES) {
-    namespace fs = std::filesystem;
     std::error_code error;
-    fs::create_directories(output_dir, error);
+    std::filesystem::create_directories(output_dir, error);
     CHECK(!error, "--output_dir %s: cannot make this folder: %s", output_dir.c_str(), error.message().c_str());
     checkpoint::remove_leftovers(output_dir);
 
-    // The folder the run started from may be gone, but each checkpoint has what it had.
-    const std::map<int64_t, std::string> earlier = checkpoint::list(output_dir);
-    const std::string source = fs::exists(config.checkpoint) ? config.checkpoint
-                               : earlier.empty()             ? ""
-                                                             : earlier.rbegin()->second;
+    const std::string source = checkpoint::companion_source(config.checkpoint, output_dir);
     const std::string name = checkpoint::folder_name(state.step), folder = output_dir + "/" + name;
     try {
         checkpoint::PartialFolder partial(output_dir + "/" + checkpoint::PARTIAL + name);
@@ -630,8 +671,7 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
         checkpoint::write_optimizer(partial, model, weights_bf16, optimizer_shard_bytes);
         partial.write_text(checkpoint::STATE, checkpoint::state_text(state, config));
         partial.write_manifest();
-        checkpoint::publish(partial.path(), folder, output_dir);
-        partial.keep();
+        checkpoint::publish(partial, folder, output_dir);
     } catch (const Error& what) {
         fail("%s; earlier checkpoints are as they were: with room to write, --resume goes on from the newest",
              what.what());

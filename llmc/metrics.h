@@ -5,14 +5,12 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
-#include <nlohmann/json.hpp>
 #include <string>
 #include <sys/stat.h>
 #include <unistd.h>
 
 #include "check.h"
-
-using Json = nlohmann::ordered_json;  // keys stay in the order they are written
+#include "json.h"
 
 // ---- metrics.jsonl ------------------------------------------------------------------------------
 
