@@ -29,7 +29,7 @@ struct HopperForwardTile {
     static constexpr int STAGES = 2;  // of k and of v
     static constexpr int THREADS = WARPGROUP_SIZE * (1 + CONSUMERS);
     // Of 65536 in all. At launch all threads have the same; the loader gives up what the consumers then take.
-    static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 24 : 32;
+    static constexpr int LOADER_REGISTERS = 32;
     static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
     static_assert(D % 64 == 0 && BLOCK_N % 16 == 0 && (CONSUMERS == 2 || CONSUMERS == 3), "tile");
 
@@ -61,17 +61,20 @@ enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4 };  // + cons
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // ---- what a block works through ----------------------------------------------------------------
-// The tiles of a persistent block, without communication: every warp walks for itself. In each group of heads the tiles
-// lie from longest to shortest and are dealt out to the blocks to and fro (0 .. n-1, n-1 .. 0, 0 ..), so that long and
-// short ones add up; the next group starts where the last one ended.
+// The tiles of a block, without communication: every warp walks for itself. Where there are as many blocks as tiles,
+// each has one, in TileOrder. Persistent blocks: in each group of heads the tiles lie from longest to shortest and are
+// dealt out to the blocks to and fro (0 .. n-1, n-1 .. 0, 0 ..), so that long and short ones add up; the next group
+// starts where the last one ended.
 struct TileWalk {
-    int first_head = 0, round = 0, start;
-
-    __device__ explicit TileWalk(int block) : start(block) {}
+    int first_head = 0, round = 0, start = blockIdx.x;
 
     // The next tile of this block, if there is one.
     __device__ bool next(const TileOrder& order, TileOrder::Place* place) {
         const int num_blocks = gridDim.x;
+        if (num_blocks == order.num_tiles * order.num_heads) {
+            *place = order.place(blockIdx.x);
+            return round++ == 0;
+        }
         while (first_head < order.num_heads) {
             const int heads = min(order.heads_per_group, order.num_heads - first_head);
             const int num_places = order.num_tiles * heads;
@@ -452,7 +455,7 @@ struct ForwardConsumer {
 #endif  // sm_90a
 
 // ---- kernel ------------------------------------------------------------------------------------
-// Launch: THREADS threads; PERSISTENT: one block an SM, otherwise one a tile, longest first.
+// Launch: THREADS threads; one block an SM, or one a tile (TileWalk).
 template <class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, 1)
     flash_attention_hopper_forward_kernel(const __grid_constant__ HopperForwardArguments args) {
@@ -486,20 +489,13 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     }
     __syncthreads();
 
+    TileWalk walk;
     TileOrder::Place place;
-    TileWalk walk(blockIdx.x);
-    if (!Tile::PERSISTENT) {
-        place = args.order.place(blockIdx.x);
-    }
     if (warpgroup == 0) {
         registers_decrease<Tile::LOADER_REGISTERS>();
         if (threadIdx.x == 0) {
             ForwardLoader<Tile> loader(shared, args);
-            if constexpr (Tile::PERSISTENT) {
-                while (walk.next(args.order, &place)) {
-                    loader.load(ForwardWork::at<Tile>(place, args));
-                }
-            } else {
+            while (walk.next(args.order, &place)) {
                 loader.load(ForwardWork::at<Tile>(place, args));
             }
         }
@@ -509,12 +505,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         if (warpgroup == Tile::CONSUMERS) {
             consumer.pass_turn();  // the first consumer begins
         }
-        if constexpr (Tile::PERSISTENT) {
-            for (bool first_tile = true; walk.next(args.order, &place); first_tile = false) {
-                consumer.compute(ForwardWork::at<Tile>(place, args), first_tile);
-            }
-        } else {
-            consumer.compute(ForwardWork::at<Tile>(place, args), true);
+        for (bool first_tile = true; walk.next(args.order, &place); first_tile = false) {
+            consumer.compute(ForwardWork::at<Tile>(place, args), first_tile);
         }
         if (threadIdx.x % WARPGROUP_SIZE == 0) {
             bulk_wait_read<0>();  // shared memory goes with the block
@@ -533,12 +525,12 @@ inline bool flash_attention_hopper_forward_takes(HeadView<const bf16> out, HeadV
 }
 
 template <class Tile>
-inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
-                                  HeadView<const bf16> v, const AttentionShape& s, cudaStream_t stream) {
+inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float* lse, HeadView<const bf16> q,
+                                                       HeadView<const bf16> k, HeadView<const bf16> v,
+                                                       const AttentionShape& s) {
     mma_check_shape(s);
     CHECK(s.D == Tile::D && flash_attention_hopper_forward_takes(out, q, k, v, s),
-          "attention forward on Hopper: D = %d must be %d, and every stride a positive multiple of 8 elements", s.D,
-          Tile::D);
+          "attention forward on Hopper: D = %d must be %d, rows aligned to 16 bytes, strides positive", s.D, Tile::D);
     constexpr int LONGEST = (1 << 30) - 256;  // row + key offset fits an int
     CHECK(s.Tq <= LONGEST && s.Tk <= LONGEST, "attention: Tq = %lld and Tk = %lld may be at most %d", (long long)s.Tq,
           (long long)s.Tk, LONGEST);
@@ -554,6 +546,13 @@ inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const
     args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
     args.order = mma_tile_order(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M), s.B, s.H, args.heads_per_kv_head,
                                 s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
+    return args;
+}
+
+template <class Tile>
+inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
+                                  HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
+    const HopperForwardArguments args = hopper_forward_arguments<Tile>(out, lse, q, k, v, shape);
     int num_blocks = args.order.num_tiles * args.order.num_heads;
     if (Tile::PERSISTENT) {
         int device, num_sms;

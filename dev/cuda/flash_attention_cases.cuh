@@ -180,7 +180,7 @@ inline const std::vector<PreparedCase>& prepared_cases(uint64_t seed) {
 inline std::vector<AttentionShape> attention_timings() {
     std::vector<AttentionShape> shapes;
     for (const int D : {128, 64}) {
-        for (const int64_t T : {1024, 8192, 32768, 131072}) {
+        for (const int64_t T : {1024, 8192, 32768, 131072, 524288}) {
             shapes.push_back({T == 1024 ? 32 : 1, 8, 8, D, T, T, 1.0f / std::sqrt((float)D), true, 0});
         }
     }

@@ -1,6 +1,7 @@
 // flash_attention_forward.cu: out = softmax(scale q k^T + mask) v. Bound: tensor cores, 4 Tq Tk D H operations (half of
 // them when causal); exponentials come close at D = 64. On Hopper mma.sync stops at about 62 % of the tensor cores'
 // rate: what is left above that is for wgmma.
+#define LLMC_WATCHDOG  // a deadlock becomes an error
 #include "flash_attention_cases.cuh"
 #include "llmc/flash_attention.cuh"
 
@@ -76,6 +77,121 @@ static void flash_attention_forward_tile(HeadView<bf16> out, float* lse, HeadVie
     }
 }
 
+// ---- 7: wgmma and TMA, one thing after the other -----------------------------------------------
+#ifdef LLMC_HOPPER
+// Launch: CONSUMERS warpgroups, one block a tile, longest first; thread 0 loads, a stage at a time.
+template <class Tile>
+__global__ void __launch_bounds__(WARPGROUP_SIZE* Tile::CONSUMERS)
+    flash_attention_forward_kernel7(const __grid_constant__ HopperForwardArguments args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    constexpr int D = Tile::D, BLOCK_N = Tile::BLOCK_N;
+    extern __shared__ __align__(1024) unsigned char shared_bytes[];
+    auto& shared = *reinterpret_cast<typename Tile::Shared*>(shared_bytes);
+    const int warpgroup = threadIdx.x / WARPGROUP_SIZE, lane = threadIdx.x % WARP_SIZE;
+    const uint32_t k_full = shared_address(&shared.k_full[0]), v_full = shared_address(&shared.v_full[0]);
+    const uint32_t q_full = shared_address(&shared.q_full[0]), q = shared_address(shared.q[0][warpgroup]);
+    const ForwardWork work = ForwardWork::at<Tile>(args.order.place(blockIdx.x), args);
+    if (threadIdx.x == 0) {
+        mbarrier_init(k_full, 1);
+        mbarrier_init(v_full, 1);
+        mbarrier_init(q_full, 1);
+        mbarrier_init_fence();
+        mbarrier_arrive_expect(q_full, Tile::BLOCK_M * D * sizeof(bf16));
+        for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
+            tma_load(shared_address(shared.q[0][consumer]), &args.q, work.first_row + 64 * consumer, work.h, work.b,
+                     q_full);
+        }
+    }
+    __syncthreads();
+    mbarrier_wait(q_full, 0);
+
+    float out[D / 2] = {}, scores[BLOCK_N / 2], factor[2];
+    uint32_t p[BLOCK_N / 16][4], parity = 0;
+    SoftmaxRows rows;
+    const int first_row = work.first_row + 64 * warpgroup + threadIdx.x / WARP_SIZE % 4 * 16 + lane / 4;
+    for (int n = work.num_key_tiles - 1; n >= 0; --n, parity ^= 1) {
+        if (threadIdx.x == 0) {
+            const int key_head = work.h / args.heads_per_kv_head;
+            mbarrier_arrive_expect(k_full, BLOCK_N * D * sizeof(bf16));
+            tma_load(shared_address(shared.k[0]), &args.k, n * BLOCK_N, key_head, work.b, k_full);
+            mbarrier_arrive_expect(v_full, BLOCK_N * D * sizeof(bf16));
+            tma_load(shared_address(shared.v[0]), &args.v, n * BLOCK_N, key_head, work.b, v_full);
+        }
+        mbarrier_wait(k_full, parity);
+        issue_scores<D, BLOCK_N>(scores, wgmma_descriptor_k_major(q),
+                                 wgmma_descriptor_k_major(shared_address(shared.k[0])));
+        wgmma_wait<0>();
+        wgmma_pin(scores);
+        const int limit = first_row + 1 + args.key_offset, first_column = n * BLOCK_N + lane % 4 * 2;
+        mask_scores(scores, min(args.Tk, limit) - first_column, min(args.Tk, limit + 8) - first_column);
+        softmax_tile<true, false>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
+        scale_rows(out, factor);
+        pack_fragments(p, scores);
+        mbarrier_wait(v_full, parity);
+        issue_out<D, BLOCK_N>(out, p, wgmma_descriptor_mn_major(shared_address(shared.v[0]), BLOCK_N * 128));
+        wgmma_wait<0>();
+        wgmma_pin(out);
+        __syncthreads();  // everybody has read k and v (and q)
+    }
+    float* lse = args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq + first_row;
+    finish_rows<D>(out, rows, args.scale_log2, q, lse, args.Tq - first_row);
+    named_barrier_sync(CONSUMER_BARRIER + warpgroup, WARPGROUP_SIZE);
+    if (threadIdx.x % WARPGROUP_SIZE == 0) {
+        tma_store(&args.out, q, work.first_row + 64 * warpgroup, work.h, work.b);
+        bulk_commit();
+        bulk_wait_read<0>();
+    }
+#endif
+}
+template <class Tile>
+static void launch_forward7(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
+                            HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
+    const HopperForwardArguments args = hopper_forward_arguments<Tile>(out, lse, q, k, v, shape);
+    const auto kernel = flash_attention_forward_kernel7<Tile>;
+    constexpr int num_bytes = (int)sizeof(typename Tile::Shared);
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
+    kernel<<<args.order.num_tiles * args.order.num_heads, WARPGROUP_SIZE * Tile::CONSUMERS, num_bytes, stream>>>(args);
+    CUDA_CHECK_LAUNCH();
+}
+static void flash_attention_forward7(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
+                                     HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
+    if (shape.D == 64) {
+        launch_forward7<HopperForwardTile<64, 2, 128, 1>>(out, lse, q, k, v, shape, stream);
+    } else {
+        launch_forward7<HopperForwardTile<128, 2, 128, 1>>(out, lse, q, k, v, shape, stream);
+    }
+}
+
+// ---- the Hopper kernel, an idea at a time ------------------------------------------------------
+template <class Tile>
+struct Overlapped : Tile {  // a loading warpgroup, scores of the next key tile under the softmax of this one
+    static constexpr bool PING_PONG = false, LAZY = false, PERSISTENT = false;
+};
+template <class Tile>
+struct InTurn : Overlapped<Tile> {
+    static constexpr bool PING_PONG = true;
+};
+template <class Tile>
+struct Persistent : InTurn<Tile> {
+    static constexpr bool PERSISTENT = true;
+};
+template <class Tile>
+struct OneBlockATile : Tile {
+    static constexpr bool PERSISTENT = false;
+};
+template <class Tile64, class Tile128>
+static void hopper_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
+                           HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
+    if (shape.D == 64) {
+        hopper_launch_forward<Tile64>(out, lse, q, k, v, shape, stream);
+    } else {
+        hopper_launch_forward<Tile128>(out, lse, q, k, v, shape, stream);
+    }
+}
+using Tile64 = HopperForwardTile<64, 3, 128, 2>;
+using Tile128 = HopperForwardTile<128, 2, 128, 2>;
+#endif
+
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one warp a query row, one key at a time, float32", {flash_attention_forward1, false, 1024}},
     {2, "mma.sync, 16 query rows a warp, 64 keys", {flash_attention_forward_tile<1, 64, 1>, true, 32768}},
@@ -85,7 +201,22 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {4, "two stages of k and v, one barrier a tile", {flash_attention_forward_tile<2, 32, 2>, true, 32768}},
     {5, "48 keys", {flash_attention_forward_tile<2, 48, 2>, true, 32768}},
     {6, "the best of these for each D (llmc/flash_attention_mma.cuh)", {flash_attention_mma_forward, false, 131072}},
-    {7, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 131072}},
+#ifdef LLMC_HOPPER
+    {7, "wgmma and TMA, one thing after the other", {flash_attention_forward7, true, 131072}},
+    {8,
+     "a loading warpgroup, two stages, scores of the next keys under the softmax of these",
+     {hopper_forward<Overlapped<Tile64>, Overlapped<Tile128>>, true, 131072}},
+    {9, "consumers issue in turn", {hopper_forward<InTurn<Tile64>, InTurn<Tile128>>, true, 131072}},
+    {10,
+     "persistent blocks, tiles dealt to and fro",
+     {hopper_forward<Persistent<Tile64>, Persistent<Tile128>>, true, 131072}},
+    {11, "rescale only when the maximum moves by 2^8", {hopper_forward<Tile64, Tile128>, true, 131072}},
+    {12, "the same, one block a tile", {hopper_forward<OneBlockATile<Tile64>, OneBlockATile<Tile128>>, true, 131072}},
+    {13,
+     "D 128: 176 keys; D 64: two consumers",
+     {hopper_forward<HopperForwardTile<64, 2, 128, 2>, HopperForwardTile<128, 2, 176, 1>>, true, 131072}},
+#endif
+    {14, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 524288}},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
