@@ -3,16 +3,15 @@
 // The file: q, k, v, dout [T, H, D] bf16 or float32; out, dq, dk, dv [T, H, D] float32; indices [H, S] int32, pyramid
 // addresses in causal order, level 0 first; metadata T, H, D, levels, pool, topk as decimal numbers.
 #pragma once
+#include <cmath>
 #include <cstring>
-#include <fstream>
 #include <map>
 #include <string>
 #include <vector>
 
-#include <nlohmann/json.hpp>
-
 #include "llmc/check.h"
 #include "llmc/reference/lighthouse.h"
+#include "llmc/safetensors.h"
 
 struct GoldenLighthouse {
     int64_t T = 0;
@@ -24,45 +23,39 @@ struct GoldenLighthouse {
 
 // Throws Error naming the file and what is wrong with it.
 inline GoldenLighthouse read_golden_lighthouse(const std::string& path) {
-    std::ifstream file(path, std::ios::binary);
-    CHECK(file.good(), "%s: cannot be read", path.c_str());
-    const std::string bytes((std::istreambuf_iterator<char>(file)), {});
-    uint64_t header_size = 0;
-    CHECK(bytes.size() >= 8, "%s: shorter than a safetensors header", path.c_str());
-    std::memcpy(&header_size, bytes.data(), 8);
-    CHECK(header_size <= bytes.size() - 8, "%s: its header is cut off", path.c_str());
-    const nlohmann::json header = nlohmann::json::parse(bytes.substr(8, header_size), nullptr, false);
-    CHECK(header.is_object() && header.contains("__metadata__"), "%s: its header is not JSON with metadata",
-          path.c_str());
-    const auto metadata = [&](const char* name) {
-        CHECK(header["__metadata__"].contains(name), "%s: its metadata lack %s", path.c_str(), name);
-        return std::stoll(header["__metadata__"][name].get<std::string>());
+    const SafetensorsFile file(path);
+    const auto metadata = [&](const char* name, long long maximum) {
+        const auto found = file.metadata().find(name);
+        CHECK(found != file.metadata().end(), "%s: its metadata lack %s", path.c_str(), name);
+        const std::string& text = found->second;
+        const bool is_number =
+            !text.empty() && text.size() <= 18 && text.find_first_not_of("0123456789") == std::string::npos;
+        const long long number = is_number ? std::stoll(text) : 0;
+        CHECK(number >= 1 && number <= maximum, "%s: metadata %s is '%s', must be a number from 1 to %lld",
+              path.c_str(), name, printable(text).c_str(), maximum);
+        return number;
     };
     GoldenLighthouse golden;
-    golden.T = metadata("T"), golden.H = (int)metadata("H"), golden.D = (int)metadata("D");
-    golden.config.levels = (int)metadata("levels"), golden.config.pool = (int)metadata("pool");
-    golden.config.topk = metadata("topk");
-    // The elements of one tensor, widened to 32 bits: a bf16 is the upper half of a float.
-    const auto words = [&](const char* name, int64_t num_elements) {
-        CHECK(header.contains(name), "%s: it lacks the tensor %s", path.c_str(), name);
-        const size_t element = header[name]["dtype"] == "BF16" ? 2 : 4;
-        const size_t begin = header[name]["data_offsets"][0], end = header[name]["data_offsets"][1];
-        CHECK(begin <= end && end <= bytes.size() - 8 - header_size && end - begin == num_elements * element,
-              "%s: tensor %s does not have %lld elements", path.c_str(), name, (long long)num_elements);
-        std::vector<uint32_t> values(num_elements, 0);
-        for (int64_t i = 0; i < num_elements; ++i) {
-            std::memcpy((char*)&values[i] + 4 - element, bytes.data() + 8 + header_size + begin + i * element, element);
-        }
-        return values;
+    golden.T = metadata("T", 1ll << 31), golden.H = (int)metadata("H", 1 << 16), golden.D = (int)metadata("D", 1 << 16);
+    golden.config.levels = (int)metadata("levels", 64), golden.config.pool = (int)metadata("pool", 1 << 20);
+    golden.config.topk = metadata("topk", 1ll << 31);
+    const auto find = [&](const char* name, const std::vector<uint64_t>& shape) -> const SafetensorsTensor& {
+        const SafetensorsTensor& tensor = file.at(name);
+        CHECK(tensor.shape == shape, "%s: tensor %s has shape %s and not %s", path.c_str(), name,
+              shape_text(tensor.shape).c_str(), shape_text(shape).c_str());
+        return tensor;
     };
+    const uint64_t T = (uint64_t)golden.T, H = (uint64_t)golden.H, D = (uint64_t)golden.D;
     for (const char* name : {"q", "k", "v", "dout", "out", "dq", "dk", "dv"}) {
-        const auto values = words(name, golden.T * golden.H * golden.D);
-        golden.tensors[name].resize(values.size());
-        std::memcpy(golden.tensors[name].data(), values.data(), values.size() * sizeof(float));
+        const SafetensorsTensor& tensor = find(name, {T, H, D});
+        golden.tensors[name].resize(tensor.num_elements);
+        file.read_floats(tensor, golden.tensors[name].data());
     }
     const LighthouseGeometry g = make_lighthouse_geometry(golden.T, golden.config);
-    const auto indices = words("indices", golden.H * g.S);
-    golden.indices.assign(indices.begin(), indices.end());
+    const SafetensorsTensor& indices = find("indices", {H, (uint64_t)g.S});
+    CHECK(indices.dtype == Dtype::I32, "%s: indices must be I32", path.c_str());
+    golden.indices.resize(indices.num_elements);
+    std::memcpy(golden.indices.data(), file.data(indices), indices.num_bytes());
     return golden;
 }
 
