@@ -27,6 +27,7 @@ struct LighthousePoolArguments {
 template <int ROW_LANES>
 __global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS)
     lighthouse_pool_kernel(const __grid_constant__ LighthousePoolArguments a) {
+    static_assert(LIGHTHOUSE_POOL_CHUNK <= ROW_LANES, "each row's score is kept by a lane of its own");
     const LighthouseShape& shape = a.shape;
     const int64_t T = shape.geometry.T, num_windows = T >> a.window_bits;
     const RowGroup<ROW_LANES> group(shape.B * num_windows, a.num_heads, shape.D);

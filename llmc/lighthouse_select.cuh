@@ -39,11 +39,12 @@ struct LighthouseSelectShared {
 
 // ---- parts of the kernel -----------------------------------------------------------------------
 // The keys that rank candidates: larger is better, 0 means taken. Norms are not negative, so their bits rank as they
-// do; NaN ranks above everything and so is at least repeatable.
+// do.
 constexpr uint32_t LIGHTHOUSE_KEY_TAKEN = 0, LIGHTHOUSE_KEY_FORCED = 0xffffffffu;
-__device__ inline uint32_t lighthouse_key(float score) { return (__float_as_uint(score) & 0x7fffffffu) + 1; }
+__device__ inline uint32_t lighthouse_key(float score) { return __float_as_uint(score) + 1; }
 
 // The maximum of scores [heads, T] over the window of entry `index`, in every lane of a group of `lanes` neighbours.
+// NaN counts as 0, as fmaxf has it: a step whose norms are NaN still makes a whole sub-sequence.
 __device__ inline float lighthouse_window_score(const float* scores, int heads, int64_t T, int64_t index,
                                                 int window_bits, int lanes, int lane) {
     const int window = 1 << window_bits;
@@ -178,7 +179,7 @@ __global__ void __launch_bounds__(LIGHTHOUSE_SELECT_THREADS)
         const int64_t n = g.tile_candidates(level);
         uint32_t *q_keys = shared.keys[0], *k_keys = shared.keys[1];
         if (n > LIGHTHOUSE_SHARED_CANDIDATES) {
-            q_keys = a.scratch + blockIdx.x * 2 * n;
+            q_keys = a.scratch + (int64_t)blockIdx.x * 2 * n;
             k_keys = q_keys + n;
         }
         // A group of neighbouring lanes a candidate, so that a warp reads adjacent addresses.

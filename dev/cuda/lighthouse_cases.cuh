@@ -36,6 +36,16 @@ static const std::vector<LighthouseCase> LIGHTHOUSE_CASES = {
     {1, 2 * 5000 * 2, 2, 2, 256, 1, 1, 8}, {2, 3 * 200 * 64, 3, 8, 384, 4, 2, 256},
     {1, 12288, 4, 4, 128, 8, 8, 128},
 };
+// Those a program checks: with --small the ones of a few hundred tokens.
+inline std::vector<LighthouseCase> lighthouse_cases(const Harness& h) {
+    std::vector<LighthouseCase> cases;
+    for (const LighthouseCase& c : LIGHTHOUSE_CASES) {
+        if (!h.small || c.B * c.T * c.H <= 4096) {
+            cases.push_back(c);
+        }
+    }
+    return cases;
+}
 // The shape of the paper's runs, one with grouped queries, one long.
 static const std::vector<LighthouseCase> LIGHTHOUSE_TIMED = {
     {1, 98304, 3, 4, 1536, 8, 8, 128}, {1, 98304, 3, 4, 1536, 32, 8, 128}, {1, 524288, 4, 4, 2048, 8, 8, 128}};
@@ -73,11 +83,12 @@ inline std::vector<bf16> to_bf16(const std::vector<double>& values) {
     }
     return rounded;
 }
-// num_values different scores: few make ties.
-inline std::vector<float> tied_scores(int64_t num_elements, uint64_t num_values, uint64_t seed) {
+// num_values different scores: few make ties. With `broken` one in 64 is NaN, one infinite.
+inline std::vector<float> tied_scores(int64_t num_elements, uint64_t num_values, uint64_t seed, bool broken = false) {
     std::vector<float> scores(num_elements);
     for (int64_t i = 0; i < num_elements; ++i) {
-        scores[i] = (float)(random_bits(seed, i) % num_values);
+        const uint64_t bits = random_bits(seed, i), kind = broken ? bits >> 58 : 63;
+        scores[i] = kind == 0 ? NAN : kind == 1 ? INFINITY : (float)(bits % num_values);
     }
     return scores;
 }

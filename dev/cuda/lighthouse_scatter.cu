@@ -64,7 +64,7 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
-    for (const LighthouseCase& c : LIGHTHOUSE_CASES) {
+    for (const LighthouseCase& c : lighthouse_cases(h)) {
         const LighthouseShape shape = c.shape();
         const LighthouseGeometry& g = shape.geometry;
         const HostSelection selection(shape, h.seed + 7);

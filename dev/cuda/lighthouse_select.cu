@@ -107,10 +107,10 @@ static void select1(int32_t* entries, int32_t* positions, const float* q_scores,
         CUDA_CHECK(cudaFree(kept));
         CUDA_CHECK(cudaMalloc(&kept, num_kept * sizeof(Kept1)));
     }
-    select_kernel1<<<(unsigned)(shape.num_selections() * g.tiles), 512, 0, stream>>>(
-        {entries, positions, nullptr, q_scores, k_scores, q_stride_b, k_stride_b, shape.H / shape.Hkv, k_group,
-         shape.Hkv, g},
-        kept);
+    const LighthouseSelectArguments arguments = {entries,  positions,  nullptr,    q_scores,
+                                                 k_scores, q_stride_b, k_stride_b, shape.H / shape.Hkv,
+                                                 k_group,  shape.Hkv,  g};
+    select_kernel1<<<(unsigned)(shape.num_selections() * g.tiles), 512, 0, stream>>>(arguments, kept);
     CUDA_CHECK_LAUNCH();
 }
 
@@ -120,13 +120,15 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
-    for (const LighthouseCase& c : LIGHTHOUSE_CASES) {
+    for (const LighthouseCase& c : lighthouse_cases(h)) {
         const LighthouseShape shape = c.shape();
-        // Scores all equal, few values, many; the key scores of the dilated scorer, one row a query head.
-        for (const int num_values : {1, 5, 1 << 22}) {
+        // Scores all equal, few values, many, and some of them NaN or infinite (num_values 0); the key scores of the
+        // dilated scorer, one row a query head.
+        for (const int num_values : {1, 5, 1 << 22, 0}) {
             for (const int k_heads : {c.Hkv, c.H}) {
-                const auto q = tied_scores(c.B * c.H * c.T, num_values, h.seed);
-                const auto k = tied_scores(c.B * k_heads * c.T, num_values, h.seed + 1);
+                const bool broken = num_values == 0;
+                const auto q = tied_scores(c.B * c.H * c.T, broken ? 5 : num_values, h.seed, broken);
+                const auto k = tied_scores(c.B * k_heads * c.T, broken ? 5 : num_values, h.seed + 1, broken);
                 const HostSelection expected(shape, q, k, k_heads);
                 DeviceBuffer<float> q_device(q), k_device(k);
                 DeviceBuffer<int32_t> entries(expected.entries.size()), positions(expected.positions.size());

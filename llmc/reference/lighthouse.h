@@ -94,14 +94,14 @@ void lighthouse_dilated_scores(float* q_scores, float* k_scores, View<const Real
 
 // ---- select ------------------------------------------------------------------------------------
 // The scores of level 1 and up: each the maximum over its window. Returns [levels][T / p^l]; level 0 is the maximum
-// over the `heads` rows of token_scores [heads, T] (the query heads of one group).
+// over the `heads` rows of token_scores [heads, T] (the query heads of one group). NaN counts as 0.
 inline std::vector<std::vector<float>> lighthouse_score_pyramid(const float* token_scores, int heads,
                                                                 const LighthouseGeometry& g) {
     std::vector<std::vector<float>> levels(g.levels);
-    levels[0].assign(token_scores, token_scores + g.T);
-    for (int64_t i = g.T; i < heads * g.T; ++i) {
+    levels[0].resize(g.T, 0.0f);
+    for (int64_t i = 0; i < heads * g.T; ++i) {
         float& score = levels[0][i % g.T];
-        score = std::max(score, token_scores[i]);
+        score = std::fmax(score, token_scores[i]);
     }
     for (int l = 1; l < g.levels; ++l) {
         for (int64_t i = 0; i < g.level_size(l); ++i) {
