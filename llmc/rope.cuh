@@ -14,8 +14,7 @@
 
 // ---- constants ---------------------------------------------------------------------------------
 constexpr int ROPE_THREADS = 256;
-constexpr int ROPE_PAIRS_PER_THREAD = 4;  // pairs of vectors in flight
-constexpr int ROPE_MAX_ANGLES = 2048;     // (row, frequency) pairs of a block: 16 KiB of shared memory
+constexpr int ROPE_HEADS_PER_THREAD = 4;  // in flight: a vector of each half of a head
 constexpr int ROPE_MAX_HEAD_DIM = 256;
 
 // Turns a position advances, for each i < D / 2: inverse frequency / (2 pi).
@@ -39,18 +38,21 @@ struct alignas(VECTOR * sizeof(bf16)) RopeVector {
     bf16 data[VECTOR];
 };
 
-// Launch: rows_per_block consecutive rows a block, 1-D grid. A thread turns pairs of vectors: VECTOR elements of the
-// first half of a head and the same of the second; VECTOR is 8, or 4 where D / 2 is no multiple of 8. Bound: bandwidth.
+// Launch: rows_per_block consecutive rows a block, 1-D grid; threads are [row][lane][vector], each for one place in the
+// heads lane, lane + lanes, ...: VECTOR elements of a head's first half and the same of its second; VECTOR is 8, or 4
+// where D / 2 is no multiple of 8. A thread's sines and cosines stay in its registers for all its heads. Bound:
+// bandwidth.
 template <int VECTOR, bool INVERSE>
 __global__ void __launch_bounds__(ROPE_THREADS)
-    rope_kernel(bf16* qkv, int64_t rows, int64_t T, int num_rotated_heads, int row_width, int D, int rows_per_block,
+    rope_kernel(bf16* qkv, int64_t rows, int64_t T, int num_rotated_heads, int row_width, int D, int lanes,
                 const __grid_constant__ RopeFrequencies frequencies, int64_t first_position) {
-    __shared__ float2 cos_sin[ROPE_MAX_ANGLES];
+    __shared__ float2 cos_sin[ROPE_THREADS * VECTOR];  // [row][D / 2]: computed once for all lanes of a row
+    const int half = D / 2, vectors_per_half = half / VECTOR;
+    const int threads_per_row = lanes * vectors_per_half, rows_per_block = blockDim.x / threads_per_row;
     const int64_t block_row = (int64_t)blockIdx.x * rows_per_block;
     const int num_rows = (int)min((int64_t)rows_per_block, rows - block_row);
     const int64_t block_position = block_row % T;
-    const int half = D / 2;
-    for (int i = threadIdx.x; i < num_rows * half; i += ROPE_THREADS) {
+    for (int i = threadIdx.x; i < num_rows * half; i += blockDim.x) {
         int64_t position = block_position + i / half;
         position = first_position + (position < T ? position : position % T);
         const double turns = (double)position * frequencies.turns_per_position[i % half];
@@ -58,40 +60,49 @@ __global__ void __launch_bounds__(ROPE_THREADS)
         sincospif(2.0f * (float)(turns - rint(turns)), &sine, &cosine);
         cos_sin[i] = make_float2(cosine, INVERSE ? -sine : sine);
     }
-    __syncthreads();
-
-    const int vectors_per_half = half / VECTOR;
-    const int pairs_per_row = num_rotated_heads * vectors_per_half;
-    const int num_pairs = num_rows * pairs_per_row;
-    bf16* block_begin = qkv + block_row * row_width;
-    for (int first = threadIdx.x; first < num_pairs; first += ROPE_THREADS * ROPE_PAIRS_PER_THREAD) {
-        RopeVector<VECTOR> low[ROPE_PAIRS_PER_THREAD], high[ROPE_PAIRS_PER_THREAD];
-        int64_t offset[ROPE_PAIRS_PER_THREAD];
-        int angle[ROPE_PAIRS_PER_THREAD];
+    const int row_in_block = threadIdx.x / threads_per_row, in_row = threadIdx.x % threads_per_row;
+    const int lane = in_row / vectors_per_half, column = in_row % vectors_per_half * VECTOR;
+    bf16* const begin = qkv + (block_row + row_in_block) * row_width + column;
+    const bool active = row_in_block < num_rows;
+    RopeVector<VECTOR> low[ROPE_HEADS_PER_THREAD], high[ROPE_HEADS_PER_THREAD];
+    auto load_heads = [&](int first_head) {
 #pragma unroll
-        for (int j = 0; j < ROPE_PAIRS_PER_THREAD; ++j) {
-            const int pair = first + j * ROPE_THREADS;
-            if (pair < num_pairs) {
-                const int row = pair / pairs_per_row, in_row = pair % pairs_per_row;
-                const int head = in_row / vectors_per_half, i = in_row % vectors_per_half * VECTOR;
-                offset[j] = (int64_t)row * row_width + head * D + i;
-                angle[j] = row * half + i;
-                low[j] = *(const RopeVector<VECTOR>*)(block_begin + offset[j]);
-                high[j] = *(const RopeVector<VECTOR>*)(block_begin + offset[j] + half);
+        for (int j = 0; j < ROPE_HEADS_PER_THREAD; ++j) {
+            const int head = first_head + j * lanes;
+            if (active && head < num_rotated_heads) {
+                low[j] = *(const RopeVector<VECTOR>*)(begin + head * D);
+                high[j] = *(const RopeVector<VECTOR>*)(begin + head * D + half);
             }
         }
+    };
+    load_heads(lane);  // on its way while the sines are shared
+    __syncthreads();
+    if (!active) {
+        return;
+    }
+    float cosines[VECTOR], sines[VECTOR];
 #pragma unroll
-        for (int j = 0; j < ROPE_PAIRS_PER_THREAD; ++j) {
-            if (first + j * ROPE_THREADS < num_pairs) {
+    for (int k = 0; k < VECTOR; ++k) {
+        const float2 cs = cos_sin[row_in_block * half + column + k];
+        cosines[k] = cs.x;
+        sines[k] = cs.y;
+    }
+    for (int first_head = lane; first_head < num_rotated_heads; first_head += lanes * ROPE_HEADS_PER_THREAD) {
+        if (first_head != lane) {
+            load_heads(first_head);
+        }
+#pragma unroll
+        for (int j = 0; j < ROPE_HEADS_PER_THREAD; ++j) {
+            const int head = first_head + j * lanes;
+            if (head < num_rotated_heads) {
 #pragma unroll
                 for (int k = 0; k < VECTOR; ++k) {
-                    const float2 cs = cos_sin[angle[j] + k];
                     const float a = __bfloat162float(low[j].data[k]), b = __bfloat162float(high[j].data[k]);
-                    low[j].data[k] = __float2bfloat16(a * cs.x - b * cs.y);
-                    high[j].data[k] = __float2bfloat16(b * cs.x + a * cs.y);
+                    low[j].data[k] = __float2bfloat16(a * cosines[k] - b * sines[k]);
+                    high[j].data[k] = __float2bfloat16(b * cosines[k] + a * sines[k]);
                 }
-                *(RopeVector<VECTOR>*)(block_begin + offset[j]) = low[j];
-                *(RopeVector<VECTOR>*)(block_begin + offset[j] + half) = high[j];
+                *(RopeVector<VECTOR>*)(begin + head * D) = low[j];
+                *(RopeVector<VECTOR>*)(begin + head * D + half) = high[j];
             }
         }
     }
@@ -106,12 +117,13 @@ inline void launch_rope(bf16* qkv, int64_t B, int64_t T, int num_rotated_heads, 
           ROPE_MAX_HEAD_DIM, num_rotated_heads, row_width);
     const int64_t rows = B * T;
     const int vector = D % 16 == 0 ? 8 : 4;
-    const int pairs_per_row = num_rotated_heads * (D / 2 / vector);
-    const int rows_per_block =
-        std::max(1, std::min(ROPE_THREADS * ROPE_PAIRS_PER_THREAD / pairs_per_row, ROPE_MAX_ANGLES / (D / 2)));
+    const int vectors_per_half = D / 2 / vector;
+    const int lanes = std::min(ceil_div(num_rotated_heads, ROPE_HEADS_PER_THREAD), ROPE_THREADS / vectors_per_half);
+    const int rows_per_block = ROPE_THREADS / (lanes * vectors_per_half);
+    const int threads = rows_per_block * lanes * vectors_per_half;
     auto* kernel = vector == 8 ? rope_kernel<8, INVERSE> : rope_kernel<4, INVERSE>;
-    kernel<<<ceil_div<int64_t>(rows, rows_per_block), ROPE_THREADS, 0, stream>>>(
-        qkv, rows, T, num_rotated_heads, row_width, D, rows_per_block, frequencies, first_position);
+    kernel<<<ceil_div<int64_t>(rows, rows_per_block), threads, 0, stream>>>(qkv, rows, T, num_rotated_heads, row_width,
+                                                                            D, lanes, frequencies, first_position);
     CUDA_CHECK_LAUNCH();
 }
 

@@ -44,7 +44,7 @@ static void rope2(bf16* qkv, int64_t B, int64_t T, int num_rotated_heads, int ro
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one thread a pair, its own sine and cosine", rope1},
-    {2, "16 bytes an access, sines shared by the heads of a block's rows (llmc/rope.cuh)", rope2},
+    {2, "16 bytes an access, sines in registers for four heads a thread (llmc/rope.cuh)", rope2},
 };
 
 static ModelConfig make_config(int H, int Hkv, int D, bool scaled) {
