@@ -15,10 +15,11 @@
 // ---- constants ---------------------------------------------------------------------------------
 constexpr int RMSNORM_THREADS = 256;  // of a block, unless one row needs more
 constexpr int RMSNORM_MAX_THREADS_PER_ROW = 512;
-constexpr int RMSNORM_FORWARD_PACKS = 4;   // 16-byte packs of a row that a thread holds, at most
-constexpr int RMSNORM_BACKWARD_PACKS = 2;  // 4 would not fit into registers with dweight's sums
-constexpr int RMSNORM_BACKWARD_BLOCKS_PER_SM = 2;
-constexpr int RMSNORM_DWEIGHT_COLUMNS = 32;  // a block of the second stage: columns x slices of the partial sums
+constexpr int RMSNORM_FORWARD_PACKS = 4;           // 16-byte packs of a row that a thread holds, at most
+constexpr int RMSNORM_BACKWARD_PACKS = 2;          // 4 would not fit into registers with dweight's sums
+constexpr int RMSNORM_BACKWARD_THREADS = 128;      // of a block, unless one row needs more
+constexpr int RMSNORM_BACKWARD_BLOCKS_PER_SM = 5;  // of these: up to 102 registers a thread; 6 would spill
+constexpr int RMSNORM_DWEIGHT_COLUMNS = 32;        // a block of the second stage: columns x slices of the partial sums
 constexpr int RMSNORM_DWEIGHT_SLICES = 32;
 
 // How threads share rows: threads_per_row of them hold one row, packs each (or as much of it as they can).
@@ -28,7 +29,7 @@ struct RmsnormGeometry {
     int threads;          // of a block
     bool wide;            // the row is longer than packs * threads_per_row * 8
 
-    RmsnormGeometry(int C, int max_packs) {
+    RmsnormGeometry(int C, int max_packs, int min_threads) {
         packs = 1;
         while (packs < max_packs && WARP_SIZE * packs * 8 < C) {
             packs *= 2;
@@ -37,7 +38,7 @@ struct RmsnormGeometry {
         while (threads_per_row < RMSNORM_MAX_THREADS_PER_ROW && threads_per_row * packs * 8 < C) {
             threads_per_row *= 2;
         }
-        threads = std::max(RMSNORM_THREADS, threads_per_row);
+        threads = std::max(min_threads, threads_per_row);
         wide = C > threads_per_row * packs * 8;
     }
     int rows_per_block() const { return threads / threads_per_row; }
@@ -149,7 +150,7 @@ inline void launch_rmsnorm_forward(bf16* residual, bf16* out, float* rstd, const
                                    const bf16* weight, int64_t rows, int C, float eps, cudaStream_t stream) {
     CHECK(rows >= 1 && C >= 8 && C % 8 == 0, "rmsnorm: width %d must be a multiple of 8 and rows %lld positive", C,
           (long long)rows);
-    const RmsnormGeometry geometry(C, RMSNORM_FORWARD_PACKS);
+    const RmsnormGeometry geometry(C, RMSNORM_FORWARD_PACKS, RMSNORM_THREADS);
     const int64_t num_blocks = ceil_div<int64_t>(rows, geometry.rows_per_block());
     auto* kernel = geometry.packs == 1   ? rmsnorm_forward_kernel<1, RESIDUAL>
                    : geometry.packs == 2 ? rmsnorm_forward_kernel<2, RESIDUAL>
@@ -218,7 +219,7 @@ inline void rmsnorm_recompute(bf16* out, const bf16* x, const bf16* weight, cons
     NVTX_RANGE();
     CHECK(rows >= 1 && C >= 8 && C % 8 == 0, "rmsnorm: width %d must be a multiple of 8 and rows %lld positive", C,
           (long long)rows);
-    const RmsnormGeometry geometry(C, RMSNORM_FORWARD_PACKS);
+    const RmsnormGeometry geometry(C, RMSNORM_FORWARD_PACKS, RMSNORM_THREADS);
     const int64_t num_blocks = ceil_div<int64_t>(rows, geometry.rows_per_block());
     auto* kernel = geometry.packs == 1   ? rmsnorm_recompute_kernel<1>
                    : geometry.packs == 2 ? rmsnorm_recompute_kernel<2>
@@ -228,11 +229,17 @@ inline void rmsnorm_recompute(bf16* out, const bf16* x, const bf16* weight, cons
 }
 
 // ---- backward ----------------------------------------------------------------------------------
+// Hides from the compiler that this pack was unpacked before: it would keep the floats, twice the registers.
+__device__ __forceinline__ void unpack_again(bf16x8& pack) {
+    int4& words = *reinterpret_cast<int4*>(pack.data);
+    asm volatile("" : "+r"(words.x), "+r"(words.y), "+r"(words.z), "+r"(words.w));
+}
+
 // Launch: as many blocks as fit; each takes every gridDim.x-th group of rows and adds up dweight in registers as it
 // goes, then writes it to partials [gridDim.x * rows_per_block, C]. Bound: bandwidth, 4C elements a row. WIDE: the row
 // is longer than the block's registers; x and dout are then read twice and dweight adds up in partials.
-template <int PACKS, bool WIDE>
-__global__ void __launch_bounds__(RMSNORM_MAX_THREADS_PER_ROW)
+template <int PACKS, bool WIDE, int THREADS>
+__global__ void __launch_bounds__(THREADS, THREADS == RMSNORM_BACKWARD_THREADS ? RMSNORM_BACKWARD_BLOCKS_PER_SM : 1)
     rmsnorm_backward_kernel(bf16* dx, float* partials, const bf16* dresidual, const bf16* dout, const bf16* x,
                             const bf16* weight, const float* rstd, int64_t rows, int C, int threads_per_row) {
     const int rows_per_block = blockDim.x / threads_per_row;
@@ -249,7 +256,7 @@ __global__ void __launch_bounds__(RMSNORM_MAX_THREADS_PER_ROW)
         const bool active = row < rows;  // the others stay for the barriers
         const int64_t row_begin = row * C;
         const float row_rstd = active ? rstd[row] : 0.0f;
-        bf16x8 x_packs[PACKS], dout_packs[PACKS];
+        bf16x8 x_packs[PACKS], dout_packs[PACKS], dresidual_packs[PACKS];
         auto load_span = [&](int base) {
 #pragma unroll
             for (int i = 0; i < PACKS; ++i) {
@@ -262,7 +269,18 @@ __global__ void __launch_bounds__(RMSNORM_MAX_THREADS_PER_ROW)
                 }
             }
         };
-        float dot = 0.0f;  // sum of dout * weight * x
+        auto load_dresidual_span = [&](int base) {
+#pragma unroll
+            for (int i = 0; i < PACKS; ++i) {
+                const int column = base + first_column + i * threads_per_row * 8;
+                dresidual_packs[i] = {};
+                if (dresidual != nullptr && active && column < C) {
+                    dresidual_packs[i] = load128(dresidual + row_begin + column);
+                }
+            }
+        };
+        load_dresidual_span(last_base);  // with the others: on its way before the threads of a row meet
+        float dot = 0.0f;                // sum of dout * weight * x
         for (int base = 0; base <= last_base; base += span) {
             load_span(base);
 #pragma unroll
@@ -277,21 +295,18 @@ __global__ void __launch_bounds__(RMSNORM_MAX_THREADS_PER_ROW)
             }
         }
         const float mean = rmsnorm_row_sum(dot, threads_per_row) * row_rstd / C;  // of g * n
+#pragma unroll
+        for (int i = 0; i < PACKS; ++i) {
+            unpack_again(x_packs[i]);
+            unpack_again(dout_packs[i]);
+        }
         if (!active) {
             continue;
         }
         for (int base = last_base; base >= 0; base -= span) {
             if (base != last_base) {
                 load_span(base);
-            }
-            bf16x8 dresidual_packs[PACKS];
-#pragma unroll
-            for (int i = 0; i < PACKS; ++i) {
-                const int column = base + first_column + i * threads_per_row * 8;
-                dresidual_packs[i] = {};
-                if (dresidual != nullptr && column < C) {
-                    dresidual_packs[i] = load128(dresidual + row_begin + column);
-                }
+                load_dresidual_span(base);
             }
 #pragma unroll
             for (int i = 0; i < PACKS; ++i) {
@@ -374,7 +389,7 @@ inline int rmsnorm_backward_blocks(int64_t rows, const RmsnormGeometry& geometry
 
 // Bytes of scratch that rmsnorm_backward needs; 16-byte aligned.
 inline size_t rmsnorm_backward_scratch_bytes(int64_t rows, int C) {
-    const RmsnormGeometry geometry(C, RMSNORM_BACKWARD_PACKS);
+    const RmsnormGeometry geometry(C, RMSNORM_BACKWARD_PACKS, RMSNORM_BACKWARD_THREADS);
     return (size_t)rmsnorm_backward_blocks(rows, geometry) * geometry.rows_per_block() * C * sizeof(float);
 }
 
@@ -387,11 +402,14 @@ inline void rmsnorm_backward(bf16* dx, float* dweight, const bf16* dresidual, co
     NVTX_RANGE();
     CHECK(rows >= 1 && C >= 8 && C % 8 == 0, "rmsnorm: width %d must be a multiple of 8 and rows %lld positive", C,
           (long long)rows);
-    const RmsnormGeometry geometry(C, RMSNORM_BACKWARD_PACKS);
+    const RmsnormGeometry geometry(C, RMSNORM_BACKWARD_PACKS, RMSNORM_BACKWARD_THREADS);
     const int num_blocks = rmsnorm_backward_blocks(rows, geometry);
-    auto* kernel = geometry.wide         ? rmsnorm_backward_kernel<RMSNORM_BACKWARD_PACKS, true>
-                   : geometry.packs == 1 ? rmsnorm_backward_kernel<1, false>
-                                         : rmsnorm_backward_kernel<RMSNORM_BACKWARD_PACKS, false>;
+    auto* kernel = geometry.wide ? rmsnorm_backward_kernel<RMSNORM_BACKWARD_PACKS, true, RMSNORM_MAX_THREADS_PER_ROW>
+                   : geometry.threads > RMSNORM_BACKWARD_THREADS
+                       ? rmsnorm_backward_kernel<RMSNORM_BACKWARD_PACKS, false, RMSNORM_MAX_THREADS_PER_ROW>
+                   : geometry.packs == 1
+                       ? rmsnorm_backward_kernel<1, false, RMSNORM_BACKWARD_THREADS>
+                       : rmsnorm_backward_kernel<RMSNORM_BACKWARD_PACKS, false, RMSNORM_BACKWARD_THREADS>;
     kernel<<<num_blocks, geometry.threads, 0, stream>>>(dx, (float*)scratch, dresidual, dout, x, weight, rstd, rows, C,
                                                         geometry.threads_per_row);
     CUDA_CHECK_LAUNCH();
