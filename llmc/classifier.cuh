@@ -11,11 +11,12 @@
 
 #include "cuda_common.cuh"
 #include "gemm.cuh"
+#include "ptx.cuh"
 
 // ---- constants ---------------------------------------------------------------------------------
-constexpr int CROSS_ENTROPY_THREADS = 256;  // of a block, unless one row takes more
-constexpr int CROSS_ENTROPY_MAX_THREADS = 1024;
-constexpr int CROSS_ENTROPY_PACKS = 4;                      // 16-byte packs in flight a thread
+constexpr int CROSS_ENTROPY_THREADS = 256;      // of a block, unless one row takes more
+constexpr int CROSS_ENTROPY_MAX_THREADS = 512;  // two blocks a multiprocessor: one reads while the other writes
+constexpr int CROSS_ENTROPY_PACKS = 4;          // 16-byte packs in flight a thread
 constexpr size_t CLASSIFIER_CHUNK_BYTES = (size_t)1 << 30;  // of logits, by default
 constexpr int MEAN_LOSS_THREADS = 512;
 constexpr int MEAN_LOSS_BLOCKS = 128;
@@ -33,6 +34,21 @@ struct SoftmaxState {
         const float joined = fmaxf(maximum, other_maximum);
         const float shift = joined == -INFINITY ? 0.0f : joined;  // nothing yet: -inf - -inf would be NaN
         sum = sum * __expf(maximum - shift) + other_sum * __expf(other_maximum - shift);
+        maximum = joined;
+    }
+    // Eight more logits at once: nine exponentials.
+    __device__ void add(const float (&values)[8]) {
+        float joined = maximum;
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            joined = fmaxf(joined, values[k]);
+        }
+        const float shift_log2 = joined == -INFINITY ? 0.0f : joined * LOG2_E;
+        sum *= exp2_approx(maximum * LOG2_E - shift_log2);
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            sum += exp2_approx(values[k] * LOG2_E - shift_log2);
+        }
         maximum = joined;
     }
 };
@@ -96,19 +112,18 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
                 if (pack < cached_packs) {
                     cache[pack] = packs[i];
                 }
-                float values[8], maximum = -INFINITY;
+                float values[8];
 #pragma unroll
                 for (int k = 0; k < 8; ++k) {
-                    values[k] = pack * 8 + k < V ? __bfloat162float(packs[i][k]) : -INFINITY;
-                    maximum = fmaxf(maximum, values[k]);
+                    values[k] = __bfloat162float(packs[i][k]);
                 }
-                const float shift = maximum == -INFINITY ? 0.0f : maximum;
-                float sum = 0.0f;
+                if (pack * 8 + 8 > V) {
 #pragma unroll
-                for (int k = 0; k < 8; ++k) {
-                    sum += __expf(values[k] - shift);
+                    for (int k = 0; k < 8; ++k) {
+                        values[k] = pack * 8 + k < V ? values[k] : -INFINITY;
+                    }
                 }
-                state.join(maximum, sum);
+                state.add(values);
             }
         }
     }
@@ -123,6 +138,7 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
     if (!write_gradient) {
         return;
     }
+    const float lse_log2 = lse * LOG2_E;
     // Backwards, so that what did not fit into shared memory is what L2 saw last.
     const int last = thread < row_packs ? (row_packs - 1 - thread) / threads_per_row * threads_per_row + thread : -1;
     for (int pack = last; pack >= 0; pack -= threads_per_row) {
@@ -130,12 +146,22 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
         if (pack < num_packs) {
             packed = pack < cached_packs ? cache[pack] : load128(row_logits + (int64_t)pack * 8);
         }
+        float gradients[8];
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
-            const int column = pack * 8 + k;
-            const float probability = __expf(__bfloat162float(packed[k]) - lse);
-            const float gradient = (probability - (column == target ? 1.0f : 0.0f)) * dloss;
-            packed[k] = __float2bfloat16(column < V ? gradient : 0.0f);
+            gradients[k] = exp2_approx(__bfloat162float(packed[k]) * LOG2_E - lse_log2) * dloss;
+        }
+        // Two packs of a row at most are special: that of the target, and the one in which the padding begins.
+        if (pack == target / 8 || pack * 8 + 8 > V) {
+#pragma unroll
+            for (int k = 0; k < 8; ++k) {
+                const int column = pack * 8 + k;
+                gradients[k] = column < V ? gradients[k] - (column == target ? dloss : 0.0f) : 0.0f;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < 8; ++k) {
+            packed[k] = __float2bfloat16(gradients[k]);
         }
         store128(row_logits + (int64_t)pack * 8, packed);
     }
@@ -156,15 +182,16 @@ inline void cross_entropy_forward_backward(float* losses, bf16* logits, const in
     }
     const int threads = std::max(threads_per_row, CROSS_ENTROPY_THREADS);
     const int rows_per_block = threads / threads_per_row;
-    int device, max_shared_bytes;
+    int device, shared_bytes_per_sm, reserved_bytes;
     CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&max_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock, device));
     const int static_bytes = CROSS_ENTROPY_MAX_THREADS / WARP_SIZE * sizeof(float2);
-    const int cached_packs =
-        write_gradient ? std::min(row_packs, (max_shared_bytes - static_bytes) / 16 / rows_per_block) : 0;
+    const int max_shared_bytes = shared_bytes_per_sm / 2 - reserved_bytes - static_bytes;
+    const int cached_packs = write_gradient ? std::min(row_packs, max_shared_bytes / 16 / rows_per_block) : 0;
     const int shared_bytes = cached_packs * rows_per_block * 16;
-    CUDA_CHECK(cudaFuncSetAttribute(cross_entropy_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                    max_shared_bytes - static_bytes));
+    CUDA_CHECK(
+        cudaFuncSetAttribute(cross_entropy_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes));
     cross_entropy_kernel<<<ceil_div<int64_t>(rows, rows_per_block), threads, shared_bytes, stream>>>(
         losses, logits, targets, rows, (int)V, row_packs, cached_packs, threads_per_row, dloss, write_gradient);
     CUDA_CHECK_LAUNCH();

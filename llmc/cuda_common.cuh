@@ -9,6 +9,7 @@
 
 using bf16 = __nv_bfloat16;
 
+constexpr float LOG2_E = 1.4426950408889634f;  // e^x = 2^(x LOG2_E)
 constexpr int WARP_SIZE = 32;
 constexpr unsigned FULL_WARP = 0xffffffffu;
 

@@ -27,7 +27,6 @@
 #include "ptx.cuh"
 
 // ---- constants ---------------------------------------------------------------------------------
-constexpr float LOG2_E = 1.4426950408889634f;
 constexpr float LN_2 = 0.6931471805599453f;
 // The softmax's reference maximum of a row follows the true one only when it falls this far behind, in powers of two: P
 // then reaches 2^8 at most, which costs no precision, and almost no tile rescales the output.

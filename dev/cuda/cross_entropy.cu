@@ -73,7 +73,7 @@ static void cross_entropy2(float* losses, bf16* logits, const int32_t* targets, 
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one block a row, three passes", cross_entropy1},
     {2, "online maximum and sum, 16 bytes an access, the row read twice", cross_entropy2},
-    {3, "several packs in flight, the row kept in shared memory, a warp for short rows (llmc/classifier.cuh)",
+    {3, "several packs in flight, the row kept in shared memory, two blocks an SM (llmc/classifier.cuh)",
      cross_entropy_forward_backward},
 };
 
