@@ -1,0 +1,44 @@
+// comm_launch.h: which ranks this process belongs to, by how it was started.
+#pragma once
+#include <cstdlib>
+
+#ifdef LLMC_MPI
+#include "comm_mpi.h"
+#endif
+#include "comm_tcp.h"
+
+namespace launch {
+// The number in an environment variable, or in the second when the first is not set.
+inline int number_of(const char* variable, const char* otherwise) {
+    const char* const name = std::getenv(variable) != nullptr ? variable : otherwise;
+    const char* const text = std::getenv(name);
+    CHECK(text != nullptr, "LLMC_RENDEZVOUS is set, so %s must be set too (or the program started by srun)", variable);
+    char* end;
+    const long value = std::strtol(text, &end, 10);
+    CHECK(end != text && *end == '\0' && value >= 0 && value < 1 << 20, "%s=%s: must be a whole number", name, text);
+    return (int)value;
+}
+}  // namespace launch
+
+// All ranks of the job: those at LLMC_RENDEZVOUS when that is set (comm_tcp.h), else those of the MPI launcher, else
+// this process alone. Throws Error when a launcher started several and this program cannot join them.
+inline std::unique_ptr<HostComm> open_host_comm(double timeout_seconds) {
+    if (const char* const rendezvous = std::getenv("LLMC_RENDEZVOUS")) {
+        const int rank = launch::number_of("LLMC_RANK", "SLURM_PROCID");
+        const int size = launch::number_of("LLMC_WORLD_SIZE", "SLURM_NTASKS");
+        return std::make_unique<TcpComm>(rank, size, rendezvous, timeout_seconds);
+    }
+#ifdef LLMC_MPI
+    if (started_by_mpi()) {
+        return std::make_unique<MpiComm>(timeout_seconds);
+    }
+#else
+    const char* const mpi_size = std::getenv("OMPI_COMM_WORLD_SIZE");
+    CHECK(
+        mpi_size == nullptr || std::string(mpi_size) == "1",
+        "started by mpirun as one of %s ranks, but built without MPI, so each would train alone: install MPI (Debian: "
+        "libopenmpi-dev) and build again, or start the ranks with LLMC_RENDEZVOUS set (see llmc/comm_tcp.h)",
+        mpi_size);
+#endif
+    return std::make_unique<SingleComm>();
+}
