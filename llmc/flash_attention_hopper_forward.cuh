@@ -14,6 +14,8 @@
 // the clock, so work that is left out counts twice. 4 Tq Tk D H operations, half of them when causal.
 // Reference: reference/attention.h. Variants: dev/cuda/flash_attention_forward.cu.
 #pragma once
+#include <climits>
+
 #include "flash_attention_mma.cuh"  // what both share: TileOrder, the causal offset, checks of shapes
 #include "ptx_hopper.cuh"
 
@@ -41,7 +43,7 @@ struct HopperForwardTile {
     };
 
     static constexpr bool PING_PONG = true;   // consumers issue products in turn
-    static constexpr bool LAZY = true;        // rescale only when the maximum moves by more than the threshold
+    static constexpr bool LAZY = true;        // rescale only when a row's maximum moves by more than a threshold
     static constexpr bool PERSISTENT = true;  // one block an SM; otherwise one a tile
 };
 
@@ -123,12 +125,10 @@ struct ForwardLoader {
 
     Shared& shared;
     const HopperForwardArguments& args;
-    uint64_t q_policy;
     PipelineState<Tile::STAGES> k_state, v_state;
     PipelineState<Tile::Q_SLOTS> q_state;
 
-    __device__ ForwardLoader(Shared& shared, const HopperForwardArguments& args)
-        : shared(shared), args(args), q_policy(l2_policy_evict_first()) {}
+    __device__ ForwardLoader(Shared& shared, const HopperForwardArguments& args) : shared(shared), args(args) {}
 
     __device__ void load_q(const ForwardWork& work) {
         mbarrier_wait(shared_address(&shared.q_empty[q_state.stage]), q_state.parity ^ 1);
@@ -137,7 +137,7 @@ struct ForwardLoader {
 #pragma unroll
         for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
             tma_load(shared_address(shared.q[q_state.stage][consumer]), &args.q, work.first_row + 64 * consumer, work.h,
-                     work.b, full, q_policy);
+                     work.b, full, l2_policy_evict_first());
         }
         q_state.advance();
     }
@@ -211,48 +211,71 @@ __device__ __forceinline__ void mask_scores(float (&scores)[count], int first_li
 }
 
 // ---- softmax -----------------------------------------------------------------------------------
-// Of a thread's two rows, 8 apart: the reference maximum (of q.k; the same in the four threads of a row) and this
-// thread's part of the sum of 2^(scale_log2 (q.k - maximum)).
+// Of a thread's two rows, 8 apart: the reference (of q.k; the same in the four threads of a row), this thread's part of
+// the sum of 2^(scale_log2 (q.k - reference)), and the bits of the largest score the reference serves for.
 struct SoftmaxRows {
-    float maximum[2] = {-INFINITY, -INFINITY};
+    float reference[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0.0f, 0.0f};
+    int limit[2] = {INT_MIN, INT_MIN};
 };
 
-// scores become P = 2^(scale_log2 (score - maximum)). Returns whether the reference maximum moved, for some row of the
-// warp; then sums of P so far, the output among them, are to be multiplied by factor. MASKED: rows may have seen no key
-// at all.
-template <bool MASKED, bool LAZY, int count>
-__device__ __forceinline__ bool softmax_tile(float (&scores)[count], SoftmaxRows& rows, float (&factor)[2],
-                                             float scale_log2, float rescale_threshold) {
+// Moves the references to the scores' maxima where those are larger and makes `factor` what sums of P so far, the
+// output among them, are to be multiplied by. LAZY: a reference a little below zero becomes -threshold, so that the
+// limit is positive; P of the largest score is 2^-64 at least.
+template <bool LAZY, int count>
+__device__ __forceinline__ void move_references(const float (&scores)[count], SoftmaxRows& rows, float (&factor)[2],
+                                                float scale_log2, float threshold) {
     float maximum[2] = {scores[0], scores[2]};
 #pragma unroll
     for (int i = 0; i < count; ++i) {
         maximum[i / 2 % 2] = fmaxf(maximum[i / 2 % 2], scores[i]);
     }
-    bool moves = true;
-    if (LAZY) {
-        // Each thread asks about its own columns: the four of a row need their common maximum only when it moves.
-        moves = __any_sync(FULL_WARP, maximum[0] > rows.maximum[0] + rescale_threshold ||
-                                          maximum[1] > rows.maximum[1] + rescale_threshold);
-    }
-    if (moves) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float& m = maximum[half];
-            m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 1));
-            m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 2));
-            m = fmaxf(m, rows.maximum[half]);
-            // -infinity - -infinity is not a number; while a row has seen nothing there is nothing to multiply.
-            factor[half] = MASKED && m == -INFINITY ? 1.0f : exp2_approx((rows.maximum[half] - m) * scale_log2);
-            rows.maximum[half] = m;
-            rows.sum[half] *= factor[half];
+    for (int half = 0; half < 2; ++half) {
+        float m = maximum[half];
+        m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 1));
+        m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 2));
+        m = fmaxf(m, rows.reference[half]);
+        if (LAZY) {
+            m = m > -8.0f * threshold ? fmaxf(m, -threshold) : m;
+            rows.limit[half] = m >= -threshold ? __float_as_int(m + threshold) : INT_MIN;
         }
+        // -infinity - -infinity is not a number; while a row has seen no key there is nothing to multiply.
+        factor[half] = m == -INFINITY ? 1.0f : exp2_approx((rows.reference[half] - m) * scale_log2);
+        rows.reference[half] = m;
+        rows.sum[half] *= factor[half];
+    }
+}
+
+// Whether a score of this thread passes its row's limit. As integers, floats are in order from zero up, and negative
+// ones are below all of those; limits are positive or, where the reference has to move with every tile, INT_MIN. Three
+// integers have a maximum in one instruction, three floats do not.
+template <int count>
+__device__ __forceinline__ bool passes_limit(const float (&scores)[count], const SoftmaxRows& rows) {
+    int top[2] = {INT_MIN, INT_MIN};
+#pragma unroll
+    for (int i = 0; i < count; i += 4) {
+        top[0] = __vimax3_s32(top[0], __float_as_int(scores[i]), __float_as_int(scores[i + 1]));
+        top[1] = __vimax3_s32(top[1], __float_as_int(scores[i + 2]), __float_as_int(scores[i + 3]));
+    }
+    return top[0] >= rows.limit[0] || top[1] >= rows.limit[1];
+}
+
+// scores become P = 2^(scale_log2 (score - reference)), added to the sums. Returns whether references moved, for some
+// row of the warp. MASKED: rows may have seen no key at all. FIRST: nothing came before. LAZY: references move only
+// when a score passes its limit; P is at most 2^(scale_log2 threshold).
+template <bool MASKED, bool FIRST, bool LAZY, int count>
+__device__ __forceinline__ bool softmax_tile(float (&scores)[count], SoftmaxRows& rows, float (&factor)[2],
+                                             float scale_log2, float threshold) {
+    const bool moves = FIRST || !LAZY || __any_sync(FULL_WARP, passes_limit(scores, rows));
+    if (moves) {
+        move_references<LAZY>(scores, rows, factor, scale_log2, threshold);
     }
     float shift[2], sum[2] = {0.0f, 0.0f};
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         // A row that has seen no key yet has only scores of -infinity: any finite shift gives P = 0.
-        shift[half] = MASKED && rows.maximum[half] == -INFINITY ? 0.0f : rows.maximum[half] * scale_log2;
+        shift[half] = MASKED && rows.reference[half] == -INFINITY ? 0.0f : rows.reference[half] * scale_log2;
     }
 #pragma unroll
     for (int i = 0; i < count; ++i) {
@@ -262,6 +285,14 @@ __device__ __forceinline__ bool softmax_tile(float (&scores)[count], SoftmaxRows
     rows.sum[0] += sum[0];
     rows.sum[1] += sum[1];
     return moves;
+}
+
+// What `value` (never negative) is computed from is computed before what follows. ptxas moves arithmetic past waits for
+// products, here the exponentials out from under P v; it does not move it past a branch, even one never taken.
+__device__ __forceinline__ void complete_before_wait(float value) {
+    if (__any_sync(FULL_WARP, value < 0.0f)) {
+        __trap();
+    }
 }
 
 // Accumulators as the A operand of the next product.
@@ -295,9 +326,9 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
         sum += __shfl_xor_sync(FULL_WARP, sum, 1);
         sum += __shfl_xor_sync(FULL_WARP, sum, 2);
         const bool sees_nothing = sum == 0.0f;
-        inverse[half] = sees_nothing ? 0.0f : 1.0f / sum;
+        inverse[half] = sees_nothing ? 0.0f : __fdividef(1.0f, sum);
         if (lane % 4 == 0 && 8 * half < rows_left) {
-            lse[8 * half] = sees_nothing ? -INFINITY : (rows.maximum[half] * scale_log2 + log2f(sum)) * LN_2;
+            lse[8 * half] = sees_nothing ? -INFINITY : (rows.reference[half] * scale_log2 + __log2f(sum)) * LN_2;
         }
     }
     scale_rows(out, inverse);
@@ -377,7 +408,8 @@ struct ForwardConsumer {
             mask(scores, work, n);
         }
         const bool moves =
-            softmax_tile<MASKED, Tile::LAZY>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
+            softmax_tile<MASKED, false, Tile::LAZY>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
+        complete_before_wait(rows.sum[0] + rows.sum[1]);
         wgmma_wait<0>();
         wgmma_pin(out);
         release(shared.v_empty[v_state.stage]);
@@ -413,7 +445,7 @@ struct ForwardConsumer {
             release(shared.k_empty[k_state.stage]);
             k_state.advance();
             mask(scores, work, n);
-            softmax_tile<true, false>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
+            softmax_tile<true, true, Tile::LAZY>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
             pack_fragments(p, scores);
         }
         for (--n; n >= work.num_full_tiles; --n) {

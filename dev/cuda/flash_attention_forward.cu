@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(WARPGROUP_SIZE* Tile::CONSUMERS)
         wgmma_pin(scores);
         const int limit = first_row + 1 + args.key_offset, first_column = n * BLOCK_N + lane % 4 * 2;
         mask_scores(scores, min(args.Tk, limit) - first_column, min(args.Tk, limit + 8) - first_column);
-        softmax_tile<true, false>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
+        softmax_tile<true, false, false>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
         scale_rows(out, factor);
         pack_fragments(p, scores);
         mbarrier_wait(v_full, parity);
