@@ -78,7 +78,7 @@ class Tokenizer {
 
 // `text` with its control characters, other than line ends and tabs, written as \x1b: a sample cannot command the
 // terminal.
-inline std::string printable(const std::string& text) {
+inline std::string terminal_safe(const std::string& text) {
     std::string result;
     for (const unsigned char c : text) {
         const bool is_control = (c < 0x20 && c != '\n' && c != '\t') || c == 0x7f;

@@ -226,10 +226,12 @@ class SequenceSet {
           shuffle_seed_(shuffle_seed.value_or(0)) {
         CHECK(end - begin > T, "--seq_len %lld: a sequence and its targets are %lld tokens, but %s has only %lld",
               (long long)T, (long long)T + 1, what.c_str(), (long long)(end - begin));
-        num_sequences_ = (end - begin - 1) / T;
+        num_tokens_ = end - begin;
+        num_sequences_ = (num_tokens_ - 1) / T;
     }
 
     int64_t num_sequences() const { return num_sequences_; }  // of an epoch; at least 1
+    int64_t num_tokens() const { return num_tokens_; }        // of the part
     const TokenStream& stream() const { return *stream_; }
 
     // The sequence at `position` of the endless order, epoch after epoch, into out [T + 1]. Which one it is depends on
@@ -250,7 +252,7 @@ class SequenceSet {
     int64_t begin_, T_;
     bool is_shuffled_;
     uint64_t shuffle_seed_;
-    int64_t num_sequences_ = 0;
+    int64_t num_tokens_ = 0, num_sequences_ = 0;
 };
 
 // What a run reads.

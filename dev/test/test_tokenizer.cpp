@@ -62,5 +62,6 @@ TEST_F(TokenizerTest, ShardsAreNumbers) {
 }
 
 TEST_F(TokenizerTest, TextCannotCommandTheTerminal) {
-    EXPECT_EQ(printable("a\tb\n\x1b[2J\r\x7f\xc3\xa9" + std::string(1, '\0')), "a\tb\n\\x1b[2J\\x0d\\x7f\xc3\xa9\\x00");
+    EXPECT_EQ(terminal_safe("a\tb\n\x1b[2J\r\x7f\xc3\xa9" + std::string(1, '\0')),
+              "a\tb\n\\x1b[2J\\x0d\\x7f\xc3\xa9\\x00");
 }

@@ -1,0 +1,220 @@
+#!/usr/bin/env bash
+# Bad input to ./train_gpt_cpu: each ends with one sentence on stderr that names file or flag, and a status that is neither
+# zero nor a crash; checkpoints that exist stay as they were.
+#   dev/test/e2e_bad_input.sh [TRAINER]
+set -uo pipefail
+cd "$(dirname "$0")/../.." || exit 1
+# These models are too small to share among threads.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+trainer=${1:-./train_gpt_cpu}
+work=$(mktemp -d)
+cleanup() {
+    mountpoint -q "$work/small_disk" 2>/dev/null && umount "$work/small_disk"
+    rm -rf "$work"
+}
+trap cleanup EXIT
+failed=0
+ok() { echo "ok   $1"; }
+bad() {
+    echo "FAIL $1"
+    failed=1
+}
+
+# refused NAME PATTERN FLAG...: a run with these flags ends as the head of this file says, and its sentence has PATTERN.
+refused() {
+    local name=$1 pattern=$2 status=0
+    shift 2
+    timeout 60 "$trainer" "${small[@]}" "$@" >"$work/out" 2>"$work/err" || status=$?
+    if [ $status -eq 0 ]; then
+        bad "$name: exit 0"
+    elif [ $status -ge 124 ]; then
+        bad "$name: ended with status $status (a crash or a hang)"
+    elif [ "$(wc -l <"$work/err")" -ne 1 ]; then
+        bad "$name: expected one line on stderr, got:"
+        sed 's/^/     /' "$work/err"
+    elif ! grep -Eq -- "$pattern" "$work/err"; then
+        bad "$name: '$(cat "$work/err")' does not match '$pattern'"
+    else
+        ok "$name: $(sed "s#$work/##g" "$work/err")"
+    fi
+}
+# The same for a run that is gone on with: its settings are those saved with it.
+resume_refused() {
+    local small=()
+    refused "$1" "$2" --resume "${@:3}"
+}
+newest() { find "$1" -maxdepth 1 -type d -name 'step*' | LC_ALL=C sort | tail -1; }
+fingerprint() { find "$1" -type f -path '*step*' -exec sha256sum {} + | LC_ALL=C sort; }
+unchanged() { if [ "$(fingerprint "$2")" = "$3" ]; then ok "$1"; else bad "$1"; fi; }
+
+find /usr/include -maxdepth 1 -name '*.h' -print0 | LC_ALL=C sort -z | xargs -0 cat 2>/dev/null | head -c 100000 >"$work/corpus.txt"
+shape=(--num_layers 1 --width 32 --num_heads 2 --num_kv_heads 1 --head_dim 16 --ffn_width 32)
+small=(--seq_len 32 --batch_size 2 --max_steps 2 --eval_batches 1 --sample_tokens 0)
+data=(--train_data "$work/corpus.txt")
+
+# ---- data
+refused "missing file" "no_such.txt" --train_data "$work/no_such.txt" --output_dir "$work/a"
+refused "pattern without a match" "no_such" --train_data "$work/no_such*.txt" --output_dir "$work/a"
+: >"$work/empty.txt"
+refused "empty file" "empty.txt|--train_data" --train_data "$work/empty.txt" --output_dir "$work/a"
+mkdir "$work/folder"
+refused "folder as data" "$work/folder" --train_data "$work/folder" --output_dir "$work/a"
+printf 'short' >"$work/short.txt"
+refused "T longer than the data" "--seq_len" --train_data "$work/short.txt" --output_dir "$work/a"
+refused "T longer than the validation data" "--seq_len|--val_data" "${data[@]}" --val_data "$work/short.txt" --output_dir "$work/a"
+refused "bytes do not fit the vocabulary" "--vocab_size" "${data[@]}" --vocab_size 100 --output_dir "$work/a"
+refused "markers do not fit the vocabulary" "--byte_markers" "${data[@]}" --vocab_size 256 --output_dir "$work/a"
+refused "bytes where shards are asked for" "corpus.txt" "${data[@]}" --data_format shards --output_dir "$work/a"
+if command -v perl >/dev/null; then
+    # shard FILE MAGIC VERSION STATED_TOKENS ACTUAL_TOKENS TOKEN
+    shard() { perl -e 'binmode STDOUT; print pack("V256", @ARGV[0..2], (0) x 253), pack("v*", ($ARGV[4]) x $ARGV[3])' "${@:2}" >"$1"; }
+    shard "$work/good.bin" 20240520 1 5000 5000 7
+    head -c 500 "$work/good.bin" >"$work/header_cut.bin"
+    refused "shard cut inside its header" "header_cut.bin" --train_data "$work/header_cut.bin" --output_dir "$work/a"
+    head -c 5000 "$work/good.bin" >"$work/cut.bin"
+    refused "truncated shard" "cut.bin" --train_data "$work/cut.bin" --output_dir "$work/a"
+    shard "$work/lies.bin" 20240520 1 4000000000 5000 7
+    refused "shard that states too many tokens" "lies.bin" --train_data "$work/lies.bin" --output_dir "$work/a"
+    shard "$work/version.bin" 20240520 9 5000 5000 7
+    refused "shard of another version" "version.bin" --train_data "$work/version.bin" --output_dir "$work/a"
+    shard "$work/foreign.bin" 20241111 1 5000 5000 7
+    refused "foreign shard" "foreign.bin" --train_data "$work/foreign.bin" --data_format shards --output_dir "$work/a"
+    shard "$work/no_tokens.bin" 20240520 1 0 0 7
+    refused "shard without tokens" "no_tokens.bin|--train_data" --train_data "$work/no_tokens.bin" --output_dir "$work/a"
+    shard "$work/outside.bin" 20240520 1 5000 5000 300
+    refused "token outside the vocabulary" "outside.bin" --train_data "$work/outside.bin" --output_dir "$work/a"
+else
+    echo "skip shards: no perl"
+fi
+
+# ---- flags that cannot be
+refused "unknown flag" "nearest is --seq_len" "${data[@]}" --seq_length 5
+refused "unknown setting in a file" "x.toml line 1: .*nearest is 'seq_len'" --config <(echo) --config "$(echo 'seq_length = 5' >"$work/x.toml" && echo "$work/x.toml")"
+refused "heads that do not divide" "--num_kv_heads 3" "${data[@]}" --num_kv_heads 3
+refused "batch that does not divide" "--global_batch 3" "${data[@]}" --global_batch 3
+refused "Lighthouse flag under dense attention" "--lighthouse_topk" "${data[@]}" --lighthouse_topk 128
+refused "illegal Lighthouse geometry" "--seq_len 32: .*nearest" "${data[@]}" --attention lighthouse --lighthouse_topk 128
+resume_refused "resume of nothing" "settings.toml" --output_dir "$work/nothing"
+[ ! -e "$work/a" ] && ok "a refused run leaves no output folder" || bad "a refused run left $work/a: $(ls "$work/a")"
+
+# ---- a run that stands
+"$trainer" "${small[@]}" "${shape[@]}" "${data[@]}" --output_dir "$work/run" --max_steps 4 --checkpoint_every 2 --keep_checkpoints 0 >/dev/null || bad "the run to start from"
+checkpoint=$(newest "$work/run")
+before=$(fingerprint "$work/run")
+refused "a folder that already holds a run" "already holds a run" "${data[@]}" "${shape[@]}" --output_dir "$work/run"
+resume_refused "resume and init_from" "--init_from contradict" --init_from "$checkpoint" --output_dir "$work/run"
+unchanged "its checkpoints are as they were" "$work/run" "$before"
+
+# ---- folders of weights
+refused "init_from a missing folder" "no_such" "${data[@]}" --init_from "$work/no_such" --output_dir "$work/a"
+refused "init_from a folder without a model" "config.json" "${data[@]}" --init_from "$work/folder" --output_dir "$work/a"
+refused "flag contradicts the checkpoint" "--width 64 contradicts" "${data[@]}" --init_from "$checkpoint" --width 64 --output_dir "$work/a"
+# A folder as other tools write it, without the manifest that would give any change away.
+copy() {
+    rm -rf "$work/hf"
+    cp -r "$checkpoint" "$work/hf"
+    rm "$work/hf/manifest.json"
+}
+init_refused() { refused "$1" "$2" "${data[@]}" --init_from "$work/hf" --output_dir "$work/a"; }
+copy
+sed -i 's/"hidden_size": *[0-9]*/"hidden_size": 64/' "$work/hf/config.json"
+init_refused "config.json does not match the tensors" "config.json|model.safetensors"
+copy
+echo '{"hidden_size": 32' >"$work/hf/config.json"
+init_refused "config.json is no JSON" "config.json"
+copy
+sed -i 's/"hidden_size": *[0-9]*/"hidden_size": -5/' "$work/hf/config.json"
+init_refused "config.json with a negative size" "config.json|--width"
+copy
+rm "$work/hf/model.safetensors"
+init_refused "no model.safetensors" "model.safetensors"
+size=$(stat -c %s "$checkpoint/model.safetensors")
+for length in 0 7 8 100 $((size / 2)) $((size - 1)); do
+    copy
+    truncate -s "$length" "$work/hf/model.safetensors"
+    init_refused "model.safetensors cut to $length bytes" "model.safetensors"
+done
+copy
+printf '\xff\xff\xff\xff\xff\xff\xff\x7f' | dd of="$work/hf/model.safetensors" conv=notrunc status=none
+init_refused "a header length that lies" "model.safetensors"
+for offset in 3 60; do
+    copy
+    printf '\x5a' | dd of="$work/hf/model.safetensors" bs=1 seek="$offset" conv=notrunc status=none
+    init_refused "model.safetensors with a changed header byte at $offset" "$work/hf"
+done
+for offset in 3 60 $((size - 100)); do
+    copy
+    cp "$checkpoint/manifest.json" "$work/hf/"
+    printf '\x5a' | dd of="$work/hf/model.safetensors" bs=1 seek="$offset" conv=notrunc status=none
+    init_refused "a checkpoint's model.safetensors with a changed byte at $offset" "model.safetensors"
+done
+
+# ---- resume: a damaged newest checkpoint is passed over for the one before; with none whole the run is refused
+for file in "$checkpoint"/*; do
+    name=$(basename "$file")
+    rm -rf "$work/damaged"
+    cp -r "$work/run" "$work/damaged"
+    truncate -s $(($(stat -c %s "$file") / 2)) "$(newest "$work/damaged")/$name"
+    if "$trainer" --resume --output_dir "$work/damaged" --max_steps 5 >"$work/out" 2>"$work/err" && grep -q 'step 2$' <(grep 'resumed from' "$work/out"); then
+        ok "newest checkpoint with half of $name: resumed from the one before"
+    else
+        bad "newest checkpoint with half of $name: $(grep -h 'resumed from' "$work/out") $(cat "$work/err")"
+    fi
+done
+for file in "$checkpoint"/*; do
+    name=$(basename "$file") size=$(stat -c %s "$file")
+    last=$((size - 1))
+    [ "$name" = manifest.json ] && last=$((size - 2)) # without its final line end it says the same
+    for length in missing 0 1 $((size / 3)) $last; do
+        rm -rf "$work/only"
+        mkdir "$work/only"
+        cp -r "$work/run/settings.toml" "$checkpoint" "$work/only/"
+        if [ "$length" = missing ]; then rm "$work/only"/step*/"$name"; else truncate -s "$length" "$work/only"/step*/"$name"; fi
+        resume_refused "only checkpoint, $name $length" "only" --output_dir "$work/only" --max_steps 5 >>"$work/cuts"
+    done
+done
+if grep FAIL "$work/cuts"; then failed=1; else ok "checkpoint cut at $(wc -l <"$work/cuts") places: $(tail -1 "$work/cuts")"; fi
+rm "$work/run/settings.toml"
+resume_refused "resume without settings" "settings.toml" --output_dir "$work/run"
+
+# ---- output that cannot be written
+echo file >"$work/file"
+refused "output_dir is a file" "$work/file" "${data[@]}" "${shape[@]}" --output_dir "$work/file"
+refused "output_dir below a file" "$work/file" "${data[@]}" "${shape[@]}" --output_dir "$work/file/run"
+if [ "$(id -u)" -ne 0 ]; then
+    mkdir "$work/read_only" && chmod a-w "$work/read_only"
+    refused "read-only output folder" "read_only" "${data[@]}" "${shape[@]}" --output_dir "$work/read_only/run"
+elif [ -d /proc/1 ]; then
+    refused "output folder where nothing can be made" "/proc" "${data[@]}" "${shape[@]}" --output_dir /proc/run
+fi
+# A limit on the size of files stands for a full disk: weights do not fit, the metrics do.
+full_disk() { (
+    trap '' XFSZ
+    ulimit -f 40
+    exec "$@"
+); }
+cp -r "$work/damaged" "$work/full"
+before=$(fingerprint "$work/full")
+status=0
+full_disk "$trainer" --resume --output_dir "$work/full" --max_steps 7 >"$work/out" 2>"$work/err" || status=$?
+if [ $status -ne 0 ] && [ $status -lt 124 ] && [ "$(wc -l <"$work/err")" -eq 1 ]; then
+    ok "full disk: $(sed "s#$work/##g" "$work/err")"
+else
+    bad "full disk: status $status, $(cat "$work/err")"
+fi
+unchanged "checkpoints survive a full disk" "$work/full" "$before"
+mkdir "$work/small_disk"
+if mount -t tmpfs -o size=256k tmpfs "$work/small_disk" 2>/dev/null; then
+    refused "a disk that fills up" "small_disk" "${data[@]}" "${shape[@]}" --output_dir "$work/small_disk/run" --max_steps 50 --checkpoint_every 1 --keep_checkpoints 0
+    left=$(find "$work/small_disk/run" -maxdepth 1 -type d -name 'step*' | wc -l)
+    if "$trainer" --max_steps 0 --resume --output_dir "$work/small_disk/run" --val_data "$work/corpus.txt" >/dev/null 2>"$work/err"; then
+        ok "the newest of the $left checkpoints on the full disk is whole"
+    else
+        bad "after the disk filled up: $(cat "$work/err")"
+    fi
+else
+    echo "skip a disk that fills up: tmpfs cannot be mounted here"
+fi
+
+[ $failed -eq 0 ] && echo "all passed"
+exit $failed

@@ -1,0 +1,189 @@
+#!/usr/bin/env bash
+# ./train_gpt_cpu from end to end on a small corpus: it learns, resumes bit for bit, stops on signals, evaluates, reads
+# settings files, shards and its own checkpoints, skips non-finite steps, and switches from Lighthouse to dense attention.
+#   dev/test/e2e_train.sh [TRAINER]
+set -uo pipefail
+cd "$(dirname "$0")/../.." || exit 1
+# These models are too small to share among threads.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+trainer=${1:-./train_gpt_cpu}
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failed=0
+
+ok() { echo "ok   $1"; }
+bad() {
+    echo "FAIL $1"
+    failed=1
+}
+# expect NAME COMMAND...: the command succeeds.
+expect() {
+    local name=$1
+    shift
+    if "$@" >"$work/expect" 2>&1; then ok "$name"; else
+        bad "$name: $*"
+        tail -5 "$work/expect" | sed 's/^/     /'
+    fi
+}
+# train NAME FLAG...: a run into $work/NAME, its output in $work/NAME.out; returns its status.
+train() {
+    local name=$1
+    shift
+    "$trainer" "${small[@]}" --train_data "${data:-$work/corpus.txt}" --output_dir "$work/$name" "$@" >"$work/$name.out" 2>"$work/$name.err"
+}
+# start NAME FLAG...: the same in the background; its process is $pid. A job of its own, so that SIGINT reaches it.
+start() {
+    local name=$1
+    shift
+    set -m
+    "$trainer" "${small[@]}" --train_data "$work/corpus.txt" --output_dir "$work/$name" "$@" >"$work/$name.out" 2>"$work/$name.err" &
+    pid=$!
+    set +m
+}
+# wait_for SECONDS COMMAND...: until the command succeeds.
+wait_for() {
+    local tries=$(($1 * 20))
+    shift
+    for _ in $(seq $tries); do
+        "$@" >/dev/null 2>&1 && return 0
+        sleep 0.05
+    done
+    return 1
+}
+# The losses of a run's steps, as they stand in metrics.jsonl: equal text is equal bits.
+losses() { grep '"event":"step"' "$work/$1/metrics.jsonl" | sed 's/.*"loss":\([^,]*\),.*/\1/'; }
+same_losses() { [ -n "$(losses "$1")" ] && [ "$(losses "$1")" = "$(losses "$2")" ]; }
+less() { awk -v a="$1" -v b="$2" 'BEGIN { exit !(a < b) }'; }
+close() { awk -v a="$1" -v b="$2" -v limit="$3" 'BEGIN { d = a - b; exit !((d < 0 ? -d : d) <= limit) }'; }
+newest() { find "$work/$1" -maxdepth 1 -type d -name 'step*' | LC_ALL=C sort | tail -1; }
+
+find /usr/include -maxdepth 1 -name '*.h' -print0 | LC_ALL=C sort -z | xargs -0 cat 2>/dev/null | head -c 400000 >"$work/corpus.txt"
+small=(--num_layers 2 --width 64 --num_heads 2 --num_kv_heads 1 --head_dim 32 --ffn_width 128 --seq_len 64 --batch_size 4
+    --max_steps 20 --warmup_steps 4 --eval_every 10 --eval_batches 4 --sample_tokens 0)
+
+# ---- a run: learns, reports, leaves a checkpoint
+expect "train 20 steps" train whole --checkpoint_every 10 --keep_checkpoints 0
+first=$(losses whole | head -1) last=$(losses whole | tail -1)
+expect "first loss $first is near that of a uniform guess, ln 258" close "$first" 5.553 0.3
+expect "loss falls to $last" less "$last" "$(awk -v a="$first" 'BEGIN { print a - 0.5 }')"
+expect "20 step lines on the terminal" test "$(grep -c '^step .*| loss .*| norm .*| lr .*| .* ms | .* tok/s |.*left' "$work/whole.out")" -eq 20
+expect "20 steps in metrics.jsonl" test "$(losses whole | wc -l)" -eq 20
+expect "no progress bar off a terminal" test "$(grep -c $'\r' "$work/whole.out")" -eq 0
+expect "validation loss with 6 digits" grep -Eq 'validation loss [0-9]+\.[0-9]{6}' "$work/whole.out"
+expect "a checkpoint Hugging Face tools read" test -s "$(newest whole)/model.safetensors" -a -s "$(newest whole)/config.json"
+expect "settings saved" grep -q '^seq_len = 64$' "$work/whole/settings.toml"
+expect "summary says where checkpoint and metrics are" grep -q "$work/whole/metrics.jsonl" "$work/whole.out"
+
+# ---- resume is bit-identical
+mkdir -p "$work/half"
+cp -r "$work/whole/." "$work/half/"
+rm -r "$(newest half)"
+expect "resume from step 10" "$trainer" --resume --output_dir "$work/half"
+expect "resumed losses are the same bits" same_losses whole half
+expect "resumed weights are the same bits" cmp "$(newest whole)/model.safetensors" "$(newest half)/model.safetensors"
+expect "train 10 of 20 steps" train two --max_steps 10 --decay_steps 20
+expect "then the rest" "$trainer" --resume --output_dir "$work/two" --max_steps 20
+expect "losses of 10 + 10 steps are those of 20" same_losses whole two
+start killed --checkpoint_every 5 --max_steps 100000 --decay_steps 20
+wait_for 30 grep -q '"step":12,' "$work/killed/metrics.jsonl"
+kill -KILL "$pid"
+wait "$pid" 2>/dev/null
+expect "resume after kill -9" "$trainer" --resume --output_dir "$work/killed" --max_steps 20
+expect "losses after kill -9 are the same bits" test "$(losses killed | head -20)" = "$(losses whole)"
+
+# ---- the order of data and the micro-batches
+expect "gradient accumulation" train accumulated --batch_size 2 --global_batch 4
+expect "accumulated loss is that of one batch" close "$(losses accumulated | sed -n 10p)" "$(losses whole | sed -n 10p)" 0.001
+expect "another shuffle" train shuffled --shuffle_seed 1 --max_steps 2
+expect "another shuffle is another order" test "$(losses shuffled | sed -n 2p)" != "$(losses whole | sed -n 2p)"
+
+# ---- signals
+for signal in TERM INT USR1; do
+    start "stop_$signal" --max_steps 100000 --decay_steps 20
+    wait_for 30 grep -q '^step ' "$work/stop_$signal.out"
+    kill -"$signal" "$pid"
+    wait "$pid"
+    status=$?
+    expect "SIG$signal: exit 0" test $status -eq 0
+    expect "SIG$signal: says how to resume" grep -q -- "--resume --output_dir $work/stop_$signal" "$work/stop_$signal.out"
+    expect "SIG$signal: checkpoint" test -s "$(newest "stop_$signal")/model.safetensors"
+done
+stopped=$(losses stop_TERM | wc -l)
+resume=$(grep -- '--resume --output_dir' "$work/stop_TERM.out" | tail -1)
+expect "the printed command resumes" bash -c "$resume --max_steps $((stopped + 3))"
+expect "three more steps" test "$(losses stop_TERM | wc -l)" -eq $((stopped + 3))
+
+start twice --seq_len 2048 --num_layers 8 --max_steps 100000
+wait_for 30 test -s "$work/twice/metrics.jsonl"
+kill -TERM "$pid"
+sleep 0.2
+kill -TERM "$pid"
+wait "$pid"
+expect "a second signal ends at once" test $? -eq 143
+
+# ---- evaluation alone
+head -c 20000 "$work/corpus.txt" >"$work/val.txt"
+expect "evaluate a checkpoint" bash -c "'$trainer' --max_steps 0 --init_from '$(newest whole)' --seq_len 64 --val_data '$work/val.txt' >'$work/eval.out'"
+expect "evaluation prints 6 digits" grep -Eq 'validation loss [0-9]+\.[0-9]{6}' "$work/eval.out"
+expect "evaluate the newest of a run" bash -c "'$trainer' --max_steps 0 --resume --output_dir '$work/whole' --val_data '$work/val.txt' >'$work/eval2.out'"
+expect "both print the same loss" test "$(grep -o 'validation loss [0-9.]*' "$work/eval.out")" = "$(grep -o 'validation loss [0-9.]*' "$work/eval2.out")"
+expect "evaluation leaves the run as it was" test "$(losses whole | wc -l)" -eq 20
+
+# ---- settings file; the command line wins
+cat >"$work/run.toml" <<TOML
+# settings
+train_data = ["$work/corpus.txt"]
+num_layers = 1
+width = 32
+num_heads = 1
+num_kv_heads = 1
+ffn_width = 64
+seq_len = 32
+max_steps = 50
+sample_tokens = 8
+sample_prompt = "#include <"
+TOML
+expect "settings file" bash -c "'$trainer' --config '$work/run.toml' --max_steps 3 --output_dir '$work/toml' >'$work/toml.out'"
+expect "the command line wins" test "$(losses toml | wc -l)" -eq 3
+expect "a sample continues the prompt" grep -q '#include <' "$work/toml.out"
+
+# ---- its own checkpoint as a start; another shape by flag is refused
+expect "start from a checkpoint" train from_whole --init_from "$(newest whole)" --max_steps 2
+expect "it starts where that ended" less "$(losses from_whole | head -1)" "$(awk -v a="$first" 'BEGIN { print a - 0.4 }')"
+
+# ---- token shards of both kinds hold the same tokens as the bytes
+if command -v perl >/dev/null; then
+    shard() { perl -e 'local $/; open F, "<", $ARGV[0]; binmode F; binmode STDOUT; @t = unpack("C*", <F>);
+        print pack("V256", $ARGV[1], $ARGV[2], scalar @t, (0) x 253), pack($ARGV[3], @t)' "$work/corpus.txt" "$@"; }
+    shard 20240520 1 'v*' >"$work/u16.bin"
+    shard 20240801 7 'V*' >"$work/u32.bin"
+    expect "bytes without markers" train bytes --byte_markers false --max_steps 3
+    data=$work/u16.bin expect "uint16 shard" train u16 --max_steps 3
+    data=$work/u32.bin expect "uint32 shard" train u32 --max_steps 3
+    expect "uint16 tokens are the bytes" same_losses bytes u16
+    expect "uint32 tokens are the bytes" same_losses bytes u32
+else
+    echo "skip shards: no perl"
+fi
+
+# ---- non-finite steps
+status=0
+train diverged --learning_rate 1e30 --warmup_steps 0 --max_grad_norm 0 --max_skipped 3 || status=$?
+expect "max_skipped stops the run with status 1" test $status -eq 1
+expect "it says what was not finite" grep -q 'not finite' "$work/diverged.err"
+expect "skips are logged with data position and tensor" grep -Eq '"event":"skip".*"(loss|grad_norm)":null.*"data_position":[0-9]+.*"first_bad_tensor":"[a-z]' "$work/diverged/metrics.jsonl"
+expect "a checkpoint was written" test -s "$(newest diverged)/model.safetensors"
+
+# ---- Lighthouse: the switch inside one run, and by resuming under dense attention
+lighthouse=(--attention lighthouse --seq_len 512 --batch_size 1 --lighthouse_levels 2 --lighthouse_pool 2 --lighthouse_topk 128
+    --lighthouse_dense_layers none --eval_batches 2 --max_steps 6 --eval_every 3)
+expect "Lighthouse, dense from step 4" train switched "${lighthouse[@]}" --lighthouse_steps 4
+expect "the switch is logged" grep -q '"event":"attention_switch","step":4,"attention":"dense"' "$work/switched/metrics.jsonl"
+expect "validation under dense attention too" grep -Eq '"event":"validation","step":3,.*"dense_loss":[0-9.]+' "$work/switched/metrics.jsonl"
+expect "geometry is printed" grep -Eq 'T 512, S 512|T 512, S [0-9]+' "$work/switched.out"
+expect "Lighthouse, 4 steps" train resumed_dense "${lighthouse[@]}" --max_steps 4 --decay_steps 6
+expect "the rest under dense attention" "$trainer" --resume --output_dir "$work/resumed_dense" --attention dense --max_steps 6
+expect "both ways give the same bits" same_losses switched resumed_dense
+
+[ $failed -eq 0 ] && echo "all passed"
+exit $failed

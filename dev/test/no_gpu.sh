@@ -1,0 +1,24 @@
+#!/usr/bin/env bash
+# The GPU programs on a machine without a GPU: --help works, and a run ends with one sentence and a non-zero status.
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+    echo "this machine has a GPU: nothing to test"
+    exit 0
+fi
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+./train_gpt --help >"$work/help"
+grep -q -- '--seq_len' "$work/help"
+
+head -c 100000 /dev/urandom >"$work/data.txt"
+status=0
+./train_gpt --train_data "$work/data.txt" --output_dir "$work/run" --max_steps 1 >"$work/out" 2>"$work/err" || status=$?
+[ $status -ne 0 ] || { echo "train_gpt without a GPU exited 0"; exit 1; }
+[ "$(wc -l <"$work/err")" -eq 1 ] || { echo "expected one line on stderr:"; cat "$work/err"; exit 1; }
+grep -qi 'gpu' "$work/err" || { echo "the sentence does not name the GPU:"; cat "$work/err"; exit 1; }
+echo "ok   train_gpt without a GPU: $(cat "$work/err")"
+
+status=0
+./test_gpt >"$work/out" 2>"$work/err" || status=$?
+[ $status -ne 0 ] || { echo "test_gpt without a GPU exited 0"; exit 1; }

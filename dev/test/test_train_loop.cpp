@@ -1,0 +1,327 @@
+// test_train_loop.cpp: the training loop around a model that does as told: what is skipped, counted, logged, saved,
+// restored, switched and stopped, and when.
+#include <gtest/gtest.h>
+#include <omp.h>
+
+#include <cmath>
+#include <csignal>
+#include <functional>
+#include <sstream>
+
+#include "llmc/train_loop.h"
+
+namespace {
+
+// One number is trained: the first weight, which moves by a rule that depends on the step's tokens. Everything a step
+// was given is recorded.
+class FakeModel : public TrainableModel {
+  public:
+    explicit FakeModel(const ModelConfig& config) : config_(config), table_(make_parameter_table(config)) {
+        for (std::vector<std::vector<float>>& kind : state_) {
+            for (const ParameterTensor& tensor : table_.tensors) {
+                kind.emplace_back(tensor.num_elements(), -7.0f);  // until it is set
+            }
+        }
+    }
+    const ModelConfig& config() const override { return config_; }
+    const ParameterTable& parameters() const override { return table_; }
+    void set_attention(AttentionMode mode) override { attention = mode; }
+
+    void begin_step() override { loss_ = 0.0; }
+    void accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) override {
+        double sum = 0.0;
+        for (int64_t i = 0; i < B * (T + 1); ++i) {
+            sum += std::sin((double)tokens[i] * (double)(i + 1));
+        }
+        loss_ += loss_weight * (sum + state_[0][0][0]);
+        attention_of_steps.push_back(attention);
+    }
+    StepResult update(const AdamWSettings& settings) override {
+        ++num_updates;
+        adam_steps.push_back(settings.adam_step);
+        if (on_update) {
+            on_update(num_updates);
+        }
+        StepResult result;
+        result.loss = loss_, result.grad_norm = std::fabs(loss_);
+        result.skipped = is_bad && is_bad(num_updates);
+        if (result.skipped) {
+            result.loss = NAN;
+            result.first_bad_tensor = "layer0.qkv";
+            return result;
+        }
+        for (int kind = 0; kind < 3; ++kind) {
+            float& x = state_[kind][0][0];
+            x = (float)(0.9 * x + settings.learning_rate * loss_ * (kind + 1) / (double)settings.adam_step);
+        }
+        return result;
+    }
+
+    double evaluate(const int32_t*, int, int64_t) override {
+        attention_of_evaluations.push_back(attention);
+        return attention == AttentionMode::dense ? 1.0 : 2.0;
+    }
+    void next_token_logits(const int32_t*, int64_t, float* logits) override {
+        std::fill_n(logits, config_.vocab_size, 0.0f);
+        logits['x'] = 50.0f;
+    }
+    int64_t max_sequence_length() const override { return 512; }
+    void read_state(StateKind kind, int tensor, float* out) override {
+        std::copy(state_[(int)kind][tensor].begin(), state_[(int)kind][tensor].end(), out);
+    }
+    void write_state(StateKind kind, int tensor, const float* in) override {
+        std::copy_n(in, state_[(int)kind][tensor].size(), state_[(int)kind][tensor].begin());
+    }
+    void read_gradient(int, float*) override {}
+    double peak_memory_gib() const override { return 0.0; }
+
+    const std::vector<std::vector<float>>& state(StateKind kind) const { return state_[(int)kind]; }
+
+    std::function<bool(int)> is_bad;  // whether update n (1 is the first) is not finite
+    std::function<void(int)> on_update;
+    int num_updates = 0;
+    std::vector<int64_t> adam_steps;
+    AttentionMode attention = AttentionMode::dense;
+    std::vector<AttentionMode> attention_of_steps, attention_of_evaluations;
+
+  private:
+    ModelConfig config_;
+    ParameterTable table_;
+    std::vector<std::vector<float>> state_[3];
+    double loss_ = 0.0;
+};
+
+class TrainLoop : public testing::Test {
+  protected:
+    void SetUp() override {
+        omp_set_num_threads(1);  // the process that SecondSignalEndsTheProcess forks has no other threads
+        ASSERT_NE(mkdtemp(folder_.data()), nullptr);
+        std::ofstream data(folder_ + "/data.txt", std::ios::binary);
+        for (int i = 0; i < 20000; ++i) {
+            data << (char)(32 + i * 7919 % 90);
+        }
+        config_.model.width = config_.model.ffn_width = config_.model.head_dim = 8;
+        config_.model.num_layers = config_.model.num_heads = config_.model.num_kv_heads = 1;
+        config_.train_data = {folder_ + "/data.txt"};
+        config_.output_dir = folder_ + "/run";
+        config_.warmup_steps = 2, config_.seq_len = 16, config_.batch_size = 2, config_.max_steps = 8,
+        config_.eval_every = 0, config_.sample_tokens = 0;
+        stop_signal::received = 0;
+    }
+    void TearDown() override { EXPECT_EQ(std::system(("rm -rf '" + folder_ + "'").c_str()), 0); }
+
+    int run(FakeModel& model, const RunConfig& config) {
+        validate(config);
+        testing::internal::CaptureStdout();
+        testing::internal::CaptureStderr();
+        const int status = run_training(model, config, DeviceInfo());
+        out_ = testing::internal::GetCapturedStdout();
+        err_ = testing::internal::GetCapturedStderr();
+        return status;
+    }
+    RunConfig resumed(RunConfig config) const {
+        config.resume = true;
+        config.checkpoint = find_newest_checkpoint(config.output_dir).value_or("");
+        EXPECT_FALSE(config.checkpoint.empty());
+        return config;
+    }
+    // The lines of metrics.jsonl with this event.
+    std::vector<Json> events(const std::string& event) const {
+        std::vector<Json> found;
+        std::ifstream file(config_.output_dir + "/metrics.jsonl");
+        for (std::string line; std::getline(file, line);) {
+            const Json object = Json::parse(line);
+            if (object["event"] == event) {
+                found.push_back(object);
+            }
+        }
+        return found;
+    }
+    std::vector<double> losses() const {
+        std::vector<double> values;
+        for (const Json& step : events("step")) {
+            values.push_back(step["loss"].get<double>());
+        }
+        return values;
+    }
+
+    std::string folder_ = testing::TempDir() + "llmc_loop_XXXXXX", out_, err_;
+    RunConfig config_;
+};
+
+}  // namespace
+
+TEST_F(TrainLoop, FreshRunInitializesFromTheSeed) {
+    FakeModel model(config_.model), again(config_.model), other(config_.model);
+    RunConfig no_steps = config_;
+    no_steps.max_steps = 0;
+    run(model, no_steps), run(again, no_steps);
+    no_steps.seed = 1;
+    run(other, no_steps);
+    EXPECT_EQ(model.state(StateKind::master), again.state(StateKind::master));
+    EXPECT_NE(model.state(StateKind::master), other.state(StateKind::master));
+    const ParameterTable& table = model.parameters();
+    for (size_t i = 0; i < table.tensors.size(); ++i) {
+        double sum = 0.0, squares = 0.0;
+        for (const float x : model.state(StateKind::master)[i]) {
+            sum += x, squares += (double)x * x;
+        }
+        const double n = (double)table.tensors[i].num_elements(), std = table.tensors[i].init_std;
+        if (std == 0.0) {
+            EXPECT_EQ(sum, n) << table.tensors[i].name;
+        } else {
+            EXPECT_NEAR(sum / n, 0.0, 5 * std / std::sqrt(n)) << table.tensors[i].name;
+            EXPECT_NEAR(std::sqrt(squares / n), std, 5 * std / std::sqrt(2 * n)) << table.tensors[i].name;
+        }
+        for (const float x : model.state(StateKind::exp_avg_sq)[i]) {
+            ASSERT_EQ(x, 0.0f);
+        }
+    }
+    EXPECT_FALSE(std::filesystem::exists(config_.output_dir)) << "--max_steps 0 writes nothing";
+    EXPECT_NE(out_.find("validation loss 1.000000"), std::string::npos) << out_;
+}
+
+TEST_F(TrainLoop, ResumeIsBitIdentical) {
+    FakeModel whole(config_.model);
+    EXPECT_EQ(run(whole, config_), 0);
+    const std::vector<double> expected = losses();
+    ASSERT_EQ(expected.size(), 8u);
+    for (int stop = 1; stop < 8; ++stop) {
+        std::filesystem::remove_all(config_.output_dir);
+        RunConfig first = config_;
+        first.max_steps = stop, first.decay_steps = 8;
+        FakeModel before(config_.model), after(config_.model);
+        run(before, first);
+        EXPECT_EQ(run(after, resumed(config_)), 0);
+        EXPECT_EQ(losses(), expected) << "stopped after " << stop;
+        for (const StateKind kind : {StateKind::master, StateKind::exp_avg, StateKind::exp_avg_sq}) {
+            EXPECT_EQ(after.state(kind), whole.state(kind)) << state_kind_name(kind);
+        }
+    }
+}
+
+TEST_F(TrainLoop, SkippedStepsAreCountedLoggedAndNotApplied) {
+    FakeModel model(config_.model);
+    model.is_bad = [](int n) { return n == 3 || n == 4; };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_EQ(model.adam_steps, (std::vector<int64_t>{1, 2, 3, 3, 3, 4, 5, 6}));
+    const std::vector<Json> skips = events("skip");
+    ASSERT_EQ(skips.size(), 2u);
+    EXPECT_EQ(skips[0]["step"], 3);
+    EXPECT_EQ(skips[0]["data_position"], 4);
+    EXPECT_EQ(skips[0]["first_bad_tensor"], "layer0.qkv");
+    EXPECT_TRUE(skips[0]["loss"].is_null());
+    EXPECT_EQ(skips[1]["skipped"], 2);
+    EXPECT_EQ(losses().size(), 6u);
+    EXPECT_NE(out_.find("layer0.qkv"), std::string::npos);
+}
+
+TEST_F(TrainLoop, TooManySkipsInARowStopWithACheckpoint) {
+    config_.max_skipped = 3;
+    FakeModel model(config_.model);
+    model.is_bad = [](int n) { return n == 1 || n == 2 || n >= 4; };
+    EXPECT_EQ(run(model, config_), 1);
+    EXPECT_EQ(model.num_updates, 6) << "two, one good, three";
+    EXPECT_NE(err_.find("layer0.qkv"), std::string::npos) << err_;
+    EXPECT_NE(err_.find("sequence 6"), std::string::npos) << err_;
+    FakeModel after(config_.model);
+    EXPECT_EQ(run(after, resumed(config_)), 0) << "a checkpoint was written";
+    EXPECT_EQ(after.adam_steps, (std::vector<int64_t>{2, 3}));
+}
+
+TEST_F(TrainLoop, SkipsInARowAreCountedAcrossAResume) {
+    config_.max_skipped = 3;
+    RunConfig first = config_;
+    first.max_steps = 2;
+    FakeModel before(config_.model), after(config_.model);
+    before.is_bad = after.is_bad = [](int) { return true; };
+    run(before, first);
+    EXPECT_EQ(run(after, resumed(config_)), 1);
+    EXPECT_EQ(after.num_updates, 1);
+}
+
+TEST_F(TrainLoop, SignalFinishesTheStepAndSaves) {
+    for (const int signal_number : {SIGINT, SIGTERM, SIGUSR1}) {
+        std::filesystem::remove_all(config_.output_dir);
+        stop_signal::received = 0;
+        FakeModel model(config_.model);
+        model.on_update = [&](int n) {
+            if (n == 3) {
+                std::raise(signal_number);
+            }
+        };
+        EXPECT_EQ(run(model, config_), 0);
+        EXPECT_EQ(model.num_updates, 3);
+        EXPECT_EQ(losses().size(), 3u);
+        EXPECT_NE(out_.find("--resume --output_dir " + config_.output_dir), std::string::npos) << out_;
+        stop_signal::received = 0;
+        FakeModel after(config_.model);
+        EXPECT_EQ(run(after, resumed(config_)), 0);
+        EXPECT_EQ(after.num_updates, 5);
+    }
+}
+
+TEST_F(TrainLoop, SecondSignalEndsTheProcess) {
+    FakeModel model(config_.model);
+    model.on_update = [](int) { std::raise(SIGTERM), std::raise(SIGTERM); };
+    testing::internal::CaptureStdout();
+    EXPECT_EXIT(run_training(model, config_, DeviceInfo()), testing::ExitedWithCode(128 + SIGTERM),
+                "without a checkpoint");
+    testing::internal::GetCapturedStdout();
+}
+
+TEST_F(TrainLoop, SwitchesToDenseAttention) {
+    config_.attention = AttentionMode::lighthouse, config_.lighthouse_steps = 3, config_.eval_every = 2;
+    config_.lighthouse.levels = 2, config_.lighthouse.pool = 2, config_.lighthouse.topk = 128;
+    config_.lighthouse.dense_layers = {};
+    config_.seq_len = 256, config_.max_steps = 5;
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    const AttentionMode L = AttentionMode::lighthouse, D = AttentionMode::dense;
+    EXPECT_EQ(model.attention_of_steps, (std::vector<AttentionMode>{L, L, L, D, D}));
+    const std::vector<Json> switches = events("attention_switch"), validations = events("validation");
+    ASSERT_EQ(switches.size(), 1u);
+    EXPECT_EQ(switches[0]["step"], 3);
+    ASSERT_EQ(validations.size(), 3u) << "steps 2 and 4 and the end";
+    EXPECT_EQ(validations[0]["loss"], 2.0) << "under Lighthouse attention";
+    EXPECT_EQ(validations[0]["dense_loss"], 1.0);
+    EXPECT_EQ(validations[1]["loss"], 1.0);
+    EXPECT_NE(out_.find("lighthouse"), std::string::npos);
+}
+
+TEST_F(TrainLoop, CheckpointsAreKeptAsAsked) {
+    config_.checkpoint_every = 1, config_.keep_checkpoints = 2;
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    int folders = 0;
+    for (const auto& entry : std::filesystem::directory_iterator(config_.output_dir)) {
+        folders += entry.is_directory();
+    }
+    EXPECT_EQ(folders, 2);
+    EXPECT_EQ(events("checkpoint").size(), 8u);
+}
+
+TEST_F(TrainLoop, SamplesAreLoggedAndReproducible) {
+    config_.sample_every = 3, config_.sample_tokens = 5, config_.sample_prompt = "ab";
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    const std::vector<Json> samples = events("sample");
+    ASSERT_EQ(samples.size(), 3u) << "steps 3 and 6 and the end";
+    EXPECT_EQ(samples[0]["text"], "abxxxxx");
+}
+
+TEST_F(TrainLoop, GradientAccumulationCoversTheSameSequences) {
+    config_.global_batch = 6;
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_EQ(model.attention_of_steps.size(), 24u) << "three micro-batches a step";
+    EXPECT_EQ(events("step")[1]["data_position"], 6);
+}
+
+TEST_F(TrainLoop, ResumeBeyondTheLastStepChangesNothing) {
+    FakeModel model(config_.model), after(config_.model);
+    run(model, config_);
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    EXPECT_EQ(after.num_updates, 0);
+    EXPECT_EQ(losses().size(), 8u);
+}

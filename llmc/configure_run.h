@@ -1,0 +1,94 @@
+// configure_run.h: everything that is decided before a model exists: from the command line to settings that are known
+// to work together.
+#pragma once
+#include <cstdio>
+#include <ctime>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "checkpoint.h"  // the checkpoint to go on from
+#include "config.h"      // every setting
+#include "flags.h"       // settings from the command line
+#include "hf_config.h"   // the model's shape in a checkpoint
+
+// Whether a folder holds what a run writes: starting another run there would mix the two.
+inline bool holds_a_run(const std::string& output_dir) {
+    return std::filesystem::exists(output_dir + "/metrics.jsonl") || !checkpoint::list(output_dir).empty();
+}
+
+// runs/DATE-TIME, with a number behind it when that exists.
+inline std::string new_output_dir() {
+    const std::time_t now = std::time(nullptr);
+    char date_time[32];
+    std::strftime(date_time, sizeof date_time, "%Y%m%d-%H%M%S", std::localtime(&now));
+    const std::string base = std::string("runs/") + date_time;
+    std::string folder = base;
+    for (int i = 2; std::filesystem::exists(folder); ++i) {
+        folder = base + "-" + std::to_string(i);
+    }
+    return folder;
+}
+
+// A word as a shell reads it.
+inline std::string shell_quote(const std::string& word) {
+    const bool plain = !word.empty() && word.find_first_not_of(
+                                            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                                            "0123456789_-./=,:+@%") == std::string::npos;
+    if (plain) {
+        return word;
+    }
+    std::string quoted = "'";
+    for (const char c : word) {
+        quoted += c == '\'' ? "'\\''" : std::string(1, c);
+    }
+    return quoted + "'";
+}
+
+// The newest whole checkpoint in --output_dir. Damaged ones are passed over, with a line each on stderr; when there is
+// no other, that is the Error.
+inline std::string find_checkpoint_to_resume(const RunConfig& config) {
+    std::vector<std::string> damaged;
+    const std::optional<std::string> found = find_newest_checkpoint(config.output_dir, &damaged);
+    CHECK(found, "--resume: %s holds no whole checkpoint%s%s", config.output_dir.c_str(), damaged.empty() ? "" : ": ",
+          damaged.empty() ? "" : damaged[0].c_str());
+    for (const std::string& what : damaged) {
+        std::fprintf(stderr, "%s: passed over a damaged checkpoint: %s\n", config.program.c_str(), what.c_str());
+    }
+    return *found;
+}
+
+// Everything that is decided before a model exists: reads the command line, finds the checkpoint to start from and
+// takes the model's shape from it, chooses the output folder, checks all rules. Writes nothing. No value: --help was
+// printed. Throws Error for anything that cannot be run as asked.
+inline std::optional<RunConfig> configure_run(int argc, const char* const* argv) {
+    ParsedFlags parsed = parse_flags(argc, argv);
+    if (parsed.help) {
+        std::fputs(help_text(argv[0]).c_str(), stdout);
+        return std::nullopt;
+    }
+    check_given_flags(parsed);
+    RunConfig& config = parsed.config;
+    config.program = argv[0];
+    if (config.resume) {
+        config.checkpoint = find_checkpoint_to_resume(config);
+    } else {
+        config.checkpoint = config.init_from;
+    }
+    if (!config.checkpoint.empty()) {
+        take_model_shape(parsed, load_hf_config(config.checkpoint), config.checkpoint);
+    }
+    // Evaluation alone covers all validation data unless told otherwise.
+    if (config.max_steps == 0 && parsed.given.count("eval_batches") == 0) {
+        config.eval_batches = 0;
+    }
+    if (config.max_steps > 0 && config.output_dir.empty()) {
+        config.output_dir = new_output_dir();
+    }
+    validate(config);
+    CHECK(config.max_steps == 0 || config.resume || !holds_a_run(config.output_dir),
+          "--output_dir %s already holds a run: give --resume to go on with it, or name another folder",
+          config.output_dir.c_str());
+    return config;
+}

@@ -1,0 +1,458 @@
+// train_loop.h: one training run, top to bottom, for both trainers: settings -> data -> weights -> steps -> evaluation,
+// samples, checkpoints -> summary. The model is whatever implements TrainableModel.
+#pragma once
+#include <algorithm>
+#include <chrono>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "checkpoint.h"       // folders of weights, optimizer and training state
+#include "config.h"           // every setting
+#include "configure_run.h"    // settings from the command line
+#include "metrics.h"          // terminal and metrics.jsonl
+#include "mfu.h"              // FLOPs and peaks
+#include "random.h"           // initial weights, samples
+#include "sampler.h"          // next token from logits
+#include "schedule.h"         // learning rate
+#include "signals.h"          // stopping from outside
+#include "tokenizer.h"        // text to tokens and back
+#include "tokens.h"           // files to sequences of tokens
+#include "trainable_model.h"  // the model
+
+class TrainingRun {
+  public:
+    TrainingRun(TrainableModel& model, const RunConfig& config, const DeviceInfo& device)
+        : model_(model), config_(config), device_(device), terminal_(config.plain) {}
+
+    // Returns the status main ends with.
+    int run() {
+        stop_signal::install_handlers();
+        open_data();
+        load_or_initialize();
+        attention_ = config_.attention_at(state_.step);
+        model_.set_attention(attention_);
+        print_start();
+        if (config_.max_steps == 0) {
+            return evaluate_only();
+        }
+        open_output();
+        while (state_.step < config_.max_steps && !stop_signal::requested()) {
+            switch_attention_when_due();
+            const StepResult result = training_step();
+            if (result.skipped && state_.skipped_in_a_row >= config_.max_skipped) {
+                return stop_after_skips(result);
+            }
+            if (is_due(config_.eval_every)) {
+                evaluate();
+            }
+            if (is_due(config_.sample_every)) {
+                sample();
+            }
+            if (is_due(config_.checkpoint_every)) {
+                save();
+            }
+        }
+        return stop_signal::requested() ? stop_on_signal() : finish();
+    }
+
+  private:
+    using Clock = std::chrono::steady_clock;
+    static double seconds_since(Clock::time_point start) {
+        return std::chrono::duration<double>(Clock::now() - start).count();
+    }
+
+    // ---- start
+
+    void open_data() {
+        data_ = ::open_data(config_);
+        // What cannot be read or said is refused before anything is written.
+        if (data_.validation) {
+            read_batch(*data_.validation, 0, 1);
+        }
+        if (data_.train) {
+            read_batch(*data_.train, 0, 1);
+            tokenizer_.emplace(data_.train->stream(), config_.byte_markers, config_.model.vocab_size);
+            tokenizer_->encode_prompt(config_.sample_prompt);
+        }
+    }
+
+    // Weights and optimizer of a fresh run, of --init_from or of --resume.
+    void load_or_initialize() {
+        if (config_.resume) {
+            state_ = load_checkpoint(model_, config_.checkpoint);
+            checkpoint_ = config_.checkpoint, saved_step_ = state_.step;
+            return;
+        }
+        if (config_.checkpoint.empty()) {
+            initialize_weights();
+        } else {
+            load_model(model_, config_.checkpoint);
+        }
+        clear_optimizer();
+    }
+
+    // Normal random numbers that depend on seed, tensor and element alone; norms are 1.
+    void initialize_weights() {
+        const std::vector<ParameterTensor>& tensors = model_.parameters().tensors;
+        for (size_t i = 0; i < tensors.size(); ++i) {
+            std::vector<float> values(tensors[i].num_elements(), 1.0f);
+            if (tensors[i].init_std > 0.0) {
+                const RandomStream random(config_.seed, RandomUse::initial_weights, i);
+                fill_normal(values.data(), tensors[i].num_elements(), tensors[i].init_std, random);
+            }
+            model_.write_state(StateKind::master, (int)i, values.data());
+        }
+    }
+    void clear_optimizer() {
+        const std::vector<ParameterTensor>& tensors = model_.parameters().tensors;
+        for (size_t i = 0; i < tensors.size(); ++i) {
+            const std::vector<float> zeros(tensors[i].num_elements(), 0.0f);
+            model_.write_state(StateKind::exp_avg, (int)i, zeros.data());
+            model_.write_state(StateKind::exp_avg_sq, (int)i, zeros.data());
+        }
+    }
+
+    void print_start() {
+        terminal_.print(settings_table(config_));
+        terminal_.print(format_string("device      %s%s", device_.name.c_str(),
+                                      device_.is_gpu && device_.peak_tflops == 0.0 ? " (peak not known: no MFU)" : ""));
+        terminal_.print(format_string("model       %.1f M parameters, %.2f GiB on the device",
+                                      (double)model_.parameters().num_elements() / 1e6, model_.peak_memory_gib()));
+        print_data("train       ", data_.train);
+        print_data("validation  ", data_.validation);
+        if (config_.attention == AttentionMode::lighthouse) {
+            print_lighthouse();
+        }
+        if (!config_.checkpoint.empty()) {
+            terminal_.print(format_string("%s %s, step %lld", config_.resume ? "resumed from" : "weights from",
+                                          config_.checkpoint.c_str(), (long long)state_.step));
+        }
+    }
+
+    void print_data(const char* heading, const std::optional<SequenceSet>& set) {
+        if (set) {
+            terminal_.print(format_string("%s%s, %lld tokens; %lld sequences of %lld", heading,
+                                          set->stream().description().c_str(), (long long)set->num_tokens(),
+                                          (long long)set->num_sequences(), (long long)config_.seq_len));
+        }
+    }
+
+    void print_lighthouse() {
+        const LighthouseGeometry g = make_lighthouse_geometry(config_.seq_len, config_.lighthouse);
+        const SequenceFlops flops =
+            sequence_flops(config_.model, config_.seq_len, AttentionMode::lighthouse, config_.lighthouse);
+        terminal_.print(
+            format_string("lighthouse  T %lld, S %lld, %lld tiles; %d of %d layers; their attention does %.2f %% of "
+                          "the dense work; expected speed-up of a step %.2fx",
+                          (long long)g.T, (long long)g.S, (long long)g.tiles,
+                          config_.lighthouse.num_lighthouse_layers(config_.model.num_layers), config_.model.num_layers,
+                          100.0 * g.dense_work_fraction(), flops.dense_equivalent / flops.work));
+    }
+
+    // The output folder with the settings of the run, and the metrics file.
+    void open_output() {
+        std::error_code error;
+        std::filesystem::create_directories(config_.output_dir, error);
+        CHECK(!error, "--output_dir %s: cannot make this folder: %s", config_.output_dir.c_str(),
+              error.message().c_str());
+        write_settings();
+        metrics_.emplace(config_.output_dir + "/metrics.jsonl", state_.step);
+        metrics_->write("start", state_.step,
+                        {{"program", config_.program},
+                         {"device", device_.name},
+                         {"checkpoint", config_.checkpoint},
+                         {"parameters", model_.parameters().num_elements()},
+                         {"settings", settings_toml(config_)}});
+        first_step_ = state_.step;
+    }
+
+    // Complete under a temporary name first: a full disk leaves the old settings.
+    void write_settings() const {
+        const std::string path = saved_settings_path(config_.output_dir), temporary = path + ".new";
+        std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
+        file << settings_toml(config_);
+        file.close();
+        CHECK(file.good() && std::rename(temporary.c_str(), path.c_str()) == 0, "%s: cannot write: %s", path.c_str(),
+              std::strerror(errno));
+    }
+
+    // ---- one step
+
+    bool is_due(int64_t every) const {
+        return every > 0 && state_.step % every == 0 && state_.step < config_.max_steps && !stop_signal::requested();
+    }
+
+    // The attention that the next step trains with.
+    void switch_attention_when_due() {
+        const AttentionMode mode = config_.attention_at(state_.step);
+        if (mode != attention_) {
+            attention_ = mode;
+            model_.set_attention(mode);
+            terminal_.print(format_string("step %lld | attention is %s from here on: the loss jumps and recovers",
+                                          (long long)state_.step, choice_name(mode)));
+            metrics_->write("attention_switch", state_.step, {{"attention", choice_name(mode)}});
+        }
+    }
+
+    StepResult training_step() {
+        const Clock::time_point start = Clock::now();
+        const int64_t position = state_.data_position, num_micro_batches = config_.micro_batches_per_step();
+        model_.begin_step();
+        for (int64_t i = 0; i < num_micro_batches; ++i) {
+            read_batch(*data_.train, position + i * config_.batch_size, config_.batch_size);
+            model_.accumulate_gradients(tokens_.data(), config_.batch_size, config_.seq_len,
+                                        1.0 / (double)num_micro_batches);
+        }
+        const StepResult result = model_.update(optimizer_settings());
+        const double elapsed_ms = 1e3 * seconds_since(start);
+
+        state_.step += 1;
+        state_.data_position += config_.sequences_per_step();
+        if (result.skipped) {
+            state_.skipped += 1, state_.skipped_in_a_row += 1;
+        } else {
+            state_.adam_step += 1, state_.skipped_in_a_row = 0;
+        }
+        report(result, position, elapsed_ms);
+        return result;
+    }
+
+    // The B sequences from `position` on, into tokens_.
+    void read_batch(const SequenceSet& set, int64_t position, int B) {
+        const int64_t row = config_.seq_len + 1;
+        tokens_.resize(config_.batch_size * row);
+        for (int b = 0; b < B; ++b) {
+            set.read(position + b, tokens_.data() + b * row);
+        }
+    }
+
+    AdamWSettings optimizer_settings() const {
+        AdamWSettings s;
+        s.learning_rate = learning_rate_at(config_, state_.step);
+        s.beta1 = config_.beta1, s.beta2 = config_.beta2, s.eps = config_.adam_eps;
+        s.weight_decay = config_.weight_decay, s.max_grad_norm = config_.max_grad_norm;
+        s.adam_step = state_.adam_step + 1;
+        return s;
+    }
+
+    // `position`: of the step's first sequence.
+    void report(const StepResult& result, int64_t position, double elapsed_ms) {
+        StepMetrics m;
+        m.step = state_.step, m.max_steps = config_.max_steps;
+        m.loss = result.loss, m.grad_norm = result.grad_norm;
+        m.learning_rate = learning_rate_at(config_, state_.step - 1);
+        m.elapsed_ms = elapsed_ms;
+        m.tokens_per_second = (double)config_.tokens_per_step() / (1e-3 * elapsed_ms);
+        if (device_.peak_tflops > 0.0) {
+            const SequenceFlops flops = sequence_flops(config_.model, config_.seq_len, attention_, config_.lighthouse);
+            const double peak_of_step = 1e12 * device_.peak_tflops * 1e-3 * elapsed_ms;
+            m.mfu = flops.work * (double)config_.sequences_per_step() / peak_of_step;
+            m.mfu_dense_equivalent = flops.dense_equivalent * (double)config_.sequences_per_step() / peak_of_step;
+        }
+        m.memory_gib = model_.peak_memory_gib();
+        m.seconds_left = seconds_left(elapsed_ms);
+
+        terminal_.progress(m.step, m.max_steps, m.seconds_left);
+        Json json = step_json(m);
+        json["attention"] = choice_name(attention_);
+        json["data_position"] = position;
+        json["tokens"] = state_.data_position * config_.seq_len;
+        json["skipped"] = state_.skipped;
+        if (result.skipped) {
+            json["first_bad_tensor"] = result.first_bad_tensor;
+            terminal_.print(format_string(
+                "step %lld/%lld | skipped: loss %g, gradient norm %g; first not finite: %s; sequences %lld to %lld; "
+                "%lld in a row, %lld in all",
+                (long long)m.step, (long long)m.max_steps, m.loss, m.grad_norm, result.first_bad_tensor.c_str(),
+                (long long)position, (long long)(state_.data_position - 1), (long long)state_.skipped_in_a_row,
+                (long long)state_.skipped));
+        } else {
+            terminal_.print(step_line(m));
+        }
+        metrics_->write(result.skipped ? "skip" : "step", state_.step, json);
+    }
+
+    // By the mean time of this process's steps, evaluations and checkpoints included, but not of its first, which warms
+    // up.
+    double seconds_left(double elapsed_ms) {
+        const int64_t steps_done = state_.step - first_step_, steps_left = config_.max_steps - state_.step;
+        if (steps_done == 1) {
+            second_step_start_ = Clock::now();
+            return 1e-3 * elapsed_ms * (double)steps_left;
+        }
+        return seconds_since(second_step_start_) / (double)(steps_done - 1) * (double)steps_left;
+    }
+
+    // ---- evaluation, samples
+
+    // Mean loss in nats a token over the validation sequences, in their order in the files; no value when a signal came
+    // before the end.
+    std::optional<double> validation_loss(AttentionMode mode) {
+        model_.set_attention(mode);
+        const int64_t num_sequences = num_validation_sequences();
+        double sum = 0.0;
+        bool complete = true;
+        for (int64_t begin = 0; begin < num_sequences && complete; begin += config_.batch_size) {
+            const int B = (int)std::min<int64_t>(config_.batch_size, num_sequences - begin);
+            read_batch(*data_.validation, begin, B);
+            sum += B * model_.evaluate(tokens_.data(), B, config_.seq_len);
+            complete = !stop_signal::requested();
+        }
+        model_.set_attention(attention_);
+        return complete ? std::optional<double>(sum / (double)num_sequences) : std::nullopt;
+    }
+
+    int64_t num_validation_sequences() const {
+        const int64_t all = data_.validation->num_sequences();
+        return config_.eval_batches > 0 ? std::min(all, config_.eval_batches * config_.batch_size) : all;
+    }
+
+    // Prints and logs the validation loss; under Lighthouse attention also that of the same weights under dense
+    // attention.
+    void evaluate() {
+        if (!data_.validation) {
+            return;
+        }
+        const Clock::time_point start = Clock::now();
+        const int64_t num_tokens = num_validation_sequences() * config_.seq_len;
+        const std::optional<double> loss = validation_loss(attention_);
+        const bool also_dense = loss && attention_ != AttentionMode::dense;
+        const std::optional<double> dense_loss = also_dense ? validation_loss(AttentionMode::dense) : loss;
+        if (!loss || !dense_loss) {
+            return;  // stopped by a signal
+        }
+        std::string line = format_string("step %lld | validation loss %.6f", (long long)state_.step, *loss);
+        Json json = {{"loss", *loss},
+                     {"attention", choice_name(attention_)},
+                     {"dense_loss", *dense_loss},
+                     {"tokens", num_tokens},
+                     {"seconds", seconds_since(start)}};
+        if (also_dense) {
+            line += format_string(" under lighthouse attention, %.6f under dense", *dense_loss);
+        }
+        terminal_.print(line + format_string(" | %lld tokens, %.1f s", (long long)num_tokens, seconds_since(start)));
+        if (metrics_) {
+            metrics_->write("validation", state_.step, json);
+        }
+    }
+
+    int evaluate_only() {
+        evaluate();
+        if (stop_signal::requested()) {
+            std::fprintf(stderr, "%s: stopped by %s before the end of the validation data\n", config_.program.c_str(),
+                         stop_signal::name());
+            return 1;
+        }
+        return 0;
+    }
+
+    // Prints and logs a continuation of --sample_prompt. Samples run under dense attention, which takes any length.
+    void sample() {
+        if (config_.sample_tokens == 0) {
+            return;
+        }
+        const Clock::time_point start = Clock::now();
+        model_.set_attention(AttentionMode::dense);
+        std::vector<int32_t> tokens = tokenizer_->encode_prompt(config_.sample_prompt);
+        std::vector<float> logits(config_.model.vocab_size);
+        const RandomStream random(config_.seed, RandomUse::samples, (uint64_t)state_.step);
+        bool ended = false;
+        for (int64_t i = 0; i < config_.sample_tokens && !ended && !stop_signal::requested(); ++i) {
+            const int64_t length = std::min<int64_t>((int64_t)tokens.size(), model_.max_sequence_length());
+            model_.next_token_logits(tokens.data() + (int64_t)tokens.size() - length, length, logits.data());
+            const std::optional<int32_t> token =
+                sample_token(logits.data(), config_.model.vocab_size, config_.temperature, config_.top_p,
+                             random.uniform((uint64_t)i));
+            if (token) {
+                tokens.push_back(*token);
+            }
+            ended = !token || tokenizer_->ends_text(*token);
+        }
+        model_.set_attention(attention_);
+        const std::string text = tokenizer_->decode(tokens);
+        terminal_.print(format_string("step %lld | sample, %.1f s:\n%s", (long long)state_.step, seconds_since(start),
+                                      terminal_safe(text).c_str()));
+        metrics_->write("sample", state_.step, {{"text", text}, {"seconds", seconds_since(start)}});
+    }
+
+    // ---- checkpoints and the end
+
+    // Unless the newest checkpoint is of this step.
+    void save() {
+        if (saved_step_ == state_.step) {
+            return;
+        }
+        const Clock::time_point start = Clock::now();
+        const bool weights_bf16 =
+            config_.save_dtype == SaveDtype::bf16 || (config_.save_dtype == SaveDtype::automatic && device_.is_gpu);
+        checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir);
+        saved_step_ = state_.step;
+        terminal_.print(format_string("step %lld | checkpoint %s, %.1f s", (long long)state_.step, checkpoint_.c_str(),
+                                      seconds_since(start)));
+        metrics_->write("checkpoint", state_.step, {{"path", checkpoint_}, {"seconds", seconds_since(start)}});
+    }
+
+    std::string resume_command() const {
+        return shell_quote(config_.program) + " --resume --output_dir " + shell_quote(config_.output_dir);
+    }
+
+    // The step is finished: checkpoint and leave. A second signal ends the process meanwhile.
+    int stop_on_signal() {
+        save();
+        terminal_.end_progress();
+        metrics_->write("stop", state_.step, {{"signal", stop_signal::name()}});
+        terminal_.print(format_string("stopped by %s after step %lld of %lld; go on with:\n  %s", stop_signal::name(),
+                                      (long long)state_.step, (long long)config_.max_steps, resume_command().c_str()));
+        return 0;
+    }
+
+    int stop_after_skips(const StepResult& result) {
+        save();
+        terminal_.end_progress();
+        metrics_->write("stop", state_.step,
+                        {{"skipped_in_a_row", state_.skipped_in_a_row}, {"first_bad_tensor", result.first_bad_tensor}});
+        std::fprintf(stderr,
+                     "%s: %lld steps in a row had a loss or gradient norm that is not finite (first: %s): stopped at "
+                     "--max_skipped after writing %s; "
+                     "look at the data from sequence %lld on, or lower --learning_rate\n",
+                     config_.program.c_str(), (long long)state_.skipped_in_a_row, result.first_bad_tensor.c_str(),
+                     checkpoint_.c_str(),
+                     (long long)(state_.data_position - state_.skipped_in_a_row * config_.sequences_per_step()));
+        return 1;
+    }
+
+    int finish() {
+        terminal_.end_progress();
+        evaluate();
+        sample();
+        save();
+        terminal_.print(format_string("checkpoint  %s\nmetrics     %s/metrics.jsonl", checkpoint_.c_str(),
+                                      config_.output_dir.c_str()));
+        return 0;
+    }
+
+    TrainableModel& model_;
+    const RunConfig config_;
+    const DeviceInfo device_;
+    Terminal terminal_;
+    RunData data_;
+    std::optional<Tokenizer> tokenizer_;  // of the training data
+    std::optional<MetricsLog> metrics_;
+    TrainingState state_;                             // what a checkpoint restores, beside the model's
+    AttentionMode attention_ = AttentionMode::dense;  // of the next step
+    std::vector<int32_t> tokens_;                     // [B, T + 1], the batch at hand
+    std::string checkpoint_;                          // the newest this run has written
+    int64_t saved_step_ = -1;                         // its step
+    int64_t first_step_ = 0;                          // of this process
+    Clock::time_point second_step_start_;
+};
+
+// Trains, evaluates or both, as `config` (from configure_run) says. Returns the status for main: 0 when the run ended
+// or was stopped by a signal, 1 when it stopped because steps were skipped. Throws Error.
+inline int run_training(TrainableModel& model, const RunConfig& config, const DeviceInfo& device) {
+    return TrainingRun(model, config, device).run();
+}

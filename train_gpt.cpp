@@ -1,0 +1,35 @@
+// train_gpt.cpp: the trainer on the CPU: flags -> model -> run. Its twin train_gpt.cu differs in the device and the
+// model. What a run does, step by step, is in llmc/train_loop.h; the model, written for reading, in llmc/reference/.
+#include <omp.h>
+
+#include <exception>
+#include <new>
+
+#include "llmc/reference/model.h"  // Llama forward, backward and update in plain C++
+#include "llmc/train_loop.h"       // settings, data, steps, evaluation, checkpoints
+
+static int train(int argc, char** argv) {
+    const std::optional<RunConfig> config = configure_run(argc, argv);
+    if (!config) {
+        return 0;  // --help
+    }
+    if (config->num_threads > 0) {
+        omp_set_num_threads(config->num_threads);
+    }
+    DeviceInfo device;
+    device.name = format_string("CPU, %d threads", omp_get_max_threads());
+    reference::ReferenceModel<float> model(config->model, config->attention, config->lighthouse, config->batch_size,
+                                           config->seq_len);
+    return run_training(model, *config, device);
+}
+
+int main(int argc, char** argv) {
+    try {
+        return train(argc, argv);
+    } catch (const std::bad_alloc&) {
+        std::fprintf(stderr, "%s: out of memory: lower --batch_size or --seq_len, or take a smaller model\n", argv[0]);
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "%s: %s\n", argv[0], error.what());
+    }
+    return 1;
+}
