@@ -65,10 +65,23 @@ enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4 };  // + cons
 // ---- what a block works through ----------------------------------------------------------------
 // The tiles of a block, without communication: every warp walks for itself. Where there are as many blocks as tiles,
 // each has one, in TileOrder. Persistent blocks: in each group of heads the tiles lie from longest to shortest and are
-// dealt out to the blocks to and fro (0 .. n-1, n-1 .. 0, 0 ..), so that long and short ones add up; the next group
-// starts where the last one ended.
+// dealt out in rounds of one a block, so that long and short ones add up; the next group starts where the last one
+// ended. Of causal attention with 132 blocks, the most a block has above the mean is 0.1 % from 64K up, 1.3 % at 18K.
 struct TileWalk {
     int first_head = 0, round = 0, start = blockIdx.x;
+
+    // A place in 0 .. n-1 for each start in 0 .. n-1, n blocks. Over two rounds, to and fro, or over three (of an odd
+    // number) the places add up to the same for every start, give or take one.
+    __device__ static int deal(int round, bool odd_rounds, int start, int n) {
+        if (odd_rounds && round < 3) {
+            const bool first_half = 2 * start < n;
+            return round == 0   ? start
+                   : round == 1 ? n - 1 - (first_half ? 2 * start : 2 * start - n + (n % 2 == 0))
+                   : first_half ? start + n / 2
+                                : start - (n - n / 2);
+        }
+        return (round + odd_rounds) % 2 == 0 ? start : n - 1 - start;
+    }
 
     // The next tile of this block, if there is one.
     __device__ bool next(const TileOrder& order, TileOrder::Place* place) {
@@ -80,8 +93,10 @@ struct TileWalk {
         while (first_head < order.num_heads) {
             const int heads = min(order.heads_per_group, order.num_heads - first_head);
             const int num_places = order.num_tiles * heads;
+            const int nearest_rounds = (num_places + num_blocks / 2) / num_blocks;
             while (round * num_blocks < num_places) {
-                const int position = round * num_blocks + (round % 2 == 0 ? start : num_blocks - 1 - start);
+                const bool odd_rounds = nearest_rounds >= 3 && nearest_rounds % 2 == 1;
+                const int position = round * num_blocks + deal(round, odd_rounds, start, num_blocks);
                 ++round;
                 if (position < num_places) {
                     *place = {position / heads, first_head + position % heads};
@@ -578,6 +593,9 @@ inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float
     args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
     args.order = mma_tile_order(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M), s.B, s.H, args.heads_per_kv_head,
                                 s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
+    // Groups of one size: a small last one would be dealt out unevenly.
+    const int num_groups = ceil_div(args.order.num_heads, args.order.heads_per_group);
+    args.order.heads_per_group = round_up(ceil_div(args.order.num_heads, num_groups), args.heads_per_kv_head);
     return args;
 }
 
