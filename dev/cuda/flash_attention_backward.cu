@@ -1,5 +1,6 @@
 // flash_attention_backward.cu: dq, dk, dv of attention from dout, out and lse. Bound: tensor cores, 10 Tq Tk D H
 // operations (half of them when causal); shared memory comes close, because five products read their operands from it.
+#define LLMC_WATCHDOG  // a deadlock becomes an error
 #include "flash_attention_cases.cuh"
 #include "llmc/flash_attention.cuh"
 
@@ -15,8 +16,11 @@ struct Launcher {
     bool dq_repeats;
     bool only_64_and_128;     // head dims it exists for
     int64_t longest_to_time;  // sequences
+    bool only_hopper = false;
 
-    bool runs(const AttentionShape& s) const { return !only_64_and_128 || s.D == 64 || s.D == 128; }
+    bool runs(const AttentionShape& s) const {
+        return (!only_64_and_128 || s.D == 64 || s.D == 128) && (!only_hopper || flash_attention_is_hopper(s));
+    }
 };
 
 // ---- 1: one warp a row of dq, then one warp a row of dk and dv ---------------------------------
@@ -118,6 +122,126 @@ static void flash_attention_backward_tile(const BackwardOperands& x, const Atten
     mma_finish_dq(args, shape, stream);
 }
 
+#ifdef LLMC_HOPPER_BACKWARD
+// ---- 7: wgmma and TMA, nothing overlaps --------------------------------------------------------
+// Two warpgroups; thread 0 loads a tile when all are done with the one before; P and dS go through shared memory, so
+// that every operand of every product is there; dq is added from registers.
+// Launch: as flash_attention_hopper_backward_kernel, 256 threads.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
+    flash_attention_backward_kernel7(const __grid_constant__ HopperBackwardArguments args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    constexpr int D = Tile::D, BLOCK_M = Tile::BLOCK_M;
+    extern __shared__ __align__(1024) unsigned char hopper_backward_shared[];
+    typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(hopper_backward_shared);
+    const uint32_t full = shared_address(&shared.kv_full);
+    if (threadIdx.x == 0) {
+        shared.block = find_key_block<Tile>(args);
+        mbarrier_init(full, 1);
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    const KeyBlock& block = shared.block;
+    const int warpgroup = threadIdx.x / WARPGROUP_SIZE, thread = threadIdx.x % WARPGROUP_SIZE;
+    const uint32_t k = shared_address(shared.k), v = shared_address(shared.v);
+    const uint32_t q = shared_address(shared.q[0]), dout = shared_address(shared.dout[0]);
+    const uint32_t p_tile = shared_address(shared.ds[0]), ds_tile = shared_address(shared.ds[1]);
+    uint32_t parity = 0;
+    if (threadIdx.x == 0) {
+        mbarrier_arrive_expect(full, sizeof(shared.k) + sizeof(shared.v));
+        tma_load(k, &args.k, block.first_key, block.kv_head, block.b, full);
+        tma_load(v, &args.v, block.first_key, block.kv_head, block.b, full);
+    }
+    mbarrier_wait(full, parity);
+    parity ^= 1;
+    float dk[D / 2] = {}, dv[D / 2] = {};
+    for (int h = block.kv_head * args.heads_per_kv_head; h < (block.kv_head + 1) * args.heads_per_kv_head; ++h) {
+        const int64_t first_tile = ((int64_t)block.b * args.H + h) * args.num_query_tiles;
+        for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
+            __syncthreads();
+            if (threadIdx.x == 0) {
+                mbarrier_arrive_expect(full,
+                                       sizeof(shared.q[0]) + sizeof(shared.dout[0]) + sizeof(shared.statistics[0]));
+                tma_load(q, &args.q, tile * BLOCK_M, h, block.b, full);
+                tma_load(dout, &args.dout, tile * BLOCK_M, h, block.b, full);
+                bulk_load(shared_address(shared.statistics[0]), args.statistics + (first_tile + tile) * (2 * BLOCK_M),
+                          sizeof(shared.statistics[0]), full);
+            }
+            mbarrier_wait(full, parity);
+            parity ^= 1;
+            float p[BLOCK_M / 2], dp[BLOCK_M / 2];
+            wgmma_fence();
+            start_scores<Tile>(p, k + warpgroup * (64 * 128), q);
+            start_scores<Tile>(dp, v + warpgroup * (64 * 128), dout);
+            wgmma_wait<0>();
+            wgmma_pin(p);
+            wgmma_pin(dp);
+            mask_key_rows<Tile>(p, args, block.first_key + 64 * warpgroup, tile * BLOCK_M);
+            exponentiate(p, shared.statistics[0][0], args.scale_log2);
+            differentiate(dp, p, shared.statistics[0][1]);
+            uint32_t operand[BLOCK_M / 16][4];
+            round_to_operand(operand, p);
+            store_transposed<Tile>(p_tile, operand, warpgroup);
+            round_to_operand(operand, dp);
+            store_transposed<Tile>(ds_tile, operand, warpgroup);
+            fence_async_shared();
+            __syncthreads();
+
+            // P^T and dS^T: operands whose rows, the keys, are contiguous in memory.
+            const uint64_t p_start = wgmma_descriptor_mn_major(p_tile + warpgroup * (BLOCK_M * 128), BLOCK_M * 128);
+            const uint64_t ds_start = wgmma_descriptor_mn_major(ds_tile + warpgroup * (BLOCK_M * 128), BLOCK_M * 128);
+            const uint64_t q_start = wgmma_descriptor_mn_major(q, BLOCK_M * 128);
+            const uint64_t dout_start = wgmma_descriptor_mn_major(dout, BLOCK_M * 128);
+            float dq[Tile::DQ_ELEMENTS / WARPGROUP_SIZE];
+            wgmma_fence();
+#pragma unroll
+            for (int step = 0; step < BLOCK_M / 16; ++step) {
+                wgmma<1, 1>(dv, wgmma_advance(p_start, step * 2048), wgmma_advance(dout_start, step * 2048));
+                wgmma<1, 1>(dk, wgmma_advance(ds_start, step * 2048), wgmma_advance(q_start, step * 2048));
+            }
+            start_dq<Tile>(dq, ds_tile, k, warpgroup);
+            wgmma_wait<0>();
+            wgmma_pin(dk);
+            wgmma_pin(dv);
+            wgmma_pin(dq);
+            float* part = args.dq_accumulator +
+                          ((first_tile + tile) * Tile::CONSUMERS + warpgroup) * Tile::DQ_ELEMENTS + 4 * thread;
+#pragma unroll
+            for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
+                red_add_f32x4(part + i * 4 * WARPGROUP_SIZE,
+                              make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
+            }
+        }
+    }
+    __syncthreads();
+    store_key_gradients<Tile>(dk, dv, shared, args, warpgroup);
+#endif
+}
+template <int D>
+static void launch_kernel7(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+    using Tile = HopperBackwardTile<D>;
+    hopper_launch_backward<Tile>(flash_attention_backward_kernel7<Tile>, Tile::CONSUMERS * WARPGROUP_SIZE, x.dq, x.dk,
+                                 x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, stream);
+}
+static void flash_attention_backward7(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+    shape.D == 64 ? launch_kernel7<64>(x, shape, stream) : launch_kernel7<128>(x, shape, stream);
+}
+
+// ---- 8 and up: specialised warps (llmc/flash_attention_hopper_backward.cuh) --------------------
+template <class Tile64, class Tile128>
+static void flash_attention_backward_wgmma(const BackwardOperands& x, const AttentionShape& shape,
+                                           cudaStream_t stream) {
+    auto launch = [&](auto tile) {
+        hopper_launch_backward<decltype(tile)>(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape,
+                                               stream);
+    };
+    shape.D == 64 ? launch(Tile64()) : launch(Tile128());
+}
+static size_t hopper_scratch(const AttentionShape& shape) {
+    return flash_attention_hopper_backward_scratch_bytes(shape, false);
+}
+#endif
+
 // ---- what ships --------------------------------------------------------------------------------
 template <bool deterministic>
 static void flash_attention_backward_mma(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
@@ -161,10 +285,25 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {6,
      "the same, deterministic: dq by a second kernel that owns query rows",
      {flash_attention_backward_mma<true>, mma_scratch<true>, true, false, 131072}},
+#ifdef LLMC_HOPPER_BACKWARD
     {7,
+     "wgmma and TMA, every operand in shared memory, nothing overlaps",
+     {flash_attention_backward7, hopper_scratch, false, true, 32768, true}},
+    {8,
+     "producer and writer warps, P and dS in registers, two tiles in flight, masked tiles apart",
+     {flash_attention_backward_wgmma<HopperBackwardTile<64, DvStart::AFTER_DS>,
+                                     HopperBackwardTile<128, DvStart::AFTER_DS>>,
+      hopper_scratch, false, true, 131072, true}},
+    {9,
+     "dv's product starts before dS is computed",
+     {flash_attention_backward_wgmma<HopperBackwardTile<64, DvStart::BEFORE_DS>,
+                                     HopperBackwardTile<128, DvStart::BEFORE_DS>>,
+      hopper_scratch, false, true, 131072, true}},
+#endif
+    {20,
      "what this GPU gets (llmc/flash_attention.cuh)",
      {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072}},
-    {8, "the same, deterministic", {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072}},
+    {21, "the same, deterministic", {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072}},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {

@@ -1,0 +1,674 @@
+// flash_attention_hopper_backward.cuh: the backward of attention for sm_90a, D = 64 and 128: wgmma, TMA, warps with
+// separate jobs.
+//   P = exp(scale q k^T - lse),  dP = dout v^T,  dS = P (dP - delta),  delta = rowsum(dout out)
+//   dv = P^T dout,  dk = scale dS^T q,  dq = scale dS k
+// Shapes: q, out, dout, dq [B, Tq, H, D]; k, v, dk, dv [B, Tk, Hkv, D], each a HeadView (16-byte aligned rows, positive
+// strides); lse [B, H, Tq]. Storage bf16, float32 accumulation and statistics.
+//
+// A block owns 128 keys of a kv head, keeps their k and v in shared memory, and walks over the query tiles of every
+// query head of the group, so dk and dv are sums in one block, in a fixed order. Two consumer warpgroups own 64 keys
+// each. Scores are computed transposed, so that P^T and dS^T, once rounded, are register operands of the products that
+// make dv and dk. dS also goes to shared memory, once, for dq, which needs both warpgroups' keys. A producer warp loads
+// q, dout and statistics two tiles ahead; a writer warp adds the finished tiles of dq to a float32 accumulator in
+// scratch by bulk reductions, whose order, and so the last bits of dq, vary. Deterministic calls go to the mma.sync
+// kernels (flash_attention_mma.cuh), about half as fast.
+//
+// Products of a query tile, a warpgroup, D = 128 (64 queries) and D = 64 (128 queries):
+//   S^T  = k q^T     m64n64, 8 steps    m64n128, 4    both in shared memory, contraction along the rows' columns
+//   dP^T = v dout^T  m64n64, 8          m64n128, 4    the same
+//   dv  += P^T dout  m64n128, 4         m64n64, 8     P^T in registers, dout along its rows
+//   dk  += dS^T q    m64n128, 4         m64n64, 8     dS^T in registers, q along its rows
+//   dq   = dS k      m64n64, 8          m64n64, 8     warpgroup w: columns 64 w of 64 queries; queries 64 w of 128
+//
+// Bound: a query tile takes 2560 clocks of tensor cores and reads and writes 368 KB (D = 64: 352 KB) of shared memory,
+// which is 2944 (2816) clocks at 128 bytes a clock: about 87 % of the tensor cores' rate at best. 10 Tq Tk D H
+// operations, half of them when causal. Variants: dev/cuda/flash_attention_backward.cu.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <utility>
+
+#include "flash_attention_mma.cuh"
+#include "ptx_hopper.cuh"
+
+// ---- constants ---------------------------------------------------------------------------------
+// When dv's product is started. AFTER_DS: once dS is stored, to run while the warpgroups wait for each other.
+// BEFORE_DS: as soon as P is rounded, so that the tensor cores have work while dS is computed and stored.
+enum class DvStart { AFTER_DS, BEFORE_DS };
+
+// What a block works on: BLOCK_N keys of a kv head and, for every query head of its group, the query tiles [first_tile,
+// end_tile) that see any of them. Tiles from first_unmasked on see all of them.
+struct KeyBlock {
+    int b, kv_head, first_key;
+    int first_tile, first_unmasked, end_tile;
+};
+
+template <int D_, DvStart DV_START_ = DvStart::BEFORE_DS>
+struct HopperBackwardTile {
+    static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
+    static constexpr int D = D_;
+    static constexpr DvStart DV_START = DV_START_;
+    static constexpr int BLOCK_M = D == 128 ? 64 : 128;  // queries a tile: 8192 elements of q
+    static constexpr int BLOCK_N = 128;                  // keys a block, 64 a consumer warpgroup
+    static constexpr int STAGES = 2;                     // tiles of q, dout and dS in flight
+    static constexpr int CONSUMERS = 2;                  // warpgroups
+    static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP_SIZE;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;  // (24 + 2 * 240) * 128 <= 65536
+    static constexpr int DQ_ELEMENTS = BLOCK_M * D / CONSUMERS;              // of a tile of dq, a warpgroup: 64 x 64
+
+    struct Shared {
+        alignas(1024) bf16 k[BLOCK_N * D];  // at the end the tile of dk
+        alignas(1024) bf16 v[BLOCK_N * D];  // at the end the tile of dv
+        alignas(1024) bf16 q[STAGES][BLOCK_M * D];
+        alignas(1024) bf16 dout[STAGES][BLOCK_M * D];
+        alignas(1024) bf16 ds[STAGES][BLOCK_M * BLOCK_N];   // [keys / 64][query][64 keys]
+        alignas(1024) float dq[CONSUMERS][DQ_ELEMENTS];     // on its way to the accumulator
+        alignas(128) float statistics[STAGES][2][BLOCK_M];  // lse in powers of two, delta
+        KeyBlock block;                                     // here because registers are short
+        uint64_t kv_full;
+        uint64_t q_full[STAGES], q_empty[STAGES];  // q and the statistics
+        uint64_t dout_full[STAGES], dout_empty[STAGES];
+    };
+};
+
+struct HopperBackwardArguments {
+    CUtensorMap q, dout;      // copies of BLOCK_M rows
+    CUtensorMap k, v;         // of BLOCK_N rows
+    CUtensorMap dk, dv;       // of 64 rows
+    const float* statistics;  // [B * H][query tiles][2][BLOCK_M], see hopper_backward_prepare_kernel
+    float* dq_accumulator;    // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_dq_kernel
+    int64_t Tq, Tk, key_offset;
+    int H, heads_per_kv_head, num_query_tiles;
+    float scale, scale_log2;
+    TileOrder order;
+};
+
+// ---- before and after --------------------------------------------------------------------------
+constexpr int HOPPER_ROWS_THREADS = 256;
+constexpr int HOPPER_STATISTICS_LANES = 8;  // threads a row: 128 bytes of a row at a time
+
+// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator (=) 0. A row that sees no
+// key, and rows of the last tile that do not exist, get lse +infinity, which makes their P zero, and the latter delta
+// 0. Launch: 8 threads a row, flat grid over the rows of all tiles. Bound: bandwidth, 4D bytes read and 4D written a
+// row.
+template <int D, int BLOCK_M>
+__global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
+    hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, HeadView<const bf16> dout,
+                                   HeadView<const bf16> out, const float* lse, int64_t num_tile_rows, int64_t Tq,
+                                   int64_t padded_Tq, int H) {
+    const int64_t row = ((int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x) / HOPPER_STATISTICS_LANES;
+    const int lane = threadIdx.x % HOPPER_STATISTICS_LANES;
+    const int64_t head = row / padded_Tq, t = row % padded_Tq;
+    const bool exists = row < num_tile_rows && t < Tq;
+    float delta = 0.0f;
+    if (exists) {
+        const bf16* dout_row = dout.row(head / H, t, head % H);
+        const bf16* out_row = out.row(head / H, t, head % H);
+#pragma unroll
+        for (int d = lane * bf16x8::size; d < D; d += HOPPER_STATISTICS_LANES * bf16x8::size) {
+            const bf16x8 a = load128(dout_row + d), b = load128(out_row + d);
+#pragma unroll
+            for (int i = 0; i < bf16x8::size; ++i) {
+                delta += __bfloat162float(a[i]) * __bfloat162float(b[i]);
+            }
+        }
+    }
+#pragma unroll
+    for (int offset = HOPPER_STATISTICS_LANES / 2; offset > 0; offset /= 2) {
+        delta += __shfl_xor_sync(FULL_WARP, delta, offset);
+    }
+    if (row >= num_tile_rows) {
+        return;
+    }
+    if (lane == 0) {
+        const float row_lse = exists ? lse[head * Tq + t] : -INFINITY;
+        float* tile = statistics + row / BLOCK_M * (2 * BLOCK_M);
+        tile[row % BLOCK_M] = row_lse == -INFINITY ? INFINITY : row_lse * LOG2_E;
+        tile[BLOCK_M + row % BLOCK_M] = delta;
+    }
+#pragma unroll
+    for (int d = lane * float4x::size; d < D; d += HOPPER_STATISTICS_LANES * float4x::size) {
+        *reinterpret_cast<float4*>(dq_accumulator + row * D + d) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    }
+}
+
+// dq (=) scale * accumulator. A warpgroup's 64 x 64 part of a tile is in the order of its registers: float4 i (of 8) of
+// thread t is float4 128 i + t: columns 8 i + 2 (t % 4) and the next of row 16 (t / 32) + t % 32 / 4, then of the row 8
+// further down. Launch: a thread reads the four float4 that hold 8 columns of such two rows; flat grid. Bound:
+// bandwidth, 6D bytes a row.
+template <int D, int BLOCK_M>
+__global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
+    hopper_backward_dq_kernel(HeadView<bf16> dq, const float* dq_accumulator, int64_t num_tiles, int64_t Tq,
+                              int num_query_tiles, int H, float scale) {
+    constexpr int TILE_THREADS = BLOCK_M * D / 16;
+    const int64_t thread = (int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x;
+    const int64_t tile = thread / TILE_THREADS;
+    if (tile >= num_tiles) {
+        return;
+    }
+    const int within = (int)(thread % TILE_THREADS);
+    const int i = within % 8, group = within / 8 % 32, warpgroup = within / 256;  // group: of 4 threads, a quad
+    const float4* part = reinterpret_cast<const float4*>(dq_accumulator + tile * (BLOCK_M * D)) + warpgroup * 1024;
+    bf16x8 upper, lower;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+        const float4 values = __ldcs(part + i * WARPGROUP_SIZE + group * 4 + t);
+        upper[2 * t] = __float2bfloat16(scale * values.x), upper[2 * t + 1] = __float2bfloat16(scale * values.y);
+        lower[2 * t] = __float2bfloat16(scale * values.z), lower[2 * t + 1] = __float2bfloat16(scale * values.w);
+    }
+    const int64_t head = tile / num_query_tiles;
+    const int row_in_tile = group / 8 * 16 + group % 8 + (D == 128 ? 0 : 64 * warpgroup);
+    const int64_t row = tile % num_query_tiles * BLOCK_M + row_in_tile;
+    const int column = 8 * i + (D == 128 ? 64 * warpgroup : 0);
+    if (row < Tq) {
+        store128(dq.row(head / H, row, head % H) + column, upper);
+    }
+    if (row + 8 < Tq) {
+        store128(dq.row(head / H, row + 8, head % H) + column, lower);
+    }
+}
+
+// ---- backward ----------------------------------------------------------------------------------
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // device code below: sm_90a alone
+
+// Named barriers. DQ_FULL and DQ_EMPTY: one a consumer warpgroup, between it and the writer warp.
+enum HopperBackwardBarrier { DS_WRITTEN = 1, DQ_FULL = 2, DQ_EMPTY = 4, WARPGROUP_DONE = 6 };
+
+template <class Tile>
+__device__ __forceinline__ KeyBlock find_key_block(const HopperBackwardArguments& args) {
+    const TileOrder::Place place = args.order.place(blockIdx.x);
+    const int num_kv_heads = args.H / args.heads_per_kv_head, end_tile = args.num_query_tiles;
+    const int Tq = (int)args.Tq, key_offset = (int)args.key_offset;
+    KeyBlock block;
+    block.b = place.head / num_kv_heads;
+    block.kv_head = place.head % num_kv_heads;
+    block.first_key = place.tile * Tile::BLOCK_N;  // the first keys are seen by most queries: they start first
+    const int first_query = max(0, block.first_key - key_offset);
+    block.first_tile = first_query < Tq ? first_query / Tile::BLOCK_M : end_tile;
+    const int first_to_see_all = max(0, block.first_key + Tile::BLOCK_N - 1 - key_offset);
+    const bool whole = block.first_key + Tile::BLOCK_N <= (int)args.Tk;
+    block.first_unmasked = whole ? min(end_tile, (first_to_see_all + Tile::BLOCK_M - 1) / Tile::BLOCK_M) : end_tile;
+    block.first_unmasked = max(block.first_unmasked, block.first_tile);
+    block.end_tile = end_tile;
+    return block;
+}
+
+// Loads k and v, then q, dout and the statistics of every query tile. One thread.
+template <class Tile>
+__device__ __forceinline__ void backward_load(typename Tile::Shared& shared, const HopperBackwardArguments& args,
+                                              const KeyBlock& block) {
+    constexpr int TILE_BYTES = sizeof(shared.q[0]), STATISTICS_BYTES = sizeof(shared.statistics[0]);
+    const uint32_t kv_full = shared_address(&shared.kv_full);
+    mbarrier_arrive_expect(kv_full, sizeof(shared.k) + sizeof(shared.v));
+    tma_load(shared_address(shared.k), &args.k, block.first_key, block.kv_head, block.b, kv_full);
+    tma_load(shared_address(shared.v), &args.v, block.first_key, block.kv_head, block.b, kv_full);
+    PipelineState<Tile::STAGES> state;
+#pragma unroll 1
+    for (int i = 0; i < args.heads_per_kv_head; ++i) {
+        const int h = block.kv_head * args.heads_per_kv_head + i;
+        const float* statistics =
+            args.statistics + ((int64_t)block.b * args.H + h) * args.num_query_tiles * (2 * Tile::BLOCK_M);
+#pragma unroll 1
+        for (int tile = block.first_tile; tile < block.end_tile; ++tile, state.advance()) {
+            const int stage = state.stage;
+            const uint32_t q_full = shared_address(&shared.q_full[stage]);
+            mbarrier_wait(shared_address(&shared.q_empty[stage]), state.parity ^ 1);
+            mbarrier_arrive_expect(q_full, TILE_BYTES + STATISTICS_BYTES);
+            tma_load(shared_address(shared.q[stage]), &args.q, tile * Tile::BLOCK_M, h, block.b, q_full);
+            bulk_load(shared_address(shared.statistics[stage]), statistics + (int64_t)tile * (2 * Tile::BLOCK_M),
+                      STATISTICS_BYTES, q_full);
+            const uint32_t dout_full = shared_address(&shared.dout_full[stage]);
+            mbarrier_wait(shared_address(&shared.dout_empty[stage]), state.parity ^ 1);
+            mbarrier_arrive_expect(dout_full, TILE_BYTES);
+            tma_load(shared_address(shared.dout[stage]), &args.dout, tile * Tile::BLOCK_M, h, block.b, dout_full);
+        }
+    }
+}
+
+// Adds the warpgroups' parts of dq to the accumulator. One warp.
+template <class Tile>
+__device__ __forceinline__ void backward_add_dq(typename Tile::Shared& shared, const HopperBackwardArguments& args,
+                                                const KeyBlock& block) {
+    constexpr int THREADS = WARPGROUP_SIZE + WARP_SIZE;
+    const bool leader = threadIdx.x % WARP_SIZE == 0;
+#pragma unroll 1
+    for (int i = 0; i < args.heads_per_kv_head; ++i) {
+        const int h = block.kv_head * args.heads_per_kv_head + i;
+        float* tile_part =
+            args.dq_accumulator + (((int64_t)block.b * args.H + h) * args.num_query_tiles + block.first_tile) *
+                                      (Tile::CONSUMERS * Tile::DQ_ELEMENTS);
+#pragma unroll 1
+        for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
+            // The last two groups are the two parts of the tile before: their memory is free once they have read it.
+            if (leader) {
+                bulk_wait_read<1>();
+            }
+            __syncwarp();
+            named_barrier_arrive(DQ_EMPTY, THREADS);
+            if (leader) {
+                bulk_wait_read<0>();
+            }
+            __syncwarp();
+            named_barrier_arrive(DQ_EMPTY + 1, THREADS);
+#pragma unroll 1
+            for (int w = 0; w < Tile::CONSUMERS; ++w) {
+                named_barrier_sync(DQ_FULL + w, THREADS);
+                if (leader) {
+                    bulk_reduce_add_f32(tile_part, shared_address(shared.dq[w]), sizeof(shared.dq[w]));
+                    bulk_commit();
+                }
+                tile_part += Tile::DQ_ELEMENTS;
+            }
+        }
+    }
+    if (leader) {
+        bulk_wait<0>();  // the block's shared memory must outlive its reading
+    }
+}
+
+// s (=) a b^T, started: 64 rows of a [BLOCK_N][D] tile, BLOCK_M rows of the other.
+template <class Tile>
+__device__ __forceinline__ void start_scores(float (&s)[Tile::BLOCK_M / 2], uint32_t a, uint32_t b) {
+    const uint64_t a_start = wgmma_descriptor_k_major(a), b_start = wgmma_descriptor_k_major(b);
+#pragma unroll
+    for (int step = 0; step < Tile::D / 16; ++step) {
+        const uint64_t a_step = wgmma_advance(a_start, step / 4 * (Tile::BLOCK_N * 128) + step % 4 * 32);
+        const uint64_t b_step = wgmma_advance(b_start, step / 4 * (Tile::BLOCK_M * 128) + step % 4 * 32);
+        if (step == 0) {
+            wgmma_zero<0, 0>(s, a_step, b_step);
+        } else {
+            wgmma<0, 0>(s, a_step, b_step);
+        }
+    }
+    wgmma_commit();
+}
+// sum (+=) p tile, started: P^T or dS^T of 64 keys and BLOCK_M queries in registers, a [BLOCK_M][D] tile.
+template <class Tile>
+__device__ __forceinline__ void start_key_gradient(float (&sum)[Tile::D / 2],
+                                                   const uint32_t (&p)[Tile::BLOCK_M / 16][4], uint32_t tile) {
+    const uint64_t start = wgmma_descriptor_mn_major(tile, Tile::BLOCK_M * 128);
+#pragma unroll
+    for (int step = 0; step < Tile::BLOCK_M / 16; ++step) {
+        wgmma<1>(sum, p[step], wgmma_advance(start, step * 2048));
+    }
+    wgmma_commit();
+}
+// dq (=) dS k, started: this warpgroup's part. ds, k: the whole tiles.
+template <class Tile>
+__device__ __forceinline__ void start_dq(float (&dq)[Tile::DQ_ELEMENTS / WARPGROUP_SIZE], uint32_t ds, uint32_t k,
+                                         int warpgroup) {
+    const uint32_t ds_part = Tile::D == 128 ? ds : ds + warpgroup * (64 * 128);
+    const uint32_t k_part = Tile::D == 128 ? k + warpgroup * (Tile::BLOCK_N * 128) : k;
+    const uint64_t ds_start = wgmma_descriptor_k_major(ds_part);
+    const uint64_t k_start = wgmma_descriptor_mn_major(k_part, Tile::BLOCK_N * 128);
+#pragma unroll
+    for (int step = 0; step < Tile::BLOCK_N / 16; ++step) {
+        const uint64_t ds_step = wgmma_advance(ds_start, step / 4 * (Tile::BLOCK_M * 128) + step % 4 * 32);
+        const uint64_t k_step = wgmma_advance(k_start, step * 2048);
+        if (step == 0) {
+            wgmma_zero<0, 1>(dq, ds_step, k_step);
+        } else {
+            wgmma<0, 1>(dq, ds_step, k_step);
+        }
+    }
+    wgmma_commit();
+}
+
+// Scores of this warpgroup's keys, from first_key on, and the tile's queries become -infinity where the query does not
+// see the key or there is no such key.
+template <class Tile>
+__device__ __forceinline__ void mask_key_rows(float (&s)[Tile::BLOCK_M / 2], const HopperBackwardArguments& args,
+                                              int first_key, int first_query) {
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int key = first_key + 16 * warp + 8 * half + lane / 4;
+        // Queries of the tile that do not see it, counted from this lane's first column.
+        const int hidden =
+            (key < (int)args.Tk ? key - (int)args.key_offset - first_query : Tile::BLOCK_M) - 2 * (lane % 4);
+#pragma unroll
+        for (int j = 0; j < Tile::BLOCK_M / 8; ++j) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                float& score = s[4 * j + 2 * half + i];
+                score = 8 * j + i < hidden ? -INFINITY : score;
+            }
+        }
+    }
+}
+// s (=) P^T = 2^(scale_log2 s - lse); lse: of the tile's queries, shared memory.
+template <int COUNT>
+__device__ __forceinline__ void exponentiate(float (&s)[COUNT], const float* lse, float scale_log2) {
+    const float2* pairs = reinterpret_cast<const float2*>(lse) + threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < COUNT / 4; ++j) {
+        const float2 pair = pairs[4 * j];
+        s[4 * j] = exp2_approx(fmaf(s[4 * j], scale_log2, -pair.x));
+        s[4 * j + 1] = exp2_approx(fmaf(s[4 * j + 1], scale_log2, -pair.y));
+        s[4 * j + 2] = exp2_approx(fmaf(s[4 * j + 2], scale_log2, -pair.x));
+        s[4 * j + 3] = exp2_approx(fmaf(s[4 * j + 3], scale_log2, -pair.y));
+    }
+}
+// dp (=) dS^T = P^T (dp - delta).
+template <int COUNT>
+__device__ __forceinline__ void differentiate(float (&dp)[COUNT], const float (&p)[COUNT], const float* delta) {
+    const float2* pairs = reinterpret_cast<const float2*>(delta) + threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < COUNT / 4; ++j) {
+        const float2 pair = pairs[4 * j];
+        dp[4 * j] = p[4 * j] * (dp[4 * j] - pair.x);
+        dp[4 * j + 1] = p[4 * j + 1] * (dp[4 * j + 1] - pair.y);
+        dp[4 * j + 2] = p[4 * j + 2] * (dp[4 * j + 2] - pair.x);
+        dp[4 * j + 3] = p[4 * j + 3] * (dp[4 * j + 3] - pair.y);
+    }
+}
+// An accumulator, rounded, as the A operand of a product that contracts its columns.
+template <int COUNT>
+__device__ __forceinline__ void round_to_operand(uint32_t (&operand)[COUNT / 8][4], const float (&values)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; ++i) {
+        operand[i / 4][i % 4] = pack_bf16x2(values[2 * i], values[2 * i + 1]);
+    }
+}
+// Stores such an operand, rows keys and columns queries, transposed into this warpgroup's 64 columns of a tile of dS.
+template <class Tile>
+__device__ __forceinline__ void store_transposed(uint32_t tile, const uint32_t (&operand)[Tile::BLOCK_M / 16][4],
+                                                 int warpgroup) {
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE;
+    const int query = lane % 8 + lane / 16 * 8, chunk = 2 * warp + lane / 8 % 2;
+    const uint32_t address = tile + warpgroup * (Tile::BLOCK_M * 128) + query * 128 + (chunk ^ query % 8) * 16;
+#pragma unroll
+    for (int step = 0; step < Tile::BLOCK_M / 16; ++step) {
+        stmatrix_x4_trans(address + step * 16 * 128, operand[step]);
+    }
+}
+// tile (=) factor * sum of this warpgroup's 64 keys, rounded.
+template <class Tile>
+__device__ __forceinline__ void store_key_gradient(uint32_t tile, const float (&sum)[Tile::D / 2], float factor) {
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE;
+    const int row = 16 * warp + lane % 16;
+#pragma unroll
+    for (int step = 0; step < Tile::D / 16; ++step) {
+        uint32_t fragment[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            fragment[i] = pack_bf16x2(factor * sum[8 * step + 2 * i], factor * sum[8 * step + 2 * i + 1]);
+        }
+        const int chunk = step % 4 * 2 + lane / 16;
+        stmatrix_x4(tile + step / 4 * (64 * 128) + row * 128 + (chunk ^ row % 8) * 16, fragment);
+    }
+}
+// Writes dk and dv of this warpgroup's keys through the memory of k and v, which nobody may read any more. Rows past
+// the tensors' ends are left out by the maps.
+template <class Tile>
+__device__ __forceinline__ void store_key_gradients(const float (&dk)[Tile::D / 2], const float (&dv)[Tile::D / 2],
+                                                    typename Tile::Shared& shared, const HopperBackwardArguments& args,
+                                                    int warpgroup) {
+    const uint32_t dk_tile = shared_address(shared.k + warpgroup * 64 * Tile::D);
+    const uint32_t dv_tile = shared_address(shared.v + warpgroup * 64 * Tile::D);
+    store_key_gradient<Tile>(dk_tile, dk, args.scale);
+    store_key_gradient<Tile>(dv_tile, dv, 1.0f);
+    fence_async_shared();
+    named_barrier_sync(WARPGROUP_DONE + warpgroup, WARPGROUP_SIZE);
+    if (threadIdx.x % WARPGROUP_SIZE == 0) {
+        const KeyBlock& block = shared.block;
+        const int row = block.first_key + 64 * warpgroup;
+        tma_store(&args.dk, dk_tile, row, block.kv_head, block.b);
+        tma_store(&args.dv, dv_tile, row, block.kv_head, block.b);
+        bulk_commit();
+        bulk_wait<0>();
+    }
+}
+
+// One query tile of a consumer warpgroup.
+template <class Tile, bool MASKED>
+__device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&dv)[Tile::D / 2],
+                                              typename Tile::Shared& shared, const HopperBackwardArguments& args,
+                                              int warpgroup, int tile, PipelineState<Tile::STAGES>& state) {
+    constexpr int BLOCK_M = Tile::BLOCK_M, CONSUMER_THREADS = Tile::CONSUMERS * WARPGROUP_SIZE;
+    const int thread = threadIdx.x % WARPGROUP_SIZE;
+    const bool warp_leader = thread % WARP_SIZE == 0;
+    const int stage = state.stage;
+    const uint32_t k = shared_address(shared.k), v = shared_address(shared.v);
+    const uint32_t q = shared_address(shared.q[stage]), dout = shared_address(shared.dout[stage]);
+    const uint32_t ds = shared_address(shared.ds[stage]);
+
+    float p[BLOCK_M / 2], dp[BLOCK_M / 2];
+    mbarrier_wait(shared_address(&shared.q_full[stage]), state.parity);
+    wgmma_fence();
+    start_scores<Tile>(p, k + warpgroup * (64 * 128), q);
+    mbarrier_wait(shared_address(&shared.dout_full[stage]), state.parity);
+    wgmma_fence();
+    start_scores<Tile>(dp, v + warpgroup * (64 * 128), dout);
+
+    wgmma_wait<1>();  // the scores
+    wgmma_pin(p);
+    if (MASKED) {
+        mask_key_rows<Tile>(p, args, shared.block.first_key + 64 * warpgroup, tile * BLOCK_M);
+    }
+    exponentiate(p, shared.statistics[stage][0], args.scale_log2);
+    uint32_t p_operand[BLOCK_M / 16][4], ds_operand[BLOCK_M / 16][4];
+    round_to_operand(p_operand, p);
+    if (Tile::DV_START == DvStart::BEFORE_DS) {
+        wgmma_fence();
+        start_key_gradient<Tile>(dv, p_operand, dout);
+        wgmma_wait<1>();
+    } else {
+        wgmma_wait<0>();
+    }
+    wgmma_pin(dp);
+    differentiate(dp, p, shared.statistics[stage][1]);
+    round_to_operand(ds_operand, dp);
+    store_transposed<Tile>(ds, ds_operand, warpgroup);
+    if (Tile::DV_START == DvStart::AFTER_DS) {
+        wgmma_fence();
+        start_key_gradient<Tile>(dv, p_operand, dout);
+    }
+    fence_async_shared();
+    named_barrier_sync(DS_WRITTEN, CONSUMER_THREADS);
+
+    float dq[Tile::DQ_ELEMENTS / WARPGROUP_SIZE];
+    wgmma_fence();
+    start_dq<Tile>(dq, ds, k, warpgroup);
+    start_key_gradient<Tile>(dk, ds_operand, q);
+    wgmma_wait<1>();  // dv and dq
+    wgmma_pin(dq);
+    if (warp_leader) {
+        mbarrier_arrive(shared_address(&shared.dout_empty[stage]));
+    }
+    named_barrier_sync(DQ_EMPTY + warpgroup, WARPGROUP_SIZE + WARP_SIZE);
+    float4* staging = reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread;
+#pragma unroll
+    for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
+        staging[i * WARPGROUP_SIZE] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+    }
+    fence_async_shared();
+    named_barrier_arrive(DQ_FULL + warpgroup, WARPGROUP_SIZE + WARP_SIZE);
+    wgmma_wait<0>();  // dk
+    if (warp_leader) {
+        mbarrier_arrive(shared_address(&shared.q_empty[stage]));
+    }
+    state.advance();
+}
+
+// dk and dv of the block's keys, and their share of dq. Two warpgroups.
+template <class Tile>
+__device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
+    const KeyBlock& block = shared.block;
+    const int warpgroup = threadIdx.x / WARPGROUP_SIZE - 1;
+    float dk[Tile::D / 2] = {}, dv[Tile::D / 2] = {};
+    PipelineState<Tile::STAGES> state;
+    mbarrier_wait(shared_address(&shared.kv_full), 0);
+#pragma unroll 1
+    for (int i = 0; i < args.heads_per_kv_head; ++i) {
+        int tile = block.first_tile;
+#pragma unroll 1
+        for (; tile < block.first_unmasked; ++tile) {
+            backward_tile<Tile, true>(dk, dv, shared, args, warpgroup, tile, state);
+        }
+#pragma unroll 1
+        for (; tile < block.end_tile; ++tile) {
+            backward_tile<Tile, false>(dk, dv, shared, args, warpgroup, tile, state);
+        }
+    }
+    wgmma_pin(dk);
+    wgmma_pin(dv);
+    named_barrier_sync(DS_WRITTEN, Tile::CONSUMERS * WARPGROUP_SIZE);  // nobody reads k and v any more
+    store_key_gradients<Tile>(dk, dv, shared, args, warpgroup);
+}
+#endif
+
+// Launch: a block of one producer and two consumer warpgroups for each 128 keys of a kv head, in TileOrder; one block
+// an SM. Bound: see the head of this file.
+template <class Tile>
+__global__ void __launch_bounds__(Tile::THREADS, 1)
+    flash_attention_hopper_backward_kernel(const __grid_constant__ HopperBackwardArguments args) {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    extern __shared__ __align__(1024) unsigned char hopper_backward_shared[];
+    typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(hopper_backward_shared);
+    if (threadIdx.x == 0) {
+        shared.block = find_key_block<Tile>(args);
+        constexpr int CONSUMER_WARPS = Tile::CONSUMERS * WARPGROUP_SIZE / WARP_SIZE;
+        mbarrier_init(shared_address(&shared.kv_full), 1);
+        for (int stage = 0; stage < Tile::STAGES; ++stage) {
+            mbarrier_init(shared_address(&shared.q_full[stage]), 1);
+            mbarrier_init(shared_address(&shared.dout_full[stage]), 1);
+            mbarrier_init(shared_address(&shared.q_empty[stage]), CONSUMER_WARPS);
+            mbarrier_init(shared_address(&shared.dout_empty[stage]), CONSUMER_WARPS);
+        }
+        mbarrier_init_fence();
+    }
+    __syncthreads();
+    if (threadIdx.x < WARPGROUP_SIZE) {
+        registers_decrease<Tile::PRODUCER_REGISTERS>();
+        if (threadIdx.x == 0) {
+            backward_load<Tile>(shared, args, shared.block);
+        } else if (threadIdx.x / WARP_SIZE == 1) {
+            backward_add_dq<Tile>(shared, args, shared.block);
+        }
+    } else {
+        registers_increase<Tile::CONSUMER_REGISTERS>();
+        backward_consume<Tile>(shared, args);
+    }
+#endif
+}
+
+// ---- launchers ---------------------------------------------------------------------------------
+inline int hopper_backward_block_m(int D) {
+    return D == 128 ? HopperBackwardTile<128>::BLOCK_M : HopperBackwardTile<64>::BLOCK_M;
+}
+inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
+    return (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * 2 * sizeof(float);
+}
+// Exact: 8 + 4 D bytes a query row and head, rows rounded up to a tile; deterministic as flash_attention_mma.cuh.
+inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic) {
+    if (deterministic) {
+        return flash_attention_mma_backward_scratch_bytes(s, true);
+    }
+    return hopper_backward_statistics_bytes(s) +
+           (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * s.D * sizeof(float);
+}
+
+// Checks the operands, fills the statistics and zeroes dq's accumulator.
+template <class Tile>
+inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv,
+                                                     HeadView<const bf16> dout, HeadView<const bf16> q,
+                                                     HeadView<const bf16> k, HeadView<const bf16> v,
+                                                     HeadView<const bf16> out, const float* lse, void* scratch,
+                                                     const AttentionShape& s, cudaStream_t stream) {
+    mma_check_shape(s);
+    CHECK(s.D == Tile::D, "attention on Hopper: head dim D = %d, expected %d", s.D, Tile::D);
+    CHECK(s.Tq <= INT32_MAX / 4 && s.Tk <= INT32_MAX / 4,
+          "attention on Hopper: Tq = %lld, Tk = %lld must be below 2^29", (long long)s.Tq, (long long)s.Tk);
+    mma_check_view("dq", dq);
+    mma_check_view("out", out);
+    const std::pair<const char*, HeadView<const bf16>> mapped[] = {{"dk", dk}, {"dv", dv}, {"dout", dout},
+                                                                   {"q", q},   {"k", k},   {"v", v}};
+    for (int i = 0; i < 6; ++i) {
+        const bool of_queries = i == 2 || i == 3;
+        CHECK(tma_can_map(mapped[i].second, s.B, of_queries ? s.Tq : s.Tk, of_queries ? s.H : s.Hkv),
+              "attention on Hopper: rows of %s must be aligned to 16 bytes and its strides (%lld, %lld, %lld elements) "
+              "be positive",
+              mapped[i].first, (long long)mapped[i].second.stride_b, (long long)mapped[i].second.stride_t,
+              (long long)mapped[i].second.stride_h);
+    }
+    CHECK(reinterpret_cast<uintptr_t>(scratch) % 16 == 0, "attention: scratch must be aligned to 16 bytes");
+
+    HopperBackwardArguments args{};
+    args.q = head_tensor_map(q, s.B, s.Tq, s.H, s.D, Tile::BLOCK_M);
+    args.dout = head_tensor_map(dout, s.B, s.Tq, s.H, s.D, Tile::BLOCK_M);
+    args.k = head_tensor_map(k, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
+    args.v = head_tensor_map(v, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
+    args.dk = head_tensor_map(dk, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
+    args.dv = head_tensor_map(dv, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
+    args.Tq = s.Tq, args.Tk = s.Tk, args.key_offset = mma_key_offset(s);
+    args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
+    args.num_query_tiles = (int)ceil_div<int64_t>(s.Tq, Tile::BLOCK_M);
+    args.scale = s.scale, args.scale_log2 = s.scale * LOG2_E;
+    // What the blocks of a head share: q, dout and dq's accumulator.
+    args.order = mma_tile_order(ceil_div<int64_t>(s.Tk, Tile::BLOCK_N), s.B, s.Hkv, 1,
+                                s.Tq * args.heads_per_kv_head * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float)));
+
+    float* statistics = static_cast<float*>(scratch);
+    args.statistics = statistics;
+    args.dq_accumulator = reinterpret_cast<float*>(static_cast<char*>(scratch) + hopper_backward_statistics_bytes(s));
+    const int64_t padded_Tq = (int64_t)args.num_query_tiles * Tile::BLOCK_M, num_tile_rows = s.B * s.H * padded_Tq;
+    const int64_t num_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / HOPPER_STATISTICS_LANES);
+    CHECK(num_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds", (long long)num_tile_rows);
+    hopper_backward_prepare_kernel<Tile::D, Tile::BLOCK_M><<<num_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
+        statistics, args.dq_accumulator, dout, out, lse, num_tile_rows, s.Tq, padded_Tq, s.H);
+    CUDA_CHECK_LAUNCH();
+    return args;
+}
+// dq (=) from its accumulator.
+template <class Tile>
+inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& args, const AttentionShape& s,
+                             cudaStream_t stream) {
+    const int64_t num_tiles = (int64_t)s.B * s.H * args.num_query_tiles;
+    const int64_t num_blocks = num_tiles * (Tile::BLOCK_M * Tile::D / 16) / HOPPER_ROWS_THREADS;
+    CHECK(num_blocks <= INT32_MAX, "attention: %lld query tiles are more than a grid holds", (long long)num_tiles);
+    hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M><<<num_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
+        dq, args.dq_accumulator, num_tiles, s.Tq, args.num_query_tiles, s.H, s.scale);
+    CUDA_CHECK_LAUNCH();
+}
+// kernel: flash_attention_hopper_backward_kernel or one that does the same work for each block.
+template <class Tile>
+inline void hopper_launch_backward(void (*kernel)(HopperBackwardArguments), int threads, HeadView<bf16> dq,
+                                   HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
+                                   HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
+                                   HeadView<const bf16> out, const float* lse, void* scratch,
+                                   const AttentionShape& shape, cudaStream_t stream) {
+    const HopperBackwardArguments args =
+        hopper_begin_backward<Tile>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, stream);
+    constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
+    kernel<<<args.order.num_tiles * args.order.num_heads, threads, SHARED_BYTES, stream>>>(args);
+    CUDA_CHECK_LAUNCH();
+    hopper_finish_dq<Tile>(dq, args, shape, stream);
+}
+template <class Tile>
+inline void hopper_launch_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
+                                   HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
+                                   HeadView<const bf16> out, const float* lse, void* scratch,
+                                   const AttentionShape& shape, cudaStream_t stream) {
+    hopper_launch_backward<Tile>(flash_attention_hopper_backward_kernel<Tile>, Tile::THREADS, dq, dk, dv, dout, q, k, v,
+                                 out, lse, scratch, shape, stream);
+}
+
+// dq, dk, dv (=), D = 64 or 128. out and lse are the forward's (or, of a chunk of keys, those of all keys together: the
+// gradients are then the chunk's share). scratch: flash_attention_hopper_backward_scratch_bytes, aligned to 16 bytes,
+// need not be zero. dk and dv always repeat bit for bit; dq does when deterministic.
+inline void flash_attention_hopper_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv,
+                                            HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
+                                            HeadView<const bf16> v, HeadView<const bf16> out, const float* lse,
+                                            void* scratch, const AttentionShape& shape, bool deterministic,
+                                            cudaStream_t stream) {
+    NVTX_RANGE();
+    if (deterministic) {
+        flash_attention_mma_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, true, stream);
+    } else if (shape.D == 64) {
+        hopper_launch_backward<HopperBackwardTile<64>>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, stream);
+    } else {
+        hopper_launch_backward<HopperBackwardTile<128>>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, stream);
+    }
+}
