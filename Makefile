@@ -29,7 +29,7 @@ GENCODE   += $(if $(filter 80,$(ARCH)),-gencode arch=compute_80$(comma)code=comp
 NVCCFLAGS := -std=c++17 $(if $(DEBUG),-O1 -DLLMC_DEBUG,-O3) -lineinfo -I. $(GENCODE) $(if $(filter 90a,$(ARCH)),-DLLMC_HOPPER) \
              -Xcompiler -fopenmp,-Wall,-Wextra,-Werror,-march=$(HOST_ARCH) -Xcudafe --promote_warnings \
              -Xptxas -warn-spills -MMD -MP
-CUDALIBS  := -lcublasLt -lcublas
+CUDALIBS  := -lcublasLt
 
 HOST_TESTS  := $(patsubst dev/test/%.cpp,$(BUILD)/%,$(wildcard dev/test/test_*.cpp))
 HOST_TOOLS  := $(patsubst dev/test/%.cpp,$(BUILD)/%,$(filter-out $(wildcard dev/test/test_*.cpp dev/test/fuzz_*.cpp),$(wildcard dev/test/*.cpp)))

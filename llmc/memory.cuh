@@ -155,7 +155,8 @@ class MemoryPlan {
     }
 
     // Allocates, sets every pointer, and zeroes what lives across steps (padding must be zero; weights and optimizer
-    // state are written next). Activations and workspace are not trusted to be zero: LLMC_DEBUG fills them with NaN.
+    // state are written next). Activations and workspace are not trusted to be zero: LLMC_DEBUG and LLMC_POISON (of
+    // tests) fill them with NaN.
     void allocate() {
         for (int u = 0; u < NUM_MEMORY_USES; ++u) {
             arenas_[u] = DeviceMemory(ends_[u]);
@@ -163,7 +164,7 @@ class MemoryPlan {
                 continue;
             }
             const bool lives_across_steps = u <= (int)MemoryUse::gradients;
-#ifdef LLMC_DEBUG
+#if defined(LLMC_DEBUG) || defined(LLMC_POISON)
             constexpr bool poison = true;
 #else
             constexpr bool poison = false;

@@ -1,0 +1,655 @@
+// test_gpt.cu: the whole model on the GPU against the CPU reference: loss and every parameter's gradient, ten AdamW
+// steps, saving and resuming, over shapes that hurt; what must agree bit for bit: recompute modes, repetition, dense
+// attention with and without room for Lighthouse; and steps that must not be applied.
+//
+// The truth is reference/model.h in double on weights rounded to bf16. How far bf16 storage must be from it is measured
+// on the same data by a plain implementation, dev/test/bf16_model.h: the GPU's error, relative to the truth's 2-norm,
+// may be twice that, or twice one rounding of bf16; the largest error of an element, as the luck of single elements
+// differs more, four times.
+//   test_gpt [--small] [--seed N]     --small: for compute-sanitizer
+#define LLMC_POISON  // activations and workspace start as NaN
+#include <cstdio>
+#include <filesystem>
+#include <functional>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "dev/cuda/harness.cuh"    // random numbers
+#include "dev/test/bf16_model.h"   // the error that bf16 makes
+#include "llmc/checkpoint.h"       // saving and resuming
+#include "llmc/device.cuh"         // the GPU
+#include "llmc/model.cuh"          // what is tested
+#include "llmc/reference/model.h"  // the truth
+
+using Tensors = std::vector<std::vector<double>>;  // one for each of the parameter table
+
+// ---- cases -------------------------------------------------------------------------------------
+struct Case {
+    std::string name;
+    ModelConfig config;
+    int B;
+    int64_t T;
+    int num_micro_batches = 1;
+    int64_t classifier_chunk_rows = 0;
+    std::optional<LighthouseConfig> lighthouse = {};
+
+    AttentionMode attention() const { return lighthouse ? AttentionMode::lighthouse : AttentionMode::dense; }
+    GpuModelSettings settings(Recompute recompute, bool deterministic) const {
+        GpuModelSettings s;
+        s.max_batch_size = B, s.max_seq_len = T;
+        s.recompute = recompute, s.deterministic = deterministic;
+        s.classifier_chunk_rows = classifier_chunk_rows;
+        s.lighthouse = lighthouse;
+        return s;
+    }
+    double loss_weight(int micro_batch) const {  // not all the same; their sum is 1
+        return num_micro_batches == 1 ? 1.0 : micro_batch == 0 ? 0.75 : 0.25 / (num_micro_batches - 1);
+    }
+};
+
+static ModelConfig model_config(int64_t V, int layers, int C, int H, int Hkv, int D, int F, bool tied) {
+    ModelConfig m;
+    m.vocab_size = V, m.num_layers = layers, m.width = C, m.num_heads = H, m.num_kv_heads = Hkv, m.head_dim = D;
+    m.ffn_width = F, m.tied_embeddings = tied;
+    return m;
+}
+static LighthouseConfig lighthouse_config(int levels, int pool, int64_t topk, std::vector<int> dense_layers) {
+    LighthouseConfig lighthouse;
+    lighthouse.levels = levels, lighthouse.pool = pool, lighthouse.topk = topk;
+    lighthouse.dense_layers = std::move(dense_layers);
+    return lighthouse;
+}
+
+// Gradients under Lighthouse attention are compared with a truth that selects on its own, so every entry must be
+// selected: with two levels and 128 coarsest entries a tile all are, and rounding cannot change the choice. The
+// layer on selections that leave entries out: dev/cuda/lighthouse_layer.cu.
+static std::vector<Case> compared_cases(bool small) {
+    std::vector<Case> cases = {
+        {"T past a tile, grouped queries, odd vocabulary, tied", model_config(37, 2, 32, 4, 2, 16, 40, true), 2, 70},
+        {"Lighthouse in the middle, two micro-batches", model_config(19, 3, 32, 2, 1, 16, 24, false), 1, 256, 2, 0,
+         lighthouse_config(2, 2, 128, {0, -1})},
+    };
+    if (small) {
+        return cases;
+    }
+    cases.push_back(
+        {"D 64, grouped queries, odd vocabulary, tied", model_config(1003, 3, 256, 8, 2, 64, 512, true), 2, 200});
+    cases.push_back({"D 128, untied, chunks of rows in the classifier, three micro-batches",
+                     model_config(517, 2, 256, 4, 4, 128, 384, false), 1, 333, 3, 128});
+    cases.push_back({"D 40, a group of 8", model_config(50, 2, 136, 8, 1, 40, 72, false), 3, 65});
+    cases.push_back({"D 256, one head", model_config(300, 1, 64, 1, 1, 256, 128, true), 1, 129});
+    cases.push_back({"T = 1", model_config(12, 2, 64, 2, 1, 64, 64, true), 3, 1});
+    Case scaled{"Llama-3 frequency scaling, D 64", model_config(130, 2, 128, 2, 2, 64, 128, true), 2, 384};
+    scaled.config.rope_theta = 1000.0;
+    scaled.config.rope_scaling = {4.0, 1.0, 4.0, 64};
+    cases.push_back(scaled);
+    cases.push_back({"Lighthouse, D 64, grouped queries, two tiles", model_config(77, 4, 128, 4, 2, 64, 192, true), 2,
+                     1024, 1, 0, lighthouse_config(2, 4, 256, {0, -1})});
+    cases.push_back({"Lighthouse in all layers, D 128", model_config(64, 2, 128, 2, 2, 128, 128, true), 1, 1024, 1, 0,
+                     lighthouse_config(2, 8, 128, {})});
+    return cases;
+}
+// Of these only bits are compared: selections that leave entries out, every scorer.
+static std::vector<Case> selecting_cases(bool small) {
+    std::vector<Case> cases = {{"Lighthouse, three levels", model_config(19, 3, 32, 2, 1, 16, 24, true), 1, 1024, 1, 0,
+                                lighthouse_config(3, 2, 128, {1})}};
+    if (!small) {
+        Case dilated{"Lighthouse, four levels, dilated", model_config(90, 3, 128, 4, 2, 64, 128, true), 2, 4096, 2, 0,
+                     lighthouse_config(4, 2, 256, {0})};
+        dilated.lighthouse->scorer = LighthouseScorer::dilated;
+        cases.push_back(dilated);
+    }
+    return cases;
+}
+
+// ---- checks ------------------------------------------------------------------------------------
+struct Checks {
+    uint64_t seed = 1;
+    int num_passed = 0, num_failed = 0;
+
+    bool expect(bool passed, const std::string& what, const std::string& label, const std::string& detail = "") {
+        ++(passed ? num_passed : num_failed);
+        std::printf("%s test_gpt %s  %s  %s\n", passed ? "ok  " : "FAIL", what.c_str(), label.c_str(), detail.c_str());
+        if (!passed) {
+            std::printf("     rerun: test_gpt --seed %llu\n", (unsigned long long)seed);
+        }
+        std::fflush(stdout);
+        return passed;
+    }
+};
+
+// How far values are from the truth, relative to its 2-norm and, of single elements, to its root mean square.
+struct Error2 {
+    double norm = 0.0, largest = 0.0;
+};
+static Error2 error_of(const std::vector<double>& values, const std::vector<double>& truth) {
+    CHECK(values.size() == truth.size(), "comparison of %zu elements with %zu", values.size(), truth.size());
+    double squares = 0.0, largest = 0.0;
+    for (size_t i = 0; i < truth.size(); ++i) {
+        const double error = std::abs(values[i] - truth[i]);
+        squares += error * error;
+        largest = error <= largest ? largest : error;  // NaN stays
+    }
+    const double rms = std::max(root_mean_square(truth), 1e-30);
+    return {std::sqrt(squares / (double)truth.size()) / rms, largest / rms};
+}
+static Error2 limit_of(const std::vector<double>& plain, const std::vector<double>& truth) {
+    const Error2 error = error_of(plain, truth);
+    const double one_rounding = unit_roundoff<bf16>();
+    return {2.0 * std::max(error.norm, one_rounding), 4.0 * std::max(error.largest, one_rounding)};
+}
+static bool within(const Error2& error, const Error2& limit) {
+    return error.norm <= limit.norm && error.largest <= limit.largest;
+}
+
+// One tensor; the check itself is checked: two planted errors and a NaN must be found.
+static void compare(Checks& checks, const std::string& what, const std::string& label,
+                    const std::vector<double>& values, const std::vector<double>& plain,
+                    const std::vector<double>& truth) {
+    const Error2 error = error_of(values, truth), limit = limit_of(plain, truth);
+    std::vector<double> scaled = truth, spoilt = truth, not_a_number = truth;
+    for (double& value : scaled) {
+        value *= 1.0 + 1.5 * limit.norm;
+    }
+    spoilt[truth.size() / 2] += 1.5 * limit.largest * root_mean_square(truth);
+    not_a_number.back() = NAN;
+    const bool finds_planted = !within(error_of(scaled, truth), limit) && !within(error_of(spoilt, truth), limit) &&
+                               !within(error_of(not_a_number, truth), limit);
+    checks.expect(within(error, limit) && finds_planted, what, label,
+                  format_string("error %.2e limit %.2e, largest %.2e limit %.2e%s", error.norm, limit.norm,
+                                error.largest, limit.largest, finds_planted ? "" : ", misses a planted error"));
+}
+
+// ---- data --------------------------------------------------------------------------------------
+static std::vector<float> random_weight(const ParameterTensor& tensor, uint64_t seed) {
+    const float scale = tensor.is_vector ? 0.2f : 1.0f / std::sqrt((float)tensor.cols);
+    std::vector<float> values = random_vector<float>(tensor.num_elements(), seed, scale);
+    for (float& value : values) {
+        value += tensor.is_vector ? 1.0f : 0.0f;
+    }
+    return values;
+}
+static std::vector<std::vector<float>> random_weights(const Case& c, uint64_t seed) {
+    std::vector<std::vector<float>> weights;
+    for (const ParameterTensor& tensor : make_parameter_table(c.config).tensors) {
+        weights.push_back(random_weight(tensor, seed + 100 + weights.size()));
+    }
+    return weights;
+}
+// [micro-batch][B, T + 1] of one step.
+static std::vector<std::vector<int32_t>> random_batches(const Case& c, uint64_t seed) {
+    std::vector<std::vector<int32_t>> batches;
+    for (int i = 0; i < c.num_micro_batches; ++i) {
+        batches.push_back(random_indices(c.B * (c.T + 1), seed * 1000 + i, c.config.vocab_size));
+    }
+    return batches;
+}
+
+// ---- the GPU's side ----------------------------------------------------------------------------
+static std::unique_ptr<GpuModel> make_model(const Case& c, Recompute recompute, bool deterministic,
+                                            const std::vector<std::vector<float>>& weights) {
+    auto model = std::make_unique<GpuModel>(c.config, c.settings(recompute, deterministic));
+    model->set_attention(c.attention());
+    for (size_t i = 0; i < weights.size(); ++i) {
+        model->write_state(StateKind::master, (int)i, weights[i].data());
+    }
+    return model;
+}
+static void accumulate(GpuModel& model, const Case& c, const std::vector<std::vector<int32_t>>& batches) {
+    model.begin_step();
+    for (size_t i = 0; i < batches.size(); ++i) {
+        model.accumulate_gradients(batches[i].data(), c.B, c.T, c.loss_weight((int)i));
+    }
+}
+using Read = void (GpuModel::*)(int, float*);
+static Tensors read_all(GpuModel& model, const std::function<void(int, float*)>& read) {
+    Tensors tensors;
+    for (const ParameterTensor& tensor : model.parameters().tensors) {
+        std::vector<float> values(tensor.num_elements(), NAN);
+        read((int)tensors.size(), values.data());
+        tensors.push_back(convert<double>(values));
+    }
+    return tensors;
+}
+static Tensors gradients_of(GpuModel& model) {
+    return read_all(model, [&](int i, float* out) { model.read_gradient(i, out); });
+}
+static Tensors state_of(GpuModel& model, StateKind kind) {
+    return read_all(model, [&](int i, float* out) { model.read_state(kind, i, out); });
+}
+// All three kinds of state.
+static Tensors whole_state(GpuModel& model) {
+    Tensors all;
+    for (StateKind kind : {StateKind::master, StateKind::exp_avg, StateKind::exp_avg_sq}) {
+        for (std::vector<double>& tensor : state_of(model, kind)) {
+            all.push_back(std::move(tensor));
+        }
+    }
+    return all;
+}
+// Floats as doubles are equal exactly when their bits are, but for zeros' signs; NaN is never equal.
+static std::string first_difference(const Tensors& a, const Tensors& b) {
+    for (size_t i = 0; i < a.size(); ++i) {
+        for (size_t k = 0; k < a[i].size(); ++k) {
+            if (!(a[i][k] == b[i][k])) {
+                return format_string("tensor %zu element %zu: %.9g and %.9g", i, k, a[i][k], b[i][k]);
+            }
+        }
+    }
+    return "";
+}
+static void expect_equal(Checks& checks, const std::string& what, const std::string& label, const Tensors& a,
+                         const Tensors& b) {
+    const std::string difference = first_difference(a, b);
+    checks.expect(difference.empty(), what, label, difference.empty() ? "equal bits" : difference);
+}
+
+static AdamWSettings adamw_settings(int64_t step) {
+    AdamWSettings settings;
+    settings.learning_rate = 3e-3, settings.adam_step = step;
+    return settings;
+}
+static StepResult train_step(GpuModel& model, const Case& c, uint64_t seed, int64_t step) {
+    accumulate(model, c, random_batches(c, seed + step));
+    return model.update(adamw_settings(step));
+}
+
+// ---- the CPU's side ----------------------------------------------------------------------------
+// Master weights and AdamW's state in Real, for either of the CPU's models.
+template <class Real>
+struct CpuOptimizer {
+    std::vector<std::vector<Real>> master, exp_avg, exp_avg_sq;
+
+    explicit CpuOptimizer(const std::vector<std::vector<float>>& weights) {
+        for (const std::vector<float>& tensor : weights) {
+            master.push_back(convert<Real>(tensor));
+            exp_avg.emplace_back(tensor.size(), Real(0)), exp_avg_sq.emplace_back(tensor.size(), Real(0));
+        }
+    }
+    std::vector<float> rounded_weight(size_t i) const {
+        std::vector<float> weight = convert<float>(master[i]);
+        reference::round_to_bf16(weight);
+        return weight;
+    }
+    void update(const std::vector<std::vector<Real>>& gradients, double loss, const ParameterTable& table,
+                const AdamWSettings& s) {
+        double squares = 0.0;
+        for (const std::vector<Real>& gradient : gradients) {
+            const double norm = reference::grad_norm(gradient.data(), (int64_t)gradient.size());
+            squares += norm * norm;
+        }
+        reference::AdamWArguments a;
+        a.learning_rate = s.learning_rate, a.beta1 = s.beta1, a.beta2 = s.beta2, a.eps = s.eps;
+        a.max_grad_norm = s.max_grad_norm;
+        a.beta1_correction = 1.0 - std::pow(s.beta1, (double)s.adam_step);
+        a.beta2_correction = 1.0 - std::pow(s.beta2, (double)s.adam_step);
+        for (size_t i = 0; i < master.size(); ++i) {
+            a.weight_decay = table.tensors[i].decay ? s.weight_decay : 0.0;
+            reference::adamw_update(master[i].data(), exp_avg[i].data(), exp_avg_sq[i].data(), gradients[i].data(),
+                                    std::sqrt(squares), loss, (int64_t)master[i].size(), a);
+        }
+    }
+};
+
+// The truth: loss and gradients of one step in double.
+struct Truth {
+    std::unique_ptr<reference::ReferenceModel<double>> model;
+    CpuOptimizer<double> optimizer;
+    double loss = 0.0;
+    Tensors gradients;
+
+    Truth(const Case& c, const std::vector<std::vector<float>>& weights) : optimizer(weights) {
+        model = std::make_unique<reference::ReferenceModel<double>>(
+            c.config, c.attention(), c.lighthouse.value_or(LighthouseConfig()), c.B, c.T);
+    }
+    void set_weights() {
+        for (size_t i = 0; i < optimizer.master.size(); ++i) {
+            model->write_state(StateKind::master, (int)i, optimizer.rounded_weight(i).data());
+        }
+    }
+    void accumulate(const Case& c, const std::vector<std::vector<int32_t>>& batches) {
+        set_weights();
+        model->begin_step();
+        loss = 0.0;
+        for (size_t i = 0; i < batches.size(); ++i) {
+            loss += c.loss_weight((int)i) * model->evaluate(batches[i].data(), c.B, c.T);
+            model->accumulate_gradients(batches[i].data(), c.B, c.T, c.loss_weight((int)i));
+        }
+        gradients.clear();
+        for (size_t i = 0; i < optimizer.master.size(); ++i) {
+            const double* gradient = model->gradient((int)i);
+            gradients.emplace_back(gradient, gradient + optimizer.master[i].size());
+        }
+    }
+};
+// The same in plain bf16.
+struct Plain {
+    reference::Bf16Model model;
+    CpuOptimizer<float> optimizer;
+    double loss = 0.0;
+    std::vector<std::vector<float>> gradients;
+
+    Plain(const Case& c, const std::vector<std::vector<float>>& weights)
+        : model(c.config, c.attention(), c.lighthouse.value_or(LighthouseConfig())), optimizer(weights) {}
+    void set_weights() {
+        for (size_t i = 0; i < optimizer.master.size(); ++i) {
+            model.set_weight((int)i, optimizer.master[i]);
+        }
+    }
+    void accumulate(const Case& c, const std::vector<std::vector<int32_t>>& batches) {
+        set_weights();
+        model.zero_gradients();
+        loss = 0.0;
+        for (size_t i = 0; i < batches.size(); ++i) {
+            const double weight = c.loss_weight((int)i);
+            loss += weight * model.accumulate(batches[i].data(), c.B, c.T, weight);
+        }
+        gradients.clear();
+        for (size_t i = 0; i < optimizer.master.size(); ++i) {
+            gradients.push_back(model.gradient((int)i));
+        }
+    }
+};
+
+// The mean of R losses: a token's is off by the rounding of its logits, which are of the size of the loss, and of what
+// they are made of; two roundings of bf16, independent from token to token.
+static void compare_loss(Checks& checks, const std::string& what, const Case& c, double loss, double plain,
+                         double truth) {
+    const double tokens = (double)(c.B * c.T * c.num_micro_batches);
+    const double limit =
+        2.0 * std::max(std::abs(plain - truth), 2.0 * unit_roundoff<bf16>() * truth / std::sqrt(tokens));
+    const bool finds_planted = !(std::abs(1.5 * limit) <= limit) && !(std::abs(NAN - truth) <= limit);
+    checks.expect(
+        std::abs(loss - truth) <= limit && finds_planted, what, c.name,
+        format_string("%.6f, expected %.6f, error %.1e limit %.1e", loss, truth, std::abs(loss - truth), limit));
+}
+
+// ---- tests -------------------------------------------------------------------------------------
+static void test_gradients(Checks& checks, const Case& c) {
+    const auto weights = random_weights(c, checks.seed);
+    const auto batches = random_batches(c, checks.seed);
+    Truth truth(c, weights);
+    Plain plain(c, weights);
+    truth.accumulate(c, batches);
+    plain.accumulate(c, batches);
+    for (const bool deterministic : {true, false}) {  // false: with a search of algorithms
+        const auto model = make_model(c, Recompute::none, deterministic, weights);
+        accumulate(*model, c, batches);
+        const Tensors gradients = gradients_of(*model);
+        const std::string label = c.name + (deterministic ? ", deterministic" : "");
+        for (size_t i = 0; i < gradients.size(); ++i) {
+            compare(checks, "gradient " + model->parameters().tensors[i].name, label, gradients[i],
+                    to_double(plain.gradients[i]), truth.gradients[i]);
+        }
+        double squares = 0.0;
+        for (const std::vector<double>& gradient : gradients) {
+            const double rms = root_mean_square(gradient);
+            squares += rms * rms * (double)gradient.size();
+        }
+        const StepResult result = model->update(adamw_settings(1));
+        compare_loss(checks, "loss", c, result.loss, plain.loss, truth.loss);
+        checks.expect(std::abs(result.grad_norm - std::sqrt(squares)) <= 1e-6 * std::sqrt(squares) && !result.skipped,
+                      "gradient norm", label,
+                      format_string("%.7g, expected %.7g", result.grad_norm, std::sqrt(squares)));
+    }
+}
+
+// Evaluation and the logits for sampling, at full length and shorter.
+static void test_evaluation(Checks& checks, const Case& c) {
+    const auto weights = random_weights(c, checks.seed);
+    const std::vector<int32_t> tokens = random_batches(c, checks.seed)[0];
+    Truth truth(c, weights);
+    Plain plain(c, weights);
+    truth.set_weights(), plain.set_weights();
+    const auto model = make_model(c, Recompute::block, false, weights);
+    plain.model.zero_gradients();
+    compare_loss(checks, "evaluation", c, model->evaluate(tokens.data(), c.B, c.T),
+                 plain.model.accumulate(tokens.data(), c.B, c.T, 1.0), truth.model->evaluate(tokens.data(), c.B, c.T));
+    for (const int64_t T : {c.T, (c.T + 2) / 3}) {
+        if (c.lighthouse && T != c.T) {
+            continue;  // not a length of this geometry
+        }
+        std::vector<float> logits(c.config.vocab_size, NAN), expected(logits);
+        model->next_token_logits(tokens.data(), T, logits.data());
+        truth.model->next_token_logits(tokens.data(), T, expected.data());
+        compare(checks, "next_token_logits", format_string("%s, %lld tokens", c.name.c_str(), (long long)T),
+                to_double(logits), to_double(plain.model.next_token_logits(tokens.data(), T)), to_double(expected));
+    }
+}
+
+// What must be the same bits as a deterministic model that keeps everything.
+static void test_bits(Checks& checks, const Case& c) {
+    const auto weights = random_weights(c, checks.seed);
+    const auto batches = random_batches(c, checks.seed);
+    const auto model = make_model(c, Recompute::none, true, weights);
+    accumulate(*model, c, batches);
+    const Tensors gradients = gradients_of(*model);
+    checks.expect(first_difference(gradients, gradients).empty(), "gradients are numbers", c.name);
+    const double loss = model->evaluate(batches[0].data(), c.B, c.T);
+    accumulate(*model, c, batches);
+    expect_equal(checks, "repetition, after an evaluation", c.name, gradients_of(*model), gradients);
+    for (const auto& [recompute, name] :
+         {std::pair(Recompute::all_but_attention, "all_but_attention"), std::pair(Recompute::block, "block")}) {
+        const auto other = make_model(c, recompute, true, weights);
+        const double other_loss = other->evaluate(batches[0].data(), c.B, c.T);
+        accumulate(*other, c, batches);
+        expect_equal(checks, std::string("--recompute ") + name, c.name, gradients_of(*other), gradients);
+        checks.expect(other_loss == loss, std::string("evaluation, --recompute ") + name, c.name,
+                      format_string("%.9g and %.9g", other_loss, loss));
+    }
+    if (!c.lighthouse) {
+        return;
+    }
+    // The second stage in a plan that has room for both, and an evaluation in one that never trains it.
+    Case dense = c;
+    dense.lighthouse.reset();
+    const auto dense_model = make_model(dense, Recompute::none, true, weights);
+    accumulate(*dense_model, c, batches);
+    const Tensors dense_gradients = gradients_of(*dense_model);
+    for (const Recompute recompute : {Recompute::none, Recompute::all_but_attention, Recompute::block}) {
+        const auto both = make_model(c, recompute, true, weights);
+        accumulate(*both, c, batches);
+        both->set_attention(AttentionMode::dense);
+        accumulate(*both, c, batches);
+        expect_equal(checks, format_string("dense after Lighthouse, recompute mode %d", (int)recompute), c.name,
+                     gradients_of(*both), dense_gradients);
+        both->set_attention(AttentionMode::lighthouse);
+        accumulate(*both, c, batches);
+        expect_equal(checks, format_string("Lighthouse after dense, recompute mode %d", (int)recompute), c.name,
+                     gradients_of(*both), gradients);
+    }
+    for (const Recompute recompute : {Recompute::none, Recompute::block}) {
+        GpuModelSettings settings = c.settings(recompute, true);
+        settings.trains_dense = false;
+        GpuModel first_stage(c.config, settings);
+        for (size_t i = 0; i < weights.size(); ++i) {
+            first_stage.write_state(StateKind::master, (int)i, weights[i].data());
+        }
+        const double dense_loss = first_stage.evaluate(batches[0].data(), c.B, c.T);
+        first_stage.set_attention(AttentionMode::lighthouse);
+        accumulate(first_stage, c, batches);
+        expect_equal(checks, format_string("first stage alone, recompute mode %d", (int)recompute), c.name,
+                     gradients_of(first_stage), gradients);
+        const double expected = dense_model->evaluate(batches[0].data(), c.B, c.T);
+        checks.expect(dense_loss == expected, "dense evaluation in the first stage", c.name,
+                      format_string("%.9g and %.9g", dense_loss, expected));
+    }
+}
+
+static void test_steps(Checks& checks, const Case& c, int num_steps) {
+    const auto weights = random_weights(c, checks.seed);
+    Truth truth(c, weights);
+    Plain plain(c, weights);
+    const auto model = make_model(c, Recompute::all_but_attention, false, weights);
+    for (int64_t step = 1; step <= num_steps; ++step) {
+        const auto batches = random_batches(c, checks.seed + step);
+        truth.accumulate(c, batches);
+        truth.optimizer.update(truth.gradients, truth.loss, model->parameters(), adamw_settings(step));
+        plain.accumulate(c, batches);
+        plain.optimizer.update(plain.gradients, plain.loss, model->parameters(), adamw_settings(step));
+        const StepResult result = train_step(*model, c, checks.seed, step);
+        compare_loss(checks, format_string("loss of step %lld", (long long)step), c, result.loss, plain.loss,
+                     truth.loss);
+    }
+    const Tensors master = state_of(*model, StateKind::master);
+    const Tensors exp_avg = state_of(*model, StateKind::exp_avg);
+    const Tensors exp_avg_sq = state_of(*model, StateKind::exp_avg_sq);
+    const std::string label = format_string("%s, %d steps", c.name.c_str(), num_steps);
+    for (size_t i = 0; i < weights.size(); ++i) {
+        // Of the weights, what the steps have changed.
+        auto change = [&](std::vector<double> values) {
+            for (size_t k = 0; k < values.size(); ++k) {
+                values[k] -= (double)weights[i][k];
+            }
+            return values;
+        };
+        const std::string& name = model->parameters().tensors[i].name;
+        compare(checks, "change of " + name, label, change(master[i]), change(to_double(plain.optimizer.master[i])),
+                change(truth.optimizer.master[i]));
+        compare(checks, "exp_avg " + name, label, exp_avg[i], to_double(plain.optimizer.exp_avg[i]),
+                truth.optimizer.exp_avg[i]);
+        compare(checks, "exp_avg_sq " + name, label, exp_avg_sq[i], to_double(plain.optimizer.exp_avg_sq[i]),
+                truth.optimizer.exp_avg_sq[i]);
+    }
+}
+
+// A run that was saved and resumed ends with the bits of one that was not.
+static void test_resume(Checks& checks, const Case& c) {
+    namespace fs = std::filesystem;
+    const fs::path folder = fs::temp_directory_path() / format_string("test_gpt-%d", (int)getpid());
+    const auto weights = random_weights(c, checks.seed);
+    const auto straight = make_model(c, Recompute::none, true, weights);
+    for (int64_t step = 1; step <= 4; ++step) {
+        train_step(*straight, c, checks.seed, step);
+    }
+    for (const bool weights_bf16 : {false, true}) {
+        const auto first = make_model(c, Recompute::none, true, weights);
+        for (int64_t step = 1; step <= 2; ++step) {
+            train_step(*first, c, checks.seed, step);
+        }
+        RunConfig run;
+        run.model = c.config;
+        TrainingState state;
+        state.step = state.adam_step = 2;
+        const std::string saved = save_checkpoint(*first, state, run, weights_bf16, folder.string());
+        const auto second = make_model(c, Recompute::none, true, random_weights(c, checks.seed + 50));
+        const TrainingState loaded = load_checkpoint(*second, saved);
+        for (int64_t step = loaded.adam_step + 1; step <= 4; ++step) {
+            train_step(*second, c, checks.seed, step);
+        }
+        expect_equal(checks, format_string("resumed, %s weights", weights_bf16 ? "bf16" : "float32"), c.name,
+                     whole_state(*second), whole_state(*straight));
+        fs::remove_all(folder);
+    }
+}
+
+// Steps that must change nothing: the loss is not a number; the loss is one, but a gradient is not.
+static void test_skipped_steps(Checks& checks, const Case& c) {
+    const auto weights = random_weights(c, checks.seed);
+    const auto model = make_model(c, Recompute::none, true, weights);
+    const LayerParameters& layer = model->parameters().layers[0];
+    train_step(*model, c, checks.seed, 1);
+    const Tensors before = whole_state(*model);
+    // One step, of `loss_weight`, with some tensors of the first layer filled with a value.
+    auto step_with = [&](const std::vector<std::pair<int, float>>& fills, double loss_weight) {
+        for (const auto& [tensor, value] : fills) {
+            const std::vector<float> filled(before[tensor].size(), value);
+            model->write_state(StateKind::master, tensor, filled.data());
+        }
+        model->begin_step();
+        model->accumulate_gradients(random_batches(c, checks.seed)[0].data(), c.B, c.T, loss_weight);
+        const StepResult result = model->update(adamw_settings(2));
+        for (const auto& [tensor, value] : fills) {
+            model->write_state(StateKind::master, tensor, convert<float>(before[tensor]).data());
+        }
+        return result;
+    };
+    auto expect_skipped = [&](const char* what, const StepResult& result, const std::string& first_bad) {
+        checks.expect(result.skipped && result.first_bad_tensor == first_bad, what, c.name,
+                      format_string("skipped %d, loss %g, norm %g, first bad '%s'", result.skipped, result.loss,
+                                    result.grad_norm, result.first_bad_tensor.c_str()));
+        expect_equal(checks, std::string("state after ") + what, c.name, whole_state(*model), before);
+    };
+    expect_skipped("a loss that is not finite", step_with({{layer.down, INFINITY}}, 1.0), "loss");
+    // The feed-forward multiplies two numbers near 1e18 and adds nothing to the residual stream, so the loss is as
+    // any; the gradient of the weights it is multiplied with is beyond float.
+    const StepResult large = step_with({{layer.ffn_norm, 1e18f}, {layer.down, 0.0f}}, 1e6);
+    expect_skipped("a gradient that is not finite", large, model->parameters().tensors[layer.down].name);
+    checks.expect(std::isfinite(large.loss), "the loss of that step is finite", c.name, std::to_string(large.loss));
+
+    // And the next step is as if they had not been.
+    const auto untroubled = make_model(c, Recompute::none, true, weights);
+    train_step(*untroubled, c, checks.seed, 1);
+    train_step(*untroubled, c, checks.seed, 2);
+    train_step(*model, c, checks.seed, 2);
+    expect_equal(checks, "the step after skipped ones", c.name, whole_state(*model), whole_state(*untroubled));
+}
+
+// What the model refuses, by one sentence.
+static void test_refusals(Checks& checks) {
+    const Case c = compared_cases(true)[0];
+    const auto model = make_model(c, Recompute::none, true, random_weights(c, checks.seed));
+    auto refuses = [&](const char* what, const std::string& named, const std::function<void()>& call) {
+        std::string message = "nothing was refused";
+        try {
+            call();
+        } catch (const Error& error) {
+            message = error.what();
+        }
+        checks.expect(message.find(named) != std::string::npos, what, c.name, message);
+    };
+    std::vector<int32_t> tokens(c.B * (c.T + 1) + 1, 0);
+    refuses("longer than planned", "planned", [&] { model->evaluate(tokens.data(), 1, c.T + 1); });
+    tokens[3] = (int32_t)c.config.vocab_size;
+    refuses("token outside the vocabulary", "--vocab_size", [&] { model->evaluate(tokens.data(), c.B, c.T); });
+    refuses("Lighthouse without a plan", "--attention", [&] { model->set_attention(AttentionMode::lighthouse); });
+    refuses("too little memory", "--print_memory", [&] {
+        GpuModelSettings settings = c.settings(Recompute::none, false);
+        settings.max_seq_len = (int64_t)1 << 29;
+        GpuModel too_large(c.config, settings);
+    });
+}
+
+static void run_tests(Checks& checks, bool small) {
+    for (const Case& c : compared_cases(small)) {
+        test_gradients(checks, c);
+        test_evaluation(checks, c);
+        test_bits(checks, c);
+    }
+    for (const Case& c : selecting_cases(small)) {
+        test_bits(checks, c);
+    }
+    const std::vector<Case> cases = compared_cases(small);
+    for (size_t i = 0; i < cases.size(); i += small ? 1 : 3) {
+        test_steps(checks, cases[i], small ? 2 : 10);
+        test_resume(checks, cases[i]);
+        test_skipped_steps(checks, cases[i]);
+    }
+    test_refusals(checks);
+}
+
+int main(int argc, char** argv) {
+    try {
+        Checks checks;
+        bool small = false;
+        for (int i = 1; i < argc; ++i) {
+            const std::string option = argv[i];
+            if (option == "--small") {
+                small = true;
+            } else if (option == "--seed" && i + 1 < argc) {
+                checks.seed = std::strtoull(argv[++i], nullptr, 10);
+            } else {
+                fail("%s: no such option; there are --small and --seed N", option.c_str());
+            }
+        }
+        const GpuDevice device = open_device(0);
+        std::printf("test_gpt on %s\n", device.name.c_str());
+        run_tests(checks, small);
+        std::printf("%d passed, %d failed\n", checks.num_passed, checks.num_failed);
+        return checks.num_failed == 0 ? 0 : 1;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "test_gpt: %s\n", error.what());
+        return 2;
+    }
+}
