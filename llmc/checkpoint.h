@@ -69,13 +69,14 @@ inline bool is_plain_name(const std::string& name) {
            name.find('\0') == std::string::npos;
 }
 
+// Without a line end: whatever is cut off, it is no JSON any more.
 inline std::string manifest_text(const Manifest& manifest) {
     Json files = Json::object();
     for (const auto& [name, digest] : manifest) {
         files[name] = {{"bytes", digest.num_bytes},
                        {"xxh3", format_string("%016llx", (unsigned long long)digest.xxh3)}};
     }
-    return Json({{"format", "llmc checkpoint"}, {"version", 1}, {"files", files}}).dump(1) + "\n";
+    return Json({{"format", "llmc checkpoint"}, {"version", 1}, {"files", files}}).dump(1);
 }
 
 // Throws Error, naming `path`, for text that is not a manifest.

@@ -1,0 +1,653 @@
+// test_checkpoint.cpp: checkpoints come back bit for bit, survive whatever cuts a save short, and are not believed when
+// damaged; folders of others load, whatever their types and files.
+#include <gtest/gtest.h>
+
+#include <sys/resource.h>
+#include <sys/wait.h>
+
+#include <csignal>
+#include <cstdlib>
+#include <fstream>
+#include <random>
+
+#include "llmc/checkpoint.h"
+
+namespace {
+
+namespace fs = std::filesystem;
+
+// A model that only holds its state: random numbers, or NaN until they are set.
+class StateModel : public TrainableModel {
+  public:
+    StateModel(const ModelConfig& config, int seed) : config_(config), table_(make_parameter_table(config)) {
+        std::mt19937 generator(seed);
+        std::normal_distribution<float> normal;
+        for (auto& kind : state) {
+            for (const ParameterTensor& tensor : table_.tensors) {
+                kind.emplace_back(tensor.num_elements());
+                for (float& value : kind.back()) {
+                    value = seed > 0 ? normal(generator) : NAN;
+                }
+            }
+        }
+    }
+    const ModelConfig& config() const override { return config_; }
+    const ParameterTable& parameters() const override { return table_; }
+    void set_attention(AttentionMode) override {}
+    void begin_step() override {}
+    void accumulate_gradients(const int32_t*, int, int64_t, double) override {}
+    StepResult update(const AdamWSettings&) override { return {}; }
+    double evaluate(const int32_t*, int, int64_t) override { return 0.0; }
+    void next_token_logits(const int32_t*, int64_t, float*) override {}
+    int64_t max_sequence_length() const override { return 1; }
+    void read_state(StateKind kind, int tensor, float* out) override {
+        const std::vector<float>& from = state[(int)kind][tensor];
+        std::copy(from.begin(), from.end(), out);
+    }
+    void write_state(StateKind kind, int tensor, const float* in) override {
+        std::copy_n(in, state[(int)kind][tensor].size(), state[(int)kind][tensor].begin());
+    }
+    void read_gradient(int, float*) override {}
+    double peak_memory_gib() const override { return 0.0; }
+
+    bool untouched() const {
+        for (const auto& kind : state) {
+            for (const auto& tensor : kind) {
+                if (!std::all_of(tensor.begin(), tensor.end(), [](float x) { return std::isnan(x); })) {
+                    return false;
+                }
+            }
+        }
+        return true;
+    }
+
+    std::vector<std::vector<float>> state[3];
+
+  private:
+    ModelConfig config_;
+    ParameterTable table_;
+};
+
+ModelConfig small_model(bool tied) {
+    ModelConfig m;
+    m.vocab_size = 11, m.num_layers = 2, m.width = 8, m.num_heads = 2, m.num_kv_heads = 1, m.head_dim = 8;
+    m.ffn_width = 16, m.tied_embeddings = tied;
+    return m;
+}
+
+std::string read_bytes(const std::string& path) {
+    std::ifstream file(path, std::ios::binary);
+    EXPECT_TRUE(file.good()) << path;
+    return std::string(std::istreambuf_iterator<char>(file), {});
+}
+void write_bytes(const std::string& path, const std::string& bytes) {
+    std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+}
+// The contents of all files below a folder, by path.
+std::map<std::string, std::string> contents(const std::string& folder) {
+    std::map<std::string, std::string> files;
+    for (const auto& entry : fs::recursive_directory_iterator(folder)) {
+        if (entry.is_regular_file()) {
+            files[entry.path().string()] = read_bytes(entry.path().string());
+        }
+    }
+    return files;
+}
+std::vector<std::string> names(const std::string& folder) {
+    std::vector<std::string> found = checkpoint::names_in(folder);
+    std::sort(found.begin(), found.end());
+    return found;
+}
+
+template <class Function>
+std::string message_of(Function function) {
+    try {
+        function();
+    } catch (const Error& error) {
+        EXPECT_EQ(std::string(error.what()).find('\n'), std::string::npos) << error.what();
+        return error.what();
+    }
+    return "(no error)";
+}
+#define EXPECT_MESSAGE(statement, words)                              \
+    do {                                                              \
+        const std::string message = message_of([&] { statement; });   \
+        EXPECT_NE(message.find(words), std::string::npos) << message; \
+    } while (0)
+
+// While it lives no file can grow beyond `num_bytes`: a full disk, or with `kill` the end of the process.
+class FileSizeLimit {
+  public:
+    explicit FileSizeLimit(uint64_t num_bytes) {
+        getrlimit(RLIMIT_FSIZE, &before_);
+        handler_ = std::signal(SIGXFSZ, SIG_IGN);
+        rlimit limit = before_;
+        limit.rlim_cur = num_bytes;
+        setrlimit(RLIMIT_FSIZE, &limit);
+    }
+    ~FileSizeLimit() {
+        setrlimit(RLIMIT_FSIZE, &before_);
+        std::signal(SIGXFSZ, handler_);
+    }
+
+  private:
+    rlimit before_;
+    void (*handler_)(int);
+};
+
+class Checkpoint : public testing::Test {
+  protected:
+    void SetUp() override {
+        ASSERT_NE(mkdtemp(folder_.data()), nullptr);
+        run_ = folder_ + "/run";
+        config_.keep_checkpoints = 0;
+        state_.step = 400, state_.adam_step = 397, state_.data_position = ((int64_t)1 << 40) + 3, state_.skipped = 3;
+        state_.skipped_in_a_row = 1;
+    }
+    void TearDown() override { EXPECT_EQ(std::system(("rm -rf '" + folder_ + "'").c_str()), 0); }
+
+    std::string save(StateModel& model, int64_t step, bool bf16 = false) {
+        TrainingState state = state_;
+        state.step = step, state.adam_step = state.skipped = state.skipped_in_a_row = 0;
+        return save_checkpoint(model, state, config_, bf16, run_, 6000);
+    }
+
+    std::string folder_ = testing::TempDir() + "llmc_checkpoint_XXXXXX", run_;
+    RunConfig config_;
+    TrainingState state_;
+};
+
+}  // namespace
+
+// ---- there and back
+
+TEST_F(Checkpoint, ComesBackBitForBit) {
+    for (const bool tied : {true, false}) {
+        for (const bool bf16 : {false, true}) {
+            for (const uint64_t shard_bytes : {(uint64_t)1, (uint64_t)3000, checkpoint::OPTIMIZER_SHARD_BYTES}) {
+                fs::remove_all(run_);
+                StateModel model(small_model(tied), 1), loaded(small_model(tied), 0);
+                const std::string folder = save_checkpoint(model, state_, config_, bf16, run_, shard_bytes);
+                EXPECT_EQ(folder, run_ + "/step00000400");
+                EXPECT_EQ(find_newest_checkpoint(run_), folder);
+                const TrainingState state = load_checkpoint(loaded, folder);
+                for (int kind = 0; kind < 3; ++kind) {
+                    EXPECT_EQ(loaded.state[kind], model.state[kind]) << kind << tied << bf16 << shard_bytes;
+                }
+                EXPECT_EQ(state.step, 400);
+                EXPECT_EQ(state.adam_step, 397);
+                EXPECT_EQ(state.data_position, ((int64_t)1 << 40) + 3);
+                EXPECT_EQ(state.skipped, 3);
+                EXPECT_EQ(state.skipped_in_a_row, 1);
+                int num_shards = 0;
+                for (const std::string& name : names(folder)) {
+                    num_shards += name.rfind("optimizer-", 0) == 0;
+                }
+                const int num_tensors = (int)model.parameters().tensors.size() * (bf16 ? 3 : 2);
+                EXPECT_TRUE(shard_bytes == 1      ? num_shards == num_tensors
+                            : shard_bytes == 3000 ? num_shards > 1 && num_shards < num_tensors
+                                                  : num_shards == 1)
+                    << num_shards;
+            }
+        }
+    }
+}
+
+TEST_F(Checkpoint, IsAHuggingFaceFolder) {
+    config_.seq_len = 96;
+    StateModel model(small_model(false), 2);
+    const std::string folder = save_checkpoint(model, state_, config_, true, run_);
+    EXPECT_EQ(first_difference(load_hf_config(folder), model.config()), "");
+    EXPECT_EQ(load_hf_config(folder).max_positions, 96) << "the run's sequence length";
+    const SafetensorsFile weights(folder + "/model.safetensors");
+    EXPECT_EQ(weights.metadata().at("format"), "pt") << "older transformers ask for it";
+    EXPECT_EQ(weights.tensors().size(), 2 * 9 + 3u);
+    // k is rows 16..24 of the fused matrix.
+    const SafetensorsTensor& k = weights.at("model.layers.1.self_attn.k_proj.weight");
+    EXPECT_EQ(k.shape, (std::vector<uint64_t>{8, 8}));
+    EXPECT_EQ(k.dtype, Dtype::BF16);
+    std::vector<float> values(64);
+    weights.read_floats(k, values.data());
+    const std::vector<float>& fused = model.state[0][model.parameters().layers[1].qkv];
+    for (int i = 0; i < 64; ++i) {
+        ASSERT_EQ(values[i], bf16_to_float(float_to_bf16(fused[16 * 8 + i])));
+    }
+    EXPECT_EQ(weights.at("model.norm.weight").shape, (std::vector<uint64_t>{8})) << "a vector there";
+    EXPECT_EQ(weights.at("lm_head.weight").shape, (std::vector<uint64_t>{11, 8}));
+
+    StateModel tied(small_model(true), 2);
+    const std::string tied_folder = save_checkpoint(tied, state_, config_, false, folder_ + "/tied");
+    EXPECT_EQ(SafetensorsFile(tied_folder + "/model.safetensors").find("lm_head.weight"), nullptr);
+}
+
+TEST_F(Checkpoint, StateHasTheSettings) {
+    config_.seed = 12, config_.shuffle_seed = (uint64_t)1 << 62, config_.train_data = {"a\"b", "c\xff"};
+    config_.learning_rate = 1e-3;
+    StateModel model(small_model(true), 1);
+    const JsonValue state = parse_json(read_bytes(save(model, 7) + "/state.json"), "state.json");
+    EXPECT_EQ(state["step"], 7);
+    EXPECT_EQ(state["seed"], 12);
+    EXPECT_EQ(state["shuffle_seed"], (uint64_t)1 << 62);
+    EXPECT_EQ(state["settings"]["learning_rate"], 1e-3);
+    EXPECT_EQ(state["settings"]["schedule"], "cosine");
+    EXPECT_EQ(state["settings"]["tied_embeddings"], true);
+    EXPECT_TRUE(state["settings"].contains("train_data"));
+}
+
+TEST_F(Checkpoint, ByteVocabularyHasItsMarkers) {
+    ModelConfig bytes = small_model(true);
+    bytes.vocab_size = 258;
+    StateModel model(bytes, 1), other(small_model(true), 1);
+    const std::string folder = save_checkpoint(model, state_, config_, false, run_);
+    EXPECT_EQ(parse_json(read_bytes(folder + "/config.json"), "")["eos_token_id"], 257);
+    EXPECT_EQ(parse_json(read_bytes(folder + "/generation_config.json"), "")["bos_token_id"], 256);
+    const std::string other_folder = save_checkpoint(other, state_, config_, false, folder_ + "/other");
+    EXPECT_TRUE(parse_json(read_bytes(other_folder + "/config.json"), "")["eos_token_id"].is_null());
+}
+
+TEST_F(Checkpoint, TokenizerAndSpecialTokensAreCarriedOn) {
+    StateModel model(small_model(true), 1);
+    const std::string start = save_checkpoint(model, state_, config_, false, folder_ + "/start");
+    Json config = Json::parse(read_bytes(start + "/config.json"));
+    config["bos_token_id"] = 3, config["eos_token_id"] = {4, 5};
+    fs::remove(start + "/manifest.json");
+    write_bytes(start + "/config.json", config.dump());
+    write_bytes(start + "/tokenizer.json", "{\"a\": \"tokenizer\"}");
+    write_bytes(start + "/tokenizer.model", std::string("\0\1\2", 3));
+    config_.checkpoint = config_.init_from = start;
+    config_.keep_checkpoints = 1;
+    save(model, 1);
+    fs::remove_all(start);
+    save(model, 2);  // from the checkpoint of step 1, which then goes
+    const std::string folder = save(model, 3);
+    EXPECT_EQ(names(run_), std::vector<std::string>{"step00000003"});
+    EXPECT_EQ(read_bytes(folder + "/tokenizer.json"), "{\"a\": \"tokenizer\"}");
+    EXPECT_EQ(read_bytes(folder + "/tokenizer.model"), std::string("\0\1\2", 3));
+    EXPECT_EQ(parse_json(read_bytes(folder + "/config.json"), "")["eos_token_id"], 4);
+    EXPECT_EQ(find_newest_checkpoint(run_), folder) << "the manifest has them";
+}
+
+// ---- which one
+
+TEST_F(Checkpoint, NewestIsByNumber) {
+    EXPECT_EQ(find_newest_checkpoint(folder_ + "/none"), std::nullopt);
+    EXPECT_EQ(find_newest_checkpoint(folder_), std::nullopt);
+    StateModel model(small_model(true), 1);
+    save(model, 9);
+    save(model, 100'000'000);  // nine digits
+    save(model, 99'999'999);
+    EXPECT_EQ(find_newest_checkpoint(run_), run_ + "/step100000000");
+    fs::create_directory(run_ + "/step200000000x");
+    fs::create_directory(run_ + "/step0200000000");
+    fs::create_directory(run_ + "/step");
+    write_bytes(run_ + "/step300000000", "a file");
+    std::vector<std::string> damaged;
+    EXPECT_EQ(find_newest_checkpoint(run_, &damaged), run_ + "/step100000000") << "others are not checkpoints";
+    EXPECT_TRUE(damaged.empty());
+    EXPECT_THROW(find_newest_checkpoint(run_ + "/step300000000"), Error) << "a file";
+}
+
+TEST_F(Checkpoint, OldOnesGoOnlyAfterTheNewStands) {
+    StateModel model(small_model(true), 1);
+    config_.keep_checkpoints = 2;
+    for (int64_t step = 1; step <= 4; ++step) {
+        save(model, step);
+    }
+    EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000003", "step00000004"}));
+    {
+        const FileSizeLimit full(100);
+        EXPECT_THROW(save(model, 5), Error);
+    }
+    EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000003", "step00000004"}));
+    // A damaged one neither counts nor goes; nor does one of a later step.
+    fs::resize_file(run_ + "/step00000004/model.safetensors", 10);
+    save(model, 3);
+    EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000003", "step00000004"}));
+    save(model, 6);
+    EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000003", "step00000004", "step00000006"}));
+    save(model, 7);
+    EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000004", "step00000006", "step00000007"}));
+}
+
+TEST_F(Checkpoint, SameStepIsReplaced) {
+    StateModel first(small_model(true), 1), second(small_model(true), 2), loaded(small_model(true), 0);
+    save(first, 5);
+    write_bytes(run_ + "/step00000005/notes.txt", "of the old one");
+    save(second, 5, true);
+    load_checkpoint(loaded, run_ + "/step00000005");
+    EXPECT_EQ(loaded.state[0], second.state[0]);
+    EXPECT_EQ(names(run_), std::vector<std::string>{"step00000005"});
+    EXPECT_FALSE(fs::exists(run_ + "/step00000005/notes.txt"));
+}
+
+// ---- damage
+
+TEST_F(Checkpoint, CutOffAtAnyByteIsPassedOver) {
+    StateModel model(small_model(true), 1), loaded(small_model(true), 0);
+    save(model, 1);
+    const std::string newest = save(model, 2, true);
+    for (const std::string& name : names(newest)) {
+        const std::string path = newest + "/" + name, whole = read_bytes(path);
+        // At every byte of both ends, and in between.
+        const size_t step = whole.size() > 4000 ? 211 : 13;
+        for (size_t length = 0; length < whole.size(); length += length + 40 < whole.size() && length > 40 ? step : 1) {
+            fs::resize_file(path, length);
+            std::vector<std::string> damaged;
+            ASSERT_EQ(find_newest_checkpoint(run_, &damaged), run_ + "/step00000001") << name << " " << length;
+            ASSERT_EQ(damaged.size(), 1u);
+            ASSERT_EQ(damaged[0].rfind(path, 0), 0u) << damaged[0];
+            write_bytes(path, whole);
+        }
+        fs::remove(path);
+        EXPECT_EQ(find_newest_checkpoint(run_), run_ + "/step00000001") << name;
+        EXPECT_THROW(load_checkpoint(loaded, newest), Error) << name;
+        write_bytes(path, whole + "x");
+        if (name != checkpoint::MANIFEST) {
+            EXPECT_EQ(find_newest_checkpoint(run_), run_ + "/step00000001") << name;
+        }
+        EXPECT_THROW(load_checkpoint(loaded, newest), Error) << name;
+        write_bytes(path, whole);
+    }
+    EXPECT_TRUE(loaded.untouched()) << "a checkpoint that is refused changes nothing";
+    EXPECT_EQ(find_newest_checkpoint(run_), newest);
+}
+
+TEST_F(Checkpoint, EveryFlippedBitIsFound) {
+    StateModel model(small_model(true), 1), loaded(small_model(true), 0);
+    const std::string folder = save(model, 2);
+    std::mt19937 generator(1);
+    for (const std::string& name : names(folder)) {
+        const std::string path = folder + "/" + name, whole = read_bytes(path);
+        for (int i = 0; i < 200; ++i) {
+            const size_t byte = generator() % whole.size();
+            std::string flipped = whole;
+            flipped[byte] = (char)(flipped[byte] ^ 1 << generator() % 8);
+            write_bytes(path, flipped);
+            if (name == checkpoint::MANIFEST && find_newest_checkpoint(run_)) {
+                // Between its words a manifest may change: a space that became another.
+                const checkpoint::Manifest changed = checkpoint::parse_manifest(flipped, path);
+                ASSERT_TRUE(whole[byte] == ' ' || whole[byte] == '\n') << byte;
+                ASSERT_EQ(changed.size(), checkpoint::parse_manifest(whole, path).size());
+                continue;
+            }
+            ASSERT_EQ(find_newest_checkpoint(run_), std::nullopt) << name << " byte " << byte;
+            ASSERT_THROW(load_checkpoint(loaded, folder), Error) << name << " byte " << byte;
+        }
+        write_bytes(path, whole);
+    }
+    EXPECT_TRUE(loaded.untouched());
+}
+
+TEST_F(Checkpoint, FullDiskLeavesWhatWasThere) {
+    StateModel model(small_model(true), 1);
+    config_.keep_checkpoints = 1;
+    save(model, 1);
+    const std::map<std::string, std::string> before = contents(folder_);
+    for (const uint64_t num_bytes : {0, 1, 100, 1000, 5000}) {
+        for (const int64_t step : {1, 2}) {
+            const FileSizeLimit full(num_bytes);
+            EXPECT_MESSAGE(save(model, step), "File too large; earlier checkpoints are as they were");
+        }
+    }
+    EXPECT_EQ(contents(folder_), before);
+    EXPECT_EQ(names(run_), std::vector<std::string>{"step00000001"}) << "nothing is left behind";
+}
+
+TEST_F(Checkpoint, FoldersThatCannotBeWrittenAreRefused) {
+    StateModel model(small_model(true), 1);
+    write_bytes(run_, "a file");
+    EXPECT_MESSAGE(save(model, 1), "--output_dir " + run_);
+    run_ += "/below";
+    EXPECT_MESSAGE(save(model, 1), "--output_dir " + run_);
+    run_ = "/proc/none";
+    EXPECT_MESSAGE(save(model, 1), "--output_dir /proc/none");
+    if (geteuid() != 0) {
+        run_ = folder_ + "/read_only";
+        fs::create_directory(run_);
+        fs::permissions(run_, fs::perms::owner_read | fs::perms::owner_exec);
+        EXPECT_MESSAGE(save(model, 1), "Permission denied");
+        fs::permissions(run_, fs::perms::owner_all);
+    }
+}
+
+TEST_F(Checkpoint, ProcessThatDiesWhileSavingLeavesTheOldOne) {
+    StateModel model(small_model(true), 1), loaded(small_model(true), 0);
+    save(model, 1);
+    const std::map<std::string, std::string> before = contents(run_ + "/step00000001");
+    int num_leftovers = 0;
+    for (uint64_t num_bytes = 0; num_bytes < 6000; num_bytes += 251) {
+        const pid_t child = fork();
+        ASSERT_GE(child, 0);
+        if (child == 0) {
+            // The signal of a file that grows too large ends the process wherever it is.
+            rlimit none = {};
+            setrlimit(RLIMIT_CORE, &none);
+            rlimit limit = {num_bytes, RLIM_INFINITY};
+            setrlimit(RLIMIT_FSIZE, &limit);
+            std::signal(SIGXFSZ, SIG_DFL);
+            TrainingState state;
+            state.step = 2;
+            save_checkpoint(model, state, config_, false, run_);
+            _exit(0);
+        }
+        int status = 0;
+        ASSERT_EQ(waitpid(child, &status, 0), child);
+        ASSERT_TRUE(WIFSIGNALED(status) && WTERMSIG(status) == SIGXFSZ) << status;
+        num_leftovers += (int)names(run_).size() - 1;
+        ASSERT_EQ(find_newest_checkpoint(run_), run_ + "/step00000001") << num_bytes;
+    }
+    EXPECT_GT(num_leftovers, 10) << "saves were cut short";
+    EXPECT_EQ(contents(run_ + "/step00000001"), before);
+    save(model, 3);
+    EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000001", "step00000003"})) << "leftovers are removed";
+}
+
+// ---- other models, other folders
+
+TEST_F(Checkpoint, AnotherModelIsRefused) {
+    StateModel model(small_model(false), 1);
+    const std::string folder = save(model, 1);
+    const auto refused = [&](auto change, const std::string& words) {
+        ModelConfig other = small_model(false);
+        change(other);
+        StateModel loaded(other, 0);
+        EXPECT_MESSAGE(load_checkpoint(loaded, folder), words);
+        EXPECT_MESSAGE(load_model(loaded, folder), words);
+        EXPECT_TRUE(loaded.untouched());
+    };
+    refused([](ModelConfig& m) { m.width = 16; }, "hidden_size is 8 and not 16");
+    refused([](ModelConfig& m) { m.num_layers = 3; }, "num_hidden_layers is 2 and not 3");
+    refused([](ModelConfig& m) { m.vocab_size = 12; }, "vocab_size is 11 and not 12");
+    refused([](ModelConfig& m) { m.tied_embeddings = true; }, "tie_word_embeddings is 0 and not 1");
+    refused([](ModelConfig& m) { m.rope_theta = 5e5; }, "rope_theta is 10000 and not 500000");
+
+    // A config.json that tells of another model than the tensors are.
+    StateModel loaded(small_model(false), 0);
+    fs::remove(folder + "/manifest.json");
+    fs::copy_file(folder + "/config.json", folder_ + "/config.json");
+    ModelConfig wider = small_model(false);
+    wider.width = 16;
+    write_bytes(folder + "/config.json", hf_config_json(wider, 1, false, {}).dump());
+    StateModel wide(load_hf_config(folder), 0);
+    EXPECT_MESSAGE(load_model(wide, folder), "has shape [11, 8], this model's is [11, 16]");
+    ModelConfig deeper = small_model(false);
+    deeper.num_layers = 3;
+    write_bytes(folder + "/config.json", hf_config_json(deeper, 1, false, {}).dump());
+    StateModel deep(load_hf_config(folder), 0);
+    EXPECT_MESSAGE(load_model(deep, folder), "lacks the tensor model.layers.2.");
+    ModelConfig shallower = small_model(false);
+    shallower.num_layers = 1;
+    write_bytes(folder + "/config.json", hf_config_json(shallower, 1, false, {}).dump());
+    StateModel shallow(load_hf_config(folder), 0);
+    EXPECT_MESSAGE(load_model(shallow, folder), "has the tensor model.layers.1.");
+    EXPECT_TRUE(wide.untouched() && deep.untouched() && shallow.untouched());
+}
+
+// A folder as Hugging Face tools write it, of `model`'s weights in some type, sharded at random, with extra tensors.
+void write_foreign_folder(const std::string& folder, const StateModel& model, Dtype dtype, int num_files,
+                          const std::vector<std::string>& extra = {}) {
+    fs::create_directories(folder);
+    write_bytes(folder + "/config.json", hf_config_json(model.config(), 64, false, {}).dump());
+    std::vector<std::vector<SafetensorsTensor>> headers(num_files);
+    std::vector<std::vector<float>> values(num_files);
+    Json weight_map = Json::object();
+    std::mt19937 generator(3);
+    const auto file_name = [&](int i) {
+        return num_files == 1 ? std::string("model.safetensors")
+                              : format_string("model-%05d-of-%05d.safetensors", i + 1, num_files);
+    };
+    const auto add = [&](const std::string& name, const std::vector<uint64_t>& shape, const float* from) {
+        const int file = (int)(generator() % num_files);
+        uint64_t count = 1;
+        for (const uint64_t size : shape) {
+            count *= size;
+        }
+        headers[file].push_back({name, dtype, shape, 0, 0});
+        values[file].insert(values[file].end(), from, from + count);
+        weight_map[name] = file_name(file);
+    };
+    const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
+    for (size_t i = tensors.size(); i-- > 0;) {
+        for (const HuggingFaceSlice& slice : tensors[i].slices) {
+            add(slice.name, checkpoint::slice_shape(tensors[i], slice),
+                model.state[0][i].data() + slice.row_begin * tensors[i].cols);
+        }
+    }
+    const std::vector<float> nine(9, 9.0f);
+    for (const std::string& name : extra) {
+        add(name, {9}, nine.data());
+    }
+    for (int i = 0; i < num_files; ++i) {
+        SafetensorsWriter writer(folder + "/" + file_name(i), headers[i], {});
+        writer.write(values[i].data(), values[i].size());
+        writer.finish();
+    }
+    if (num_files > 1) {
+        write_bytes(folder + "/model.safetensors.index.json",
+                    Json({{"metadata", {{"total_size", 1}}}, {"weight_map", weight_map}}).dump());
+    }
+}
+
+TEST_F(Checkpoint, AnyLlamaFolderLoads) {
+    int i = 0;
+    for (const bool tied : {true, false}) {
+        for (const Dtype dtype : {Dtype::F32, Dtype::F16, Dtype::BF16}) {
+            for (const int num_files : {1, 4}) {
+                const StateModel model(small_model(tied), 1);
+                StateModel loaded(small_model(tied), 0);
+                const std::string folder = folder_ + "/foreign" + std::to_string(i++);
+                write_foreign_folder(folder, model, dtype, num_files, {"model.layers.0.self_attn.rotary_emb.inv_freq"});
+                load_model(loaded, folder);
+                for (size_t t = 0; t < model.state[0].size(); ++t) {
+                    for (size_t j = 0; j < model.state[0][t].size(); ++j) {
+                        const float x = model.state[0][t][j];
+                        ASSERT_EQ(loaded.state[0][t][j], dtype == Dtype::F32   ? x
+                                                         : dtype == Dtype::F16 ? fp16_to_float(float_to_fp16(x))
+                                                                               : bf16_to_float(float_to_bf16(x)));
+                    }
+                    ASSERT_TRUE(std::isnan(loaded.state[1][t][0])) << "the optimizer is not touched";
+                }
+            }
+        }
+    }
+}
+
+TEST_F(Checkpoint, ForeignFoldersThatAreNotLlamasAreRefused) {
+    const StateModel tied(small_model(true), 1), untied(small_model(false), 1);
+    const auto refused = [&](const std::string& folder, bool is_tied, const std::string& words) {
+        StateModel loaded(small_model(is_tied), 0);
+        EXPECT_MESSAGE(load_model(loaded, folder), words);
+        EXPECT_TRUE(loaded.untouched());
+    };
+    int i = 0;
+    const auto next = [&] { return folder_ + "/f" + std::to_string(i++); };
+    std::string folder = next();
+    {
+        write_foreign_folder(folder, tied, Dtype::F32, 1, {"lm_head.weight"});
+        StateModel loaded(small_model(true), 0);
+        load_model(loaded, folder);  // transformers does not read it either
+        EXPECT_EQ(loaded.state[0], tied.state[0]);
+    }
+    write_foreign_folder(folder = next(), tied, Dtype::F32, 2, {"model.layers.0.self_attn.q_proj.bias"});
+    refused(folder, true, "has the tensor model.layers.0.self_attn.q_proj.bias");
+    write_foreign_folder(folder = next(), tied, Dtype::F32, 1, {"model.layers.0.self_attn.q_norm.weight"});
+    refused(folder, true, "q_norm.weight, which a Llama of its config.json has not");
+    fs::create_directory(folder = next());
+    write_bytes(folder + "/config.json", hf_config_json(tied.config(), 1, false, {}).dump());
+    refused(folder, true, "holds neither model.safetensors nor model.safetensors.index.json");
+    refused(folder_ + "/none", true, "/none");
+
+    // Sharded folders whose index and files disagree.
+    const auto sharded = [&] {
+        folder = next();
+        write_foreign_folder(folder, untied, Dtype::BF16, 3);
+        return folder + "/model.safetensors.index.json";
+    };
+    std::string index = sharded();
+    fs::remove(folder + "/model-00002-of-00003.safetensors");
+    refused(folder, false, "model-00002-of-00003.safetensors: cannot open");
+    index = sharded();
+    fs::copy_file(folder + "/model-00002-of-00003.safetensors", folder + "/model-00001-of-00003.safetensors",
+                  fs::copy_options::overwrite_existing);
+    refused(folder, false, "which is also in");
+    const auto change_index = [&](auto change) {
+        index = sharded();
+        Json json = Json::parse(read_bytes(index));
+        change(json["weight_map"]);
+        write_bytes(index, json.dump());
+    };
+    change_index([](Json& map) { map["model.norm.weight"] = "../model-00001-of-00003.safetensors"; });
+    refused(folder, false, "the file of tensor model.norm.weight must be a name in this folder");
+    change_index([](Json& map) { map["model.norm.weight"] = 3; });
+    refused(folder, false, "the file of tensor model.norm.weight must be a name in this folder");
+    change_index([](Json& map) { map["none"] = map["model.norm.weight"]; });
+    refused(folder, false, "tensor none is not in");
+    change_index([](Json& map) { map = "x"; });
+    refused(folder, false, "\"weight_map\" must give a file");
+    index = sharded();
+    write_bytes(index, "{\"weight_map\":{\"a\":\"b\"");
+    refused(folder, false, "is not valid JSON");
+    index = sharded();
+    fs::resize_file(folder + "/model-00003-of-00003.safetensors", 1000);
+    refused(folder, false, "model-00003-of-00003.safetensors: ");
+}
+
+TEST_F(Checkpoint, ItsOwnWeightsAreVerifiedAsAStart) {
+    StateModel model(small_model(true), 1), loaded(small_model(true), 0);
+    const std::string folder = save(model, 1), path = folder + "/model.safetensors";
+    std::string bytes = read_bytes(path);
+    bytes[bytes.size() - 2] ^= 1;
+    write_bytes(path, bytes);
+    EXPECT_MESSAGE(load_model(loaded, folder), path + ": is damaged");
+    EXPECT_TRUE(loaded.untouched());
+    fs::remove(folder + "/manifest.json");
+    load_model(loaded, folder);
+    EXPECT_NE(loaded.state[0], model.state[0]) << "without a manifest it is a folder like others";
+}
+
+TEST_F(Checkpoint, NamesThatLeaveTheFolderAreRefused) {
+    for (const char* name : {"../x", "/etc/passwd", "a/b", "..", ".", ""}) {
+        const std::string text = checkpoint::manifest_text({{name, {1, 2}}});
+        EXPECT_MESSAGE(checkpoint::parse_manifest(text, "m"), "is not the name of a file in this folder");
+    }
+}
+
+TEST_F(Checkpoint, StatesThatCannotBeAreRefused) {
+    const std::string whole = checkpoint::state_text(state_, config_);
+    EXPECT_EQ(checkpoint::parse_state(whole, "s").data_position, state_.data_position);
+    const auto refused = [&](const char* name, const Json& value, const std::string& words) {
+        Json json = Json::parse(whole);
+        json[name] = value;
+        EXPECT_MESSAGE(checkpoint::parse_state(json.dump(), "s"), words);
+    };
+    refused("step", -1, "s: \"step\" is -1");
+    refused("step", 3.5, "s: \"step\" is 3.5");
+    refused("step", nullptr, "s: lacks \"step\"");
+    refused("step", (uint64_t)1 << 63, "s: \"step\" is 9223372036854775808");
+    refused("adam_step", 401, "s: \"adam_step\" is 401, must be a whole number from 0 to 400");
+    refused("data_position", "x", "\"data_position\"");
+    refused("skipped", 401, "\"skipped\"");
+    refused("skipped_in_a_row", 4, "\"skipped_in_a_row\" is 4");
+    refused("version", 2, "not a training state of version 1");
+    refused("format", "x", "not a training state");
+}
