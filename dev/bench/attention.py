@@ -1,0 +1,236 @@
+#!/usr/bin/env python3
+"""Causal attention: this project's kernels, cuDNN and FlashAttention-2 (both through PyTorch), in turn on this GPU.
+
+For every shape and pass the programs take turns, a few timed runs each, several rounds; medians of all rounds count. Prints
+a table (ms, TFLOP/s, ratio to the faster peer) and saves attention.json and attention.png.
+
+    make build/dev/attention_timing && python3 dev/bench/attention.py        every shape up to 131072
+    python3 dev/bench/attention.py --shapes d128,gqa32 --longest 524288      some shapes, further
+    python3 dev/bench/attention.py --list                                    what there is
+
+FLOP: 4 T^2 D H / 2 forward, 2.5 times that backward, per sequence.
+"""
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+
+# name: B, H, Hkv, D, lengths
+POWERS = [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288]
+SHAPES = {
+    "d128": (1, 8, 8, 128, sorted(POWERS + [18432, 98304])),
+    "d64": (1, 16, 16, 64, POWERS),
+    "gqa32": (1, 32, 8, 128, [32768, 131072]),
+    "gqa64": (1, 64, 8, 128, [32768, 131072]),
+    "gqa128": (1, 128, 8, 128, [32768, 131072]),
+    "short": (64, 12, 12, 64, [1024]),
+}
+PASSES = ("forward", "backward")
+
+
+def flops(B, H, D, T, direction):
+    return 2.0 * B * H * D * T * T * (2.5 if direction != "forward" else 1.0)
+
+
+class Ours:
+    """dev/cuda/attention_timing.cu: a line in, a line out."""
+
+    def __init__(self, binary):
+        self.process = subprocess.Popen([binary], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def time(self, direction, shape, T, runs):
+        B, H, Hkv, D = shape
+        try:
+            self.process.stdin.write(f"{direction} {B} {H} {Hkv} {D} {T} 1 {runs}\n")
+            self.process.stdin.flush()
+            answer = self.process.stdout.readline().split(maxsplit=1)
+        except BrokenPipeError:
+            answer = []
+        if not answer or answer[0] != "ok":
+            raise RuntimeError(answer[1].strip() if len(answer) > 1 else "attention_timing ended")
+        return [float(word) for word in answer[1].split()]
+
+    def close(self):
+        self.process.stdin.close()
+        self.process.wait()
+
+
+class Peer:
+    """scaled_dot_product_attention with one backend."""
+
+    def __init__(self, backend):
+        self.backend = backend
+        self.key = None
+
+    def prepare(self, shape, T):
+        import torch
+        if self.key == (shape, T):
+            return
+        self.drop()
+        B, H, Hkv, D = shape
+        make = lambda heads: torch.randn(B, T, heads, D, device="cuda", dtype=torch.bfloat16)
+        self.q, self.k, self.v = [make(heads).transpose(1, 2).requires_grad_() for heads in (H, Hkv, Hkv)]
+        self.dout = make(H).transpose(1, 2)
+        self.key = (shape, T)
+
+    def drop(self):
+        import torch
+        self.key = self.q = self.k = self.v = self.dout = None
+        torch.cuda.empty_cache()
+
+    def forward(self):
+        import torch.nn.functional as F
+        from torch.nn.attention import sdpa_kernel
+        with sdpa_kernel(self.backend):
+            return F.scaled_dot_product_attention(self.q, self.k, self.v, is_causal=True,
+                                                  enable_gqa=self.q.shape[1] != self.k.shape[1])
+
+    def time(self, direction, shape, T, runs):
+        import torch
+        self.prepare(shape, T)
+        if direction == "forward":
+            with torch.no_grad():
+                return [event_ms(self.forward) for _ in range(runs + 1)][1:]
+        out = self.forward()
+        gradients = lambda: torch.autograd.grad(out, (self.q, self.k, self.v), self.dout, retain_graph=True)
+        return [event_ms(gradients) for _ in range(runs + 1)][1:]
+
+
+def event_ms(run):
+    import torch
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    result = run()
+    end.record()
+    end.synchronize()
+    del result
+    return begin.elapsed_time(end)
+
+
+def measure(programs, direction, shape, T, options):
+    """Medians in ms; programs that cannot run the shape: a sentence."""
+    estimate_ms = flops(shape[0], shape[1], shape[3], T, direction) / 400e12 * 1e3
+    runs = max(1, min(20, math.ceil(options.slice_ms / estimate_ms)))
+    times = {name: [] for name in programs}
+    for _ in range(options.rounds):
+        for name, program in programs.items():
+            if isinstance(times[name], str):
+                continue
+            try:
+                times[name] += program.time(direction, shape, T, runs)
+            except Exception as error:  # a peer without memory or without such a kernel: the others go on
+                times[name] = (str(error).strip() or repr(error)).splitlines()[0][:160]
+    return {name: statistics.median(value) if isinstance(value, list) else value for name, value in times.items()}
+
+
+def plot(results, path):
+    try:
+        import matplotlib
+    except ImportError:
+        print("no matplotlib: no plot")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    names = [name for name in results if len({row["T"] for row in results[name]}) > 2]
+    if not names:
+        return
+    figure, axes = plt.subplots(len(names), 2, figsize=(13, 4.5 * len(names)), squeeze=False)
+    colors = {"this": "tab:green", "cudnn": "tab:orange", "fa2": "tab:blue"}
+    for line, name in zip(axes, names):
+        for axis, direction in zip(line, PASSES):
+            for program, color in colors.items():
+                points = [(row["T"], row["tflops"][program]) for row in results[name]
+                          if row["pass"] == direction and program in row["tflops"]]
+                if points:
+                    axis.plot(*zip(*points), "o-", color=color, label=program)
+            B, H, Hkv, D = SHAPES[name][:4]
+            axis.set_title(f"{direction}, causal, B={B} H={H}/{Hkv} D={D}")
+            axis.set_xscale("log", base=2)
+            axis.set_xlabel("T")
+            axis.set_ylabel("TFLOP/s")
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            axis.legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shapes", default=",".join(SHAPES), help="names with commas between them")
+    parser.add_argument("--list", action="store_true")
+    parser.add_argument("--passes", default=",".join(PASSES), help="forward, backward, deterministic")
+    parser.add_argument("--shortest", type=int, default=0)
+    parser.add_argument("--longest", type=int, default=131072)
+    parser.add_argument("--rounds", type=int, default=5, help="turns each program gets")
+    parser.add_argument("--slice_ms", type=float, default=20.0, help="a turn's timed runs, at least one")
+    parser.add_argument("--only", default="this,cudnn,fa2", help="programs, with commas between them")
+    parser.add_argument("--timing", default="build/dev/attention_timing", help="this project's timing program")
+    parser.add_argument("--out", default=".", help="folder for attention.json and attention.png")
+    options = parser.parse_args()
+    if options.list:
+        for name, (B, H, Hkv, D, lengths) in SHAPES.items():
+            print(f"{name}: B {B}, H {H}/{Hkv}, D {D}, T {' '.join(map(str, lengths))}")
+        return 0
+    for wanted, known, flag in ((options.shapes, SHAPES, "--shapes"), (options.only, ("this", "cudnn", "fa2"), "--only"),
+                                (options.passes, PASSES + ("deterministic",), "--passes")):
+        unknown = [name for name in wanted.split(",") if name not in known]
+        if unknown:
+            parser.error(f"{flag}: no such {', '.join(unknown)}; there are {', '.join(known)}")
+    os.makedirs(options.out, exist_ok=True)
+
+    programs = {}
+    selected = options.only.split(",")
+    if "this" in selected:
+        programs["this"] = Ours(options.timing)
+    if "cudnn" in selected or "fa2" in selected:
+        import torch
+        from torch.nn.attention import SDPBackend
+        print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
+              f"cuDNN {torch.backends.cudnn.version()}")
+        if "cudnn" in selected:
+            programs["cudnn"] = Peer(SDPBackend.CUDNN_ATTENTION)
+        if "fa2" in selected:
+            programs["fa2"] = Peer(SDPBackend.FLASH_ATTENTION)
+
+    results, failed = {}, False
+    names = list(programs)
+    print(f"{'shape':8} {'pass':13} {'T':>7} " + " ".join(f"{name + ' ms':>10} {'TFLOP/s':>8}" for name in names) +
+          f" {'ratio':>6}")
+    for name in options.shapes.split(","):
+        B, H, Hkv, D, lengths = SHAPES[name]
+        rows = results.setdefault(name, [])
+        for T in lengths:
+            if not options.shortest <= T <= options.longest:
+                continue
+            for direction in options.passes.split(","):
+                peers = {key: value for key, value in programs.items() if key == "this" or direction != "deterministic"}
+                ms = measure(peers, direction, (B, H, Hkv, D), T, options)
+                work = flops(B, H, D, T, direction)
+                tflops = {key: work / value * 1e-9 for key, value in ms.items() if not isinstance(value, str)}
+                best = max((value for key, value in tflops.items() if key != "this"), default=None)
+                ratio = tflops["this"] / best if "this" in tflops and best else None
+                cells = " ".join(f"{ms[key]:10.3f} {tflops[key]:8.1f}" if key in tflops else f"{'-':>10} {'-':>8}"
+                                 for key in names)
+                print(f"{name:8} {direction:13} {T:7} {cells} {f'{ratio:.3f}' if ratio else '-':>6}", flush=True)
+                for key, value in ms.items():
+                    if isinstance(value, str):
+                        failed = failed or key == "this"
+                        print(f"    {key}: {value}", flush=True)
+                rows.append({"T": T, "pass": direction, "ms": ms, "tflops": tflops, "ratio": ratio})
+                with open(os.path.join(options.out, "attention.json"), "w") as file:
+                    json.dump(results, file, indent=1)
+            for program in programs.values():
+                if isinstance(program, Peer):
+                    program.drop()
+    if "this" in programs:
+        programs["this"].close()
+    plot(results, os.path.join(options.out, "attention.png"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

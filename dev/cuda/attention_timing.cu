@@ -1,0 +1,98 @@
+// attention_timing.cu: times what flash_attention.cuh runs on this GPU, on shapes that come a line at a time, so that a
+// script can time a peer between them (dev/bench/attention.py). Packed qkv operands, as the trainer has them.
+//   in   pass B H Hkv D T causal runs      pass: forward, backward or deterministic; T queries and T keys
+//   out  ok ms ms ms ...                   one for each run, after one that is not timed
+//        error and a sentence
+// An empty line or the end of the input ends the program; operands of the last shape are kept.
+#include <iostream>
+#include <memory>
+#include <sstream>
+
+#include "flash_attention_cases.cuh"
+#include "llmc/flash_attention.cuh"
+
+// The operands of a shape, random.
+struct TimedShape {
+    AttentionShape shape;
+    DeviceBuffer<bf16> qkv, gradients, out, dout;
+    DeviceBuffer<float> lse;
+    DeviceBuffer<char> scratch;
+    PackedViews in, d;
+
+    explicit TimedShape(const AttentionShape& s)
+        : shape(s),
+          qkv(packed_elements(s)),
+          gradients(packed_elements(s)),
+          out(s.B * s.Tq * s.H * s.D),
+          dout(s.B * s.Tq * s.H * s.D),
+          lse((int64_t)s.B * s.H * s.Tq),
+          scratch((int64_t)std::max(flash_attention_backward_scratch_bytes(s, false),
+                                    flash_attention_backward_scratch_bytes(s, true))),
+          in(packed_views(qkv, s)),
+          d(packed_views(gradients, s)) {
+        qkv.fill_random(1);
+        dout.fill_random(2);
+        forward(nullptr);  // the backward's out and lse
+        CUDA_CHECK(cudaDeviceSynchronize());
+    }
+    HeadView<bf16> rows(bf16* data) const {
+        return HeadView<bf16>(data, shape.Tq * shape.H * shape.D, (int64_t)shape.H * shape.D, shape.D);
+    }
+    void forward(cudaStream_t stream) { flash_attention_forward(rows(out), lse, in.q, in.k, in.v, shape, stream); }
+    void backward(bool deterministic, cudaStream_t stream) {
+        flash_attention_backward(d.q, d.k, d.v, rows(dout), in.q, in.k, in.v, rows(out), lse, scratch, shape,
+                                 deterministic, stream);
+    }
+};
+
+static bool same(const AttentionShape& a, const AttentionShape& b) {
+    return a.B == b.B && a.H == b.H && a.Hkv == b.Hkv && a.D == b.D && a.Tq == b.Tq && a.causal == b.causal;
+}
+
+int main() {
+    try {
+        cudaStream_t stream;
+        cudaEvent_t begin, end;
+        CUDA_CHECK(cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking));
+        CUDA_CHECK(cudaEventCreate(&begin));
+        CUDA_CHECK(cudaEventCreate(&end));
+        std::unique_ptr<TimedShape> timed;
+        for (std::string line; std::getline(std::cin, line) && !line.empty();) {
+            try {
+                std::istringstream words(line);
+                std::string pass;
+                AttentionShape s;
+                int causal, runs;
+                words >> pass >> s.B >> s.H >> s.Hkv >> s.D >> s.Tq >> causal >> runs;
+                CHECK(words && runs >= 1 && (pass == "forward" || pass == "backward" || pass == "deterministic"),
+                      "'%s' is not: forward|backward|deterministic B H Hkv D T causal runs", line.c_str());
+                s.Tk = s.Tq, s.causal = causal != 0, s.scale = 1.0f / std::sqrt((float)s.D);
+                if (timed == nullptr || !same(timed->shape, s)) {
+                    timed.reset();  // before the next shape's memory is taken
+                    timed = std::make_unique<TimedShape>(s);
+                }
+                std::string answer = "ok";
+                for (int run = -1; run < runs; ++run) {
+                    CUDA_CHECK(cudaEventRecord(begin, stream));
+                    if (pass == "forward") {
+                        timed->forward(stream);
+                    } else {
+                        timed->backward(pass == "deterministic", stream);
+                    }
+                    CUDA_CHECK(cudaEventRecord(end, stream));
+                    CUDA_CHECK(cudaEventSynchronize(end));
+                    float ms;
+                    CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+                    answer += run < 0 ? "" : format_string(" %.6f", ms);
+                }
+                std::cout << answer << std::endl;
+            } catch (const Error& error) {
+                std::cout << "error " << error.what() << std::endl;
+            }
+        }
+        return 0;
+    } catch (const Error& error) {
+        std::fprintf(stderr, "attention_timing: %s\n", error.what());
+        return 2;
+    }
+}
