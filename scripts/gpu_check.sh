@@ -1,93 +1,149 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: the whole model against the CPU reference (test_gpt), every kernel variant of
-# dev/cuda against its reference, and compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Ends with
-# 'N passed, N failed' and records GPU, date, the hash of the kernel sources and every program's result in
+# dev/cuda against its reference, and compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Programs run side by
+# side. Ends with 'N passed, N failed' and records GPU, date, the hash of the kernel sources and every program's result in
 # dev/gpu_check.txt.
 #   scripts/gpu_check.sh              build, check, record
 #   scripts/gpu_check.sh --no_build   check the programs that are already built
-#   scripts/gpu_check.sh --stale      exit 1 when the recorded hash is not that of the sources (needs no GPU)
+#   scripts/gpu_check.sh --part checks|sanitizer   only the checks, or only those under compute-sanitizer; the record keeps
+#                                     the other part's results while they are of the same sources
+#   scripts/gpu_check.sh --stale      exit 1 when the record lacks a part or is not of these sources (needs no GPU)
 #   scripts/gpu_check.sh --hash       print the hash of the sources
+# BUILD and BIN say where the programs are, as for make: build/dev/* and ./test_gpt unless set. JOBS: programs at a time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 record=dev/gpu_check.txt
+programs_dir=${BUILD:-build}/dev
+test_gpt=${BIN:-./}test_gpt
 
 source_hash() {
-    find llmc dev/cuda train_gpt.cu test_gpt.cu -type f \( -name '*.cuh' -o -name '*.cu' -o -name 'lighthouse_geometry.h' \) |
+    find llmc dev/cuda dev/test/bf16_model.h train_gpt.cu test_gpt.cu -type f \
+        \( -name '*.cuh' -o -name '*.cu' -o -name 'lighthouse_geometry.h' -o -name 'bf16_model.h' \) |
         LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1
 }
+recorded_hash() { sed -n 's/^kernel_sources: //p' "$record" 2>/dev/null; }
+recorded_results() { sed -n "s/^$1: //p" "$record" 2>/dev/null; }
 
-build=yes
-case ${1:-} in
-"") ;;
---no_build) build=no ;;
---hash) source_hash && exit 0 ;;
---stale)
-    [ -f "$record" ] || { echo "stale: $record does not exist; run scripts/gpu_check.sh on a machine with a GPU"; exit 1; }
-    if [ "$(sed -n 's/^kernel_sources: //p' "$record")" = "$(source_hash)" ]; then
+build=yes parts="checks sanitizer"
+while [ $# -gt 0 ]; do
+    case $1 in
+    --no_build) build=no ;;
+    --part)
+        case ${2:-} in
+        checks | sanitizer) parts=$2 && shift ;;
+        *) echo "--part ${2:-}: there are checks and sanitizer" >&2 && exit 2 ;;
+        esac
+        ;;
+    --hash) source_hash && exit 0 ;;
+    --stale)
+        again="on a machine with a GPU run scripts/gpu_check.sh"
+        [ -f "$record" ] || { echo "stale: $record does not exist; $again"; exit 1; }
+        [ "$(recorded_hash)" = "$(source_hash)" ] || { echo "stale: the kernel sources have changed since $record; $again"; exit 1; }
+        for part in checks sanitizer; do
+            [ -n "$(recorded_results $part)" ] || { echo "stale: $record lacks the $part; $again --part $part"; exit 1; }
+        done
         echo "$record is of these kernel sources"
         exit 0
-    fi
-    echo "stale: the kernel sources have changed since $record was made; run scripts/gpu_check.sh on a machine with a GPU"
-    exit 1
-    ;;
-*)
-    sed -n 's/^#   //p' "$0"
-    [ "$1" = --help ] && exit 0
-    exit 2
-    ;;
-esac
+        ;;
+    *)
+        sed -n 's/^#   //p' "$0"
+        [ "$1" = --help ] && exit 0
+        exit 2
+        ;;
+    esac
+    shift
+done
 
 command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || { echo "no NVIDIA GPU here" >&2; exit 1; }
 if [ $build = yes ]; then
-    make -j"$(nproc)" test_gpt dev || { echo "the build failed" >&2; exit 1; }
+    make -j"$(nproc)" "${BIN:-}test_gpt" dev || { echo "the build failed" >&2; exit 1; }
 fi
 
-passed=0 failed=0 results=""
 log=$(mktemp -d)
-# check NAME SECONDS COMMAND...: runs it, keeps its output, counts it as one check.
-check() {
-    local name=$1 limit=$2 start=$SECONDS status lines
+trap 'rm -rf "$log"' EXIT
+queue=()  # names of this run's checks, in order
+# run_check NAME SECONDS COMMAND...: leaves the program's output in $log/NAME and one line about it in $log/NAME.result.
+run_check() {
+    local name=$1 limit=$2 start=$SECONDS status counts result
     shift 2
     timeout "$limit" "$@" >"$log/$name" 2>&1 </dev/null
     status=$?
-    lines="$(grep -c '^ok ' "$log/$name") ok, $(grep -c '^FAIL' "$log/$name") FAIL"
+    counts="$(grep -c '^ok ' "$log/$name") ok, $(grep -c '^FAIL' "$log/$name") FAIL"
     # A program that checked nothing has not passed.
     if [ $status -eq 0 ] && ! grep -q '^FAIL' "$log/$name" && grep -q '^ok ' "$log/$name"; then
-        passed=$((passed + 1))
-        results+="ok   $name: $lines, $((SECONDS - start)) s"$'\n'
+        result="ok   $name: $counts, $((SECONDS - start)) s"
     else
-        failed=$((failed + 1))
-        results+="FAIL $name: exit $status, $lines, $((SECONDS - start)) s"$'\n'
-        { grep '^FAIL' "$log/$name" | head -5; tail -5 "$log/$name"; } | sed 's/^/     /'
+        result="FAIL $name: exit $status$([ $status -eq 124 ] && echo " (over $limit s)"), $counts, $((SECONDS - start)) s"
     fi
-    printf '%s' "$results" | tail -1
+    echo "$result" >"$log/$name.result"
+    {
+        echo "$result"
+        [ "${result:0:2}" = ok ] || { grep '^FAIL' "$log/$name" | head -10; tail -10 "$log/$name"; } | cut -c1-300 | sed 's/^/     /'
+    } >"$log/$name.shown"
+    cat "$log/$name.shown"
+}
+# start_check NAME SECONDS COMMAND...: runs it beside the others, at most $jobs at a time.
+start_check() {
+    queue+=("$1")
+    while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
+    run_check "$@" &
+}
+program_list() {
+    for program in "$programs_dir"/*; do
+        if [ -x "$program" ] && [ ! -d "$program" ]; then echo "$program"; fi
+    done
 }
 
-check test_gpt 300 ./test_gpt
-for program in build/dev/*; do
-    [ -x "$program" ] && [ ! -d "$program" ] || continue
-    check "$(basename "$program")" 120 "$program" --check_only
-done
-if command -v compute-sanitizer >/dev/null; then
-    for tool in memcheck racecheck initcheck; do
-        check "test_gpt_$tool" 180 compute-sanitizer --tool $tool --error-exitcode 9 ./test_gpt --small
-        for program in build/dev/*; do
-            [ -x "$program" ] && [ ! -d "$program" ] || continue
-            check "$(basename "$program")_$tool" 120 compute-sanitizer --tool $tool --error-exitcode 9 "$program" --check_only --small
+cores=$(nproc)
+declare -A results
+for part in $parts; do
+    queue=()
+    if [ "$part" = checks ]; then
+        jobs=${JOBS:-4}  # some take 10 GiB of the GPU's memory
+        export OMP_NUM_THREADS=$((cores / jobs > 0 ? cores / jobs : 1))
+        start_check test_gpt 500 "$test_gpt"
+        for program in $(program_list); do
+            start_check "$(basename "$program")" 300 "$program" --check_only
         done
+    elif command -v compute-sanitizer >/dev/null; then
+        jobs=${JOBS:-$cores}
+        export OMP_NUM_THREADS=1
+        for tool in memcheck racecheck initcheck; do
+            for program in "$test_gpt" $(program_list); do
+                arguments=--check_only
+                [ "$program" = "$test_gpt" ] && arguments=
+                # shellcheck disable=SC2086
+                start_check "$(basename "$program")_$tool" 500 compute-sanitizer --tool $tool --error-exitcode 9 "$program" $arguments --small
+            done
+        done
+    else
+        queue=(compute-sanitizer)
+        echo "FAIL compute-sanitizer: not found; it comes with the CUDA toolkit" | tee "$log/compute-sanitizer.result"
+    fi
+    wait
+    for name in "${queue[@]}"; do
+        results[$part]+="$part: $(cat "$log/$name.result")"$'\n'
     done
-else
-    failed=$((failed + 1))
-    results+="FAIL compute-sanitizer: not found; it comes with the CUDA toolkit"$'\n'
-fi
+done
 
+# The record: the part that was not run now stays while it is of the same sources.
+hash=$(source_hash)
+text=""
+for part in checks sanitizer; do
+    if [ -n "${results[$part]:-}" ]; then
+        text+=${results[$part]}
+    elif [ "$(recorded_hash)" = "$hash" ]; then
+        text+=$(grep "^$part: " "$record" && echo .)
+        text=${text%.}
+    fi
+done
+failed=$(grep -c '^[a-z]*: FAIL' <<<"$text")
 {
-    echo "kernel_sources: $(source_hash)"
+    echo "kernel_sources: $hash"
     echo "date: $(date -u +%Y-%m-%d)"
     echo "gpu: $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
-    printf '%s' "$results"
-    echo "$passed passed, $failed failed"
-} >"$record"
+    printf '%s' "$text"
+    echo "$(grep -c '^[a-z]*: ok' <<<"$text") passed, $failed failed"
+} >"$record.new" && mv "$record.new" "$record"
 cat "$record"
-rm -rf "$log"
-[ $failed -eq 0 ]
+[ "$failed" -eq 0 ]

@@ -33,6 +33,9 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
     for (int64_t n : {1, 3, 4, 1023, 100001}) {
+        if (h.leaves_out(n)) {
+            continue;
+        }
         for (float norm_value : {0.5f, 4.0f, INFINITY, NAN}) {  // below the clipping norm, above it, refused
             AdamWArguments a;
             a.learning_rate = 3e-3f, a.beta1 = 0.9f, a.beta2 = 0.95f, a.eps = 1e-8f, a.weight_decay = 0.1f;

@@ -50,6 +50,9 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         int64_t V;
     };
     for (const Case& c : {Case{1, 8, 2}, Case{1000, 1000, 259}, Case{777, 1024, 128256}, Case{33, 16384, 1000}}) {
+        if (h.leaves_out((c.rows + c.V) * c.C / 16)) {
+            continue;
+        }
         const std::string label = format_string("rows%lld C%d V%lld bf16", (long long)c.rows, c.C, (long long)c.V);
         const std::vector<int32_t> tokens = random_indices(c.rows, h.seed, c.V);
         const std::vector<bf16> weight = random_vector<bf16>(c.V * c.C, h.seed + 1);
@@ -59,6 +62,9 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         DeviceBuffer<bf16> weight_device(weight), out(c.rows * c.C);
         variant.launch(out, tokens_device, weight_device, c.rows, c.C, h.stream);
         h.compare("out", label, out, expected, 0.0, {c.rows, c.C});
+    }
+    if (h.small) {
+        return;
     }
     // Offsets beyond 2^31: the last rows are looked at.
     const int64_t rows = (1 << 21) + 5, V = 300, tail = 50;

@@ -137,13 +137,16 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     };
     for (const Case& c :
          {Case{1, 8, 8}, Case{7, 72, 40}, Case{333, 200, 136}, Case{1000, 1024, 256}, Case{40001, 16, 24}}) {
+        if (h.leaves_out(c.M * c.N * c.K / 16)) {
+            continue;
+        }
         for (bool accumulate : {false, true}) {
             check_product<bf16>(h, variant, gemm, GemmOperation::forward, c.M, c.N, c.K, accumulate);
             check_product<bf16>(h, variant, gemm, GemmOperation::backward_input, c.M, c.N, c.K, accumulate);
             check_product<float>(h, variant, gemm, GemmOperation::backward_weight, c.M, c.N, c.K, accumulate);
         }
     }
-    if (variant.number == 1) {
+    if (variant.number == 1 || h.small) {
         return;
     }
     // Offsets beyond 2^31: more than two million rows of 1536; the last rows are looked at.

@@ -49,6 +49,9 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
 static void check(Harness& h, const Variant<Launcher>& variant) {
     DeviceBuffer<float> norm(1);
     for (int64_t n : {1, 2, 3, 4, 5, 1023, 1000003, 9000000}) {
+        if (h.leaves_out(n / 16)) {
+            continue;
+        }
         for (float scale : {1.0f, 1e30f, 1e-30f}) {  // squares of the last two leave float's range
             const std::vector<float> grads = random_vector<float>(n, h.seed, scale);
             const double expected = reference::grad_norm(grads.data(), n);

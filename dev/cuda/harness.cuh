@@ -221,6 +221,9 @@ class Harness {
     Harness(const Harness&) = delete;
     Harness& operator=(const Harness&) = delete;
 
+    // Whether --small leaves out a case of so many elements.
+    bool leaves_out(int64_t num_elements) const { return small && num_elements > SMALL_ELEMENTS; }
+
     void set_variant(int number) { variant_ = number; }
     int num_passed() const { return num_passed_; }
     int num_failed() const { return num_failed_; }
@@ -416,6 +419,8 @@ class Harness {
 
     // Reads more than twice the L2 cache, so that what is timed next finds neither its inputs nor dirty lines in it.
     void flush_l2();
+
+    static constexpr int64_t SMALL_ELEMENTS = 1 << 16;
 
     std::string program_, operation_;
     int variant_ = 0;

@@ -110,6 +110,9 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     };
     for (const Case& c : {Case{1, 8, 1.0f}, Case{13, 264, 1.0f}, Case{3000, 1000, 1.0f}, Case{777, 1024, 1e4f},
                           Case{9, 4104, 1e-2f}, Case{300, 8192, 1.0f}, Case{300, 8200, 1.0f}, Case{2, 131072, 1.0f}}) {
+        if (h.leaves_out(c.rows * c.C / 4)) {
+            continue;
+        }
         const std::vector<bf16> x = random_vector<bf16>(c.rows * c.C, h.seed, c.scale);
         const std::vector<bf16> dout = random_vector<bf16>(c.rows * c.C, h.seed + 1);
         const std::vector<bf16> dresidual = random_vector<bf16>(c.rows * c.C, h.seed + 2);

@@ -89,6 +89,9 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     for (const Case& c : {Case{1, 8, 1.0f, 1e-5f}, Case{13, 264, 1.0f, 1e-5f}, Case{1000, 1000, 1.0f, 1e-5f},
                           Case{77, 1024, 1e4f, 1e-5f}, Case{9, 4104, 1e-4f, 1e-6f}, Case{5, 16384, 1.0f, 1e-5f},
                           Case{3, 20008, 1.0f, 1e-5f}, Case{2, 131072, 1.0f, 1e-5f}}) {
+        if (h.leaves_out(c.rows * c.C / 4)) {
+            continue;
+        }
         const std::vector<bf16> x = random_vector<bf16>(c.rows * c.C, h.seed, c.scale);
         const std::vector<bf16> delta = random_vector<bf16>(c.rows * c.C, h.seed + 1, c.scale);
         const std::vector<bf16> weight = random_vector<bf16>(c.C, h.seed + 2);
@@ -125,6 +128,9 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
                 h.compare_exact("rmsnorm_recompute", label, again, out.download());
             }
         }
+    }
+    if (h.small) {
+        return;
     }
     // Offsets beyond 2^31: the last rows are looked at.
     const int64_t rows = (1 << 21) + 5, tail = 50;

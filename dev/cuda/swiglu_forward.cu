@@ -54,6 +54,9 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         float scale;  // of the inputs: large ones saturate the sigmoid
     };
     for (const Case& c : {Case{1, 8, 1.0f}, Case{3, 1000, 1.0f}, Case{517, 1536, 3.0f}, Case{65, 14336, 40.0f}}) {
+        if (h.leaves_out(c.rows * c.F)) {
+            continue;
+        }
         const std::string label = format_string("rows%lld F%d scale %g bf16", (long long)c.rows, c.F, c.scale);
         const std::vector<bf16> gate_up = random_vector<bf16>(c.rows * 2 * c.F, h.seed, c.scale);
         std::vector<double> expected(c.rows * c.F);
@@ -65,6 +68,9 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         const double limit = unit_roundoff<bf16>() + 3.5 * c.scale * 0x1p-21;
         h.compare("out", label, out, expected, limit, {c.rows, c.F}, 1e-30);
         h.compare_repeats("out", label, out, launch);
+    }
+    if (h.small) {
+        return;
     }
     // Offsets beyond 2^31: the last rows are looked at.
     const int64_t rows = 700001, tail = 50;
