@@ -1,0 +1,265 @@
+// comm.cuh: tensors between the GPUs of ranks that train together: one small interface, and what opens it.
+//   nccl   comm_nccl.cuh: in production, one GPU a rank (compiled in with LLMC_NCCL)
+//   host   here: every call staged through page-locked host memory and the ranks' host transport (comm.h), so that
+//   several
+//          ranks can share one GPU or run where NCCL is absent. For tests and debugging: the host waits in every call.
+// Calls are enqueued on a stream like kernels: they start when what was enqueued before is done. Sums are float32 or
+// double; with `host` they are added in the order of ranks, with `nccl` in an order fixed by NCCL's topology.
+// All ranks of a communicator make the same calls in the same order. A call names its operation for error messages.
+#pragma once
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "comm.h"               // ranks on the host
+#include "context_partition.h"  // the mesh
+#include "memory.cuh"           // pinned memory
+
+enum class CommTransport { automatic, nccl, host };  // automatic: nccl
+
+// ---- the interface -----------------------------------------------------------------------------
+struct DeviceSend {
+    int peer;  // rank of the communicator; this rank's own is allowed
+    const void* data;
+    size_t num_bytes;
+};
+struct DeviceReceive {
+    int peer;
+    void* data;
+    size_t num_bytes;
+};
+
+class Comm {
+  public:
+    virtual ~Comm() = default;
+    int rank() const { return rank_; }
+    int size() const { return size_; }
+
+    // The n-th send to a rank meets that rank's n-th receive from this one. All are in flight together; both lists may
+    // be empty. No buffer may overlap one that is received into.
+    virtual void exchange(const std::vector<DeviceSend>& sends, const std::vector<DeviceReceive>& receives,
+                          const char* operation, cudaStream_t stream) = 0;
+    // out (=) [count]: the sum over ranks of this rank's part of `in` [size, count]. out may be that part of in; the
+    // other parts of in are left as they are.
+    virtual void reduce_scatter_sum(float* out, const float* in, int64_t count, const char* operation,
+                                    cudaStream_t stream) = 0;
+    // out (=) [size, num_bytes]: every rank's `in` [num_bytes], which may be its place in out.
+    virtual void all_gather(void* out, const void* in, size_t num_bytes, const char* operation,
+                            cudaStream_t stream) = 0;
+    // data (=) [count], the sum over ranks. For few elements.
+    virtual void all_reduce_sum(float* data, int64_t count, const char* operation, cudaStream_t stream) = 0;
+    virtual void all_reduce_sum(double* data, int64_t count, const char* operation, cudaStream_t stream) = 0;
+    // data (=) [num_bytes], root's.
+    virtual void broadcast(void* data, size_t num_bytes, int root, const char* operation, cudaStream_t stream) = 0;
+
+  protected:
+    Comm(int rank, int size) : rank_(rank), size_(size) {}
+
+  private:
+    int rank_, size_;
+};
+
+// A stream for transfers that run beside the computation: it goes first where both want the same multiprocessors, since
+// transfers need few and the computation waits for them.
+class CommStream {
+  public:
+    CommStream() {
+        int lowest, highest;
+        CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
+        CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest));
+    }
+    CommStream(const CommStream&) = delete;
+    CommStream& operator=(const CommStream&) = delete;
+    ~CommStream() { cudaStreamDestroy(stream_); }
+    operator cudaStream_t() const { return stream_; }
+
+  private:
+    cudaStream_t stream_ = nullptr;
+};
+
+// `waiter` goes on only after what is on `stream` now.
+inline void wait_for(cudaStream_t waiter, cudaStream_t stream, CudaEvent& event) {
+    CUDA_CHECK(cudaEventRecord(event, stream));
+    CUDA_CHECK(cudaStreamWaitEvent(waiter, event));
+}
+
+// ---- through the host --------------------------------------------------------------------------
+class HostStagedComm : public Comm {
+  public:
+    explicit HostStagedComm(HostGroup group) : Comm(group.rank(), group.size()), group_(std::move(group)) {}
+
+    void exchange(const std::vector<DeviceSend>& sends, const std::vector<DeviceReceive>& receives,
+                  const char* operation, cudaStream_t stream) override {
+        std::vector<HostSend> host_sends;
+        std::vector<HostReceive> host_receives;
+        size_t num_bytes = 0;
+        for (const DeviceSend& s : sends) {
+            num_bytes += s.num_bytes;
+        }
+        for (const DeviceReceive& r : receives) {
+            num_bytes += r.num_bytes;
+        }
+        std::byte* next = stage(num_bytes);
+        for (const DeviceSend& s : sends) {
+            copy(next, s.data, s.num_bytes, stream);
+            host_sends.push_back({s.peer, next, s.num_bytes});
+            next += s.num_bytes;
+        }
+        for (const DeviceReceive& r : receives) {
+            host_receives.push_back({r.peer, next, r.num_bytes});
+            next += r.num_bytes;
+        }
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        group_.exchange(host_sends, host_receives, operation);
+        for (size_t i = 0; i < receives.size(); ++i) {
+            copy(receives[i].data, host_receives[i].data, receives[i].num_bytes, stream);
+        }
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+    }
+
+    void reduce_scatter_sum(float* out, const float* in, int64_t count, const char* operation,
+                            cudaStream_t stream) override {
+        float* const parts = reinterpret_cast<float*>(stage((size() + 1) * count * sizeof(float)));
+        float* const sum = parts + size() * count;
+        copy(parts, in, size() * count * sizeof(float), stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        group_.reduce_scatter_sum(sum, parts, count, operation);
+        copy(out, sum, count * sizeof(float), stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+    }
+
+    void all_gather(void* out, const void* in, size_t num_bytes, const char* operation, cudaStream_t stream) override {
+        std::byte* const all = stage(size() * num_bytes);
+        std::byte* const own = all + rank() * num_bytes;
+        copy(own, in, num_bytes, stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        group_.all_gather(all, own, num_bytes, operation);
+        copy(out, all, size() * num_bytes, stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+    }
+
+    void all_reduce_sum(float* data, int64_t count, const char* operation, cudaStream_t stream) override {
+        reduce(data, count, operation, stream);
+    }
+    void all_reduce_sum(double* data, int64_t count, const char* operation, cudaStream_t stream) override {
+        reduce(data, count, operation, stream);
+    }
+
+    void broadcast(void* data, size_t num_bytes, int root, const char* operation, cudaStream_t stream) override {
+        std::byte* const staged = stage(num_bytes);
+        copy(staged, data, num_bytes, stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        group_.broadcast(staged, num_bytes, root, operation);
+        copy(data, staged, num_bytes, stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+    }
+
+  private:
+    template <class Real>
+    void reduce(Real* data, int64_t count, const char* operation, cudaStream_t stream) {
+        Real* const staged = reinterpret_cast<Real*>(stage(count * sizeof(Real)));
+        copy(staged, data, count * sizeof(Real), stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        group_.all_reduce_sum(staged, count, operation);
+        copy(data, staged, count * sizeof(Real), stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+    }
+    static void copy(void* to, const void* from, size_t num_bytes, cudaStream_t stream) {
+        CUDA_CHECK(cudaMemcpyAsync(to, from, num_bytes, cudaMemcpyDefault, stream));
+    }
+    // Page-locked memory, as large as the largest call so far. Every call waits for its copies, so it is free here.
+    std::byte* stage(size_t num_bytes) {
+        if (num_bytes > staged_bytes_) {
+            staging_.reset();
+            staging_ = std::make_unique<PinnedMemory<std::byte>>(num_bytes);
+            staged_bytes_ = num_bytes;
+        }
+        return staging_ ? staging_->data() : nullptr;
+    }
+
+    HostGroup group_;
+    std::unique_ptr<PinnedMemory<std::byte>> staging_;
+    size_t staged_bytes_ = 0;
+};
+
+#ifdef LLMC_NCCL
+#include "comm_nccl.cuh"
+#endif
+
+// ---- which GPU ---------------------------------------------------------------------------------
+// The GPU of this rank: the ranks of a host take its GPUs in turn.
+inline int choose_device(const HostComm& host) {
+    const CommIdentity& identity = host.identity();
+    int num_devices = 0;
+    const cudaError_t status = cudaGetDeviceCount(&num_devices);
+    CHECK(status == cudaSuccess && num_devices > 0, "rank %d: no usable NVIDIA GPU on host %s: %s", host.rank(),
+          identity.host_of(host.rank()).c_str(), cudaGetErrorString(status));
+    return local_rank(identity).rank % num_devices;
+}
+// Throws Error when two ranks share a GPU, which nccl refuses with less clear words. All ranks call it.
+inline void check_devices_differ(HostComm& host, int device) {
+    cudaDeviceProp properties;
+    CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+    std::vector<cudaUUID_t> all(host.size());
+    HostGroup(host).all_gather(all.data(), &properties.uuid, sizeof properties.uuid, "exchange of GPU names");
+    for (int i = 0; i < host.size(); ++i) {
+        for (int j = 0; j < i; ++j) {
+            CHECK(
+                std::memcmp(&all[i], &all[j], sizeof all[i]) != 0,
+                "--comm_transport nccl: ranks %d and %d would share a GPU of host %s: start at most one rank a GPU, or "
+                "use --comm_transport host, which is slow and for tests",
+                j, i, host.identity().host_of(i).c_str());
+        }
+    }
+}
+
+// ---- a job's communicators ---------------------------------------------------------------------
+// All ranks, and those that share this rank's sequence. The current device must be this rank's.
+class Communicators {
+  public:
+    Communicators(HostComm& host, const ParallelMesh& mesh, CommTransport transport) {
+        if (transport == CommTransport::host) {
+            world_ = std::make_unique<HostStagedComm>(HostGroup(host));
+            context_ = std::make_unique<HostStagedComm>(HostGroup(host, mesh.context_group()));
+            return;
+        }
+#ifdef LLMC_NCCL
+        int device;
+        CUDA_CHECK(cudaGetDevice(&device));
+        check_devices_differ(host, device);
+        nccl_ = std::make_unique<NcclJob>(host);
+        world_ = nccl_->open_world();
+        context_ = nccl_->split(mesh.data_rank(), mesh.context_rank());
+#else
+        fail(
+            "--comm_transport nccl: built without NCCL; install it (Debian, Ubuntu: libnccl-dev) and build again, or "
+            "use "
+            "--comm_transport host, which is slow and for tests");
+#endif
+    }
+
+    Comm& world() const { return *world_; }
+    Comm& context() const { return *context_; }
+    // Throws when a transfer has failed or is overdue. To be called where the host has waited for the device.
+    void check() const {
+#ifdef LLMC_NCCL
+        if (nccl_) {
+            nccl_->check();
+        }
+#endif
+    }
+    // All ranks call it once, at the end of a run in which nothing failed.
+    void finish() {
+#ifdef LLMC_NCCL
+        if (nccl_) {
+            nccl_->finish();
+        }
+#endif
+    }
+
+  private:
+#ifdef LLMC_NCCL
+    std::unique_ptr<NcclJob> nccl_;  // outlives its communicators
+#endif
+    std::unique_ptr<Comm> world_, context_;
+};
