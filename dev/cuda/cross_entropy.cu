@@ -36,7 +36,7 @@ static void cross_entropy1(float* losses, bf16* logits, const int32_t* targets, 
 }
 
 // ---- 2: maximum and sum in one pass, 16 bytes an access; the row is read again for the gradient -
-__global__ void __launch_bounds__(1024)
+__global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
     cross_entropy_kernel2(float* losses, bf16* logits, const int32_t* targets, int V, int64_t row_stride, float dloss,
                           bool write_gradient) {
     bf16* row = logits + blockIdx.x * row_stride;
@@ -65,8 +65,8 @@ __global__ void __launch_bounds__(1024)
 }
 static void cross_entropy2(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int64_t V,
                            int64_t row_stride, float dloss, bool write_gradient, cudaStream_t stream) {
-    cross_entropy_kernel2<<<rows, 1024, 0, stream>>>(losses, logits, targets, (int)V, row_stride, dloss,
-                                                     write_gradient);
+    cross_entropy_kernel2<<<rows, CROSS_ENTROPY_MAX_THREADS, 0, stream>>>(losses, logits, targets, (int)V, row_stride,
+                                                                          dloss, write_gradient);
     CUDA_CHECK_LAUNCH();
 }
 
