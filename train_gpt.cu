@@ -1,5 +1,6 @@
-// train_gpt.cu: the trainer on a GPU: flags -> device -> memory plan -> model -> run. Its twin train_gpt.cpp runs on the
-// CPU. What a run does, step by step, is in llmc/train_loop.h; the step itself, kernel by kernel, in llmc/model.cuh.
+// train_gpt.cu: the trainer on a GPU: flags -> device -> memory plan -> model -> run. Its twin train_gpt.cpp runs on
+// the CPU. What a run does, step by step, is in llmc/train_loop.h; the step itself, kernel by kernel, in
+// llmc/model.cuh.
 #include <exception>
 #include <new>
 
@@ -23,7 +24,9 @@ static int train(int argc, char** argv) {
     device.name = gpu.name;
     device.is_gpu = true;
     device.peak_tflops = gpu_peak_tflops(gpu.name);
-    return run_training(model, *config, device);
+    const int status = run_training(model, *config, device);
+    std::printf("%s", model.profile_table().c_str());
+    return status;
 }
 
 int main(int argc, char** argv) {

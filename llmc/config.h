@@ -79,6 +79,7 @@ struct RunConfig {
     int64_t classifier_chunk_rows =
         0;  // token rows whose logits exist at once on the GPU; 0: chosen from the vocabulary
     bool print_memory = false;
+    bool profile = false;
     bool plain = false;  // no progress bar on a terminal
 
     // ---- resolved at start-up, not flags

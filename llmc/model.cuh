@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "model_memory.cuh"   // settings, buffers, plan
+#include "profile.cuh"        // times of the step's stages
 #include "rope.cuh"           // rotary positions
 #include "swiglu.cuh"         // feed-forward gate
 #include "trainable_model.h"  // the interface of the training loop
@@ -32,6 +33,8 @@ class GpuModel : public TrainableModel {
     int64_t max_sequence_length() const override { return settings_.max_seq_len; }
     double peak_memory_gib() const override { return plan_.num_bytes() / BYTES_PER_GIB; }
     const MemoryPlan& memory_plan() const { return plan_; }
+    // Times of the training steps so far, with settings.profile; else empty.
+    std::string profile_table() const { return settings_.profile ? profile_.table() : ""; }
     void set_attention(AttentionMode mode) override;
 
     void begin_step() override;
@@ -64,6 +67,12 @@ class GpuModel : public TrainableModel {
     void recompute_block(int l, const Batch& batch);
     void backward(const Batch& batch, double loss_weight);
     void backward_block(int l, const Batch& batch);
+    // With settings.profile: what is enqueued from here on belongs to this stage of the step.
+    void stage(const char* name) {
+        if (profiling_) {
+            profile_.mark(pass_, name, stream_);
+        }
+    }
     void rotate_forward(bf16* qkv, const Batch& batch);
     void rotate_backward(bf16* dqkv, const Batch& batch);
     void attention_forward(int l, const Batch& batch);
@@ -96,6 +105,9 @@ class GpuModel : public TrainableModel {
     std::unique_ptr<Gemm> gemm_;
     AttentionMode attention_ = AttentionMode::dense;
     bool first_micro_batch_ = true;  // of the step: it writes the gradients of the blocks' matrices, later ones add
+    StepProfile profile_;
+    bool profiling_ = false;  // inside a training step with settings.profile
+    StepPass pass_ = StepPass::forward;
     std::array<TokenStage, 2> stages_;
     int next_stage_ = 0;
     PinnedMemory<float> results_;  // [2]: what update() and evaluate() wait for
@@ -146,8 +158,11 @@ inline void GpuModel::accumulate_gradients(const int32_t* tokens, int B, int64_t
     // A training batch's shape comes again and again, so its products are worth a search: it happens when they are met
     // for the first time. Its choice depends on the clock, so a deterministic run goes without.
     gemm_->set_search(!settings_.deterministic);
+    profiling_ = settings_.profile;
     forward(batch);
     backward(batch, loss_weight);
+    stage(nullptr);
+    profiling_ = false;
     gemm_->set_search(false);
     first_micro_batch_ = false;
 }
@@ -170,11 +185,20 @@ inline StepResult GpuModel::update(const AdamWSettings& settings) {
         adamw_update(m.master + begin, m.exp_avg + begin, m.exp_avg_sq + begin, m.weights + begin, m.gradients + begin,
                      norm, step_loss, end - begin, arguments, stream_);
     };
+    profiling_ = settings_.profile;
+    pass_ = StepPass::update;
+    stage("gradient norm");
     grad_norm(norm, m.gradients, layout_.num_elements, m.grad_norm_scratch, stream_);
+    stage("AdamW");
     update_range(0, layout_.num_decayed, settings.weight_decay);
     update_range(layout_.num_decayed, layout_.num_elements, 0.0);
+    stage(nullptr);
+    profiling_ = false;
 
     read_floats(results_.data(), m.step_results, 2);
+    if (settings_.profile) {
+        profile_.end_step();
+    }
     StepResult result;
     result.loss = results_.data()[0];
     result.grad_norm = results_.data()[1];
@@ -193,8 +217,11 @@ inline void GpuModel::forward(const Batch& batch) {
     const int64_t rows = batch.rows();
     const int C = config_.width;
     const float eps = (float)config_.norm_eps;
+    pass_ = StepPass::forward;
     const BlockActivations& first = block_activations(0);
+    stage("embedding");
     embedding_forward(first.residual_in, m.tokens, weight(table_.embedding), rows, C, stream_);
+    stage("norms");
     rmsnorm_forward(m.norm_out, first.attention_rstd, first.residual_in, weight(table_.layers[0].attention_norm), rows,
                     C, eps, stream_);
     for (int l = 0; l < config_.num_layers; ++l) {
@@ -204,6 +231,7 @@ inline void GpuModel::forward(const Batch& batch) {
         bf16* residual = last ? m.final_residual : block_activations(l + 1).residual_in;
         float* rstd = last ? m.final_rstd : block_activations(l + 1).attention_rstd;
         const int norm = last ? table_.final_norm : table_.layers[l + 1].attention_norm;
+        stage("norms");
         residual_rmsnorm_forward(residual, m.norm_out, rstd, block_activations(l).residual_mid, m.delta, weight(norm),
                                  rows, C, eps, stream_);
     }
@@ -217,15 +245,22 @@ inline void GpuModel::forward_block(int l, const Batch& batch) {
     const LayerParameters& p = table_.layers[l];
     const int64_t rows = batch.rows();
     const int C = config_.width, F = config_.ffn_width;
+    stage("qkv product");
     gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), rows, config_.qkv_width(), C, false, stream_);
+    stage("rotation");
     rotate_forward(block.qkv, batch);
     attention_forward(l, batch);
+    stage("output product");
     gemm_->forward(m.delta, block.attention, weight(p.attention_out), rows, C, config_.attention_width(), false,
                    stream_);
+    stage("norms");
     residual_rmsnorm_forward(block.residual_mid, m.norm_out, block.ffn_rstd, block.residual_in, m.delta,
                              weight(p.ffn_norm), rows, C, (float)config_.norm_eps, stream_);
+    stage("gate and up product");
     gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), rows, 2 * F, C, false, stream_);
+    stage("gate");
     swiglu_forward(m.swiglu, block.gate_up, rows, F, stream_);
+    stage("down product");
     gemm_->forward(m.delta, m.swiglu, weight(p.down), rows, C, F, false, stream_);
 }
 
@@ -238,14 +273,18 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
     const LayerParameters& p = table_.layers[l];
     const int64_t rows = batch.rows();
     const int C = config_.width, F = config_.ffn_width;
+    pass_ = StepPass::recompute;
     const bool lighthouse = uses_lighthouse(l);
     const KeptActivations kept =
         kept_activations(settings_.recompute, lighthouse ? AttentionMode::lighthouse : AttentionMode::dense);
     const bool needs_qkv = !lighthouse || !kept.attention_state;
     if (needs_qkv && !kept.qkv) {
+        stage("norms");
         rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C,
                           stream_);
+        stage("qkv product");
         gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), rows, config_.qkv_width(), C, false, stream_);
+        stage("rotation");
         rotate_forward(block.qkv, batch);
     }
     if (!kept.attention_state) {
@@ -254,14 +293,18 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
         attention_output_again(l, batch);
     }
     if (!kept.residual_mid) {
+        stage("output product");
         gemm_->forward(m.delta, block.attention, weight(p.attention_out), rows, C, config_.attention_width(), false,
                        stream_);
+        stage("norms");
         residual_rmsnorm_forward(block.residual_mid, m.norm_out, block.ffn_rstd, block.residual_in, m.delta,
                                  weight(p.ffn_norm), rows, C, (float)config_.norm_eps, stream_);
     } else {
+        stage("norms");
         rmsnorm_recompute(m.norm_out, block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, rows, C, stream_);
     }
     if (!kept.gate_up) {
+        stage("gate and up product");
         gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), rows, 2 * F, C, false, stream_);
     }
 }
@@ -272,16 +315,20 @@ inline void GpuModel::backward(const Batch& batch, double loss_weight) {
     const ModelBuffers& m = buffers_;
     const int64_t rows = batch.rows();
     const int C = config_.width;
+    pass_ = StepPass::backward;
+    stage("classifier");
     classifier_forward_backward(m.losses, m.dhidden, gradient(table_.classifier), m.logits, m.norm_out,
                                 weight(table_.classifier), m.tokens + rows, classifier_shape(config_, settings_, rows),
                                 (float)(loss_weight / (double)rows), *gemm_, stream_);
     mean_loss(m.step_results, m.losses, rows, (float)loss_weight, m.mean_loss_scratch, stream_);
+    stage("norms");
     rmsnorm_backward(m.dresidual, gradient(table_.final_norm), nullptr, m.dhidden, m.final_residual,
                      weight(table_.final_norm), m.final_rstd, m.rmsnorm_scratch, rows, C, stream_);
     for (int l = config_.num_layers - 1; l >= 0; --l) {
         recompute_block(l, batch);
         backward_block(l, batch);
     }
+    stage("embedding");
     embedding_backward(gradient(table_.embedding), m.dresidual, m.tokens, m.embedding_scratch, rows, C,
                        config_.vocab_size, stream_);
 }
@@ -297,24 +344,34 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     const int attention_width = config_.attention_width(), qkv_width = config_.qkv_width();
     const bool add = !first_micro_batch_;
 
-    swiglu_forward(m.swiglu_again, block.gate_up, rows, F, stream_);
-    gemm_->backward_weight(gradient(p.down), m.dresidual, m.swiglu_again, rows, C, F, add, stream_);
+    pass_ = StepPass::backward;
+    stage("down product");
     gemm_->backward_input(m.dswiglu, m.dresidual, weight(p.down), rows, C, F, false, stream_);
-    bf16* const dgate_up = block.gate_up;  // in place: gate_up is not needed any more
-    swiglu_backward(dgate_up, m.dswiglu, block.gate_up, rows, F, stream_);
+    stage("gate");
+    bf16 *const dgate_up = block.gate_up, *const swiglu = m.dswiglu;  // in place: what they replace is needed no more
+    swiglu_backward(dgate_up, swiglu, m.dswiglu, block.gate_up, rows, F, stream_);
+    stage("down product");
+    gemm_->backward_weight(gradient(p.down), m.dresidual, swiglu, rows, C, F, add, stream_);
+    stage("gate and up product");
     gemm_->backward_weight(gradient(p.gate_up), dgate_up, m.norm_out, rows, 2 * F, C, add, stream_);
     gemm_->backward_input(m.dffn_norm_out, dgate_up, weight(p.gate_up), rows, 2 * F, C, false, stream_);
+    stage("norms");
     rmsnorm_backward(m.dresidual, gradient(p.ffn_norm), m.dresidual, m.dffn_norm_out, block.residual_mid,
                      weight(p.ffn_norm), block.ffn_rstd, m.rmsnorm_scratch, rows, C, stream_);
 
+    stage("output product");
     gemm_->backward_weight(gradient(p.attention_out), m.dresidual, block.attention, rows, C, attention_width, add,
                            stream_);
     gemm_->backward_input(m.dattention, m.dresidual, weight(p.attention_out), rows, C, attention_width, false, stream_);
     attention_backward(l, batch);
+    stage("rotation");
     rotate_backward(m.dqkv, batch);
+    stage("norms");
     rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C, stream_);
+    stage("qkv product");
     gemm_->backward_weight(gradient(p.qkv), m.dqkv, m.norm_out, rows, qkv_width, C, add, stream_);
     gemm_->backward_input(m.dattention_norm_out, m.dqkv, weight(p.qkv), rows, qkv_width, C, false, stream_);
+    stage("norms");
     rmsnorm_backward(m.dresidual, gradient(p.attention_norm), m.dresidual, m.dattention_norm_out, block.residual_in,
                      weight(p.attention_norm), block.attention_rstd, m.rmsnorm_scratch, rows, C, stream_);
 }
@@ -352,6 +409,7 @@ inline void GpuModel::attention_forward(int l, const Batch& batch) {
     const BlockActivations& block = block_activations(l);
     const QkvViews<const bf16> in(block.qkv, config_, batch.T);
     const HeadView<bf16> out = head_view(block.attention, config_, batch.T);
+    stage(uses_lighthouse(l) ? "Lighthouse attention" : "dense attention");
     if (uses_lighthouse(l)) {
         lighthouse_forward(out, block.lighthouse, in.q, in.k, in.v, buffers_.lighthouse_forward_scratch,
                            lighthouse_shape_of(batch), stream_);
@@ -364,6 +422,7 @@ inline void GpuModel::attention_forward(int l, const Batch& batch) {
 // Of a Lighthouse layer, from what its forward saved.
 inline void GpuModel::attention_output_again(int l, const Batch& batch) {
     const BlockActivations& block = block_activations(l);
+    stage("Lighthouse attention");
     lighthouse_output_again(head_view(block.attention, config_, batch.T), block.lighthouse, lighthouse_shape_of(batch),
                             stream_);
 }
@@ -373,6 +432,7 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
     const BlockActivations& block = block_activations(l);
     const QkvViews<bf16> din(m.dqkv, config_, batch.T);
     const HeadView<const bf16> dout = head_view(m.dattention, config_, batch.T);
+    stage(uses_lighthouse(l) ? "Lighthouse attention" : "dense attention");
     if (uses_lighthouse(l)) {
         lighthouse_backward(din.q, din.k, din.v, dout, block.lighthouse, m.lighthouse_backward_scratch,
                             lighthouse_shape_of(batch), settings_.deterministic, stream_);

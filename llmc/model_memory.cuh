@@ -27,6 +27,7 @@ struct GpuModelSettings {
     int64_t max_seq_len = 1024;  // T
     Recompute recompute = Recompute::none;
     bool deterministic = false;
+    bool profile = false;               // time the stages of training steps
     int64_t classifier_chunk_rows = 0;  // rows whose logits exist at once; 0: as many as fit CLASSIFIER_CHUNK_BYTES
     // Lighthouse attention, in the layers it applies to; without it every layer is always dense.
     std::optional<LighthouseConfig> lighthouse;
@@ -41,6 +42,7 @@ inline GpuModelSettings gpu_model_settings(const RunConfig& c) {
     settings.max_seq_len = c.seq_len;
     settings.recompute = c.recompute;
     settings.deterministic = c.deterministic;
+    settings.profile = c.profile;
     settings.classifier_chunk_rows = c.classifier_chunk_rows;
     if (c.attention == AttentionMode::lighthouse) {
         settings.lighthouse = c.lighthouse;
@@ -137,8 +139,7 @@ struct ModelBuffers {
     bf16* dhidden;  // [rows, C]
     bf16* logits;   // [chunk, Vp], then their gradient
     // workspace of the backward of feed-forward
-    bf16* swiglu_again;   // [rows, F]
-    bf16* dswiglu;        // [rows, F]
+    bf16* dswiglu;        // [rows, F], then swiglu again
     bf16* dffn_norm_out;  // [rows, C]
     // workspace of the backward of attention
     bf16* dqkv;        // [rows, (H + 2 Hkv) D]
@@ -302,12 +303,9 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     plan.add(&m.delta, use, "delta", "[B T, C] bf16", rows * C);
     plan.add(&m.swiglu, use, "swiglu", "[B T, F] bf16", rows * F);
     plan.next_alternative();  // the backward of feed-forward
-    plan.add(&m.swiglu_again, use, "swiglu, recomputed", "[B T, F] bf16", rows * F);
-    plan.begin_alternatives(use);
     plan.add(&m.dswiglu, use, "dswiglu", "[B T, F] bf16", rows * F);
     plan.next_alternative();
     plan.add(&m.dffn_norm_out, use, "dffn_norm_out", "[B T, C] bf16", rows * C);
-    plan.end_alternatives();
     plan.end_alternatives();
     plan.next_alternative();  // classifier
     plan.add(&m.dhidden, use, "dhidden", "[B T, C] bf16", rows * C);

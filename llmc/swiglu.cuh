@@ -1,7 +1,7 @@
 // swiglu.cuh: the feed-forward gate, out = gate * s * up with s = 1 / (1 + exp(-gate)).
 //   dgate = dout * up * s * (1 + gate * (1 - s)),   dup = dout * gate * s
 // Shapes: gate_up [rows, 2F], gate in columns [0, F), up in [F, 2F); out [rows, F]; rows = B * T; F a multiple of 8.
-// Cost: memory bound; forward moves 3F elements a row, backward 5F.
+// Cost: memory bound; forward moves 3F elements a row, backward 6F.
 // Reference: reference/swiglu.h. Variants: dev/cuda/swiglu_forward.cu, dev/cuda/swiglu_backward.cu.
 #pragma once
 #include "cuda_common.cuh"
@@ -61,9 +61,9 @@ inline void swiglu_forward(bf16* out, const bf16* gate_up, int64_t rows, int F, 
 }
 
 // ---- backward ----------------------------------------------------------------------------------
-// Launch: as forward, SWIGLU_BACKWARD_PACKS a thread. A thread reads what it overwrites, so dgate_up may be gate_up.
+// Launch: as forward, SWIGLU_BACKWARD_PACKS a thread. A thread reads what it overwrites, so results may replace inputs.
 __global__ void __launch_bounds__(SWIGLU_THREADS)
-    swiglu_backward_kernel(bf16* dgate_up, const bf16* dout, const bf16* gate_up, int64_t num_packs,
+    swiglu_backward_kernel(bf16* dgate_up, bf16* out, const bf16* dout, const bf16* gate_up, int64_t num_packs,
                            int packs_per_row) {
     const int64_t block_pack = (int64_t)blockIdx.x * (SWIGLU_THREADS * SWIGLU_BACKWARD_PACKS);
     const int64_t block_row = block_pack / packs_per_row;
@@ -85,8 +85,9 @@ __global__ void __launch_bounds__(SWIGLU_THREADS)
     }
 #pragma unroll
     for (int i = 0; i < SWIGLU_BACKWARD_PACKS; ++i) {
-        if (block_pack + i * SWIGLU_THREADS + threadIdx.x < num_packs) {
-            bf16x8 dgates, dups;
+        const int64_t pack = block_pack + i * SWIGLU_THREADS + threadIdx.x;
+        if (pack < num_packs) {
+            bf16x8 dgates, dups, outs;
 #pragma unroll
             for (int k = 0; k < 8; ++k) {
                 const float gate = __bfloat162float(gates[i][k]), up = __bfloat162float(ups[i][k]);
@@ -94,22 +95,25 @@ __global__ void __launch_bounds__(SWIGLU_THREADS)
                 const float s = swiglu_sigmoid(gate);
                 dgates[k] = __float2bfloat16(d * up * s * (1.0f + gate * (1.0f - s)));
                 dups[k] = __float2bfloat16(d * gate * s);
+                outs[k] = __float2bfloat16(gate * s * up);  // the forward kernel's expression: the same bits
             }
             store128(dgate_up + gate_offset[i], dgates);
             store128(dgate_up + gate_offset[i] + up_offset, dups);
+            store128(out + pack * 8, outs);
         }
     }
 }
 
-// dgate_up (=) [rows, 2F] from dout [rows, F] and gate_up [rows, 2F]; dgate_up may be gate_up. F a multiple of 8;
-// rows * F below 2^42.
-inline void swiglu_backward(bf16* dgate_up, const bf16* dout, const bf16* gate_up, int64_t rows, int F,
+// dgate_up (=) [rows, 2F] from dout [rows, F] and gate_up [rows, 2F]; out (=) [rows, F] what swiglu_forward gave, bit
+// for bit: the weight gradient of the product behind needs it, so that forward need not keep it. dgate_up may be
+// gate_up, out may be dout. F a multiple of 8; rows * F below 2^42.
+inline void swiglu_backward(bf16* dgate_up, bf16* out, const bf16* dout, const bf16* gate_up, int64_t rows, int F,
                             cudaStream_t stream) {
     NVTX_RANGE();
     CHECK(rows >= 1 && F >= 8 && F % 8 == 0, "swiglu: width %d must be a multiple of 8 and rows %lld positive", F,
           (long long)rows);
     const int64_t num_packs = rows * (F / 8);
     const int64_t num_blocks = ceil_div<int64_t>(num_packs, SWIGLU_THREADS * SWIGLU_BACKWARD_PACKS);
-    swiglu_backward_kernel<<<num_blocks, SWIGLU_THREADS, 0, stream>>>(dgate_up, dout, gate_up, num_packs, F / 8);
+    swiglu_backward_kernel<<<num_blocks, SWIGLU_THREADS, 0, stream>>>(dgate_up, out, dout, gate_up, num_packs, F / 8);
     CUDA_CHECK_LAUNCH();
 }
