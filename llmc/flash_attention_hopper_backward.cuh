@@ -36,6 +36,10 @@
 // BEFORE_DS: as soon as P is rounded, so that the tensor cores have work while dS is computed and stored.
 enum class DvStart { AFTER_DS, BEFORE_DS };
 
+// How a tile of dq reaches the accumulator. WRITER: through shared memory, by bulk reductions of the writer warp.
+// CONSUMERS: by reductions of four floats from the consumers' registers.
+enum class DqAdd { WRITER, CONSUMERS };
+
 // What a block works on: BLOCK_N keys of a kv head and, for every query head of its group, the query tiles [first_tile,
 // end_tile) that see any of them. Tiles from first_unmasked on see all of them.
 struct KeyBlock {
@@ -43,11 +47,13 @@ struct KeyBlock {
     int first_tile, first_unmasked, end_tile;
 };
 
-template <int D_, DvStart DV_START_ = DvStart::BEFORE_DS>
+template <int D_, DvStart DV_START_ = DvStart::BEFORE_DS, int TILES_A_TURN_ = 1, DqAdd DQ_ADD_ = DqAdd::WRITER>
 struct HopperBackwardTile {
     static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
     static constexpr int D = D_;
     static constexpr DvStart DV_START = DV_START_;
+    static constexpr DqAdd DQ_ADD = DQ_ADD_;
+    static constexpr int TILES_A_TURN = TILES_A_TURN_;   // of the loop without masks: 1, 2 or 4
     static constexpr int BLOCK_M = D == 128 ? 64 : 128;  // queries a tile: 8192 elements of q
     static constexpr int BLOCK_N = 128;                  // keys a block, 64 a consumer warpgroup
     static constexpr int STAGES = 2;                     // tiles of q, dout and dS in flight
@@ -225,6 +231,13 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
     }
 }
 
+// Where a warpgroup's part of a tile of dq is summed.
+template <class Tile>
+__device__ __forceinline__ float* dq_part(const HopperBackwardArguments& args, int b, int h, int tile, int warpgroup) {
+    const int64_t query_tile = ((int64_t)b * args.H + h) * args.num_query_tiles + tile;
+    return args.dq_accumulator + (query_tile * Tile::CONSUMERS + warpgroup) * Tile::DQ_ELEMENTS;
+}
+
 // Adds the warpgroups' parts of dq to the accumulator. One warp.
 template <class Tile>
 __device__ __forceinline__ void backward_add_dq(typename Tile::Shared& shared, const HopperBackwardArguments& args,
@@ -234,9 +247,7 @@ __device__ __forceinline__ void backward_add_dq(typename Tile::Shared& shared, c
 #pragma unroll 1
     for (int i = 0; i < args.heads_per_kv_head; ++i) {
         const int h = block.kv_head * args.heads_per_kv_head + i;
-        float* tile_part =
-            args.dq_accumulator + (((int64_t)block.b * args.H + h) * args.num_query_tiles + block.first_tile) *
-                                      (Tile::CONSUMERS * Tile::DQ_ELEMENTS);
+        float* part = dq_part<Tile>(args, block.b, h, block.first_tile, 0);
 #pragma unroll 1
         for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
             // The last two groups are the two parts of the tile before: their memory is free once they have read it.
@@ -254,10 +265,10 @@ __device__ __forceinline__ void backward_add_dq(typename Tile::Shared& shared, c
             for (int w = 0; w < Tile::CONSUMERS; ++w) {
                 named_barrier_sync(DQ_FULL + w, THREADS);
                 if (leader) {
-                    bulk_reduce_add_f32(tile_part, shared_address(shared.dq[w]), sizeof(shared.dq[w]));
+                    bulk_reduce_add_f32(part, shared_address(shared.dq[w]), sizeof(shared.dq[w]));
                     bulk_commit();
                 }
-                tile_part += Tile::DQ_ELEMENTS;
+                part += Tile::DQ_ELEMENTS;
             }
         }
     }
@@ -420,11 +431,13 @@ __device__ __forceinline__ void store_key_gradients(const float (&dk)[Tile::D / 
     }
 }
 
-// One query tile of a consumer warpgroup.
-template <class Tile, bool MASKED>
+// One query tile of a consumer warpgroup. p: the tile's scores, which STARTED says are being computed already; next:
+// with START_NEXT the next tile's scores are started in the shadow of dk's product.
+template <class Tile, bool MASKED, bool STARTED, bool START_NEXT>
 __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&dv)[Tile::D / 2],
+                                              float (&p)[Tile::BLOCK_M / 2], float (&next)[Tile::BLOCK_M / 2],
                                               typename Tile::Shared& shared, const HopperBackwardArguments& args,
-                                              int warpgroup, int tile, PipelineState<Tile::STAGES>& state) {
+                                              int warpgroup, int h, int tile, PipelineState<Tile::STAGES>& state) {
     constexpr int BLOCK_M = Tile::BLOCK_M, CONSUMER_THREADS = Tile::CONSUMERS * WARPGROUP_SIZE;
     const int thread = threadIdx.x % WARPGROUP_SIZE;
     const bool warp_leader = thread % WARP_SIZE == 0;
@@ -432,15 +445,19 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     const uint32_t k = shared_address(shared.k), v = shared_address(shared.v);
     const uint32_t q = shared_address(shared.q[stage]), dout = shared_address(shared.dout[stage]);
     const uint32_t ds = shared_address(shared.ds[stage]);
+    auto start_scores_of = [&](float(&scores)[BLOCK_M / 2], const PipelineState<Tile::STAGES>& of) {
+        mbarrier_wait(shared_address(&shared.q_full[of.stage]), of.parity);
+        wgmma_fence();
+        start_scores<Tile>(scores, k + warpgroup * (64 * 128), shared_address(shared.q[of.stage]));
+    };
 
-    float p[BLOCK_M / 2], dp[BLOCK_M / 2];
-    mbarrier_wait(shared_address(&shared.q_full[stage]), state.parity);
-    wgmma_fence();
-    start_scores<Tile>(p, k + warpgroup * (64 * 128), q);
+    if (!STARTED) {
+        start_scores_of(p, state);
+    }
+    float dp[BLOCK_M / 2];
     mbarrier_wait(shared_address(&shared.dout_full[stage]), state.parity);
     wgmma_fence();
     start_scores<Tile>(dp, v + warpgroup * (64 * 128), dout);
-
     wgmma_wait<1>();  // the scores
     wgmma_pin(p);
     if (MASKED) {
@@ -476,19 +493,33 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     if (warp_leader) {
         mbarrier_arrive(shared_address(&shared.dout_empty[stage]));
     }
-    named_barrier_sync(DQ_EMPTY + warpgroup, WARPGROUP_SIZE + WARP_SIZE);
-    float4* staging = reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread;
+    if (Tile::DQ_ADD == DqAdd::WRITER) {
+        named_barrier_sync(DQ_EMPTY + warpgroup, WARPGROUP_SIZE + WARP_SIZE);
+        float4* staging = reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread;
 #pragma unroll
-    for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
-        staging[i * WARPGROUP_SIZE] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+        for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
+            staging[i * WARPGROUP_SIZE] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+        }
+        fence_async_shared();
+        named_barrier_arrive(DQ_FULL + warpgroup, WARPGROUP_SIZE + WARP_SIZE);
+    } else {
+        float* part = dq_part<Tile>(args, shared.block.b, h, tile, warpgroup) + 4 * thread;
+#pragma unroll
+        for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
+            red_add_f32x4(part + i * 4 * WARPGROUP_SIZE,
+                          make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
+        }
     }
-    fence_async_shared();
-    named_barrier_arrive(DQ_FULL + warpgroup, WARPGROUP_SIZE + WARP_SIZE);
-    wgmma_wait<0>();  // dk
+    state.advance();
+    if (START_NEXT) {
+        start_scores_of(next, state);
+        wgmma_wait<1>();  // dk
+    } else {
+        wgmma_wait<0>();
+    }
     if (warp_leader) {
         mbarrier_arrive(shared_address(&shared.q_empty[stage]));
     }
-    state.advance();
 }
 
 // dk and dv of the block's keys, and their share of dq. Two warpgroups.
@@ -496,19 +527,31 @@ template <class Tile>
 __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
     const KeyBlock& block = shared.block;
     const int warpgroup = threadIdx.x / WARPGROUP_SIZE - 1;
-    float dk[Tile::D / 2] = {}, dv[Tile::D / 2] = {};
+    float dk[Tile::D / 2] = {}, dv[Tile::D / 2] = {}, p[2][Tile::BLOCK_M / 2];
     PipelineState<Tile::STAGES> state;
     mbarrier_wait(shared_address(&shared.kv_full), 0);
 #pragma unroll 1
     for (int i = 0; i < args.heads_per_kv_head; ++i) {
+        // Whole groups of TILES_A_TURN remain for the second loop.
+        const int masked_end = block.first_unmasked + (block.end_tile - block.first_unmasked) % Tile::TILES_A_TURN;
+        const int h = block.kv_head * args.heads_per_kv_head + i;
         int tile = block.first_tile;
 #pragma unroll 1
-        for (; tile < block.first_unmasked; ++tile) {
-            backward_tile<Tile, true>(dk, dv, shared, args, warpgroup, tile, state);
+        for (; tile < masked_end; ++tile) {
+            backward_tile<Tile, true, false, false>(dk, dv, p[0], p[1], shared, args, warpgroup, h, tile, state);
         }
 #pragma unroll 1
-        for (; tile < block.end_tile; ++tile) {
-            backward_tile<Tile, false>(dk, dv, shared, args, warpgroup, tile, state);
+        for (; tile < block.end_tile; tile += Tile::TILES_A_TURN) {
+            if constexpr (Tile::TILES_A_TURN == 1) {
+                backward_tile<Tile, false, false, false>(dk, dv, p[0], p[1], shared, args, warpgroup, h, tile, state);
+            } else {
+                backward_tile<Tile, false, false, true>(dk, dv, p[0], p[1], shared, args, warpgroup, h, tile, state);
+                if constexpr (Tile::TILES_A_TURN == 4) {
+                    backward_tile<Tile, false, true, true>(dk, dv, p[1], p[0], shared, args, warpgroup, h, tile, state);
+                    backward_tile<Tile, false, true, true>(dk, dv, p[0], p[1], shared, args, warpgroup, h, tile, state);
+                }
+                backward_tile<Tile, false, true, false>(dk, dv, p[1], p[0], shared, args, warpgroup, h, tile, state);
+            }
         }
     }
     wgmma_pin(dk);
@@ -543,7 +586,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         registers_decrease<Tile::PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             backward_load<Tile>(shared, args, shared.block);
-        } else if (threadIdx.x / WARP_SIZE == 1) {
+        } else if (Tile::DQ_ADD == DqAdd::WRITER && threadIdx.x / WARP_SIZE == 1) {
             backward_add_dq<Tile>(shared, args, shared.block);
         }
     } else {

@@ -204,8 +204,7 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
             wgmma_pin(dk);
             wgmma_pin(dv);
             wgmma_pin(dq);
-            float* part = args.dq_accumulator +
-                          ((first_tile + tile) * Tile::CONSUMERS + warpgroup) * Tile::DQ_ELEMENTS + 4 * thread;
+            float* part = dq_part<Tile>(args, block.b, h, tile, warpgroup) + 4 * thread;
 #pragma unroll
             for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
                 red_add_f32x4(part + i * 4 * WARPGROUP_SIZE,
@@ -228,14 +227,18 @@ static void flash_attention_backward7(const BackwardOperands& x, const Attention
 }
 
 // ---- 8 and up: specialised warps (llmc/flash_attention_hopper_backward.cuh) --------------------
-template <class Tile64, class Tile128>
+template <DvStart DV_START, int TILES_A_TURN, DqAdd DQ_ADD = DqAdd::WRITER>
 static void flash_attention_backward_wgmma(const BackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
     auto launch = [&](auto tile) {
         hopper_launch_backward<decltype(tile)>(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape,
                                                stream);
     };
-    shape.D == 64 ? launch(Tile64()) : launch(Tile128());
+    if (shape.D == 64) {
+        launch(HopperBackwardTile<64, DV_START, TILES_A_TURN, DQ_ADD>());
+    } else {
+        launch(HopperBackwardTile<128, DV_START, TILES_A_TURN, DQ_ADD>());
+    }
 }
 static size_t hopper_scratch(const AttentionShape& shape) {
     return flash_attention_hopper_backward_scratch_bytes(shape, false);
@@ -291,14 +294,27 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      {flash_attention_backward7, hopper_scratch, false, true, 32768, true}},
     {8,
      "producer and writer warps, P and dS in registers, two tiles in flight, masked tiles apart",
-     {flash_attention_backward_wgmma<HopperBackwardTile<64, DvStart::AFTER_DS>,
-                                     HopperBackwardTile<128, DvStart::AFTER_DS>>,
-      hopper_scratch, false, true, 131072, true}},
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 1>, hopper_scratch, false, true, 131072, true}},
     {9,
      "dv's product starts before dS is computed",
-     {flash_attention_backward_wgmma<HopperBackwardTile<64, DvStart::BEFORE_DS>,
-                                     HopperBackwardTile<128, DvStart::BEFORE_DS>>,
-      hopper_scratch, false, true, 131072, true}},
+     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 1>, hopper_scratch, false, true, 131072, true}},
+    {10,
+     "variant 8, every second tile's scores start in the shadow of dk's product",
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2>, hopper_scratch, false, true, 131072, true}},
+    {11,
+     "variant 9 with the same",
+     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 2>, hopper_scratch, false, true, 131072, true}},
+    {12,
+     "three of four tiles' scores",
+     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 4>, hopper_scratch, false, true, 131072, true}},
+    {13,
+     "variant 9, dq added from registers",
+     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 1, DqAdd::CONSUMERS>, hopper_scratch, false, true, 131072,
+      true}},
+    {14,
+     "variant 11, dq added from registers",
+     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 2, DqAdd::CONSUMERS>, hopper_scratch, false, true, 131072,
+      true}},
 #endif
     {20,
      "what this GPU gets (llmc/flash_attention.cuh)",
