@@ -375,7 +375,7 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         dout.fill_random(h.seed + 1);
         const PackedViews in = packed_views(qkv, s), d = packed_views(gradients, s);
         auto rows = [&](bf16* data) { return HeadView<bf16>(data, s.Tq * s.H * s.D, (int64_t)s.H * s.D, s.D); };
-        flash_attention_forward(rows(out), lse, in.q, in.k, in.v, s, h.stream);
+        flash_attention_mma_forward(rows(out), lse, in.q, in.k, in.v, s, h.stream);
         h.measure_flops(format_string("B%d T%lld H%d D%d causal", s.B, (long long)s.Tq, s.H, s.D),
                         2.5 * attention_flops(s), peak_bf16_tflops(), variant.idea, [&] {
                             variant.launch.launch(
