@@ -3,6 +3,7 @@
 // the caller's: arrays of one process, or messages between several.
 #pragma once
 #include <cmath>
+#include <functional>
 #include <limits>
 #include <vector>
 
@@ -67,6 +68,8 @@ class RingEmulation {
     Rows out, dq;
     KeyRows dkv;
     std::vector<double> lse;  // [B, H, local rows]
+    // What becomes of every result of one step, and of every output: a kernel's rounding.
+    std::function<double(double)> round = [](double value) { return value; };
 
     RingEmulation(const ContextPartition& partition, Rows q, KeyRows kv)
         : p_(partition), q_(std::move(q)), kv_(std::move(kv)), steps_(make_ring_schedule(p_.W, p_.rank)) {}
@@ -137,6 +140,12 @@ class RingEmulation {
         result_lse.assign((size_t)(q.B * q.heads * q.rows), std::numeric_limits<double>::quiet_NaN());
         reference::attention_forward<double>(result.view(), result_lse.data(), q.view(), kv.k.view(), kv.v.view(),
                                              shape(q, kv.k, causal));
+        round_all(result);
+    }
+    void round_all(Rows& rows) const {
+        for (double& value : rows.values) {
+            value = round(value);
+        }
     }
     // Rows of `half` of part: this step's result for step.queries.
     void merge(Rows& sum, const Rows& part, const std::vector<double>& part_lse, int half, const RingStep& step) {
@@ -155,7 +164,7 @@ class RingEmulation {
                     for (int d = 0; d < q_.D; ++d) {
                         running[d] = (c.first ? result[d] : running[d]) * std::exp(total_lse - merged) +
                                      from[d] * std::exp(other - merged);
-                        result[d] = c.last ? running[d] : result[d];
+                        result[d] = c.last ? round(running[d]) : result[d];
                     }
                     total_lse = merged;
                 }
@@ -172,6 +181,9 @@ class RingEmulation {
         reference::attention_backward<double>(dq_part.view(), dkv_part.k.view(), dkv_part.v.view(), grad.view(),
                                               q.view(), kv.k.view(), kv.v.view(), o.view(), part_lse.data(),
                                               shape(q, kv.k, causal));
+        round_all(dq_part);
+        round_all(dkv_part.k);
+        round_all(dkv_part.v);
     }
     // part: rows of `halves`, added to the halves that take a contribution.
     void add(Rows& result, Rows& sum, const Rows& part, HalfRange halves,
@@ -189,6 +201,7 @@ class RingEmulation {
             }
             sum.set(half * n, total);
             if (c.last) {
+                round_all(total);
                 result.set(half * n, total);
             }
         }

@@ -1,0 +1,212 @@
+// loopback_comm.cuh: the ranks of a communicator as threads of one process on one GPU, for checking what is built on
+// llmc/comm.cuh without other processes. Like NCCL's, its transfers run on the caller's stream and the host does not
+// wait for them, so a missing dependency between streams shows; optional delays on the device make it show reliably.
+#pragma once
+#include <condition_variable>
+#include <exception>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <queue>
+#include <thread>
+
+#include "harness.cuh"
+#include "llmc/comm.cuh"
+
+// Launch: one thread; returns after about `cycles`.
+static __global__ void delay_kernel(int64_t cycles) {
+    const int64_t start = clock64();
+    while (clock64() - start < cycles) {
+    }
+}
+
+// What the ranks of one communicator share.
+class LoopbackHub {
+  public:
+    explicit LoopbackHub(int size) : size_(size) {}
+    int size() const { return size_; }
+    int64_t num_bytes() const { return num_bytes_; }  // received by all ranks so far, from others
+
+    // A rank has failed: nobody waits for it.
+    void give_up() {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        given_up_ = true;
+        changed_.notify_all();
+    }
+
+  private:
+    friend class LoopbackComm;
+    struct Message {
+        const void* data;
+        size_t num_bytes;
+        cudaEvent_t ready;  // on the sender's stream
+    };
+    using Ends = std::pair<int, int>;  // (from, to)
+
+    // Lives as long as the hub.
+    cudaEvent_t record(cudaStream_t stream) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        events_.push_back(std::make_unique<CudaEvent>());
+        CUDA_CHECK(cudaEventRecord(*events_.back(), stream));
+        return *events_.back();
+    }
+    template <class Item>
+    void push(std::map<Ends, std::queue<Item>>& queues, Ends ends, const Item& item) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        queues[ends].push(item);
+        changed_.notify_all();
+    }
+    template <class Item>
+    Item pop(std::map<Ends, std::queue<Item>>& queues, Ends ends) {
+        std::unique_lock<std::mutex> lock(mutex_);
+        const bool came =
+            changed_.wait_for(lock, std::chrono::seconds(30), [&] { return given_up_ || !queues[ends].empty(); });
+        CHECK(came && !given_up_, "loopback: rank %d waits in vain for rank %d", ends.second, ends.first);
+        const Item item = queues[ends].front();
+        queues[ends].pop();
+        return item;
+    }
+
+    int size_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    bool given_up_ = false;
+    std::map<Ends, std::queue<Message>> messages_;
+    std::map<Ends, std::queue<cudaEvent_t>> received_;  // acknowledged to the sender
+    std::vector<std::unique_ptr<CudaEvent>> events_;
+    int64_t num_bytes_ = 0;
+};
+
+class LoopbackComm : public Comm {
+  public:
+    // delay_cycles: before the data is taken, on the receiver's stream.
+    LoopbackComm(LoopbackHub& hub, int rank, int64_t delay_cycles)
+        : Comm(rank, hub.size()), hub_(hub), delay_cycles_(delay_cycles) {}
+
+    void exchange(const std::vector<DeviceSend>& sends, const std::vector<DeviceReceive>& receives,
+                  const char* operation, cudaStream_t stream) override {
+        for (const DeviceSend& s : sends) {
+            hub_.push(hub_.messages_, {rank(), s.peer}, LoopbackHub::Message{s.data, s.num_bytes, hub_.record(stream)});
+        }
+        if (delay_cycles_ > 0) {
+            delay_kernel<<<1, 1, 0, stream>>>(delay_cycles_);
+            CUDA_CHECK_LAUNCH();
+        }
+        for (const DeviceReceive& r : receives) {
+            const LoopbackHub::Message message = hub_.pop(hub_.messages_, {r.peer, rank()});
+            CHECK(message.num_bytes == r.num_bytes, "loopback, %s: rank %d sends %zu bytes where rank %d expects %zu",
+                  operation, r.peer, message.num_bytes, rank(), r.num_bytes);
+            CUDA_CHECK(cudaStreamWaitEvent(stream, message.ready));
+            CUDA_CHECK(cudaMemcpyAsync(r.data, message.data, r.num_bytes, cudaMemcpyDeviceToDevice, stream));
+            hub_.push(hub_.received_, {rank(), r.peer}, hub_.record(stream));
+            if (r.peer != rank()) {
+                const std::lock_guard<std::mutex> lock(hub_.mutex_);
+                hub_.num_bytes_ += (int64_t)r.num_bytes;
+            }
+        }
+        for (const DeviceSend& s : sends) {
+            CUDA_CHECK(cudaStreamWaitEvent(stream, hub_.pop(hub_.received_, {s.peer, rank()})));
+        }
+    }
+    void all_gather(void* out, const void* in, size_t num_bytes, const char* operation, cudaStream_t stream) override {
+        char* const all = static_cast<char*>(out);
+        char* const own = all + rank() * num_bytes;
+        if (own != in) {
+            CUDA_CHECK(cudaMemcpyAsync(own, in, num_bytes, cudaMemcpyDeviceToDevice, stream));
+        }
+        std::vector<DeviceSend> sends;
+        std::vector<DeviceReceive> receives;
+        for (int i = 0; i < size(); ++i) {
+            if (i != rank()) {
+                sends.push_back({i, own, num_bytes});
+                receives.push_back({i, all + i * num_bytes, num_bytes});
+            }
+        }
+        exchange(sends, receives, operation, stream);
+    }
+    void reduce_scatter_sum(float* out, const float* in, int64_t count, const char* operation,
+                            cudaStream_t stream) override {
+        DeviceBuffer<float> parts(size() * count);
+        std::vector<DeviceSend> sends;
+        std::vector<DeviceReceive> receives;
+        for (int i = 0; i < size(); ++i) {
+            sends.push_back({i, in + i * count, count * sizeof(float)});
+            receives.push_back({i, parts + i * count, count * sizeof(float)});
+        }
+        exchange(sends, receives, operation, stream);
+        add_in_order(out, parts.data(), count, stream);
+    }
+    void all_reduce_sum(float* data, int64_t count, const char* operation, cudaStream_t stream) override {
+        reduce(data, count, operation, stream);
+    }
+    void all_reduce_sum(double* data, int64_t count, const char* operation, cudaStream_t stream) override {
+        reduce(data, count, operation, stream);
+    }
+    void broadcast(void* data, size_t num_bytes, int root, const char* operation, cudaStream_t stream) override {
+        std::vector<DeviceSend> sends;
+        std::vector<DeviceReceive> receives;
+        for (int i = 0; rank() == root && i < size(); ++i) {
+            if (i != root) {
+                sends.push_back({i, data, num_bytes});
+            }
+        }
+        if (rank() != root) {
+            receives.push_back({root, data, num_bytes});
+        }
+        exchange(sends, receives, operation, stream);
+    }
+
+  private:
+    // out (=) [count] from parts [size, count], on the host: what it adds is small.
+    template <class Real>
+    void add_in_order(Real* out, const Real* parts, int64_t count, cudaStream_t stream) const {
+        std::vector<Real> host(size() * count);
+        CUDA_CHECK(cudaMemcpyAsync(host.data(), parts, host.size() * sizeof(Real), cudaMemcpyDeviceToHost, stream));
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        for (int64_t i = 0; i < count; ++i) {
+            for (int r = 1; r < size(); ++r) {
+                host[i] += host[r * count + i];
+            }
+        }
+        CUDA_CHECK(cudaMemcpyAsync(out, host.data(), count * sizeof(Real), cudaMemcpyHostToDevice, stream));
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+    }
+    template <class Real>
+    void reduce(Real* data, int64_t count, const char* operation, cudaStream_t stream) {
+        DeviceBuffer<Real> parts(size() * count);
+        all_gather(parts, data, count * sizeof(Real), operation, stream);
+        add_in_order(data, parts.data(), count, stream);
+    }
+
+    LoopbackHub& hub_;
+    int64_t delay_cycles_;
+};
+
+// Runs body(comm) of every rank in a thread of its own; throws what the first of them threw.
+inline void run_loopback_ranks(LoopbackHub& hub, int64_t delay_cycles, const std::function<void(LoopbackComm&)>& body) {
+    int device;
+    CUDA_CHECK(cudaGetDevice(&device));
+    std::vector<std::thread> threads;
+    std::mutex mutex;
+    std::exception_ptr error;
+    for (int rank = 0; rank < hub.size(); ++rank) {
+        threads.emplace_back([&, rank] {
+            try {
+                CUDA_CHECK(cudaSetDevice(device));
+                LoopbackComm comm(hub, rank, delay_cycles);
+                body(comm);
+            } catch (...) {
+                const std::lock_guard<std::mutex> lock(mutex);
+                error = error ? error : std::current_exception();
+                hub.give_up();
+            }
+        });
+    }
+    for (std::thread& thread : threads) {
+        thread.join();
+    }
+    CUDA_CHECK(cudaDeviceSynchronize());
+    if (error) {
+        std::rethrow_exception(error);
+    }
+}

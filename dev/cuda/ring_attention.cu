@@ -1,0 +1,357 @@
+// ring_attention.cu: attention of one sequence on several ranks (llmc/ring_attention.cuh), forward and backward,
+// against attention of the whole sequence in float64. The ranks are threads of this process that share one GPU
+// (loopback_comm.cuh).
+//
+// The limit of an output: what flash attention itself may be off (flash_attention_cases.cuh), and twice what rounding
+// every rank's partial results to bf16 costs, found by the same schedule in double with that rounding and nothing else
+// (dev/test/ring_emulation.h). Gathering is held to the same limits, though it rounds less.
+#include "dev/test/ring_emulation.h"
+#include "flash_attention_cases.cuh"
+#include "llmc/ring_attention.cuh"
+#include "loopback_comm.cuh"
+
+// ---- what should come out ----------------------------------------------------------------------
+struct RingCase {
+    AttentionCase attention_case;
+    int W;
+    std::string label() const { return format_string("W%d %s", W, attention_case.label().c_str()); }
+};
+static RingCase ring_case(int W, int B, int64_t T, int H, int Hkv, int D, Scores scores = Scores::ordinary) {
+    return {attention_case(B, T, T, H, Hkv, D, true, 0, scores), W};
+}
+static std::vector<RingCase> ring_cases(bool small) {
+    if (small) {
+        return {ring_case(2, 1, 64, 2, 1, 64), ring_case(3, 2, 60, 2, 2, 40)};
+    }
+    return {
+        ring_case(2, 1, 4, 2, 1, 64),
+        ring_case(2, 2, 1000, 4, 2, 128),
+        ring_case(4, 1, 1024, 4, 4, 64),
+        ring_case(4, 2, 776, 8, 2, 128),
+        ring_case(3, 1, 606, 3, 1, 96),
+        ring_case(8, 1, 1040, 4, 1, 128),
+        ring_case(4, 1, 520, 2, 1, 72),
+        ring_case(2, 1, 516, 2, 2, 256),
+        ring_case(4, 1, 1024, 2, 2, 128, Scores::large),
+        ring_case(4, 1, 800, 4, 2, 64, Scores::dominant),
+    };
+}
+
+// [B, T, heads, D] doubles of a view of host memory.
+static Rows to_rows(HeadView<const bf16> view, int B, int64_t T, int heads, int D) {
+    Rows rows(B, T, heads, D);
+    for (int64_t b = 0; b < B; ++b) {
+        for (int64_t t = 0; t < T; ++t) {
+            for (int h = 0; h < heads; ++h) {
+                for (int d = 0; d < D; ++d) {
+                    rows.view().row(b, t, h)[d] = __bfloat162float(view.row(b, t, h)[d]);
+                }
+            }
+        }
+    }
+    return rows;
+}
+static std::vector<bf16> to_bf16(const Rows& rows) { return convert<bf16>(convert<float>(rows.values)); }
+
+struct WholeRows {  // of the sequence
+    Rows q, k, v, dout, out, dq, dk, dv, lse;
+};
+static Rows empty_like(const Rows& rows) { return Rows(rows.B, rows.rows, rows.heads, rows.D); }
+
+// The ring in double with bf16 between its steps.
+static WholeRows emulate(const WholeRows& in, int W) {
+    WholeRows whole = in;
+    whole.out = empty_like(in.q), whole.dq = empty_like(in.q);
+    whole.dk = empty_like(in.k), whole.dv = empty_like(in.v);
+    std::vector<RingEmulation> ranks;
+    for (int r = 0; r < W; ++r) {
+        const ContextPartition p = make_context_partition(in.q.rows, W, r);
+        ranks.emplace_back(p, local_rows(in.q, p), KeyRows{local_rows(in.k, p), local_rows(in.v, p)});
+        ranks.back().round = [](double x) { return (double)__bfloat162float(__float2bfloat16((float)x)); };
+    }
+    std::map<std::pair<int, int>, KeyRows> returned;  // (owner, step)
+    for (int r = 0; r < W; ++r) {
+        const auto fetch = [&](int s) { return ranks[ranks[r].steps()[s].source].keys_to_send(s); };
+        ranks[r].forward(fetch);
+        ranks[r].backward(local_rows(in.dout, make_context_partition(in.q.rows, W, r)), fetch,
+                          [&](int s, const KeyRows& gradients) {
+                              returned[{ranks[r].steps()[s].source, s}] = gradients;
+                          });
+    }
+    for (int r = 0; r < W; ++r) {
+        for (int s = 1; s < W; ++s) {
+            ranks[r].add_returned(s, returned.at({r, s}));
+        }
+        const ContextPartition p = make_context_partition(in.q.rows, W, r);
+        put_local_rows(whole.out, ranks[r].out, p);
+        put_local_rows(whole.dq, ranks[r].dq, p);
+        put_local_rows(whole.dk, ranks[r].dkv.k, p);
+        put_local_rows(whole.dv, ranks[r].dkv.v, p);
+    }
+    return whole;
+}
+
+// ---- what comes out ----------------------------------------------------------------------------
+// Packed local rows [B, rows, H + 2 Hkv, D] of q, k, v.
+static std::vector<bf16> pack_local(const WholeRows& in, const ContextPartition& p, const AttentionShape& local) {
+    std::vector<bf16> packed(packed_elements(local));
+    const PackedViews views = packed_views(packed.data(), local);
+    const auto put = [&](HeadView<bf16> view, const Rows& whole) {
+        const Rows rows = local_rows(whole, p);
+        const std::vector<bf16> values = to_bf16(rows);
+        for (int64_t i = 0; i < (int64_t)values.size(); ++i) {
+            const int64_t row = i / rows.D, h = row % rows.heads, t = row / rows.heads % rows.rows;
+            view.row(row / rows.heads / rows.rows, t, h)[i % rows.D] = values[i];
+        }
+    };
+    put(views.q, in.q);
+    put(views.k, in.k);
+    put(views.v, in.v);
+    return packed;
+}
+
+struct RingOutputs {
+    WholeRows rows;
+    int64_t bytes_received = 0, bytes_expected = 0;
+    bool guards_intact = true;
+};
+
+// Forward and backward on W ranks. Operands lie packed; outputs in buffers of NaN.
+static RingOutputs run_ring(const WholeRows& in, const AttentionShape& whole_shape, int W, ContextExchange exchange,
+                            bool deterministic, int64_t delay_cycles) {
+    RingOutputs result;
+    result.rows.out = empty_like(in.q), result.rows.dq = empty_like(in.q);
+    result.rows.dk = empty_like(in.k), result.rows.dv = empty_like(in.v);
+    result.rows.lse = Rows(in.q.B * in.q.heads, in.q.rows, 1, 1);
+    AttentionShape local = whole_shape;
+    local.Tq = local.Tk = whole_shape.Tq / W;
+    LoopbackHub hub(W);
+    std::mutex mutex;
+    run_loopback_ranks(hub, delay_cycles, [&](LoopbackComm& comm) {
+        const ContextPartition p = make_context_partition(whole_shape.Tq, W, comm.rank());
+        CudaStream stream;
+        RingAttention ring(comm, exchange);
+        DeviceBuffer<bf16> qkv(pack_local(in, p, local)), dout(to_bf16(local_rows(in.dout, p)));
+        DeviceBuffer<bf16> out(dout.size()), dqkv(qkv.size());
+        DeviceBuffer<float> lse((int64_t)local.B * local.H * local.Tq);
+        DeviceBuffer<char> forward_scratch((int64_t)ring.forward_scratch_bytes(local));
+        DeviceBuffer<char> backward_scratch((int64_t)ring.backward_scratch_bytes(local, deterministic));
+        CUDA_CHECK(cudaDeviceSynchronize());
+        const PackedViews operands = packed_views(qkv, local), gradients = packed_views(dqkv, local);
+        const auto rows = [&](bf16* data) {
+            return HeadView<bf16>(data, local.Tq * local.H * local.D, (int64_t)local.H * local.D, local.D);
+        };
+        ring.forward(rows(out), lse, operands.q, operands.k, operands.v, forward_scratch, local, stream);
+        if (delay_cycles > 0) {
+            delay_kernel<<<1, 1, 0, stream>>>(3 * delay_cycles * comm.rank());
+        }
+        ring.backward(gradients.q, gradients.k, gradients.v, rows(dout), operands.q, operands.k, operands.v, rows(out),
+                      lse, backward_scratch, local, deterministic, stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+
+        const std::vector<bf16> host_out = out.download(), host_dqkv = dqkv.download();
+        const auto gradient = [&](HeadView<bf16> view, int heads) {
+            view.data = const_cast<bf16*>(host_dqkv.data()) + (view.data - dqkv.data());
+            return to_rows(view, local.B, local.Tq, heads, local.D);
+        };
+        Rows local_lse((int64_t)local.B * local.H, local.Tq, 1, 1);
+        local_lse.values = to_double(lse.download());
+        const std::lock_guard<std::mutex> lock(mutex);
+        put_local_rows(result.rows.out,
+                       to_rows(rows(const_cast<bf16*>(host_out.data())), local.B, local.Tq, local.H, local.D), p);
+        put_local_rows(result.rows.dq, gradient(gradients.q, local.H), p);
+        put_local_rows(result.rows.dk, gradient(gradients.k, local.Hkv), p);
+        put_local_rows(result.rows.dv, gradient(gradients.v, local.Hkv), p);
+        put_local_rows(result.rows.lse, local_lse, p);
+        result.bytes_expected += 3 * ring.forward_bytes_received(local);  // keys twice, gradients once
+        result.guards_intact = result.guards_intact && out.guards_intact() && dqkv.guards_intact() &&
+                               lse.guards_intact() && forward_scratch.guards_intact() &&
+                               backward_scratch.guards_intact();
+    });
+    result.bytes_received = hub.num_bytes();
+    return result;
+}
+static bool same_rows(const Rows& a, const Rows& b) {
+    return std::memcmp(a.values.data(), b.values.data(), a.num_bytes()) == 0;
+}
+
+// ---- the checks --------------------------------------------------------------------------------
+using Launcher = ContextExchange;
+
+static void check_case(Harness& h, const RingCase& ring, ContextExchange exchange) {
+    const PreparedCase c = prepare_case(ring.attention_case, h.seed);
+    const AttentionShape& s = c.shape();
+    const int W = ring.W;
+    const std::string label = ring.label();
+    WholeRows in;
+    {
+        std::vector<bf16> qkv = c.qkv->download(), dout = c.dout->download();
+        const PackedViews views = packed_views(qkv.data(), s);
+        in.q = to_rows(views.q, s.B, s.Tq, s.H, s.D);
+        in.k = to_rows(views.k, s.B, s.Tk, s.Hkv, s.D);
+        in.v = to_rows(views.v, s.B, s.Tk, s.Hkv, s.D);
+        in.dout = to_rows(padded_view(dout.data(), s), s.B, s.Tq, s.H, s.D);
+    }
+    const WholeRows plain = emulate(in, W);
+    const RingOutputs found = run_ring(in, s, W, exchange, true, 0);
+    const auto compare = [&](const char* name, const Rows& rows, const Rows& ring_plain,
+                             const std::vector<double>& expected, const std::vector<double>& rounded, double floor) {
+        const double ring_error = difference(to_bf16(ring_plain), expected, floor).max_error;
+        h.compare(name, label, to_bf16(rows), expected, c.limit(expected, rounded, floor) + 2.0 * ring_error,
+                  {s.B, rows.rows, rows.heads, s.D}, floor);
+    };
+    compare("out", found.rows.out, plain.out, c.exact.out, c.rounded.out, root_mean_square(c.exact.out));
+    compare("dq", found.rows.dq, plain.dq, c.exact.dq, c.rounded.dq, c.gradient_floor(c.exact.dq));
+    compare("dk", found.rows.dk, plain.dk, c.exact.dk, c.rounded.dk, c.gradient_floor(c.exact.dk));
+    compare("dv", found.rows.dv, plain.dv, c.exact.dv, c.rounded.dv, c.gradient_floor(c.exact.dv));
+    // Scores of magnitude s are off by 2^-22 s, and their sum's logarithm by as much, and a few roundings of its own.
+    h.compare("lse", label, convert<float>(found.rows.lse.values), c.exact.lse, c.max_score * 0x1p-22 + 16 * 0x1p-24,
+              {s.B, s.H, s.Tq}, 1.0);
+    h.expect(found.guards_intact, "guards", label, found.guards_intact ? "intact" : "stray write");
+    h.expect(found.bytes_received == found.bytes_expected, "bytes", label,
+             format_string("received %lld, the schedule's least %lld", (long long)found.bytes_received,
+                           (long long)found.bytes_expected));
+
+    // Other timing, the same bits: transfers slowed down, and ranks that lag.
+    for (const int64_t delay : {(int64_t)0, (int64_t)200000}) {
+        const RingOutputs again = run_ring(in, s, W, exchange, true, delay);
+        const bool same = same_rows(again.rows.out, found.rows.out) && same_rows(again.rows.lse, found.rows.lse) &&
+                          same_rows(again.rows.dq, found.rows.dq) && same_rows(again.rows.dk, found.rows.dk) &&
+                          same_rows(again.rows.dv, found.rows.dv);
+        h.expect(same, "repeats", label,
+                 format_string("delay %lld cycles: %s", (long long)delay, same ? "the same bits" : "other bits"));
+    }
+    // The fast backward, whose dq is summed in any order.
+    const RingOutputs fast = run_ring(in, s, W, exchange, false, 0);
+    const double floor = c.gradient_floor(c.exact.dq);
+    const double ring_error = difference(to_bf16(plain.dq), c.exact.dq, floor).max_error;
+    h.compare("dq_fast", label, to_bf16(fast.rows.dq), c.exact.dq,
+              c.limit(c.exact.dq, c.rounded.dq, floor) + 2.0 * ring_error, {s.B, s.Tq, s.H, s.D}, floor);
+    h.expect(fast.guards_intact, "guards_fast", label, fast.guards_intact ? "intact" : "stray write");
+}
+
+static void check(Harness& h, const Variant<Launcher>& variant) {
+    for (const RingCase& c : ring_cases(h.small)) {
+        check_case(h, c, variant.launch);
+    }
+}
+
+// ---- timing ------------------------------------------------------------------------------------
+// All threads of a group meet here.
+class ThreadBarrier {
+  public:
+    explicit ThreadBarrier(int size) : size_(size) {}
+    void wait() {
+        std::unique_lock<std::mutex> lock(mutex_);
+        const int64_t meeting = meeting_;
+        if (++waiting_ == size_) {
+            waiting_ = 0;
+            ++meeting_;
+            changed_.notify_all();
+        }
+        CHECK(changed_.wait_for(lock, std::chrono::seconds(60), [&] { return meeting_ != meeting; }),
+              "a rank is missing");
+    }
+
+  private:
+    int size_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    int waiting_ = 0;
+    int64_t meeting_ = 0;
+};
+
+// Operands and results of one rank's attention, or of one GPU's.
+struct TimedAttention {
+    AttentionShape shape;
+    DeviceBuffer<bf16> qkv, dqkv, out, dout;
+    DeviceBuffer<float> lse;
+    PackedViews in, d;
+
+    TimedAttention(const AttentionShape& shape, uint64_t seed)
+        : shape(shape),
+          qkv(packed_elements(shape)),
+          dqkv(packed_elements(shape)),
+          out(shape.Tq * shape.H * shape.D),
+          dout(shape.Tq * shape.H * shape.D),
+          lse(shape.H * shape.Tq),
+          in(packed_views(qkv, shape)),
+          d(packed_views(dqkv, shape)) {
+        qkv.fill_random(seed);
+        dout.fill_random(seed + 1);
+        CUDA_CHECK(cudaDeviceSynchronize());
+    }
+    HeadView<bf16> rows(bf16* data) const {
+        return {data, shape.Tq * shape.H * shape.D, (int64_t)shape.H * shape.D, shape.D};
+    }
+};
+
+// What the path costs beside its attention, where transfers cost next to nothing: W ranks share this GPU, so together
+// they do the work of one GPU's attention of the whole sequence, and what is left is the overhead of packing, partial
+// outputs, sums, copies, and more and smaller launches.
+static void measure_shape(Harness& h, const Variant<Launcher>& variant, int W, int64_t T) {
+    AttentionShape whole;
+    whole.H = whole.Hkv = 8, whole.D = 128;
+    whole.Tq = whole.Tk = T;
+    whole.scale = 1.0f / std::sqrt((float)whole.D);
+    double one_rank_ms[2];
+    {
+        TimedAttention a(whole, h.seed);
+        DeviceBuffer<char> scratch((int64_t)flash_attention_backward_scratch_bytes(whole, false));
+        one_rank_ms[0] =
+            h.time_ms([&] { flash_attention_forward(a.rows(a.out), a.lse, a.in.q, a.in.k, a.in.v, whole, h.stream); });
+        one_rank_ms[1] = h.time_ms([&] {
+            flash_attention_backward(a.d.q, a.d.k, a.d.v, a.rows(a.dout), a.in.q, a.in.k, a.in.v, a.rows(a.out), a.lse,
+                                     scratch, whole, false, h.stream);
+        });
+    }
+    AttentionShape local = whole;
+    local.Tq = local.Tk = T / W;
+    constexpr int RUNS = 5;
+    std::vector<double> times[2];
+    ThreadBarrier barrier(W);
+    LoopbackHub hub(W);
+    run_loopback_ranks(hub, 0, [&](LoopbackComm& comm) {
+        CudaStream stream;
+        RingAttention ring(comm, variant.launch);
+        TimedAttention a(local, h.seed + 2 * comm.rank());
+        DeviceBuffer<char> scratch(
+            (int64_t)std::max(ring.forward_scratch_bytes(local), ring.backward_scratch_bytes(local, false)));
+        for (int run = 0; run < 2 * (1 + RUNS); ++run) {  // forward and backward in turn; the first ones warm up
+            CUDA_CHECK(cudaDeviceSynchronize());
+            barrier.wait();
+            const auto start = std::chrono::steady_clock::now();
+            if (run % 2 == 0) {
+                ring.forward(a.rows(a.out), a.lse, a.in.q, a.in.k, a.in.v, scratch, local, stream);
+            } else {
+                ring.backward(a.d.q, a.d.k, a.d.v, a.rows(a.dout), a.in.q, a.in.k, a.in.v, a.rows(a.out), a.lse,
+                              scratch, local, false, stream);
+            }
+            CUDA_CHECK(cudaStreamSynchronize(stream));
+            barrier.wait();
+            if (comm.rank() == 0 && run >= 2) {
+                const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+                times[run % 2].push_back(1e3 * seconds);
+            }
+        }
+    });
+    for (int i = 0; i < 2; ++i) {
+        std::nth_element(times[i].begin(), times[i].begin() + RUNS / 2, times[i].end());
+        const double ms = times[i][RUNS / 2];
+        std::printf("time ring_attention %d  W%d T%lld H%d D%d %s  %.3f ms, on one rank %.3f ms: %+.1f %%  (%s)\n",
+                    variant.number, W, (long long)T, whole.H, whole.D, i == 0 ? "forward" : "backward", ms,
+                    one_rank_ms[i], 100.0 * (ms / one_rank_ms[i] - 1.0), variant.idea);
+    }
+}
+static void measure(Harness& h, const Variant<Launcher>& variant) {
+    measure_shape(h, variant, 4, 32768);
+    measure_shape(h, variant, 8, 131072);
+}
+
+int main(int argc, char** argv) {
+    static const std::vector<Variant<Launcher>> VARIANTS = {
+        {1, "gather all keys, then attention as on one GPU", ContextExchange::gather},
+        {2, "ring: a step's transfer beside a step's attention", ContextExchange::ring},
+    };
+    return run_variants(argc, argv, "ring_attention", VARIANTS, check, measure);
+}

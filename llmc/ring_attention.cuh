@@ -1,0 +1,766 @@
+// ring_attention.cuh: causal attention of one sequence that lies on W ranks, by the schedule of context_partition.h; on
+// top of flash_attention.cuh. Only key/value heads travel, and only those rows of them that the receiver's queries see.
+//
+// ring    W steps; at each the local queries meet one rank's keys while the next rank's are on their way: sends and
+//         receives run on a stream of their own into two buffers in turn. Partial outputs merge by log-sum-exp:
+//           lse = log(exp(lse_a) + exp(lse_b)),   out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
+//         Backward, the gradients of a step's keys go back to their owner while the next step computes. With lse and
+//         out of all keys, a step's gradients are its share of the whole ones: they only add up.
+// gather  for short shards, where a step's computation could not hide what it costs to start one: all keys first, then
+//         one attention for each half of the queries, exactly as on one GPU; backward, one sum over all ranks.
+//
+// Precision: flash attention rounds each partial result to bf16; running sums are float32, and each output is rounded
+// once more at the end. The weights of the partial outputs add up to 1, so out is within two bf16 roundings of the
+// largest of them. Sums run in the order of steps (gather: of ranks), so results repeat bit for bit wherever flash
+// attention's do, whatever the timing.
+// Shapes: the local rows of each sequence, head chunk then tail chunk: q, out [B, 2n, H, D]; k, v [B, 2n, Hkv, D], each
+// a HeadView; lse [B, H, 2n]. n: rows of a chunk. Checked by dev/cuda/ring_attention.cu.
+#pragma once
+#include "comm.cuh"             // ranks
+#include "flash_attention.cuh"  // the attention of two chunks on each other
+
+// How keys come to the queries.
+enum class ContextExchange { automatic, ring, gather };
+
+// ---- rows --------------------------------------------------------------------------------------
+// Kernels here move rows of D bf16, eight elements (16 bytes) a lane; a row has a power of two of lanes, so that it
+// lies in one warp, and those beyond D / 8 rest.
+constexpr int RING_THREADS = 256;
+
+struct RowBlock {  // the rows [B, num_rows, heads, D] that a launch works on
+    int B;
+    int64_t num_rows;
+    int heads, D;
+    int log2_lanes;  // a row
+
+    RowBlock(int B, int64_t num_rows, int heads, int D) : B(B), num_rows(num_rows), heads(heads), D(D), log2_lanes(0) {
+        while (8 << log2_lanes < D) {
+            ++log2_lanes;
+        }
+    }
+    int64_t count() const { return B * num_rows * heads; }
+    unsigned num_blocks() const {
+        const int64_t blocks = ceil_div<int64_t>(count() << log2_lanes, RING_THREADS);
+        CHECK(blocks < (int64_t)1 << 31, "ring attention: %lld rows of %d heads are more than a grid holds",
+              (long long)(B * num_rows), heads);
+        return (unsigned)blocks;
+    }
+};
+// Where this thread stands in it.
+struct RowPlace {
+    int64_t b, t;
+    int h, d;
+    bool active;  // false beyond the last row and beyond D
+
+    __device__ explicit RowPlace(const RowBlock& rows) {
+        const int64_t thread = (int64_t)blockIdx.x * RING_THREADS + threadIdx.x;
+        const int64_t row = thread >> rows.log2_lanes;
+        d = 8 * (int)(thread & ((1 << rows.log2_lanes) - 1));
+        h = (int)(row % rows.heads);
+        t = row / rows.heads % rows.num_rows;
+        b = row / rows.heads / rows.num_rows;
+        active = b < rows.B && d < rows.D;
+    }
+};
+
+struct EightFloats {
+    float value[8];
+};
+__device__ inline EightFloats load_eight(const float* address) {
+    EightFloats row;
+    store128(row.value, load128(address));
+    store128(row.value + 4, load128(address + 4));
+    return row;
+}
+__device__ inline EightFloats load_eight(const bf16* address) {
+    const bf16x8 packed = load128(address);
+    EightFloats row;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        row.value[i] = __bfloat162float(packed[i]);
+    }
+    return row;
+}
+__device__ inline void store_eight(float* address, const EightFloats& row) {
+    store128(address, load128(row.value));
+    store128(address + 4, load128(row.value + 4));
+}
+__device__ inline void store_eight(bf16* address, const EightFloats& row) {
+    bf16x8 packed;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        packed[i] = __float2bfloat16(row.value[i]);
+    }
+    store128(address, packed);
+}
+
+// The view from row t on.
+template <class Element>
+HeadView<Element> rows_from(HeadView<Element> view, int64_t t) {
+    view.data = view.row(0, t, 0);
+    return view;
+}
+
+// ---- kernels -----------------------------------------------------------------------------------
+// Launch: log2_lanes lanes a row of kv [B, num_rows, 2 Hkv, D]; 1-D grid. kv (=) the heads of k, then those of v.
+// Bound: bandwidth.
+__global__ void __launch_bounds__(RING_THREADS)
+    ring_pack_kernel(HeadView<bf16> kv, HeadView<const bf16> k, HeadView<const bf16> v, RowBlock rows) {
+    const RowPlace place(rows);
+    if (place.active) {
+        const int Hkv = rows.heads / 2;
+        const bf16* const from =
+            place.h < Hkv ? k.row(place.b, place.t, place.h) : v.row(place.b, place.t, place.h - Hkv);
+        store128(kv.row(place.b, place.t, place.h) + place.d, load128(from + place.d));
+    }
+}
+inline void ring_pack(HeadView<bf16> kv, HeadView<const bf16> k, HeadView<const bf16> v, const RowBlock& rows,
+                      cudaStream_t stream) {
+    ring_pack_kernel<<<rows.num_blocks(), RING_THREADS, 0, stream>>>(kv, k, v, rows);
+    CUDA_CHECK_LAUNCH();
+}
+
+// What a partial result is added to, and where the sum goes.
+struct RingSum {
+    HeadView<const bf16> base;  // when first: the result so far
+    HeadView<float> sum;        // otherwise; and the sum, unless last
+    HeadView<bf16> out;         // when last: the sum, rounded
+    bool first, last;
+};
+
+// Launch: as above, one row of H heads. lse and part_lse: [B, H, ...] with lse_stride and part_lse_stride rows a head.
+// Bound: bandwidth.
+__global__ void __launch_bounds__(RING_THREADS)
+    ring_merge_kernel(RingSum s, float* lse, int64_t lse_stride, HeadView<const bf16> part, const float* part_lse,
+                      int64_t part_lse_stride, RowBlock rows) {
+    const RowPlace place(rows);
+    const int64_t head = place.b * rows.heads + place.h;
+    float a = -INFINITY, b = -INFINITY;
+    if (place.active) {
+        a = lse[head * lse_stride + place.t];
+        b = part_lse[head * part_lse_stride + place.t];
+    }
+    __syncwarp();  // a row's lanes have read its lse
+    if (!place.active) {
+        return;
+    }
+    const float largest = fmaxf(a, b);
+    const bool sees_keys = largest > -INFINITY;
+    const float merged = sees_keys ? largest + logf(expf(a - largest) + expf(b - largest)) : -INFINITY;
+    const float weight_a = sees_keys ? expf(a - merged) : 0.0f, weight_b = sees_keys ? expf(b - merged) : 0.0f;
+    EightFloats row = s.first ? load_eight(s.base.row(place.b, place.t, place.h) + place.d)
+                              : load_eight(s.sum.row(place.b, place.t, place.h) + place.d);
+    const EightFloats other = load_eight(part.row(place.b, place.t, place.h) + place.d);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        row.value[i] = weight_a * row.value[i] + weight_b * other.value[i];
+    }
+    if (s.last) {
+        store_eight(s.out.row(place.b, place.t, place.h) + place.d, row);
+    } else {
+        store_eight(s.sum.row(place.b, place.t, place.h) + place.d, row);
+    }
+    if (place.d == 0) {
+        lse[head * lse_stride + place.t] = merged;
+    }
+}
+inline void ring_merge(const RingSum& sum, float* lse, int64_t lse_stride, HeadView<const bf16> part,
+                       const float* part_lse, int64_t part_lse_stride, const RowBlock& rows, cudaStream_t stream) {
+    ring_merge_kernel<<<rows.num_blocks(), RING_THREADS, 0, stream>>>(sum, lse, lse_stride, part, part_lse,
+                                                                      part_lse_stride, rows);
+    CUDA_CHECK_LAUNCH();
+}
+
+// Launch: as above. Adds num_parts partial results, part_stride elements apart, in their order. Bound: bandwidth.
+__global__ void __launch_bounds__(RING_THREADS)
+    ring_add_kernel(RingSum s, HeadView<const bf16> parts, int64_t part_stride, int num_parts, RowBlock rows) {
+    const RowPlace place(rows);
+    if (!place.active) {
+        return;
+    }
+    EightFloats row = s.first ? load_eight(s.base.row(place.b, place.t, place.h) + place.d)
+                              : load_eight(s.sum.row(place.b, place.t, place.h) + place.d);
+    const bf16* part = parts.row(place.b, place.t, place.h) + place.d;
+    for (int p = 0; p < num_parts; ++p, part += part_stride) {
+        const EightFloats other = load_eight(part);
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+            row.value[i] += other.value[i];
+        }
+    }
+    if (s.last) {
+        store_eight(s.out.row(place.b, place.t, place.h) + place.d, row);
+    } else {
+        store_eight(s.sum.row(place.b, place.t, place.h) + place.d, row);
+    }
+}
+inline void ring_add(const RingSum& sum, HeadView<const bf16> parts, int64_t part_stride, int num_parts,
+                     const RowBlock& rows, cudaStream_t stream) {
+    ring_add_kernel<<<rows.num_blocks(), RING_THREADS, 0, stream>>>(sum, parts, part_stride, num_parts, rows);
+    CUDA_CHECK_LAUNCH();
+}
+
+// ---- ring or gather ----------------------------------------------------------------------------
+// All that the ring can hide of a step is the shorter of its computation and its transfer; when that is less than what
+// a step costs to start (launches, the merge, the hand-shake of two ranks), gathering is quicker.
+constexpr double RING_STEP_SECONDS = 20e-6;
+constexpr double RING_FLOPS = 500e12;        // of flash attention on one GPU
+constexpr double RING_BYTES_SECOND = 150e9;  // between two GPUs of a node, one way
+
+// `local`: the shape of the local rows on each other (Tq = Tk = 2n).
+inline ContextExchange choose_context_exchange(const AttentionShape& local) {
+    const double n = 0.5 * (double)local.Tq;
+    const double flops = 4.0 * local.B * local.H * local.D * 2.0 * n * n;
+    const double num_bytes = 2.0 * local.B * local.Hkv * local.D * 2.0 * n * sizeof(bf16);
+    const double hidden_seconds = std::min(flops / RING_FLOPS, num_bytes / RING_BYTES_SECOND);
+    return hidden_seconds < RING_STEP_SECONDS ? ContextExchange::gather : ContextExchange::ring;
+}
+
+// ---- memory ------------------------------------------------------------------------------------
+// Hands out pieces of one area in order, each aligned to BUFFER_ALIGNMENT. With no area it only adds up their sizes.
+class ScratchArea {
+  public:
+    explicit ScratchArea(void* begin) : begin_(static_cast<std::byte*>(begin)) {}
+    template <class Element>
+    Element* take(int64_t num_elements) {
+        std::byte* const piece = begin_ == nullptr ? nullptr : begin_ + num_bytes_;
+        num_bytes_ += round_up<size_t>((size_t)num_elements * sizeof(Element), BUFFER_ALIGNMENT);
+        return reinterpret_cast<Element*>(piece);
+    }
+    size_t num_bytes() const { return num_bytes_; }
+
+  private:
+    std::byte* begin_;
+    size_t num_bytes_ = 0;
+};
+
+// ---- the operation -----------------------------------------------------------------------------
+// One object a rank, for all layers; calls are in the same order on all ranks of the communicator.
+class RingAttention {
+  public:
+    // The ranks of `context` share every sequence. automatic: by choose_context_exchange, for each shape.
+    explicit RingAttention(Comm& context, ContextExchange exchange = ContextExchange::automatic)
+        : comm_(context), exchange_(exchange), steps_(make_ring_schedule(context.size(), context.rank())) {
+        CHECK(context.size() >= 2, "ring attention: needs at least 2 ranks on a sequence, not %d", context.size());
+    }
+
+    // `local`: the shape of the local rows on each other: Tq = Tk = 2n, causal, no offset.
+    size_t forward_scratch_bytes(const AttentionShape& local) const {
+        ScratchArea area(nullptr);
+        gathers(local) ? (void)GatherForward(area, sizes(local)) : (void)RingForward(area, sizes(local));
+        return area.num_bytes();
+    }
+    size_t backward_scratch_bytes(const AttentionShape& local, bool deterministic) const {
+        ScratchArea area(nullptr);
+        const Sizes size = sizes(local);
+        const size_t attention_bytes = attention_scratch_bytes(local, deterministic);
+        gathers(local) ? (void)GatherBackward(area, size, attention_bytes)
+                       : (void)RingBackward(area, size, attention_bytes);
+        return area.num_bytes();
+    }
+
+    // out (=), lse (=) of the local queries over all keys of the sequence. scratch: forward_scratch_bytes, aligned to
+    // BUFFER_ALIGNMENT, of any content. out must not overlap q, k, v.
+    void forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
+                 void* scratch, const AttentionShape& local, cudaStream_t stream) {
+        NVTX_RANGE();
+        check_shape(local);
+        if (gathers(local)) {
+            gather_forward(out, lse, q, k, v, scratch, local, stream);
+        } else {
+            ring_forward(out, lse, q, k, v, scratch, local, stream);
+        }
+    }
+
+    // dq, dk, dv (=) of the local rows, from dout, the forward's operands, out and lse. scratch:
+    // backward_scratch_bytes. dq, dk, dv must not overlap what is read. deterministic: as in flash_attention_backward.
+    void backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
+                  HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v, HeadView<const bf16> out,
+                  const float* lse, void* scratch, const AttentionShape& local, bool deterministic,
+                  cudaStream_t stream) {
+        NVTX_RANGE();
+        check_shape(local);
+        const Gradients gradients = {dq, dk, dv};
+        const Saved saved = {dout, q, k, v, out, lse};
+        if (gathers(local)) {
+            gather_backward(gradients, saved, scratch, local, deterministic, stream);
+        } else {
+            ring_backward(gradients, saved, scratch, local, deterministic, stream);
+        }
+    }
+
+    // Bytes that this rank receives in one forward; each layer's backward receives the same again, and as many bytes of
+    // gradients.
+    int64_t forward_bytes_received(const AttentionShape& local) const {
+        int64_t rows = 0;
+        for (size_t s = 1; s < steps_.size(); ++s) {
+            rows += steps_[s].keys.num_rows(local.Tq / HALVES);
+        }
+        return local.B * rows * 2 * local.Hkv * local.D * (int64_t)sizeof(bf16);
+    }
+
+  private:
+    // ---- sizes and buffers
+
+    struct Sizes {
+        int W, rank, B, H, Hkv, D;
+        int64_t n;  // rows of a chunk
+
+        int64_t q_elements() const { return B * HALVES * n * H * D; }
+        int64_t kv_width() const { return 2 * (int64_t)Hkv * D; }
+        int64_t kv_elements() const { return B * HALVES * n * kv_width(); }  // of a rank's keys and values
+        int64_t half_rows() const { return (int64_t)B * H * n; }             // query rows and heads of a half
+        int64_t T() const { return HALVES * W * n; }
+        ContextPartition partition() const { return {W, rank, T()}; }
+    };
+    Sizes sizes(const AttentionShape& local) const {
+        return {comm_.size(), comm_.rank(), local.B, local.H, local.Hkv, local.D, local.Tq / HALVES};
+    }
+    // Keys and values as they travel: [B, rows, 2 Hkv, D], the heads of k, then those of v.
+    struct KeyBuffer {
+        bf16* data;
+        KeyBuffer(ScratchArea& area, int64_t num_elements) : data(area.take<bf16>(num_elements)) {}
+    };
+    // Running sums; two partial results need none.
+    static float* take_sum(ScratchArea& area, const Sizes& s, int64_t num_elements) {
+        return s.W > 2 ? area.take<float>(num_elements) : nullptr;
+    }
+
+    struct RingForward {
+        KeyBuffer own, in[2];
+        bf16* part;       // [B, up to 2n, H, D]
+        float* part_lse;  // [B, H, up to 2n]
+        float* sum;       // [B, 2n, H, D]
+        RingForward(ScratchArea& area, const Sizes& s)
+            : own(area, s.kv_elements()),
+              in{{area, s.kv_elements()}, {area, s.kv_elements()}},
+              part(area.take<bf16>(s.q_elements())),
+              part_lse(area.take<float>(HALVES * s.half_rows())),
+              sum(take_sum(area, s, s.q_elements())) {}
+    };
+    struct RingBackward {
+        KeyBuffer own, in[2];
+        KeyBuffer gradients_out[2], gradients_in;
+        float* kv_sum;    // [B, 2n, 2 Hkv, D]
+        bf16* dq_part;    // [B, up to 2n, H, D]
+        float* dq_sum;    // [B, 2n, H, D]
+        float* tail_lse;  // [B, H, n]
+        std::byte* attention;
+        RingBackward(ScratchArea& area, const Sizes& s, size_t attention_bytes)
+            : own(area, s.kv_elements()),
+              in{{area, s.kv_elements()}, {area, s.kv_elements()}},
+              gradients_out{{area, s.kv_elements()}, {area, s.kv_elements()}},
+              gradients_in(area, s.kv_elements()),
+              kv_sum(take_sum(area, s, s.kv_elements())),
+              dq_part(area.take<bf16>(s.q_elements())),
+              dq_sum(take_sum(area, s, s.q_elements())),
+              tail_lse(area.take<float>(s.half_rows())),
+              attention(area.take<std::byte>((int64_t)attention_bytes)) {}
+    };
+    struct GatherForward {
+        KeyBuffer all;    // in the order of the sequence, [B, T, 2 Hkv, D]
+        float* half_lse;  // [B, H, n]
+        GatherForward(ScratchArea& area, const Sizes& s)
+            : all(area, s.W * s.kv_elements()), half_lse(area.take<float>(s.half_rows())) {}
+    };
+    struct GatherBackward {
+        KeyBuffer all, gradients;  // [B, T, 2 Hkv, D]; gradients: of what the tail sees, then of all local queries
+        KeyBuffer head_gradients;  // [B, T / 2, 2 Hkv, D]
+        KeyBuffer gradients_in;    // [W - 1] x [B, 2n, 2 Hkv, D], from the other ranks in their order
+        float* half_lse;           // [B, H, n]
+        std::byte* attention;
+        GatherBackward(ScratchArea& area, const Sizes& s, size_t attention_bytes)
+            : all(area, s.W * s.kv_elements()),
+              gradients(area, s.W * s.kv_elements()),
+              head_gradients(area, s.W * s.kv_elements() / HALVES),
+              gradients_in(area, (s.W - 1) * s.kv_elements()),
+              half_lse(area.take<float>(s.half_rows())),
+              attention(area.take<std::byte>((int64_t)attention_bytes)) {}
+    };
+
+    bool gathers(const AttentionShape& local) const {
+        return (exchange_ == ContextExchange::automatic ? choose_context_exchange(local) : exchange_) ==
+               ContextExchange::gather;
+    }
+    static void check_shape(const AttentionShape& s) {
+        CHECK(s.Tq == s.Tk && s.Tq % HALVES == 0 && s.Tq > 0 && s.causal && s.causal_offset == 0,
+              "ring attention: the local rows must be two equal chunks, causal on each other, not %lld queries and "
+              "%lld keys",
+              (long long)s.Tq, (long long)s.Tk);
+    }
+
+    // ---- attention of parts of the local queries on parts of the keys
+
+    static AttentionShape full_shape(const AttentionShape& local, int64_t num_queries, int64_t num_keys) {
+        AttentionShape shape = local;
+        shape.Tq = num_queries, shape.Tk = num_keys;
+        shape.causal = false;
+        return shape;
+    }
+    // Of the ring's step s.
+    AttentionShape step_shape(const AttentionShape& local, const RingStep& step) const {
+        const int64_t n = local.Tq / HALVES;
+        return full_shape(local, step.queries.num_rows(n), step.keys.num_rows(n));
+    }
+    // Of one half of the queries on all keys from the start of the sequence to its own last.
+    AttentionShape half_shape(const AttentionShape& local, int half) const {
+        const Sizes s = sizes(local);
+        const int chunks = chunks_seen(s.partition(), half);
+        AttentionShape shape = full_shape(local, s.n, chunks * s.n);
+        shape.causal = true;
+        shape.causal_offset = (chunks - 1) * s.n;
+        return shape;
+    }
+    size_t attention_scratch_bytes(const AttentionShape& local, bool deterministic) const {
+        size_t num_bytes = 0;
+        const auto include = [&](const AttentionShape& shape) {
+            num_bytes = std::max(num_bytes, flash_attention_backward_scratch_bytes(shape, deterministic));
+        };
+        if (gathers(local)) {
+            include(half_shape(local, 0));
+            include(half_shape(local, 1));
+        } else {
+            include(local);
+            for (size_t s = 1; s < steps_.size(); ++s) {
+                include(step_shape(local, steps_[s]));
+            }
+        }
+        return num_bytes;
+    }
+
+    struct KeyViews {
+        HeadView<bf16> k, v;
+    };
+    // num_rows: of each sequence in the buffer.
+    static HeadView<bf16> key_heads(bf16* kv, int64_t num_rows, const Sizes& s) {
+        return {kv, num_rows * s.kv_width(), s.kv_width(), s.D};
+    }
+    static KeyViews key_views(bf16* kv, int64_t num_rows, const Sizes& s) {
+        return {key_heads(kv, num_rows, s), key_heads(kv + (int64_t)s.Hkv * s.D, num_rows, s)};
+    }
+    template <class Element>
+    static HeadView<Element> query_view(Element* rows, int64_t num_rows, const Sizes& s) {
+        return {rows, num_rows * s.H * s.D, (int64_t)s.H * s.D, s.D};
+    }
+
+    // lse [B, H, n] of one half (=) from lse [B, H, 2n], and back.
+    static void take_half_lse(float* half_lse, const float* lse, int half, const Sizes& s, cudaStream_t stream) {
+        const size_t row = s.n * sizeof(float);
+        CUDA_CHECK(cudaMemcpy2DAsync(half_lse, row, lse + half * s.n, HALVES * row, row, (size_t)s.B * s.H,
+                                     cudaMemcpyDeviceToDevice, stream));
+    }
+    static void put_half_lse(float* lse, const float* half_lse, int half, const Sizes& s, cudaStream_t stream) {
+        const size_t row = s.n * sizeof(float);
+        CUDA_CHECK(cudaMemcpy2DAsync(lse + half * s.n, HALVES * row, half_lse, row, row, (size_t)s.B * s.H,
+                                     cudaMemcpyDeviceToDevice, stream));
+    }
+
+    // ---- the ring
+
+    // Both lists of one round: what goes out and comes in together.
+    struct Transfers {
+        std::vector<DeviceSend> sends;
+        std::vector<DeviceReceive> receives;
+    };
+    // `halves` of [B, 2n, 2 Hkv, D], as one piece where they lie together.
+    template <class Piece>
+    static void for_each_piece(HalfRange halves, const Sizes& s, Piece piece) {
+        const int64_t sequence = HALVES * s.n * s.kv_width();
+        if (halves == BOTH_HALVES) {
+            piece(0, (size_t)(s.B * sequence) * sizeof(bf16));
+            return;
+        }
+        for (int64_t b = 0; b < s.B; ++b) {
+            piece(b * sequence + halves.first_row(s.n) * s.kv_width(),
+                  (size_t)(halves.num_rows(s.n) * s.kv_width()) * sizeof(bf16));
+        }
+    }
+    // The keys of step `step`, from own to its reader and from its source to `in`, which they fill without gaps.
+    static void add_keys(Transfers& transfers, const bf16* own, bf16* in, const RingStep& step, const Sizes& s) {
+        for_each_piece(step.keys_sent, s, [&](int64_t offset, size_t num_bytes) {
+            transfers.sends.push_back({step.reader, own + offset, num_bytes});
+        });
+        for_each_piece(step.keys, s, [&](int64_t, size_t num_bytes) {
+            transfers.receives.push_back({step.source, in, num_bytes});
+            in += num_bytes / sizeof(bf16);
+        });
+    }
+    // The gradients of step `step`'s keys, back to their source; and what its reader found, to `in`.
+    static void add_gradients(Transfers& transfers, const bf16* out, bf16* in, const RingStep& step, const Sizes& s) {
+        for_each_piece(step.keys, s, [&](int64_t, size_t num_bytes) {
+            transfers.sends.push_back({step.source, out, num_bytes});
+            out += num_bytes / sizeof(bf16);
+        });
+        for_each_piece(step.keys_sent, s, [&](int64_t, size_t num_bytes) {
+            transfers.receives.push_back({step.reader, in, num_bytes});
+            in += num_bytes / sizeof(bf16);
+        });
+    }
+
+    // Round s: what step s + 1 needs comes while step s computes; it may overwrite what step s - 1 read. `computed[s]`
+    // and `arrived[s]` of even and odd s take turns.
+    void begin_rounds(cudaStream_t stream) { wait_for(stream_, stream, start_); }
+    void run_round(int s, const Transfers& transfers, const char* operation) {
+        if (s > 0) {
+            CUDA_CHECK(cudaStreamWaitEvent(stream_, computed_[(s - 1) % 2]));
+        }
+        comm_.exchange(transfers.sends, transfers.receives, operation, stream_);
+        CUDA_CHECK(cudaEventRecord(arrived_[s % 2], stream_));
+    }
+    void wait_for_round(int s, cudaStream_t stream) { CUDA_CHECK(cudaStreamWaitEvent(stream, arrived_[s % 2])); }
+    void end_step(int s, cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(computed_[s % 2], stream)); }
+
+    void ring_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
+                      HeadView<const bf16> v, void* scratch, const AttentionShape& local, cudaStream_t stream) {
+        const Sizes size = sizes(local);
+        ScratchArea area(scratch);
+        const RingForward m(area, size);
+        const int W = size.W;
+        const int64_t n = size.n;
+        const auto send_keys_of = [&](int s) {
+            Transfers transfers;
+            if (s < W) {
+                add_keys(transfers, m.own.data, m.in[s % 2].data, steps_[s], size);
+            }
+            run_round(s - 1, transfers, "ring attention: keys");
+        };
+
+        begin_rounds(stream);
+        ring_pack(key_heads(m.own.data, HALVES * n, size), k, v, {size.B, HALVES * n, 2 * size.Hkv, size.D}, stream_);
+        send_keys_of(1);
+        flash_attention_forward(out, lse, q, k, v, local, stream);
+        end_step(0, stream);
+        for (int s = 1; s < W; ++s) {
+            const RingStep& step = steps_[s];
+            send_keys_of(s + 1);
+            wait_for_round(s - 1, stream);
+            const AttentionShape shape = step_shape(local, step);
+            const KeyViews keys = key_views(m.in[s % 2].data, shape.Tk, size);
+            const HeadView<bf16> part = query_view(m.part, shape.Tq, size);
+            flash_attention_forward(part, m.part_lse, rows_from(q, step.queries.first_row(n)), keys.k, keys.v, shape,
+                                    stream);
+            for (int half = 0; half < HALVES; ++half) {
+                const Contribution c = step.to_queries[half];
+                if (c.any) {
+                    const int64_t row = half * n, part_row = row - step.queries.first_row(n);
+                    const HeadView<bf16> half_out = rows_from(out, row);
+                    const HeadView<float> sum = rows_from(query_view(m.sum, HALVES * n, size), row);
+                    ring_merge({half_out, sum, half_out, c.first, c.last}, lse + row, HALVES * n,
+                               rows_from(part, part_row), m.part_lse + part_row, shape.Tq, {size.B, n, size.H, size.D},
+                               stream);
+                }
+            }
+            end_step(s, stream);
+        }
+        wait_for_round(W - 1, stream);
+    }
+
+    struct Gradients {
+        HeadView<bf16> dq, dk, dv;
+    };
+    struct Saved {
+        HeadView<const bf16> dout, q, k, v, out;
+        const float* lse;
+    };
+
+    // What reader s found for the local keys, in `in`, added to dk and dv.
+    void add_to_keys(const Gradients& gradients, bf16* in, float* kv_sum, const RingStep& step, const Sizes& size,
+                     cudaStream_t stream) const {
+        const int64_t n = size.n;
+        const KeyViews parts = key_views(in, step.keys_sent.num_rows(n), size);
+        const HeadView<float> k_sum = {kv_sum, HALVES * n * size.kv_width(), size.kv_width(), size.D};
+        HeadView<float> v_sum = k_sum;
+        v_sum.data += kv_sum == nullptr ? 0 : (int64_t)size.Hkv * size.D;
+        for (int half = 0; half < HALVES; ++half) {
+            const Contribution c = step.to_keys[half];
+            if (c.any) {
+                const int64_t row = half * n, part_row = row - step.keys_sent.first_row(n);
+                const RowBlock rows(size.B, n, size.Hkv, size.D);
+                const HeadView<bf16> dk = rows_from(gradients.dk, row), dv = rows_from(gradients.dv, row);
+                ring_add({dk, rows_from(k_sum, row), dk, c.first, c.last}, rows_from(parts.k, part_row), 0, 1, rows,
+                         stream);
+                ring_add({dv, rows_from(v_sum, row), dv, c.first, c.last}, rows_from(parts.v, part_row), 0, 1, rows,
+                         stream);
+            }
+        }
+    }
+
+    void ring_backward(const Gradients& gradients, const Saved& saved, void* scratch, const AttentionShape& local,
+                       bool deterministic, cudaStream_t stream) {
+        const Sizes size = sizes(local);
+        ScratchArea area(scratch);
+        const RingBackward m(area, size, attention_scratch_bytes(local, deterministic));
+        const int W = size.W;
+        const int64_t n = size.n;
+        // The keys of step s + 1 and the gradients of step s - 1.
+        const auto round = [&](int s) {
+            Transfers transfers;
+            if (s + 1 < W) {
+                add_keys(transfers, m.own.data, m.in[(s + 1) % 2].data, steps_[s + 1], size);
+            }
+            if (s - 1 >= 1) {
+                add_gradients(transfers, m.gradients_out[(s - 1) % 2].data, m.gradients_in.data, steps_[s - 1], size);
+            }
+            run_round(s, transfers, "ring attention: keys and their gradients");
+        };
+        const auto add_returned = [&](int s) {
+            if (s >= 1) {
+                add_to_keys(gradients, m.gradients_in.data, m.kv_sum, steps_[s], size, stream);
+            }
+        };
+
+        begin_rounds(stream);
+        ring_pack(key_heads(m.own.data, HALVES * n, size), saved.k, saved.v, {size.B, HALVES * n, 2 * size.Hkv, size.D},
+                  stream_);
+        round(0);
+        take_half_lse(m.tail_lse, saved.lse, 1, size, stream);
+        flash_attention_backward(gradients.dq, gradients.dk, gradients.dv, saved.dout, saved.q, saved.k, saved.v,
+                                 saved.out, saved.lse, m.attention, local, deterministic, stream);
+        end_step(0, stream);
+        for (int s = 1; s < W; ++s) {
+            const RingStep& step = steps_[s];
+            round(s);
+            wait_for_round(s - 1, stream);
+            const AttentionShape shape = step_shape(local, step);
+            const int64_t first = step.queries.first_row(n);
+            const KeyViews keys = key_views(m.in[s % 2].data, shape.Tk, size);
+            const KeyViews dkeys = key_views(m.gradients_out[s % 2].data, shape.Tk, size);
+            const HeadView<bf16> part = query_view(m.dq_part, shape.Tq, size);
+            flash_attention_backward(part, dkeys.k, dkeys.v, rows_from(saved.dout, first), rows_from(saved.q, first),
+                                     keys.k, keys.v, rows_from(saved.out, first),
+                                     step.queries == TAIL ? m.tail_lse : saved.lse, m.attention, shape, deterministic,
+                                     stream);
+            for (int half = 0; half < HALVES; ++half) {
+                const Contribution c = step.to_queries[half];
+                if (c.any) {
+                    const int64_t row = half * n;
+                    const HeadView<bf16> dq = rows_from(gradients.dq, row);
+                    const HeadView<float> sum = rows_from(query_view(m.dq_sum, HALVES * n, size), row);
+                    ring_add({dq, sum, dq, c.first, c.last}, rows_from(part, row - first), 0, 1,
+                             {size.B, n, size.H, size.D}, stream);
+                }
+            }
+            wait_for_round(s, stream);
+            add_returned(s - 1);
+            end_step(s, stream);
+        }
+        round(W);
+        wait_for_round(W, stream);
+        add_returned(W - 1);
+    }
+
+    // ---- gather
+
+    // all (=) the keys of the sequence that the local queries see, each at its place.
+    void gather_keys(bf16* all, HeadView<const bf16> k, HeadView<const bf16> v, const Sizes& size,
+                     cudaStream_t stream) {
+        const ContextPartition p = size.partition();
+        const int64_t n = size.n;
+        const auto place = [&](int rank, int half, int64_t b) {
+            return all + (b * size.T() + p.chunk_of(rank, half) * n) * size.kv_width();
+        };
+        for (int half = 0; half < HALVES; ++half) {
+            ring_pack(key_heads(place(size.rank, half, 0), size.T(), size), rows_from(k, half * n),
+                      rows_from(v, half * n), {size.B, n, 2 * size.Hkv, size.D}, stream);
+        }
+        Transfers transfers;
+        const size_t chunk_bytes = n * size.kv_width() * sizeof(bf16);
+        for_each_peer(size, [&](int peer) {
+            for (int half = 0; half < HALVES; ++half) {
+                for (int64_t b = 0; b < size.B; ++b) {
+                    if (keys_seen(peer, size.rank).has(half)) {
+                        transfers.sends.push_back({peer, place(size.rank, half, b), chunk_bytes});
+                    }
+                    if (keys_seen(size.rank, peer).has(half)) {
+                        transfers.receives.push_back({peer, place(peer, half, b), chunk_bytes});
+                    }
+                }
+            }
+        });
+        comm_.exchange(transfers.sends, transfers.receives, "attention: gathering keys", stream);
+    }
+    template <class Visit>
+    static void for_each_peer(const Sizes& size, Visit visit) {
+        for (int peer = 0; peer < size.W; ++peer) {
+            if (peer != size.rank) {
+                visit(peer);
+            }
+        }
+    }
+
+    void gather_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
+                        HeadView<const bf16> v, void* scratch, const AttentionShape& local, cudaStream_t stream) {
+        const Sizes size = sizes(local);
+        ScratchArea area(scratch);
+        const GatherForward m(area, size);
+        gather_keys(m.all.data, k, v, size, stream);
+        const KeyViews keys = key_views(m.all.data, size.T(), size);
+        for (int half = 0; half < HALVES; ++half) {
+            flash_attention_forward(rows_from(out, half * size.n), m.half_lse, rows_from(q, half * size.n), keys.k,
+                                    keys.v, half_shape(local, half), stream);
+            put_half_lse(lse, m.half_lse, half, size, stream);
+        }
+    }
+
+    void gather_backward(const Gradients& gradients, const Saved& saved, void* scratch, const AttentionShape& local,
+                         bool deterministic, cudaStream_t stream) {
+        const Sizes size = sizes(local);
+        ScratchArea area(scratch);
+        const GatherBackward m(area, size, attention_scratch_bytes(local, deterministic));
+        const ContextPartition p = size.partition();
+        const int64_t n = size.n;
+        gather_keys(m.all.data, saved.k, saved.v, size, stream);
+        const KeyViews keys = key_views(m.all.data, size.T(), size);
+        for (int half = 0; half < HALVES; ++half) {
+            const int64_t row = half * n;
+            const KeyViews dkeys = half == 0 ? key_views(m.head_gradients.data, size.T() / HALVES, size)
+                                             : key_views(m.gradients.data, size.T(), size);
+            take_half_lse(m.half_lse, saved.lse, half, size, stream);
+            flash_attention_backward(rows_from(gradients.dq, row), dkeys.k, dkeys.v, rows_from(saved.dout, row),
+                                     rows_from(saved.q, row), keys.k, keys.v, rows_from(saved.out, row), m.half_lse,
+                                     m.attention, half_shape(local, half), deterministic, stream);
+        }
+        // The tail sees all that the head sees.
+        const HeadView<bf16> found = key_heads(m.gradients.data, size.T(), size);
+        ring_add({found, {}, found, true, true}, key_heads(m.head_gradients.data, size.T() / HALVES, size), 0, 1,
+                 {size.B, chunks_seen(p, 0) * n, 2 * size.Hkv, size.D}, stream);
+
+        Transfers transfers;
+        const size_t chunk_bytes = n * size.kv_width() * sizeof(bf16);
+        bf16* in = m.gradients_in.data;
+        for_each_peer(size, [&](int peer) {
+            for (int half = 0; half < HALVES; ++half) {
+                for (int64_t b = 0; b < size.B; ++b) {
+                    if (keys_seen(size.rank, peer).has(half)) {
+                        transfers.sends.push_back({peer, found.row(b, p.chunk_of(peer, half) * n, 0), chunk_bytes});
+                    }
+                    if (keys_seen(peer, size.rank).has(half)) {
+                        transfers.receives.push_back(
+                            {peer, key_heads(in, HALVES * n, size).row(b, half * n, 0), chunk_bytes});
+                    }
+                }
+            }
+            in += size.kv_elements();
+        });
+        comm_.exchange(transfers.sends, transfers.receives, "attention: gradients of gathered keys", stream);
+
+        const KeyViews own = key_views(m.gradients.data, size.T(), size);
+        const KeyViews parts = key_views(m.gradients_in.data, HALVES * n, size);
+        for (int half = 0; half < HALVES; ++half) {
+            // All other ranks see a head, those before this one also its tail.
+            const int num_parts = half == 0 ? size.W - 1 : size.rank;
+            const int64_t row = half * n, position = p.first_position(half);
+            const RowBlock rows(size.B, n, size.Hkv, size.D);
+            ring_add({rows_from(own.k, position), {}, rows_from(gradients.dk, row), true, true},
+                     rows_from(parts.k, row), size.kv_elements(), num_parts, rows, stream);
+            ring_add({rows_from(own.v, position), {}, rows_from(gradients.dv, row), true, true},
+                     rows_from(parts.v, row), size.kv_elements(), num_parts, rows, stream);
+        }
+    }
+
+    Comm& comm_;
+    ContextExchange exchange_;
+    std::vector<RingStep> steps_;
+    CommStream stream_;  // of transfers
+    CudaEvent start_, computed_[2], arrived_[2];
+};
