@@ -41,16 +41,18 @@ class MpiComm : public HostComm {
     void exchange(const std::vector<HostSend>& sends, const std::vector<HostReceive>& receives,
                   const std::string& operation) override {
         std::vector<MPI_Request> requests;
-        const auto in_pieces = [&](size_t num_bytes, auto start) {  // MPI counts in int
+        std::vector<int> peers;                                               // of the requests
+        const auto in_pieces = [&](int peer, size_t num_bytes, auto start) {  // MPI counts in int
             constexpr size_t PIECE = (size_t)1 << 30;
             for (size_t at = 0; at < num_bytes; at += PIECE) {
                 requests.push_back(MPI_REQUEST_NULL);
+                peers.push_back(peer);
                 start(at, (int)std::min(PIECE, num_bytes - at), &requests.back());
             }
         };
         for (const HostReceive& r : receives) {
             if (r.peer != rank()) {
-                in_pieces(r.num_bytes, [&](size_t at, int count, MPI_Request* request) {
+                in_pieces(r.peer, r.num_bytes, [&](size_t at, int count, MPI_Request* request) {
                     MPI_CHECK(MPI_Irecv(static_cast<char*>(r.data) + at, count, MPI_BYTE, r.peer, TAG, MPI_COMM_WORLD,
                                         request));
                 });
@@ -58,14 +60,14 @@ class MpiComm : public HostComm {
         }
         for (const HostSend& s : sends) {
             if (s.peer != rank()) {
-                in_pieces(s.num_bytes, [&](size_t at, int count, MPI_Request* request) {
+                in_pieces(s.peer, s.num_bytes, [&](size_t at, int count, MPI_Request* request) {
                     MPI_CHECK(MPI_Isend(static_cast<const char*>(s.data) + at, count, MPI_BYTE, s.peer, TAG,
                                         MPI_COMM_WORLD, request));
                 });
             }
         }
         exchange_with_self(sends, receives, operation);
-        wait(requests, operation);
+        wait(requests, peers, operation);
     }
 
   private:
@@ -88,7 +90,7 @@ class MpiComm : public HostComm {
 
     // Done, or throws when nothing at all was completed for the time-out. Polls at once at first, then with rests that
     // leave the processor to ranks that share it.
-    void wait(std::vector<MPI_Request>& requests, const std::string& operation) {
+    void wait(std::vector<MPI_Request>& requests, const std::vector<int>& peers, const std::string& operation) {
         using Clock = std::chrono::steady_clock;
         Clock::time_point progress = Clock::now();
         size_t num_done = 0;
@@ -104,10 +106,14 @@ class MpiComm : public HostComm {
                 continue;
             }
             const double waited = std::chrono::duration<double>(Clock::now() - progress).count();
-            CHECK(waited < identity().timeout_seconds,
-                  "%s: %zu of %zu transfers did not finish within %g s (--comm_timeout): another rank hangs or is gone",
-                  identity().where(operation).c_str(), requests.size() - num_done, requests.size(),
-                  identity().timeout_seconds);
+            if (waited > identity().timeout_seconds) {
+                const size_t open = std::find_if(requests.begin(), requests.end(),
+                                                 [](MPI_Request request) { return request != MPI_REQUEST_NULL; }) -
+                                    requests.begin();
+                fail("%s: nothing from rank %d (%s) for %g s (--comm_timeout): it hangs or is gone",
+                     identity().where(operation).c_str(), peers[open], identity().host_of(peers[open]).c_str(),
+                     identity().timeout_seconds);
+            }
             if (polls > 1000) {
                 std::this_thread::sleep_for(std::chrono::microseconds(20));
             }
