@@ -3,6 +3,7 @@
 # otherwise prints the exact line to run and stops. Does nothing when everything is there.
 #   scripts/install_dependencies.sh         what the trainers need
 #   scripts/install_dependencies.sh test    and what the tests need
+#   scripts/install_dependencies.sh fuzz    a clang that builds fuzzers
 set -euo pipefail
 
 want=${1:-train}
@@ -16,6 +17,20 @@ need_header() {
     done
     missing+=("$2 $3 $4")
 }
+# Whether a fuzzer compiles and links: on Debian clang comes without the library that takes.
+fuzzers_link() {
+    local program status=0
+    command -v clang++ >/dev/null || return
+    program=$(mktemp)
+    echo 'extern "C" int LLVMFuzzerTestOneInput(const unsigned char*, unsigned long) { return 0; }' |
+        clang++ -x c++ -fsanitize=fuzzer,address - -o "$program" 2>/dev/null || status=1
+    rm -f "$program"
+    return $status
+}
+if [ "$want" = fuzz ]; then
+    fuzzers_link && exit 0
+    missing+=("clang clang clang")
+fi
 need_command g++ g++ gcc-c++ gcc
 need_command make make make make
 need_header CLI/CLI.hpp libcli11-dev cli11-devel cli11
@@ -23,7 +38,7 @@ need_header nlohmann/json.hpp nlohmann-json3-dev json-devel nlohmann-json
 need_header xxhash.h libxxhash-dev xxhash-devel xxhash
 if [ "$want" = test ]; then
     need_header gtest/gtest.h libgtest-dev gtest-devel gtest
-    need_command python3 python3 python3 python
+    need_command perl perl perl perl
 fi
 [ ${#missing[@]} -eq 0 ] && exit 0
 
@@ -53,10 +68,19 @@ fi
 echo "Installing: $packages"
 export DEBIAN_FRONTEND=noninteractive
 # shellcheck disable=SC2086  # the lists are words
-{ $as_root$update && $as_root$install $packages; } >/tmp/llmc_install.$$.log 2>&1 || {
-    tail -5 /tmp/llmc_install.$$.log >&2
-    echo "The package manager failed; its log is /tmp/llmc_install.$$.log. The line that failed:" >&2
+install_packages() {
+    $as_root$update || return
+    # Where the library of fuzzers is a package of its own.
+    if [ "$want" = fuzz ] && apt-cache show libclang-rt-dev >/dev/null 2>&1; then
+        packages+="libclang-rt-dev"
+    fi
+    $as_root$install $packages
+}
+log=$(mktemp)
+install_packages >"$log" 2>&1 || {
+    tail -5 "$log" >&2
+    echo "The package manager failed; its log is $log. The line that failed:" >&2
     echo "    $as_root$install $packages" >&2
     exit 1
 }
-rm -f /tmp/llmc_install.$$.log
+rm -f "$log"

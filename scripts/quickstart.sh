@@ -7,6 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 
 scripts/install_dependencies.sh train
+# Threads that wait sleep: spinning, they would take the cores from whatever else runs here.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && { command -v nvcc || [ -x /usr/local/cuda/bin/nvcc ]; } >/dev/null; then
     trainer=train_gpt
@@ -23,6 +25,6 @@ echo "== making a corpus"
 [ -s build/corpus.txt ] || scripts/make_corpus.sh build/corpus.txt 16
 
 output=runs/quickstart-$(date +%Y%m%d-%H%M%S)
-echo "== training; everything goes to $output"
+echo "== training"
 "./$trainer" --model tiny --train_data build/corpus.txt --output_dir "$output" --eval_every 100 --eval_batches 16 \
-    --sample_tokens 200 "${settings[@]}" "$@"
+    --sample_prompt '#include <' --sample_tokens 200 "${settings[@]}" "$@"
