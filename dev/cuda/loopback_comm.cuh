@@ -127,6 +127,7 @@ class LoopbackComm : public Comm {
     void reduce_scatter_sum(float* out, const float* in, int64_t count, const char* operation,
                             cudaStream_t stream) override {
         DeviceBuffer<float> parts(size() * count);
+        CUDA_CHECK(cudaStreamSynchronize(nullptr));  // it has been filled
         std::vector<DeviceSend> sends;
         std::vector<DeviceReceive> receives;
         for (int i = 0; i < size(); ++i) {
@@ -174,6 +175,7 @@ class LoopbackComm : public Comm {
     template <class Real>
     void reduce(Real* data, int64_t count, const char* operation, cudaStream_t stream) {
         DeviceBuffer<Real> parts(size() * count);
+        CUDA_CHECK(cudaStreamSynchronize(nullptr));  // it has been filled
         all_gather(parts, data, count * sizeof(Real), operation, stream);
         add_in_order(data, parts.data(), count, stream);
     }
