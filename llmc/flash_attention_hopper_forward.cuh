@@ -3,11 +3,12 @@
 // Storage bf16, products on wgmma with float32 accumulation, statistics float32.
 //
 // A block owns BLOCK_M query rows of a head and walks over key tiles from the last visible one down, so masked tiles
-// come first and the running maximum settles early. One warpgroup of it only loads, by TMA; each of the others owns 64
-// rows, whose scores, softmax and output never leave its registers:
+// come first and the running maximum settles early. One warpgroup only moves data, by TMA: a warp loads, a warp stores.
+// Each of the others owns 64 rows, whose scores, softmax and output never leave its registers:
 //   issue S' = q k'^T of the next key tile | issue out += P v of this one | softmax of S' while P v runs | S' becomes P
 // and the consumers take turns in issuing, so one's softmax runs under another's products. Blocks are persistent: each
-// walks over a fixed list of tiles (TileWalk), and loads for the next tile start while the last one is finished.
+// has a fixed list of tiles (TileWalk). Nothing drains between two tiles: k' above is then the first of the next tile,
+// and the finished output leaves through shared memory while the other consumer's products run.
 //
 // Bound: tensor cores at D = 128 (BLOCK_M x BLOCK_N x 2 D products against half as many clocks of exponentials and 88 %
 // as many of shared memory); tensor cores and exponentials alike at D = 64. From 32K up the chip's power limit lowers
@@ -20,26 +21,36 @@
 #include "ptx_hopper.cuh"
 
 // ---- tiles -------------------------------------------------------------------------------------
+// A tile of query rows and the key tiles it visits, [0, num_key_tiles), of which those below num_full_tiles are seen
+// whole by every row. At least one is visited: where nobody sees anything, all of it is masked. 0: the end of the list.
+struct ForwardWork {
+    int b, h, first_row, num_key_tiles, num_full_tiles;
+};
+
 // What a variant of dev/cuda may replace stands below Shared.
-template <int D_, int CONSUMERS_, int BLOCK_N_, int Q_SLOTS_>
+template <int D_, int CONSUMERS_, int BLOCK_N_>
 struct HopperForwardTile {
     static constexpr int D = D_;
     static constexpr int CONSUMERS = CONSUMERS_;  // warpgroups that compute, of 64 query rows each
     static constexpr int BLOCK_M = 64 * CONSUMERS;
     static constexpr int BLOCK_N = BLOCK_N_;
-    static constexpr int Q_SLOTS = Q_SLOTS_;
-    static constexpr int STAGES = 2;  // of k and of v
+    static constexpr int STAGES = 2;   // of k and of v
+    static constexpr int Q_SLOTS = 2;  // the tile that is finished and the one that has begun
     static constexpr int THREADS = WARPGROUP_SIZE * (1 + CONSUMERS);
-    // Of 65536 in all. At launch all threads have the same; the loader gives up what the consumers then take.
-    static constexpr int LOADER_REGISTERS = 32;
-    static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 240 : 160;
+    // At launch all threads have the same, 65536 / THREADS rounded down to a multiple of 8; the loader gives up what
+    // the consumers then take. Were there less than they ask for, they would wait for ever.
+    static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
+    static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
+    static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
     static_assert(D % 64 == 0 && BLOCK_N % 16 == 0 && (CONSUMERS == 2 || CONSUMERS == 3), "tile");
+    static_assert(LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * LAUNCH_REGISTERS, "registers");
 
     struct Shared {
         alignas(1024) bf16 k[STAGES][BLOCK_N * D];
         alignas(1024) bf16 v[STAGES][BLOCK_N * D];
         alignas(1024) bf16 q[Q_SLOTS][CONSUMERS][64 * D];  // a consumer's rows; its output leaves through them
         uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], q_full[Q_SLOTS], q_empty[Q_SLOTS];
+        ForwardWork work[Q_SLOTS];  // what q_full announces
     };
 
     static constexpr bool PING_PONG = true;   // consumers issue products in turn
@@ -58,12 +69,12 @@ struct HopperForwardArguments {
 };
 
 // Named barriers; 0 is __syncthreads.
-enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4 };  // + consumer
+enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4, OUT_BARRIER = 7 };  // + consumer
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // ---- what a block works through ----------------------------------------------------------------
-// The tiles of a block, without communication: every warp walks for itself. Where there are as many blocks as tiles,
+// The tiles of a block, without communication between blocks. Where there are as many blocks as tiles,
 // each has one, in TileOrder. Persistent blocks: in each group of heads the tiles lie from longest to shortest and are
 // dealt out in rounds of one a block, so that long and short ones add up; the next group starts where the last one
 // ended. Of causal attention with 132 blocks, the most a block has above the mean is 0.1 % from 64K up, 1.3 % at 18K.
@@ -111,27 +122,21 @@ struct TileWalk {
     }
 };
 
-// A tile of query rows and the key tiles it sees, [0, num_key_tiles), of which those below num_full_tiles are seen
-// whole by every row. At least one key tile is visited: where nobody sees anything, all of it is masked.
-struct ForwardWork {
-    int b, h, first_row, num_key_tiles, num_full_tiles;
-
-    template <class Tile>
-    __device__ static ForwardWork at(const TileOrder::Place& place, const HopperForwardArguments& args) {
-        ForwardWork work;
-        work.b = place.head / args.H;
-        work.h = place.head % args.H;
-        work.first_row = (args.order.num_tiles - 1 - place.tile) * Tile::BLOCK_M;
-        const int last_row = min(work.first_row + Tile::BLOCK_M, args.Tq) - 1;
-        const int end = min(args.Tk, last_row + 1 + args.key_offset);
-        work.num_key_tiles = max(1, (end + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
-        work.num_full_tiles = max(0, min(args.Tk, work.first_row + 1 + args.key_offset)) / Tile::BLOCK_N;
-        return work;
-    }
-};
+template <class Tile>
+__device__ inline ForwardWork forward_work(const TileOrder::Place& place, const HopperForwardArguments& args) {
+    ForwardWork work;
+    work.b = place.head / args.H;
+    work.h = place.head % args.H;
+    work.first_row = (args.order.num_tiles - 1 - place.tile) * Tile::BLOCK_M;
+    const int last_row = min(work.first_row + Tile::BLOCK_M, args.Tq) - 1;
+    const int end = min(args.Tk, last_row + 1 + args.key_offset);
+    work.num_key_tiles = max(1, (end + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
+    work.num_full_tiles = max(0, min(args.Tk, work.first_row + 1 + args.key_offset)) / Tile::BLOCK_N;
+    return work;
+}
 
 // ---- load --------------------------------------------------------------------------------------
-// One thread. Order: k of the first tile, q, then k a tile ahead of v.
+// One thread. k runs a tile ahead of v, also from one work to the next.
 template <class Tile>
 struct ForwardLoader {
     using Shared = typename Tile::Shared;
@@ -140,48 +145,72 @@ struct ForwardLoader {
 
     Shared& shared;
     const HopperForwardArguments& args;
-    PipelineState<Tile::STAGES> k_state, v_state;
-    PipelineState<Tile::Q_SLOTS> q_state;
+    uint32_t num_k = 0, num_v = 0, num_q = 0;  // loaded so far: fewer registers than a stage and a parity each
 
     __device__ ForwardLoader(Shared& shared, const HopperForwardArguments& args) : shared(shared), args(args) {}
 
+    // Waits until the next of `count` buffers is empty. Returns which it is.
+    template <int count>
+    __device__ static int wait_empty(const uint64_t (&empty)[count], uint32_t& num_loaded) {
+        const uint32_t buffer = num_loaded % count, lap = num_loaded / count;
+        while (!mbarrier_try_wait(shared_address(&empty[buffer]), lap % 2 ^ 1)) {
+            // no watchdog, for want of registers: a deadlock shows in the consumers' waits
+        }
+        ++num_loaded;
+        return buffer;
+    }
+    // Announces the work, with its q.
     __device__ void load_q(const ForwardWork& work) {
-        mbarrier_wait(shared_address(&shared.q_empty[q_state.stage]), q_state.parity ^ 1);
-        const uint32_t full = shared_address(&shared.q_full[q_state.stage]);
+        const int slot = wait_empty(shared.q_empty, num_q);
+        shared.work[slot] = work;
+        const uint32_t full = shared_address(&shared.q_full[slot]);
         mbarrier_arrive_expect(full, Q_BYTES);
 #pragma unroll
         for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
-            tma_load(shared_address(shared.q[q_state.stage][consumer]), &args.q, work.first_row + 64 * consumer, work.h,
-                     work.b, full, l2_policy_evict_first());
+            tma_load(shared_address(shared.q[slot][consumer]), &args.q, work.first_row + 64 * consumer, work.h, work.b,
+                     full, l2_policy_evict_first());
         }
-        q_state.advance();
     }
-    __device__ void load_k(const ForwardWork& work, int n) {
-        const int stage = k_state.stage;
-        mbarrier_wait(shared_address(&shared.k_empty[stage]), k_state.parity ^ 1);
+    __device__ void announce_end() {
+        const int slot = wait_empty(shared.q_empty, num_q);
+        shared.work[slot].num_key_tiles = 0;
+        mbarrier_arrive(shared_address(&shared.q_full[slot]));
+    }
+    // Key tile n of a key/value head.
+    __device__ void load_k(int b, int head, int n) {
+        const int stage = wait_empty(shared.k_empty, num_k);
         const uint32_t full = shared_address(&shared.k_full[stage]);
         mbarrier_arrive_expect(full, TILE_BYTES);
-        tma_load(shared_address(shared.k[stage]), &args.k, n * Tile::BLOCK_N, work.h / args.heads_per_kv_head, work.b,
-                 full);
-        k_state.advance();
+        tma_load(shared_address(shared.k[stage]), &args.k, n * Tile::BLOCK_N, head, b, full);
     }
-    __device__ void load_v(const ForwardWork& work, int n) {
-        const int stage = v_state.stage;
-        mbarrier_wait(shared_address(&shared.v_empty[stage]), v_state.parity ^ 1);
+    __device__ void load_v(int b, int head, int n) {
+        const int stage = wait_empty(shared.v_empty, num_v);
         const uint32_t full = shared_address(&shared.v_full[stage]);
         mbarrier_arrive_expect(full, TILE_BYTES);
-        tma_load(shared_address(shared.v[stage]), &args.v, n * Tile::BLOCK_N, work.h / args.heads_per_kv_head, work.b,
-                 full);
-        v_state.advance();
+        tma_load(shared_address(shared.v[stage]), &args.v, n * Tile::BLOCK_N, head, b, full);
     }
-    __device__ void load(const ForwardWork& work) {
-        load_k(work, work.num_key_tiles - 1);
-        load_q(work);
-        for (int n = work.num_key_tiles - 1; n > 0; --n) {
-            load_k(work, n - 1);
-            load_v(work, n);
+    __device__ void run() {
+        TileWalk walk;
+        TileOrder::Place place;
+        int b = 0, head = -1;  // of the work before; -1: there was none
+        while (walk.next(args.order, &place)) {
+            const ForwardWork work = forward_work<Tile>(place, args);
+            const int next_head = work.h / args.heads_per_kv_head;
+            load_k(work.b, next_head, work.num_key_tiles - 1);
+            load_q(work);
+            if (head >= 0) {
+                load_v(b, head, 0);
+            }
+            b = work.b, head = next_head;
+            for (int n = work.num_key_tiles - 1; n > 0; --n) {
+                load_k(b, head, n - 1);
+                load_v(b, head, n);
+            }
         }
-        load_v(work, 0);
+        announce_end();
+        if (head >= 0) {
+            load_v(b, head, 0);
+        }
     }
 };
 
@@ -306,7 +335,7 @@ __device__ __forceinline__ bool softmax_tile(float (&scores)[count], SoftmaxRows
 // products, here the exponentials out from under P v; it does not move it past a branch, even one never taken.
 __device__ __forceinline__ void complete_before_wait(float value) {
     if (__any_sync(FULL_WARP, value < 0.0f)) {
-        __trap();
+        asm volatile("st.global.u32 [%0], 0;" ::"l"(0ull) : "memory");
     }
 }
 
@@ -361,6 +390,34 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
     fence_async_shared();
 }
 
+// One warp: stores every tile that the consumers have left in their rows of q, then gives the slot back.
+template <class Tile>
+__device__ inline void store_tiles(typename Tile::Shared& shared, const HopperForwardArguments& args) {
+    PipelineState<Tile::Q_SLOTS> q_state;
+    while (true) {
+        const int slot = q_state.stage;
+        mbarrier_wait(shared_address(&shared.q_full[slot]), q_state.parity);
+        const ForwardWork work = shared.work[slot];
+        if (work.num_key_tiles == 0) {
+            return;
+        }
+        for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
+            named_barrier_sync(OUT_BARRIER + consumer, WARPGROUP_SIZE + WARP_SIZE);
+            if (threadIdx.x % WARP_SIZE == 0) {
+                tma_store(&args.out, shared_address(shared.q[slot][consumer]), work.first_row + 64 * consumer, work.h,
+                          work.b);
+                bulk_commit();
+            }
+        }
+        if (threadIdx.x % WARP_SIZE == 0) {
+            bulk_wait_read<0>();
+            mbarrier_arrive(shared_address(&shared.q_empty[slot]));
+        }
+        __syncwarp();
+        q_state.advance();
+    }
+}
+
 // ---- compute -----------------------------------------------------------------------------------
 // A consumer warpgroup.
 template <class Tile>
@@ -397,23 +454,42 @@ struct ForwardConsumer {
             mbarrier_arrive(shared_address(&empty));
         }
     }
+    __device__ __forceinline__ void wait_k() const {
+        mbarrier_wait(shared_address(&shared.k_full[k_state.stage]), k_state.parity);
+    }
+    __device__ __forceinline__ void issue_scores_of(float (&scores)[BLOCK_N / 2], int slot) const {
+        issue_scores<D, BLOCK_N>(scores, wgmma_descriptor_k_major(shared_address(shared.q[slot][consumer])),
+                                 wgmma_descriptor_k_major(shared_address(shared.k[k_state.stage])));
+    }
+    __device__ __forceinline__ void issue_out_of(float (&out)[D / 2], const uint32_t (&p)[BLOCK_N / 16][4]) const {
+        mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
+        issue_out<D, BLOCK_N>(out, p,
+                              wgmma_descriptor_mn_major(shared_address(shared.v[v_state.stage]), BLOCK_N * 128));
+    }
     __device__ __forceinline__ void mask(float (&scores)[BLOCK_N / 2], const ForwardWork& work, int n) const {
         const int row_limit = work.first_row + thread_row + 1 + args.key_offset;
         const int first_column = n * BLOCK_N + lane % 4 * 2;
         mask_scores(scores, min(args.Tk, row_limit) - first_column, min(args.Tk, row_limit + 8) - first_column);
     }
+    // The output leaves through the q it belongs to.
+    __device__ __forceinline__ void finish(float (&out)[D / 2], SoftmaxRows& rows, const ForwardWork& work,
+                                           int slot) const {
+        const int first_row = work.first_row + thread_row;
+        float* lse = args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq + first_row;
+        finish_rows<D>(out, rows, args.scale_log2, shared_address(shared.q[slot][consumer]), lse, args.Tq - first_row);
+        named_barrier_arrive(OUT_BARRIER + consumer, WARPGROUP_SIZE + WARP_SIZE);
+    }
 
-    // Key tile n under the products of tile n + 1, whose P is p.
-    template <bool MASKED>
+    // Scores and softmax of key tile n of `work` (its q in `slot`) under the product of the key tile before it, whose P
+    // is p. NEW_TILE: the key tile before it was the last of `finished`, which rows belong to on entry.
+    template <bool MASKED, bool NEW_TILE>
     __device__ __forceinline__ void step(float (&out)[D / 2], uint32_t (&p)[BLOCK_N / 16][4], SoftmaxRows& rows,
-                                         const ForwardWork& work, int n, uint64_t q) {
+                                         const ForwardWork& work, int n, int slot, const ForwardWork& finished) {
         float scores[BLOCK_N / 2], factor[2] = {1.0f, 1.0f};
-        mbarrier_wait(shared_address(&shared.k_full[k_state.stage]), k_state.parity);
+        wait_k();
         wait_turn();
-        issue_scores<D, BLOCK_N>(scores, q, wgmma_descriptor_k_major(shared_address(shared.k[k_state.stage])));
-        mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
-        issue_out<D, BLOCK_N>(out, p,
-                              wgmma_descriptor_mn_major(shared_address(shared.v[v_state.stage]), BLOCK_N * 128));
+        issue_scores_of(scores, slot);
+        issue_out_of(out, p);
         pass_turn();
         wgmma_wait<1>();
         wgmma_pin(scores);
@@ -422,23 +498,41 @@ struct ForwardConsumer {
         if (MASKED) {
             mask(scores, work, n);
         }
-        const bool moves =
-            softmax_tile<MASKED, false, Tile::LAZY>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
-        complete_before_wait(rows.sum[0] + rows.sum[1]);
+        SoftmaxRows new_rows;
+        SoftmaxRows& score_rows = NEW_TILE ? new_rows : rows;
+        const bool moves = softmax_tile<MASKED, NEW_TILE, Tile::LAZY>(scores, score_rows, factor, args.scale_log2,
+                                                                      args.rescale_threshold);
+        complete_before_wait(score_rows.sum[0] + score_rows.sum[1]);
         wgmma_wait<0>();
         wgmma_pin(out);
         release(shared.v_empty[v_state.stage]);
         v_state.advance();
         pack_fragments(p, scores);
-        if (moves) {
+        if (NEW_TILE) {
+            if (!Tile::PING_PONG) {
+                // All warps' products have read q; otherwise the wait for the turn has seen to it.
+                named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);
+            }
+            finish(out, rows, finished, slot ^ 1);
+            rows = new_rows;
+#pragma unroll
+            for (int i = 0; i < D / 2; ++i) {
+                out[i] = 0.0f;
+            }
+        } else if (moves) {
             scale_rows(out, factor);
         }
     }
+    __device__ __forceinline__ ForwardWork next_work() const {
+        mbarrier_wait(shared_address(&shared.q_full[q_state.stage]), q_state.parity);
+        return shared.work[q_state.stage];
+    }
 
-    __device__ __forceinline__ void compute(const ForwardWork& work, bool first_tile) {
-        const int slot = q_state.stage;
-        const uint32_t q_address = shared_address(shared.q[slot][consumer]);
-        const uint64_t q = wgmma_descriptor_k_major(q_address);
+    __device__ __forceinline__ void run() {
+        ForwardWork work = next_work();
+        if (work.num_key_tiles == 0) {
+            return;
+        }
         float out[D / 2];
         uint32_t p[BLOCK_N / 16][4];
         SoftmaxRows rows;
@@ -446,57 +540,40 @@ struct ForwardConsumer {
         for (int i = 0; i < D / 2; ++i) {
             out[i] = 0.0f;
         }
-        int n = work.num_key_tiles - 1;
         {
             float scores[BLOCK_N / 2], factor[2];
-            mbarrier_wait(shared_address(&shared.q_full[slot]), q_state.parity);
-            mbarrier_wait(shared_address(&shared.k_full[k_state.stage]), k_state.parity);
-            issue_scores<D, BLOCK_N>(scores, q, wgmma_descriptor_k_major(shared_address(shared.k[k_state.stage])));
-            if (Tile::Q_SLOTS > 1 && !first_tile) {
-                release_q(q_state.stage ^ 1);
-            }
+            wait_k();
+            issue_scores_of(scores, q_state.stage);
             wgmma_wait<0>();
             wgmma_pin(scores);
             release(shared.k_empty[k_state.stage]);
             k_state.advance();
-            mask(scores, work, n);
+            mask(scores, work, work.num_key_tiles - 1);
             softmax_tile<true, true, Tile::LAZY>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
             pack_fragments(p, scores);
         }
-        for (--n; n >= work.num_full_tiles; --n) {
-            step<true>(out, p, rows, work, n, q);
+        while (true) {
+            const int slot = q_state.stage;
+            int n = work.num_key_tiles - 2;
+            for (; n >= work.num_full_tiles; --n) {
+                step<true, false>(out, p, rows, work, n, slot, work);
+            }
+            for (; n >= 0; --n) {
+                step<false, false>(out, p, rows, work, n, slot, work);
+            }
+            q_state.advance();
+            const ForwardWork next = next_work();
+            if (next.num_key_tiles == 0) {
+                break;
+            }
+            step<true, true>(out, p, rows, next, next.num_key_tiles - 1, q_state.stage, work);
+            work = next;
         }
-        for (; n >= 0; --n) {
-            step<false>(out, p, rows, work, n, q);
-        }
-        mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
-        issue_out<D, BLOCK_N>(out, p,
-                              wgmma_descriptor_mn_major(shared_address(shared.v[v_state.stage]), BLOCK_N * 128));
+        issue_out_of(out, p);
         wgmma_wait<0>();
         wgmma_pin(out);
-        release(shared.v_empty[v_state.stage]);
-        v_state.advance();
-
-        named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);  // all warps' products are done with q
-        const int first_row = work.first_row + thread_row;
-        float* lse = args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq + first_row;
-        finish_rows<D>(out, rows, args.scale_log2, q_address, lse, args.Tq - first_row);
-        named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);
-        if (threadIdx.x % WARPGROUP_SIZE == 0) {
-            tma_store(&args.out, q_address, work.first_row + 64 * consumer, work.h, work.b);
-            bulk_commit();
-        }
-        if (Tile::Q_SLOTS == 1) {
-            release_q(slot);
-        }
-        q_state.advance();
-    }
-    // Gives a slot of q back to the loader once the output in it has been read.
-    __device__ __forceinline__ void release_q(int slot) const {
-        if (threadIdx.x % WARPGROUP_SIZE == 0) {
-            bulk_wait_read<0>();
-            mbarrier_arrive(shared_address(&shared.q_empty[slot]));
-        }
+        named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);  // all warps' products have read q
+        finish(out, rows, work, q_state.stage ^ 1);
     }
 };
 #endif  // sm_90a
@@ -530,21 +607,18 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 #pragma unroll
         for (int i = 0; i < Tile::Q_SLOTS; ++i) {
             mbarrier_init(shared_address(&shared.q_full[i]), 1);
-            mbarrier_init(shared_address(&shared.q_empty[i]), Tile::CONSUMERS);
+            mbarrier_init(shared_address(&shared.q_empty[i]), 1);
         }
         mbarrier_init_fence();
     }
     __syncthreads();
 
-    TileWalk walk;
-    TileOrder::Place place;
     if (warpgroup == 0) {
         registers_decrease<Tile::LOADER_REGISTERS>();
         if (threadIdx.x == 0) {
-            ForwardLoader<Tile> loader(shared, args);
-            while (walk.next(args.order, &place)) {
-                loader.load(ForwardWork::at<Tile>(place, args));
-            }
+            ForwardLoader<Tile>(shared, args).run();
+        } else if (threadIdx.x / WARP_SIZE == 1) {
+            store_tiles<Tile>(shared, args);
         }
     } else {
         registers_increase<Tile::CONSUMER_REGISTERS>();
@@ -552,12 +626,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         if (warpgroup == Tile::CONSUMERS) {
             consumer.pass_turn();  // the first consumer begins
         }
-        for (bool first_tile = true; walk.next(args.order, &place); first_tile = false) {
-            consumer.compute(ForwardWork::at<Tile>(place, args), first_tile);
-        }
-        if (threadIdx.x % WARPGROUP_SIZE == 0) {
-            bulk_wait_read<0>();  // shared memory goes with the block
-        }
+        consumer.run();
     }
 #endif
 }
@@ -624,8 +693,8 @@ inline void flash_attention_hopper_forward(HeadView<bf16> out, float* lse, HeadV
                                            cudaStream_t stream) {
     NVTX_RANGE();
     if (shape.D == 64) {
-        hopper_launch_forward<HopperForwardTile<64, 3, 128, 2>>(out, lse, q, k, v, shape, stream);
+        hopper_launch_forward<HopperForwardTile<64, 3, 128>>(out, lse, q, k, v, shape, stream);
     } else {
-        hopper_launch_forward<HopperForwardTile<128, 2, 128, 2>>(out, lse, q, k, v, shape, stream);
+        hopper_launch_forward<HopperForwardTile<128, 2, 128>>(out, lse, q, k, v, shape, stream);
     }
 }

@@ -120,19 +120,19 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t par
         : "memory");
     return done != 0;
 }
-// Waits for the phase of that parity. With LLMC_WATCHDOG or LLMC_DEBUG a wait of more than 2^32 clocks, about two
-// seconds, ends the kernel with a store to address 0: a deadlock becomes an error. (With a trap ptxas no longer counts on
+// Waits for the phase of that parity. With LLMC_WATCHDOG or LLMC_DEBUG a wait of more than 2^31 clocks, about a second,
+// ends the kernel with a store to address 0: a deadlock becomes an error. (With a trap ptxas no longer counts on
 // setmaxnreg, spills the accumulators and serialises every wgmma.)
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     if (mbarrier_try_wait(barrier, parity)) {
         return;
     }
 #if defined(LLMC_WATCHDOG) || defined(LLMC_DEBUG)
-    const long long begin = clock64();
+    const uint32_t begin = (uint32_t)clock();
 #endif
     while (!mbarrier_try_wait(barrier, parity)) {
 #if defined(LLMC_WATCHDOG) || defined(LLMC_DEBUG)
-        if ((unsigned long long)(clock64() - begin) >> 32 != 0) {
+        if ((uint32_t)clock() - begin > 1u << 31) {
             asm volatile("st.global.u32 [%0], 0;" ::"l"(0ull) : "memory");
         }
 #endif

@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(WARPGROUP_SIZE* Tile::CONSUMERS)
     const int warpgroup = threadIdx.x / WARPGROUP_SIZE, lane = threadIdx.x % WARP_SIZE;
     const uint32_t k_full = shared_address(&shared.k_full[0]), v_full = shared_address(&shared.v_full[0]);
     const uint32_t q_full = shared_address(&shared.q_full[0]), q = shared_address(shared.q[0][warpgroup]);
-    const ForwardWork work = ForwardWork::at<Tile>(args.order.place(blockIdx.x), args);
+    const ForwardWork work = forward_work<Tile>(args.order.place(blockIdx.x), args);
     if (threadIdx.x == 0) {
         mbarrier_init(k_full, 1);
         mbarrier_init(v_full, 1);
@@ -156,9 +156,9 @@ static void launch_forward7(HeadView<bf16> out, float* lse, HeadView<const bf16>
 static void flash_attention_forward7(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                                      HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
     if (shape.D == 64) {
-        launch_forward7<HopperForwardTile<64, 2, 128, 1>>(out, lse, q, k, v, shape, stream);
+        launch_forward7<HopperForwardTile<64, 2, 128>>(out, lse, q, k, v, shape, stream);
     } else {
-        launch_forward7<HopperForwardTile<128, 2, 128, 1>>(out, lse, q, k, v, shape, stream);
+        launch_forward7<HopperForwardTile<128, 2, 128>>(out, lse, q, k, v, shape, stream);
     }
 }
 
@@ -188,8 +188,8 @@ static void hopper_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> 
         hopper_launch_forward<Tile128>(out, lse, q, k, v, shape, stream);
     }
 }
-using Tile64 = HopperForwardTile<64, 3, 128, 2>;
-using Tile128 = HopperForwardTile<128, 2, 128, 2>;
+using Tile64 = HopperForwardTile<64, 3, 128>;
+using Tile128 = HopperForwardTile<128, 2, 128>;
 #endif
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
@@ -213,8 +213,8 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {11, "rescale only when the maximum moves by 2^8", {hopper_forward<Tile64, Tile128>, true, 131072}},
     {12, "the same, one block a tile", {hopper_forward<OneBlockATile<Tile64>, OneBlockATile<Tile128>>, true, 131072}},
     {13,
-     "D 128: 176 keys; D 64: two consumers",
-     {hopper_forward<HopperForwardTile<64, 2, 128, 2>, HopperForwardTile<128, 2, 176, 1>>, true, 131072}},
+     "D 128: 160 keys; D 64: two consumers",
+     {hopper_forward<HopperForwardTile<64, 2, 128>, HopperForwardTile<128, 2, 160>>, true, 131072}},
 #endif
     {14, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 524288}},
 };
