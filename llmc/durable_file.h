@@ -95,7 +95,7 @@ inline FileDigest digest_file(const std::string& path) {
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     CHECK(file >= 0, "%s: cannot open: %s", path.c_str(), std::strerror(errno));
     Xxh3Stream hash;
-    std::vector<char> buffer((size_t)4 << 20);
+    std::vector<char> buffer((size_t)256 << 10);
     ssize_t num_bytes;
     while ((num_bytes = read(file, buffer.data(), buffer.size())) != 0) {
         if (num_bytes < 0 && errno != EINTR) {

@@ -80,8 +80,11 @@ std::string read_bytes(const std::string& path) {
     EXPECT_TRUE(file.good()) << path;
     return std::string(std::istreambuf_iterator<char>(file), {});
 }
+// Over what is there, rather than into an empty file: some file systems wait for the disk then.
 void write_bytes(const std::string& path, const std::string& bytes) {
-    std::ofstream(path, std::ios::binary | std::ios::trunc) << bytes;
+    std::ofstream(path, std::ios::binary | std::ios::app).close();
+    std::ofstream(path, std::ios::binary | std::ios::in) << bytes;
+    fs::resize_file(path, bytes.size());
 }
 // The contents of all files below a folder, by path.
 std::map<std::string, std::string> contents(const std::string& folder) {
