@@ -334,8 +334,8 @@ __device__ __forceinline__ bool softmax_tile(float (&scores)[count], SoftmaxRows
 // What `value` (never negative) is computed from is computed before what follows. ptxas moves arithmetic past waits for
 // products, here the exponentials out from under P v; it does not move it past a branch, even one never taken.
 __device__ __forceinline__ void complete_before_wait(float value) {
-    if (__any_sync(FULL_WARP, value < 0.0f)) {
-        asm volatile("st.global.u32 [%0], 0;" ::"l"(0ull) : "memory");
+    while (__any_sync(FULL_WARP, value < 0.0f)) {
+        asm volatile("" : "+f"(value));
     }
 }
 
