@@ -12,6 +12,7 @@
 #include "config.h"      // every setting
 #include "flags.h"       // settings from the command line
 #include "hf_config.h"   // the model's shape in a checkpoint
+#include "tokens.h"      // whether the data can be read
 
 // Whether a folder holds what a run writes: starting another run there would mix the two.
 inline bool holds_a_run(const std::string& output_dir) {
@@ -90,5 +91,6 @@ inline std::optional<RunConfig> configure_run(int argc, const char* const* argv)
     CHECK(config.max_steps == 0 || config.resume || !holds_a_run(config.output_dir),
           "--output_dir %s already holds a run: give --resume to go on with it, or name another folder",
           config.output_dir.c_str());
+    open_data(config);  // for what it refuses: before the time and memory that a model takes
     return config;
 }

@@ -261,7 +261,9 @@ struct RunData {
     std::optional<SequenceSet> validation;  // in file order; no value when there is none
 };
 
-// Opens the data that `c` names: validation data are --val_data, or else the last --val_fraction of --train_data.
+// Opens the data that `c` names: validation data are --val_data, or else the last --val_fraction of --train_data. Reads
+// a sequence of each, so that data of another vocabulary are refused here; a token that is outside it further on is
+// when it is read.
 inline RunData open_data(const RunConfig& c) {
     auto open_stream = [&](const char* flag, const std::vector<std::string>& patterns) {
         return std::make_shared<const TokenStream>(flag, patterns, c.data_format, c.byte_markers, c.model.vocab_size);
@@ -285,6 +287,12 @@ inline RunData open_data(const RunConfig& c) {
               "--val_data: is %s, but --train_data is %s; a loss on other tokens says nothing",
               stream->description().c_str(), data.train->stream().description().c_str());
         data.validation.emplace(stream, 0, stream->num_tokens(), c.seq_len, std::nullopt, "--val_data");
+    }
+    std::vector<int32_t> sequence(c.seq_len + 1);
+    for (const std::optional<SequenceSet>* set : {&data.train, &data.validation}) {
+        if (*set) {
+            (*set)->read(0, sequence.data());
+        }
     }
     return data;
 }

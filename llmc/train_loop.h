@@ -2,10 +2,12 @@
 // samples, checkpoints -> summary. The model is whatever implements TrainableModel.
 #pragma once
 #include <algorithm>
+#include <cerrno>
 #include <chrono>
+#include <cmath>
 #include <cstdio>
+#include <cstring>
 #include <filesystem>
-#include <fstream>
 #include <optional>
 #include <string>
 #include <vector>
@@ -13,6 +15,7 @@
 #include "checkpoint.h"       // folders of weights, optimizer and training state
 #include "config.h"           // every setting
 #include "configure_run.h"    // settings from the command line
+#include "durable_file.h"     // settings.toml
 #include "metrics.h"          // terminal and metrics.jsonl
 #include "mfu.h"              // FLOPs and peaks
 #include "random.h"           // initial weights, samples
@@ -69,14 +72,9 @@ class TrainingRun {
 
     void open_data() {
         data_ = ::open_data(config_);
-        // What cannot be read or said is refused before anything is written.
-        if (data_.validation) {
-            read_batch(*data_.validation, 0, 1);
-        }
         if (data_.train) {
-            read_batch(*data_.train, 0, 1);
             tokenizer_.emplace(data_.train->stream(), config_.byte_markers, config_.model.vocab_size);
-            tokenizer_->encode_prompt(config_.sample_prompt);
+            prompt_ = tokenizer_->encode_prompt(config_.sample_prompt);
         }
     }
 
@@ -173,10 +171,12 @@ class TrainingRun {
     // Complete under a temporary name first: a full disk leaves the old settings.
     void write_settings() const {
         const std::string path = saved_settings_path(config_.output_dir), temporary = path + ".new";
-        std::ofstream file(temporary, std::ios::binary | std::ios::trunc);
-        file << settings_toml(config_);
-        file.close();
-        CHECK(file.good() && std::rename(temporary.c_str(), path.c_str()) == 0, "%s: cannot write: %s", path.c_str(),
+        const std::string text = settings_toml(config_);
+        std::remove(temporary.c_str());  // of a run that was killed here
+        DurableFile file(temporary);
+        file.write(text.data(), text.size());
+        file.finish();
+        CHECK(std::rename(temporary.c_str(), path.c_str()) == 0, "%s: cannot write: %s", path.c_str(),
               std::strerror(errno));
     }
 
@@ -260,16 +260,17 @@ class TrainingRun {
         Json json = step_json(m);
         json["attention"] = choice_name(attention_);
         json["data_position"] = position;
+        json["epoch"] = (double)position / (double)data_.train->num_sequences();
         json["tokens"] = state_.data_position * config_.seq_len;
         json["skipped"] = state_.skipped;
-        if (result.skipped) {
+        if (result.skipped) {  // fabs: NaN is printed without a sign
             json["first_bad_tensor"] = result.first_bad_tensor;
             terminal_.print(format_string(
                 "step %lld/%lld | skipped: loss %g, gradient norm %g; first not finite: %s; sequences %lld to %lld; "
                 "%lld in a row, %lld in all",
-                (long long)m.step, (long long)m.max_steps, m.loss, m.grad_norm, result.first_bad_tensor.c_str(),
-                (long long)position, (long long)(state_.data_position - 1), (long long)state_.skipped_in_a_row,
-                (long long)state_.skipped));
+                (long long)m.step, (long long)m.max_steps, std::fabs(m.loss), std::fabs(m.grad_norm),
+                result.first_bad_tensor.c_str(), (long long)position, (long long)(state_.data_position - 1),
+                (long long)state_.skipped_in_a_row, (long long)state_.skipped));
         } else {
             terminal_.print(step_line(m));
         }
@@ -357,7 +358,7 @@ class TrainingRun {
         }
         const Clock::time_point start = Clock::now();
         model_.set_attention(AttentionMode::dense);
-        std::vector<int32_t> tokens = tokenizer_->encode_prompt(config_.sample_prompt);
+        std::vector<int32_t> tokens = prompt_;
         std::vector<float> logits(config_.model.vocab_size);
         const RandomStream random(config_.seed, RandomUse::samples, (uint64_t)state_.step);
         bool ended = false;
@@ -441,6 +442,7 @@ class TrainingRun {
     Terminal terminal_;
     RunData data_;
     std::optional<Tokenizer> tokenizer_;  // of the training data
+    std::vector<int32_t> prompt_;         // of samples
     std::optional<MetricsLog> metrics_;
     TrainingState state_;                             // what a checkpoint restores, beside the model's
     AttentionMode attention_ = AttentionMode::dense;  // of the next step

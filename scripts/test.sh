@@ -4,7 +4,7 @@
 #   scripts/test.sh            everything
 #   scripts/test.sh --no_cuda  without compiling the CUDA code
 set -uo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/.." || exit 1
 cuda=yes
 case ${1:-} in
 "") ;;
