@@ -8,7 +8,7 @@
 
 #include "dev/test/reference_testing.h"
 #include "dev/test/ring_emulation.h"
-#include "llmc/reference/lighthouse.h"
+#include "llmc/reference/lighthouse_border.h"
 
 namespace {
 
@@ -167,6 +167,15 @@ Whole attend_whole(int64_t B, int64_t T, int H, int Hkv, int D, uint64_t seed) {
     return w;
 }
 
+// The gradients that every rank found for the others' keys, brought home.
+void return_gradients(std::vector<RingEmulation>& ranks, const std::map<std::pair<int, int>, KeyRows>& returned) {
+    for (int r = 0; r < (int)ranks.size(); ++r) {
+        for (int s = 1; s < (int)ranks.size(); ++s) {
+            ranks[r].add_returned(s, returned.at({r, s}));
+        }
+    }
+}
+
 TEST(RingEmulation, EqualsOneProcess) {
     const SingleThread single_thread;
     const std::tuple<int, int64_t, int64_t, int, int, int> cases[] = {{2, 1, 4, 1, 1, 8},   {2, 2, 52, 4, 2, 16},
@@ -196,10 +205,8 @@ TEST(RingEmulation, EqualsOneProcess) {
             lse.values = ranks[r].lse, whole_lse.values = whole.lse;
             EXPECT_LT(relative_error(lse.values, local_rows(whole_lse, p).values), 1e-13);
         }
+        return_gradients(ranks, returned);
         for (int r = 0; r < W; ++r) {
-            for (int s = 1; s < W; ++s) {
-                ranks[r].add_returned(s, returned.at({r, s}));
-            }
             const ContextPartition p = make_context_partition(T, W, r);
             put_local_rows(dkv.k, ranks[r].dkv.k, p);
             put_local_rows(dkv.v, ranks[r].dkv.v, p);
@@ -233,6 +240,165 @@ TEST(Borders, NeighboursAgreeAndFormTheSequence) {
             }
         }
         EXPECT_EQ(num_borders, 2 * W - 1);
+    }
+}
+
+// ---- Lighthouse attention ----------------------------------------------------------------------
+// One rank's Lighthouse layer: its two chunks are two sequences of the stages around attention, and two halves of the
+// gathered sub-sequence in the ring.
+struct LighthouseRank {
+    ContextPartition tokens, gathered;  // of T tokens, of S rows
+    LighthouseGeometry chunk;
+    std::vector<int32_t> entries, positions;  // [2 B, Hkv, ...]
+    Rows q, k, v, dout;                       // [2 B, chunk rows, ...]
+};
+// [B, 2n, ...] as [2 B, n, ...], and back.
+Rows as_chunks(Rows rows) {
+    rows.B *= HALVES, rows.rows /= HALVES;
+    return rows;
+}
+Rows as_halves(Rows rows) {
+    rows.B /= HALVES, rows.rows *= HALVES;
+    return rows;
+}
+
+TEST(LighthouseChunks, SelectionAndLayerEqualOneProcess) {
+    const SingleThread single_thread;
+    struct Case {
+        int W, levels, pool;
+        int64_t tiles, coarsest;  // of a tile
+        int B, H, Hkv, D;
+    };
+    for (const Case& c : {Case{2, 2, 4, 4, 128, 2, 2, 1, 8}, Case{2, 4, 2, 4, 128, 1, 2, 2, 8},
+                          Case{3, 3, 2, 6, 130, 1, 2, 1, 8}, Case{4, 2, 2, 8, 128, 1, 1, 1, 8}}) {
+        LighthouseConfig config;
+        config.levels = c.levels, config.pool = c.pool, config.topk = c.tiles * LIGHTHOUSE_TILE_BUDGET;
+        int64_t T = c.tiles * c.coarsest;
+        for (int l = 1; l < c.levels; ++l) {
+            T *= c.pool;
+        }
+        const int B = c.B, H = c.H, Hkv = c.Hkv, D = c.D, W = c.W, CHUNKS = HALVES * B;
+        const LighthouseGeometry g = make_lighthouse_geometry(T, config);
+        const double scale = 1.0 / std::sqrt((double)D);
+        const Rows q = random_rows(B, T, H, D, 1), k = random_rows(B, T, Hkv, D, 2), v = random_rows(B, T, Hkv, D, 3);
+        const Rows dout = random_rows(B, T, H, D, 4);
+        Rows out(B, T, H, D), dq(B, T, H, D), dk(B, T, Hkv, D), dv(B, T, Hkv, D);
+        reference::LighthouseState<double> whole;
+        reference::lighthouse_forward<double>(out.view(), whole, q.view(), k.view(), v.view(), B, H, Hkv, D, scale,
+                                              config, g);
+        reference::lighthouse_backward<double>(dq.view(), dk.view(), dv.view(), dout.view(), whole, B, H, Hkv, D, scale,
+                                               g);
+
+        std::vector<LighthouseRank> ranks(W);
+        std::vector<RingEmulation> rings;
+        int64_t num_different = 0;
+        for (int r = 0; r < W; ++r) {
+            LighthouseRank& rank = ranks[r];
+            rank.tokens = make_context_partition(T, W, r);
+            rank.chunk = make_chunk_geometry(g, config, W);
+            rank.gathered = make_context_partition(g.S, W, r);
+            const LighthouseGeometry& chunk = rank.chunk;
+            ASSERT_EQ(chunk.S, rank.gathered.chunk_rows());
+            rank.q = as_chunks(local_rows(q, rank.tokens)), rank.k = as_chunks(local_rows(k, rank.tokens));
+            rank.v = as_chunks(local_rows(v, rank.tokens)), rank.dout = as_chunks(local_rows(dout, rank.tokens));
+            std::vector<float> q_scores((size_t)(CHUNKS * H * chunk.T)), k_scores((size_t)(CHUNKS * Hkv * chunk.T));
+            const LighthouseRank& in = rank;
+            reference::lighthouse_norms<double>(q_scores.data(), in.q.view(), CHUNKS, chunk.T, H, D);
+            reference::lighthouse_norms<double>(k_scores.data(), in.k.view(), CHUNKS, chunk.T, Hkv, D);
+            rank.entries.resize((size_t)(CHUNKS * Hkv * chunk.S));
+            rank.positions.resize((size_t)(CHUNKS * Hkv * chunk.num_slots));
+            for (int i = 0; i < CHUNKS * Hkv; ++i) {
+                const int half = i / Hkv % HALVES, number = rank.tokens.chunk(half);
+                int32_t* const entries = rank.entries.data() + i * chunk.S;
+                reference::lighthouse_select(entries, rank.positions.data() + i * chunk.num_slots,
+                                             q_scores.data() + i * (H / Hkv) * chunk.T, H / Hkv,
+                                             k_scores.data() + i * chunk.T, 1, chunk, number == 0);
+                // The entries of the whole sequence, moved to the chunk's place.
+                const int32_t* const expected =
+                    whole.entries.data() + (i / Hkv / HALVES * Hkv + i % Hkv) * g.S + number * chunk.S;
+                for (int64_t n = 0; n < chunk.S; ++n) {
+                    int64_t index = entries[n];
+                    const int level = chunk.level_of_slot(index);
+                    num_different += expected[n] != g.slot(level, number * chunk.level_size(level) + index);
+                }
+            }
+            const auto gathered = [&](const Rows& x) {
+                Rows rows(CHUNKS, chunk.S, x.heads, D);
+                reference::lighthouse_gather<double>(rows.view(), x.view(), rank.entries.data(), CHUNKS, x.heads, Hkv,
+                                                     D, chunk);
+                return as_halves(rows);
+            };
+            rings.emplace_back(rank.gathered, gathered(rank.q), KeyRows{gathered(rank.k), gathered(rank.v)});
+        }
+        EXPECT_EQ(num_different, 0) << "of the selection, W " << W;
+
+        const int64_t border_size = (int64_t)(c.levels - 1) * H * D;  // of a chunk
+        using Borders = std::vector<std::vector<double>>;             // of each rank's chunks
+        Borders passed_on(W), sent_back(W);
+        const auto fetch_of = [&](int r) {
+            return [&rings, r](int s) { return rings[rings[r].steps()[s].source].keys_to_send(s); };
+        };
+        // Rows of the neighbours' chunks, zero at the sequence's ends.
+        const auto from_neighbours = [&](const Borders& borders, int r, auto neighbour) {
+            std::vector<double> rows((size_t)(CHUNKS * border_size), 0.0);
+            for (int i = 0; i < CHUNKS; ++i) {
+                if (const std::optional<ChunkPlace> place = neighbour(ranks[r].tokens, i % HALVES)) {
+                    std::copy_n(borders[place->rank].begin() + (i / HALVES * HALVES + place->half) * border_size,
+                                border_size, rows.begin() + i * border_size);
+                }
+            }
+            return rows;
+        };
+        for (int r = 0; r < W; ++r) {
+            rings[r].forward(fetch_of(r));
+            const Rows inner = as_chunks(rings[r].out);
+            passed_on[r].resize((size_t)(CHUNKS * border_size));
+            reference::lighthouse_border<double>(passed_on[r].data(), inner.view(), ranks[r].positions.data(), CHUNKS,
+                                                 H, Hkv, D, ranks[r].chunk);
+            sent_back[r].resize(passed_on[r].size());
+            reference::lighthouse_border_backward<double>(sent_back[r].data(), std::as_const(ranks[r].dout).view(),
+                                                          CHUNKS, H, D, ranks[r].chunk);
+        }
+        Rows found_out(B, T, H, D), found_dq(B, T, H, D), found_dk(B, T, Hkv, D), found_dv(B, T, Hkv, D);
+        std::map<std::pair<int, int>, KeyRows> returned;  // (owner, step)
+        for (int r = 0; r < W; ++r) {
+            const LighthouseRank& rank = ranks[r];
+            const Rows inner = as_chunks(rings[r].out);
+            Rows local(CHUNKS, rank.chunk.T, H, D);
+            reference::lighthouse_scatter<double>(local.view(), inner.view(), rank.positions.data(), CHUNKS, H, Hkv, D,
+                                                  rank.chunk);
+            reference::lighthouse_add_border<double>(local.view(), from_neighbours(passed_on, r, chunk_before).data(),
+                                                     CHUNKS, H, D, rank.chunk);
+            put_local_rows(found_out, as_halves(local), rank.tokens);
+
+            Rows inner_dout(CHUNKS, rank.chunk.S, H, D);
+            reference::lighthouse_scatter_backward<double>(inner_dout.view(), rank.dout.view(), rank.entries.data(),
+                                                           CHUNKS, H, Hkv, D, rank.chunk);
+            reference::lighthouse_add_border_backward<double>(inner_dout.view(),
+                                                              from_neighbours(sent_back, r, chunk_after).data(),
+                                                              rank.positions.data(), CHUNKS, H, Hkv, D, rank.chunk);
+            rings[r].backward(as_halves(inner_dout), fetch_of(r), [&](int s, const KeyRows& gradients) {
+                returned[{rings[r].steps()[s].source, s}] = gradients;
+            });
+        }
+        return_gradients(rings, returned);
+        for (int r = 0; r < W; ++r) {
+            const LighthouseRank& rank = ranks[r];
+            const auto tokens_of = [&](Rows& whole_rows, const Rows& gathered) {
+                const Rows chunks = as_chunks(gathered);
+                Rows local(CHUNKS, rank.chunk.T, gathered.heads, D);
+                reference::lighthouse_gather_backward<double>(local.view(), chunks.view(), rank.positions.data(),
+                                                              CHUNKS, gathered.heads, Hkv, D, rank.chunk);
+                put_local_rows(whole_rows, as_halves(local), rank.tokens);
+            };
+            tokens_of(found_dq, rings[r].dq);
+            tokens_of(found_dk, rings[r].dkv.k);
+            tokens_of(found_dv, rings[r].dkv.v);
+        }
+        EXPECT_LT(relative_error(found_out.values, out.values), 1e-12) << "W " << W;
+        EXPECT_LT(relative_error(found_dq.values, dq.values), 1e-11) << "W " << W;
+        EXPECT_LT(relative_error(found_dk.values, dk.values), 1e-11) << "W " << W;
+        EXPECT_LT(relative_error(found_dv.values, dv.values), 1e-11) << "W " << W;
     }
 }
 

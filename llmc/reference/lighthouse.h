@@ -119,11 +119,13 @@ inline void lighthouse_top(std::vector<int64_t>& candidates, const std::vector<f
 }
 
 // The selection of one sequence and key/value head. entries (=) [S], positions (=) [num_slots]; q_scores [q_heads, T]
-// and k_scores [k_heads, T]: token scores of the heads that share the selection.
+// and k_scores [k_heads, T]: token scores of the heads that share the selection. starts_sequence: false for a chunk that
+// is not a sequence's first.
 inline void lighthouse_select(int32_t* entries, int32_t* positions, const float* q_scores, int q_heads,
-                              const float* k_scores, int k_heads, const LighthouseGeometry& g) {
+                              const float* k_scores, int k_heads, const LighthouseGeometry& g,
+                              bool starts_sequence = true) {
     auto q_levels = lighthouse_score_pyramid(q_scores, q_heads, g);
-    for (int level = 1; level < g.levels; ++level) {
+    for (int level = 1; starts_sequence && level < g.levels; ++level) {
         q_levels[level][0] = INFINITY;  // always descends, or the first tokens would have no contributor
     }
     const auto k_levels = lighthouse_score_pyramid(k_scores, k_heads, g);
