@@ -120,26 +120,26 @@ struct Checks {
 };
 
 // How far values are from the truth, relative to its 2-norm and, of single elements, to its root mean square.
-struct Error2 {
+struct TensorError {
     double norm = 0.0, largest = 0.0;
 };
-static Error2 error_of(const std::vector<double>& values, const std::vector<double>& truth) {
+static TensorError error_of(const std::vector<double>& values, const std::vector<double>& truth) {
     CHECK(values.size() == truth.size(), "comparison of %zu elements with %zu", values.size(), truth.size());
     double squares = 0.0, largest = 0.0;
     for (size_t i = 0; i < truth.size(); ++i) {
         const double error = std::abs(values[i] - truth[i]);
         squares += error * error;
-        largest = error <= largest ? largest : error;  // NaN stays
+        largest = std::isnan(largest) || error <= largest ? largest : error;  // NaN stays
     }
     const double rms = std::max(root_mean_square(truth), 1e-30);
     return {std::sqrt(squares / (double)truth.size()) / rms, largest / rms};
 }
-static Error2 limit_of(const std::vector<double>& plain, const std::vector<double>& truth) {
-    const Error2 error = error_of(plain, truth);
+static TensorError limit_of(const std::vector<double>& plain, const std::vector<double>& truth) {
+    const TensorError error = error_of(plain, truth);
     const double one_rounding = unit_roundoff<bf16>();
     return {2.0 * std::max(error.norm, one_rounding), 4.0 * std::max(error.largest, one_rounding)};
 }
-static bool within(const Error2& error, const Error2& limit) {
+static bool within(const TensorError& error, const TensorError& limit) {
     return error.norm <= limit.norm && error.largest <= limit.largest;
 }
 
@@ -147,7 +147,7 @@ static bool within(const Error2& error, const Error2& limit) {
 static void compare(Checks& checks, const std::string& what, const std::string& label,
                     const std::vector<double>& values, const std::vector<double>& plain,
                     const std::vector<double>& truth) {
-    const Error2 error = error_of(values, truth), limit = limit_of(plain, truth);
+    const TensorError error = error_of(values, truth), limit = limit_of(plain, truth);
     std::vector<double> scaled = truth, spoilt = truth, not_a_number = truth;
     for (double& value : scaled) {
         value *= 1.0 + 1.5 * limit.norm;
@@ -202,7 +202,6 @@ static void accumulate(GpuModel& model, const Case& c, const std::vector<std::ve
         model.accumulate_gradients(batches[i].data(), c.B, c.T, c.loss_weight((int)i));
     }
 }
-using Read = void (GpuModel::*)(int, float*);
 static Tensors read_all(GpuModel& model, const std::function<void(int, float*)>& read) {
     Tensors tensors;
     for (const ParameterTensor& tensor : model.parameters().tensors) {

@@ -8,6 +8,20 @@
 #include "llmc/model.cuh"     // Llama forward, backward and update on it
 #include "llmc/train_loop.h"  // settings, data, steps, evaluation, checkpoints
 
+// The plan, and what else would fit; also of a run that does not.
+static void print_memory(const RunConfig& config, const GpuModelSettings& settings, const GpuDevice& gpu) {
+    std::string text = planned_memory(config.model, settings).table();
+    text += format_string("%.2f GiB are free; the longest --seq_len that fits", gpu.free_bytes / BYTES_PER_GIB);
+    for (const auto& [word, recompute] : choices(Recompute())) {
+        GpuModelSettings other = settings;
+        other.recompute = recompute;
+        text += format_string("%s %lld with --recompute %s", recompute == Recompute::none ? ":" : ",",
+                              (long long)longest_seq_len(config.model, other, gpu.free_bytes), word);
+    }
+    std::printf("%s\n", text.c_str());
+    std::fflush(stdout);
+}
+
 static int train(int argc, char** argv) {
     const std::optional<RunConfig> config = configure_run(argc, argv);
     if (!config) {
@@ -16,8 +30,7 @@ static int train(int argc, char** argv) {
     const GpuDevice gpu = open_device(config->device);
     const GpuModelSettings settings = gpu_model_settings(*config);
     if (config->print_memory) {
-        std::printf("%s", planned_memory(config->model, settings).table().c_str());  // also of a run that does not fit
-        std::fflush(stdout);
+        print_memory(*config, settings, gpu);
     }
     GpuModel model(config->model, settings);
     DeviceInfo device;

@@ -35,9 +35,13 @@ class DeviceMemory {
 template <class Element>
 class PinnedMemory {
   public:
+    PinnedMemory() = default;
     explicit PinnedMemory(size_t num_elements) { CUDA_CHECK(cudaMallocHost(&data_, num_elements * sizeof(Element))); }
-    PinnedMemory(const PinnedMemory&) = delete;
-    PinnedMemory& operator=(const PinnedMemory&) = delete;
+    PinnedMemory(PinnedMemory&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
+    PinnedMemory& operator=(PinnedMemory&& other) noexcept {
+        std::swap(data_, other.data_);
+        return *this;
+    }
     ~PinnedMemory() { cudaFreeHost(data_); }
     Element* data() const { return data_; }
 

@@ -119,15 +119,16 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
       settings_(settings),
       table_(make_parameter_table(config)),
       layout_(make_parameter_layout(table_)),
-      rope_(make_rope_frequencies(config)),
-      stages_{
-          {{PinnedMemory<int32_t>(2 * settings.max_rows()), {}}, {PinnedMemory<int32_t>(2 * settings.max_rows()), {}}}},
-      results_(2) {
+      rope_(make_rope_frequencies(config)) {
     plan_buffers(plan_, buffers_, config_, layout_, settings_);
     size_t free_bytes, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
     check_fits(plan_, free_bytes, config_, settings_);
     plan_.allocate();
+    for (TokenStage& stage : stages_) {
+        stage.tokens = PinnedMemory<int32_t>(2 * settings.max_rows());
+    }
+    results_ = PinnedMemory<float>(2);
     gemm_ = std::make_unique<Gemm>(buffers_.gemm_workspace, GEMM_WORKSPACE_BYTES);
 }
 

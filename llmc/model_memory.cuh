@@ -351,10 +351,37 @@ inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse) 
     }
 }
 
+// What a plan may need where free_bytes are free.
+inline size_t usable_memory(size_t free_bytes) {
+    return free_bytes > DEVICE_MEMORY_RESERVE ? free_bytes - DEVICE_MEMORY_RESERVE : 0;
+}
+
+// The longest --seq_len that these settings leave room for, a multiple of 128 or of what the Lighthouse geometry asks;
+// 0: none.
+inline int64_t longest_seq_len(const ModelConfig& config, GpuModelSettings settings, size_t free_bytes) {
+    int64_t unit = 128, smallest = 1;  // units
+    if (settings.lighthouse) {
+        const LighthouseGeometry g = make_lighthouse_geometry(settings.max_seq_len, *settings.lighthouse);
+        unit = g.tiles * g.window(g.levels - 1), smallest = LIGHTHOUSE_TILE_BUDGET;
+    }
+    auto fits = [&](int64_t units) {
+        settings.max_seq_len = units * unit;
+        return planned_memory(config, settings).num_bytes() <= usable_memory(free_bytes);
+    };
+    // Of the lengths that --seq_len and --batch_size may have.
+    int64_t fitting = smallest - 1,
+            beyond = std::min(((int64_t)1 << 24) / unit, (int64_t)INT32_MAX / settings.max_batch_size / unit) + 1;
+    while (beyond - fitting > 1) {
+        const int64_t middle = (fitting + beyond) / 2;
+        (fits(middle) ? fitting : beyond) = middle;
+    }
+    return fitting < smallest ? 0 : fitting * unit;
+}
+
 // Throws when the plan needs more than free_bytes less DEVICE_MEMORY_RESERVE, naming the settings that would fit.
 inline void check_fits(const MemoryPlan& plan, size_t free_bytes, const ModelConfig& config,
                        const GpuModelSettings& settings) {
-    const size_t usable = free_bytes > DEVICE_MEMORY_RESERVE ? free_bytes - DEVICE_MEMORY_RESERVE : 0;
+    const size_t usable = usable_memory(free_bytes);
     if (plan.num_bytes() <= usable) {
         return;
     }
