@@ -40,8 +40,8 @@ enum class DvStart { AFTER_DS, BEFORE_DS };
 // CONSUMERS: by reductions of four floats from the consumers' registers.
 enum class DqAdd { WRITER, CONSUMERS };
 
-// What a block works on: BLOCK_N keys of a kv head and, for every query head of its group, the query tiles [first_tile,
-// end_tile) that see any of them. Tiles from first_unmasked on see all of them.
+// An item of work: BLOCK_N keys of a kv head and, for every query head of its group, the query tiles [first_tile,
+// end_tile) that see any of them. Tiles from first_unmasked on see all of them. b = -1: there is no more work.
 struct KeyBlock {
     int b, kv_head, first_key;
     int first_tile, first_unmasked, end_tile;
@@ -59,20 +59,20 @@ struct HopperBackwardTile {
     static constexpr int STAGES = 2;                     // tiles of q, dout and dS in flight
     static constexpr int CONSUMERS = 2;                  // warpgroups
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP_SIZE;
-    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;  // (24 + 2 * 240) * 128 <= 65536
+    static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 240;  // (32 + 2 * 240) * 128 = 65536
     static constexpr int DQ_ELEMENTS = BLOCK_M * D / CONSUMERS;              // of a tile of dq, a warpgroup: 64 x 64
 
     struct Shared {
-        alignas(1024) bf16 k[BLOCK_N * D];  // at the end the tile of dk
-        alignas(1024) bf16 v[BLOCK_N * D];  // at the end the tile of dv
+        alignas(1024) bf16 k[BLOCK_N * D];
+        alignas(1024) bf16 v[BLOCK_N * D];
         alignas(1024) bf16 q[STAGES][BLOCK_M * D];
         alignas(1024) bf16 dout[STAGES][BLOCK_M * D];
         alignas(1024) bf16 ds[STAGES][BLOCK_M * BLOCK_N];   // [keys / 64][query][64 keys]
-        alignas(1024) float dq[CONSUMERS][DQ_ELEMENTS];     // on its way to the accumulator
+        alignas(1024) float out[CONSUMERS][DQ_ELEMENTS];    // dq on its way to the accumulator, then dv, then dk
         alignas(128) float statistics[STAGES][2][BLOCK_M];  // lse in powers of two, delta
-        KeyBlock block;                                     // here because registers are short
-        uint64_t kv_full;
-        uint64_t q_full[STAGES], q_empty[STAGES];  // q and the statistics
+        KeyBlock block[2];                                  // of even and odd items; here because registers are short
+        uint64_t kv_full, kv_empty;                         // k, v and the item
+        uint64_t q_full[STAGES], q_empty[STAGES];           // q and the statistics
         uint64_t dout_full[STAGES], dout_empty[STAGES];
     };
 };
@@ -83,6 +83,7 @@ struct HopperBackwardArguments {
     CUtensorMap dk, dv;       // of 64 rows
     const float* statistics;  // [B * H][query tiles][2][BLOCK_M], see hopper_backward_prepare_kernel
     float* dq_accumulator;    // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_dq_kernel
+    int* items_taken;         // beyond the first of every block
     int64_t Tq, Tk, key_offset;
     int H, heads_per_kv_head, num_query_tiles;
     float scale, scale_log2;
@@ -93,15 +94,15 @@ struct HopperBackwardArguments {
 constexpr int HOPPER_ROWS_THREADS = 256;
 constexpr int HOPPER_STATISTICS_LANES = 8;  // threads a row: 128 bytes of a row at a time
 
-// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator (=) 0. A row that sees no
-// key, and rows of the last tile that do not exist, get lse +infinity, which makes their P zero, and the latter delta
-// 0. Launch: 8 threads a row, flat grid over the rows of all tiles. Bound: bandwidth, 4D bytes read and 4D written a
-// row.
+// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator (=) 0, items_taken (=) 0.
+// A row that sees no key, and rows of the last tile that do not exist, get lse +infinity, which makes their P zero, and
+// the latter delta 0. Launch: 8 threads a row, flat grid over the rows of all tiles. Bound: bandwidth, 4D bytes read
+// and 4D written a row.
 template <int D, int BLOCK_M>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
-    hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, HeadView<const bf16> dout,
-                                   HeadView<const bf16> out, const float* lse, int64_t num_tile_rows, int64_t Tq,
-                                   int64_t padded_Tq, int H) {
+    hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, int* items_taken,
+                                   HeadView<const bf16> dout, HeadView<const bf16> out, const float* lse,
+                                   int64_t num_tile_rows, int64_t Tq, int64_t padded_Tq, int H) {
     const int64_t row = ((int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x) / HOPPER_STATISTICS_LANES;
     const int lane = threadIdx.x % HOPPER_STATISTICS_LANES;
     const int64_t head = row / padded_Tq, t = row % padded_Tq;
@@ -125,6 +126,9 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     }
     if (row >= num_tile_rows) {
         return;
+    }
+    if (row == 0 && lane == 0) {
+        *items_taken = 0;
     }
     if (lane == 0) {
         const float row_lse = exists ? lse[head * Tq + t] : -INFINITY;
@@ -177,12 +181,12 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
 // ---- backward ----------------------------------------------------------------------------------
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // device code below: sm_90a alone
 
-// Named barriers. DQ_FULL and DQ_EMPTY: one a consumer warpgroup, between it and the writer warp.
-enum HopperBackwardBarrier { DS_WRITTEN = 1, DQ_FULL = 2, DQ_EMPTY = 4, WARPGROUP_DONE = 6 };
+// Named barriers. OUT_FULL and OUT_EMPTY: one a consumer warpgroup, between it and the writer warp.
+enum HopperBackwardBarrier { DS_WRITTEN = 1, OUT_FULL = 2, OUT_EMPTY = 4 };
 
 template <class Tile>
-__device__ __forceinline__ KeyBlock find_key_block(const HopperBackwardArguments& args) {
-    const TileOrder::Place place = args.order.place(blockIdx.x);
+__device__ __forceinline__ KeyBlock find_key_block(const HopperBackwardArguments& args, int item) {
+    const TileOrder::Place place = args.order.place(item);
     const int num_kv_heads = args.H / args.heads_per_kv_head, end_tile = args.num_query_tiles;
     const int Tq = (int)args.Tq, key_offset = (int)args.key_offset;
     KeyBlock block;
@@ -199,36 +203,59 @@ __device__ __forceinline__ KeyBlock find_key_block(const HopperBackwardArguments
     return block;
 }
 
-// Loads k and v, then q, dout and the statistics of every query tile. One thread.
+// Loads, item after item, k and v, and q, dout and the statistics of every query tile. The first item is the block's
+// number, the others are those that nobody has taken yet. An item's first query tile comes before its k and v, which
+// must wait until the item before is done with its own. One thread.
 template <class Tile>
-__device__ __forceinline__ void backward_load(typename Tile::Shared& shared, const HopperBackwardArguments& args,
-                                              const KeyBlock& block) {
+__device__ __forceinline__ void backward_load(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
     constexpr int TILE_BYTES = sizeof(shared.q[0]), STATISTICS_BYTES = sizeof(shared.statistics[0]);
-    const uint32_t kv_full = shared_address(&shared.kv_full);
-    mbarrier_arrive_expect(kv_full, sizeof(shared.k) + sizeof(shared.v));
-    tma_load(shared_address(shared.k), &args.k, block.first_key, block.kv_head, block.b, kv_full);
-    tma_load(shared_address(shared.v), &args.v, block.first_key, block.kv_head, block.b, kv_full);
+    const uint32_t kv_full = shared_address(&shared.kv_full), kv_empty = shared_address(&shared.kv_empty);
+    const int num_items = args.order.num_tiles * args.order.num_heads;
     PipelineState<Tile::STAGES> state;
+    int item = blockIdx.x, slot = 0;
 #pragma unroll 1
-    for (int i = 0; i < args.heads_per_kv_head; ++i) {
-        const int h = block.kv_head * args.heads_per_kv_head + i;
-        const float* statistics =
-            args.statistics + ((int64_t)block.b * args.H + h) * args.num_query_tiles * (2 * Tile::BLOCK_M);
+    for (; item < num_items; slot ^= 1) {
+        // The item two before, which had this slot, is over: the one before could not have been started otherwise.
+        KeyBlock& block = shared.block[slot];
+        block = find_key_block<Tile>(args, item);
+        item = gridDim.x + atomicAdd(args.items_taken, 1);
+        int tiles_to_come = args.heads_per_kv_head * (block.end_tile - block.first_tile);
+        bool kv_to_come = true;
+        int h = block.kv_head * args.heads_per_kv_head, tile = block.first_tile;
 #pragma unroll 1
-        for (int tile = block.first_tile; tile < block.end_tile; ++tile, state.advance()) {
-            const int stage = state.stage;
-            const uint32_t q_full = shared_address(&shared.q_full[stage]);
-            mbarrier_wait(shared_address(&shared.q_empty[stage]), state.parity ^ 1);
-            mbarrier_arrive_expect(q_full, TILE_BYTES + STATISTICS_BYTES);
-            tma_load(shared_address(shared.q[stage]), &args.q, tile * Tile::BLOCK_M, h, block.b, q_full);
-            bulk_load(shared_address(shared.statistics[stage]), statistics + (int64_t)tile * (2 * Tile::BLOCK_M),
-                      STATISTICS_BYTES, q_full);
-            const uint32_t dout_full = shared_address(&shared.dout_full[stage]);
-            mbarrier_wait(shared_address(&shared.dout_empty[stage]), state.parity ^ 1);
-            mbarrier_arrive_expect(dout_full, TILE_BYTES);
-            tma_load(shared_address(shared.dout[stage]), &args.dout, tile * Tile::BLOCK_M, h, block.b, dout_full);
+        while (tiles_to_come > 0 || kv_to_come) {
+            if (tiles_to_come > 0) {
+                const int stage = state.stage, row = tile * Tile::BLOCK_M;
+                const uint32_t q_full = shared_address(&shared.q_full[stage]);
+                mbarrier_wait(shared_address(&shared.q_empty[stage]), state.parity ^ 1);
+                mbarrier_arrive_expect(q_full, TILE_BYTES + STATISTICS_BYTES);
+                tma_load(shared_address(shared.q[stage]), &args.q, row, h, block.b, q_full);
+                const int64_t query_tile = ((int64_t)block.b * args.H + h) * args.num_query_tiles + tile;
+                bulk_load(shared_address(shared.statistics[stage]), args.statistics + query_tile * (2 * Tile::BLOCK_M),
+                          STATISTICS_BYTES, q_full);
+                const uint32_t dout_full = shared_address(&shared.dout_full[stage]);
+                mbarrier_wait(shared_address(&shared.dout_empty[stage]), state.parity ^ 1);
+                mbarrier_arrive_expect(dout_full, TILE_BYTES);
+                tma_load(shared_address(shared.dout[stage]), &args.dout, row, h, block.b, dout_full);
+                state.advance();
+                --tiles_to_come;
+                if (++tile == block.end_tile) {
+                    tile = block.first_tile;
+                    ++h;
+                }
+            }
+            if (kv_to_come) {
+                mbarrier_wait(kv_empty, slot ^ 1);
+                mbarrier_arrive_expect(kv_full, sizeof(shared.k) + sizeof(shared.v));
+                tma_load(shared_address(shared.k), &args.k, block.first_key, block.kv_head, block.b, kv_full);
+                tma_load(shared_address(shared.v), &args.v, block.first_key, block.kv_head, block.b, kv_full);
+                kv_to_come = false;
+            }
         }
     }
+    mbarrier_wait(kv_empty, slot ^ 1);
+    shared.block[slot].b = -1;
+    mbarrier_arrive(kv_full);
 }
 
 // Where a warpgroup's part of a tile of dq is summed.
@@ -238,39 +265,64 @@ __device__ __forceinline__ float* dq_part(const HopperBackwardArguments& args, i
     return args.dq_accumulator + (query_tile * Tile::CONSUMERS + warpgroup) * Tile::DQ_ELEMENTS;
 }
 
-// Adds the warpgroups' parts of dq to the accumulator. One warp.
+// Moves what the consumers put into shared.out to global memory: their parts of dq, tile after tile, then dv, then dk.
+// One warp.
 template <class Tile>
-__device__ __forceinline__ void backward_add_dq(typename Tile::Shared& shared, const HopperBackwardArguments& args,
-                                                const KeyBlock& block) {
+__device__ __forceinline__ void backward_write(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
     constexpr int THREADS = WARPGROUP_SIZE + WARP_SIZE;
     const bool leader = threadIdx.x % WARP_SIZE == 0;
+    // start(w, tile): by the leader, for each warpgroup w once it has filled its part.
+    auto write = [&](auto start) {
+        // The last two groups are the two parts before these: their memory is free once they have read it.
+        if (leader) {
+            bulk_wait_read<1>();
+        }
+        __syncwarp();
+        named_barrier_arrive(OUT_EMPTY, THREADS);
+        if (leader) {
+            bulk_wait_read<0>();
+        }
+        __syncwarp();
+        named_barrier_arrive(OUT_EMPTY + 1, THREADS);
 #pragma unroll 1
-    for (int i = 0; i < args.heads_per_kv_head; ++i) {
-        const int h = block.kv_head * args.heads_per_kv_head + i;
-        float* part = dq_part<Tile>(args, block.b, h, block.first_tile, 0);
-#pragma unroll 1
-        for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
-            // The last two groups are the two parts of the tile before: their memory is free once they have read it.
+        for (int w = 0; w < Tile::CONSUMERS; ++w) {
+            named_barrier_sync(OUT_FULL + w, THREADS);
             if (leader) {
-                bulk_wait_read<1>();
-            }
-            __syncwarp();
-            named_barrier_arrive(DQ_EMPTY, THREADS);
-            if (leader) {
-                bulk_wait_read<0>();
-            }
-            __syncwarp();
-            named_barrier_arrive(DQ_EMPTY + 1, THREADS);
-#pragma unroll 1
-            for (int w = 0; w < Tile::CONSUMERS; ++w) {
-                named_barrier_sync(DQ_FULL + w, THREADS);
-                if (leader) {
-                    bulk_reduce_add_f32(part, shared_address(shared.dq[w]), sizeof(shared.dq[w]));
-                    bulk_commit();
-                }
-                part += Tile::DQ_ELEMENTS;
+                start(w);
+                bulk_commit();
             }
         }
+    };
+#pragma unroll 1
+    for (int slot = 0;; slot ^= 1) {
+        mbarrier_wait(shared_address(&shared.kv_full), slot);
+        const KeyBlock block = shared.block[slot];
+        if (block.b < 0) {
+            break;
+        }
+        if (leader) {
+            mbarrier_arrive(shared_address(&shared.kv_empty));
+        }
+        if (Tile::DQ_ADD == DqAdd::WRITER) {
+#pragma unroll 1
+            for (int i = 0; i < args.heads_per_kv_head; ++i) {
+                float* part =
+                    dq_part<Tile>(args, block.b, block.kv_head * args.heads_per_kv_head + i, block.first_tile, 0);
+#pragma unroll 1
+                for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
+                    write([&](int w) {
+                        bulk_reduce_add_f32(part, shared_address(shared.out[w]), sizeof(shared.out[w]));
+                        part += Tile::DQ_ELEMENTS;
+                    });
+                }
+            }
+        }
+        write([&](int w) {
+            tma_store(&args.dv, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
+        });
+        write([&](int w) {
+            tma_store(&args.dk, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
+        });
     }
     if (leader) {
         bulk_wait<0>();  // the block's shared memory must outlive its reading
@@ -409,26 +461,14 @@ __device__ __forceinline__ void store_key_gradient(uint32_t tile, const float (&
         stmatrix_x4(tile + step / 4 * (64 * 128) + row * 128 + (chunk ^ row % 8) * 16, fragment);
     }
 }
-// Writes dk and dv of this warpgroup's keys through the memory of k and v, which nobody may read any more. Rows past
-// the tensors' ends are left out by the maps.
-template <class Tile>
-__device__ __forceinline__ void store_key_gradients(const float (&dk)[Tile::D / 2], const float (&dv)[Tile::D / 2],
-                                                    typename Tile::Shared& shared, const HopperBackwardArguments& args,
-                                                    int warpgroup) {
-    const uint32_t dk_tile = shared_address(shared.k + warpgroup * 64 * Tile::D);
-    const uint32_t dv_tile = shared_address(shared.v + warpgroup * 64 * Tile::D);
-    store_key_gradient<Tile>(dk_tile, dk, args.scale);
-    store_key_gradient<Tile>(dv_tile, dv, 1.0f);
+// Gives this warpgroup's part of shared.out, which fill() fills, to the writer warp.
+template <class Tile, class Fill>
+__device__ __forceinline__ void give_to_writer(int warpgroup, Fill fill) {
+    constexpr int THREADS = WARPGROUP_SIZE + WARP_SIZE;
+    named_barrier_sync(OUT_EMPTY + warpgroup, THREADS);
+    fill();
     fence_async_shared();
-    named_barrier_sync(WARPGROUP_DONE + warpgroup, WARPGROUP_SIZE);
-    if (threadIdx.x % WARPGROUP_SIZE == 0) {
-        const KeyBlock& block = shared.block;
-        const int row = block.first_key + 64 * warpgroup;
-        tma_store(&args.dk, dk_tile, row, block.kv_head, block.b);
-        tma_store(&args.dv, dv_tile, row, block.kv_head, block.b);
-        bulk_commit();
-        bulk_wait<0>();
-    }
+    named_barrier_arrive(OUT_FULL + warpgroup, THREADS);
 }
 
 // One query tile of a consumer warpgroup. p: the tile's scores, which STARTED says are being computed already; next:
@@ -437,12 +477,14 @@ template <class Tile, bool MASKED, bool STARTED, bool START_NEXT>
 __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&dv)[Tile::D / 2],
                                               float (&p)[Tile::BLOCK_M / 2], float (&next)[Tile::BLOCK_M / 2],
                                               typename Tile::Shared& shared, const HopperBackwardArguments& args,
-                                              int warpgroup, int h, int tile, PipelineState<Tile::STAGES>& state) {
+                                              const KeyBlock& block, int warpgroup, int h, int tile,
+                                              PipelineState<Tile::STAGES>& state) {
     constexpr int BLOCK_M = Tile::BLOCK_M, CONSUMER_THREADS = Tile::CONSUMERS * WARPGROUP_SIZE;
     const int thread = threadIdx.x % WARPGROUP_SIZE;
     const bool warp_leader = thread % WARP_SIZE == 0;
     const int stage = state.stage;
-    const uint32_t k = shared_address(shared.k), v = shared_address(shared.v);
+    // Opaque: what is computed from these is not kept in registers from tile to tile.
+    const uint32_t k = opaque(shared_address(shared.k)), v = opaque(shared_address(shared.v));
     const uint32_t q = shared_address(shared.q[stage]), dout = shared_address(shared.dout[stage]);
     const uint32_t ds = shared_address(shared.ds[stage]);
     auto start_scores_of = [&](float(&scores)[BLOCK_M / 2], const PipelineState<Tile::STAGES>& of) {
@@ -461,7 +503,7 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     wgmma_wait<1>();  // the scores
     wgmma_pin(p);
     if (MASKED) {
-        mask_key_rows<Tile>(p, args, shared.block.first_key + 64 * warpgroup, tile * BLOCK_M);
+        mask_key_rows<Tile>(p, args, block.first_key + 64 * warpgroup, tile * BLOCK_M);
     }
     exponentiate(p, shared.statistics[stage][0], args.scale_log2);
     uint32_t p_operand[BLOCK_M / 16][4], ds_operand[BLOCK_M / 16][4];
@@ -494,16 +536,15 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
         mbarrier_arrive(shared_address(&shared.dout_empty[stage]));
     }
     if (Tile::DQ_ADD == DqAdd::WRITER) {
-        named_barrier_sync(DQ_EMPTY + warpgroup, WARPGROUP_SIZE + WARP_SIZE);
-        float4* staging = reinterpret_cast<float4*>(shared.dq[warpgroup]) + thread;
+        give_to_writer<Tile>(warpgroup, [&] {
+            float4* out = reinterpret_cast<float4*>(shared.out[warpgroup]) + thread;
 #pragma unroll
-        for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
-            staging[i * WARPGROUP_SIZE] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-        }
-        fence_async_shared();
-        named_barrier_arrive(DQ_FULL + warpgroup, WARPGROUP_SIZE + WARP_SIZE);
+            for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
+                out[i * WARPGROUP_SIZE] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
+            }
+        });
     } else {
-        float* part = dq_part<Tile>(args, shared.block.b, h, tile, warpgroup) + 4 * thread;
+        float* part = dq_part<Tile>(args, block.b, h, tile, warpgroup) + 4 * thread;
 #pragma unroll
         for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
             red_add_f32x4(part + i * 4 * WARPGROUP_SIZE,
@@ -522,42 +563,59 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     }
 }
 
-// dk and dv of the block's keys, and their share of dq. Two warpgroups.
+// dk and dv of every item's keys, and their share of dq. Two warpgroups.
 template <class Tile>
 __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
-    const KeyBlock& block = shared.block;
     const int warpgroup = threadIdx.x / WARPGROUP_SIZE - 1;
-    float dk[Tile::D / 2] = {}, dv[Tile::D / 2] = {}, p[2][Tile::BLOCK_M / 2];
+    float p[2][Tile::BLOCK_M / 2];
     PipelineState<Tile::STAGES> state;
-    mbarrier_wait(shared_address(&shared.kv_full), 0);
 #pragma unroll 1
-    for (int i = 0; i < args.heads_per_kv_head; ++i) {
-        // Whole groups of TILES_A_TURN remain for the second loop.
-        const int masked_end = block.first_unmasked + (block.end_tile - block.first_unmasked) % Tile::TILES_A_TURN;
-        const int h = block.kv_head * args.heads_per_kv_head + i;
-        int tile = block.first_tile;
-#pragma unroll 1
-        for (; tile < masked_end; ++tile) {
-            backward_tile<Tile, true, false, false>(dk, dv, p[0], p[1], shared, args, warpgroup, h, tile, state);
+    for (int slot = 0;; slot ^= 1) {
+        mbarrier_wait(shared_address(&shared.kv_full), slot);
+        const KeyBlock& block = shared.block[slot];
+        if (block.b < 0) {
+            break;
         }
+        float dk[Tile::D / 2] = {}, dv[Tile::D / 2] = {};
 #pragma unroll 1
-        for (; tile < block.end_tile; tile += Tile::TILES_A_TURN) {
-            if constexpr (Tile::TILES_A_TURN == 1) {
-                backward_tile<Tile, false, false, false>(dk, dv, p[0], p[1], shared, args, warpgroup, h, tile, state);
-            } else {
-                backward_tile<Tile, false, false, true>(dk, dv, p[0], p[1], shared, args, warpgroup, h, tile, state);
-                if constexpr (Tile::TILES_A_TURN == 4) {
-                    backward_tile<Tile, false, true, true>(dk, dv, p[1], p[0], shared, args, warpgroup, h, tile, state);
-                    backward_tile<Tile, false, true, true>(dk, dv, p[0], p[1], shared, args, warpgroup, h, tile, state);
+        for (int i = 0; i < args.heads_per_kv_head; ++i) {
+            // Whole groups of TILES_A_TURN remain for the second loop.
+            const int masked_end = block.first_unmasked + (block.end_tile - block.first_unmasked) % Tile::TILES_A_TURN;
+            const int h = block.kv_head * args.heads_per_kv_head + i;
+            int tile = block.first_tile;
+#pragma unroll 1
+            for (; tile < masked_end; ++tile) {
+                backward_tile<Tile, true, false, false>(dk, dv, p[0], p[1], shared, args, block, warpgroup, h, tile,
+                                                        state);
+            }
+#pragma unroll 1
+            for (; tile < block.end_tile; tile += Tile::TILES_A_TURN) {
+                if constexpr (Tile::TILES_A_TURN == 1) {
+                    backward_tile<Tile, false, false, false>(dk, dv, p[0], p[1], shared, args, block, warpgroup, h,
+                                                             tile, state);
+                } else {
+                    backward_tile<Tile, false, false, true>(dk, dv, p[0], p[1], shared, args, block, warpgroup, h, tile,
+                                                            state);
+                    if constexpr (Tile::TILES_A_TURN == 4) {
+                        backward_tile<Tile, false, true, true>(dk, dv, p[1], p[0], shared, args, block, warpgroup, h,
+                                                               tile, state);
+                        backward_tile<Tile, false, true, true>(dk, dv, p[0], p[1], shared, args, block, warpgroup, h,
+                                                               tile, state);
+                    }
+                    backward_tile<Tile, false, true, false>(dk, dv, p[1], p[0], shared, args, block, warpgroup, h, tile,
+                                                            state);
                 }
-                backward_tile<Tile, false, true, false>(dk, dv, p[1], p[0], shared, args, warpgroup, h, tile, state);
             }
         }
+        wgmma_pin(dk);
+        wgmma_pin(dv);
+        if (threadIdx.x % WARP_SIZE == 0) {
+            mbarrier_arrive(shared_address(&shared.kv_empty));
+        }
+        const uint32_t out = shared_address(shared.out[warpgroup]);
+        give_to_writer<Tile>(warpgroup, [&] { store_key_gradient<Tile>(out, dv, 1.0f); });
+        give_to_writer<Tile>(warpgroup, [&] { store_key_gradient<Tile>(out, dk, args.scale); });
     }
-    wgmma_pin(dk);
-    wgmma_pin(dv);
-    named_barrier_sync(DS_WRITTEN, Tile::CONSUMERS * WARPGROUP_SIZE);  // nobody reads k and v any more
-    store_key_gradients<Tile>(dk, dv, shared, args, warpgroup);
 }
 #endif
 
@@ -570,9 +628,9 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     extern __shared__ __align__(1024) unsigned char hopper_backward_shared[];
     typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(hopper_backward_shared);
     if (threadIdx.x == 0) {
-        shared.block = find_key_block<Tile>(args);
         constexpr int CONSUMER_WARPS = Tile::CONSUMERS * WARPGROUP_SIZE / WARP_SIZE;
         mbarrier_init(shared_address(&shared.kv_full), 1);
+        mbarrier_init(shared_address(&shared.kv_empty), CONSUMER_WARPS + 1);  // and the writer warp
         for (int stage = 0; stage < Tile::STAGES; ++stage) {
             mbarrier_init(shared_address(&shared.q_full[stage]), 1);
             mbarrier_init(shared_address(&shared.dout_full[stage]), 1);
@@ -585,9 +643,9 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     if (threadIdx.x < WARPGROUP_SIZE) {
         registers_decrease<Tile::PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
-            backward_load<Tile>(shared, args, shared.block);
-        } else if (Tile::DQ_ADD == DqAdd::WRITER && threadIdx.x / WARP_SIZE == 1) {
-            backward_add_dq<Tile>(shared, args, shared.block);
+            backward_load<Tile>(shared, args);
+        } else if (threadIdx.x / WARP_SIZE == 1) {
+            backward_write<Tile>(shared, args);
         }
     } else {
         registers_increase<Tile::CONSUMER_REGISTERS>();
@@ -600,15 +658,17 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 inline int hopper_backward_block_m(int D) {
     return D == 128 ? HopperBackwardTile<128>::BLOCK_M : HopperBackwardTile<64>::BLOCK_M;
 }
+constexpr size_t HOPPER_ITEMS_TAKEN_BYTES = 256;  // keeps the rest aligned to cache lines
 inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
     return (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * 2 * sizeof(float);
 }
-// Exact: 8 + 4 D bytes a query row and head, rows rounded up to a tile; deterministic as flash_attention_mma.cuh.
+// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic:
+// flash_attention_mma.cuh's.
 inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic) {
     if (deterministic) {
         return flash_attention_mma_backward_scratch_bytes(s, true);
     }
-    return hopper_backward_statistics_bytes(s) +
+    return HOPPER_ITEMS_TAKEN_BYTES + hopper_backward_statistics_bytes(s) +
            (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * s.D * sizeof(float);
 }
 
@@ -652,14 +712,15 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView
     args.order = mma_tile_order(ceil_div<int64_t>(s.Tk, Tile::BLOCK_N), s.B, s.Hkv, 1,
                                 s.Tq * args.heads_per_kv_head * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float)));
 
-    float* statistics = static_cast<float*>(scratch);
+    args.items_taken = static_cast<int*>(scratch);
+    float* statistics = reinterpret_cast<float*>(static_cast<char*>(scratch) + HOPPER_ITEMS_TAKEN_BYTES);
     args.statistics = statistics;
-    args.dq_accumulator = reinterpret_cast<float*>(static_cast<char*>(scratch) + hopper_backward_statistics_bytes(s));
+    args.dq_accumulator = statistics + hopper_backward_statistics_bytes(s) / sizeof(float);
     const int64_t padded_Tq = (int64_t)args.num_query_tiles * Tile::BLOCK_M, num_tile_rows = s.B * s.H * padded_Tq;
     const int64_t num_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / HOPPER_STATISTICS_LANES);
     CHECK(num_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds", (long long)num_tile_rows);
     hopper_backward_prepare_kernel<Tile::D, Tile::BLOCK_M><<<num_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
-        statistics, args.dq_accumulator, dout, out, lse, num_tile_rows, s.Tq, padded_Tq, s.H);
+        statistics, args.dq_accumulator, args.items_taken, dout, out, lse, num_tile_rows, s.Tq, padded_Tq, s.H);
     CUDA_CHECK_LAUNCH();
     return args;
 }
@@ -674,28 +735,24 @@ inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& a
         dq, args.dq_accumulator, num_tiles, s.Tq, args.num_query_tiles, s.H, s.scale);
     CUDA_CHECK_LAUNCH();
 }
-// kernel: flash_attention_hopper_backward_kernel or one that does the same work for each block.
-template <class Tile>
-inline void hopper_launch_backward(void (*kernel)(HopperBackwardArguments), int threads, HeadView<bf16> dq,
-                                   HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
-                                   HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
-                                   HeadView<const bf16> out, const float* lse, void* scratch,
-                                   const AttentionShape& shape, cudaStream_t stream) {
-    const HopperBackwardArguments args =
-        hopper_begin_backward<Tile>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, stream);
-    constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
-    kernel<<<args.order.num_tiles * args.order.num_heads, threads, SHARED_BYTES, stream>>>(args);
-    CUDA_CHECK_LAUNCH();
-    hopper_finish_dq<Tile>(dq, args, shape, stream);
-}
 template <class Tile>
 inline void hopper_launch_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
                                    HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
                                    HeadView<const bf16> out, const float* lse, void* scratch,
-                                   const AttentionShape& shape, cudaStream_t stream) {
-    hopper_launch_backward<Tile>(flash_attention_hopper_backward_kernel<Tile>, Tile::THREADS, dq, dk, dv, dout, q, k, v,
-                                 out, lse, scratch, shape, stream);
+                                   const AttentionShape& shape, cudaStream_t stream, bool one_block_an_item = false) {
+    const HopperBackwardArguments args =
+        hopper_begin_backward<Tile>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, stream);
+    constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
+    const auto kernel = flash_attention_hopper_backward_kernel<Tile>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
+    int device, num_sms;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+    const int num_items = args.order.num_tiles * args.order.num_heads;
+    const int num_blocks = one_block_an_item ? num_items : std::min(num_items, num_sms);
+    kernel<<<num_blocks, Tile::THREADS, SHARED_BYTES, stream>>>(args);
+    CUDA_CHECK_LAUNCH();
+    hopper_finish_dq<Tile>(dq, args, shape, stream);
 }
 
 // dq, dk, dv (=), D = 64 or 128. out and lse are the forward's (or, of a chunk of keys, those of all keys together: the

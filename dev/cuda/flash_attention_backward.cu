@@ -136,12 +136,12 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
     typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(hopper_backward_shared);
     const uint32_t full = shared_address(&shared.kv_full);
     if (threadIdx.x == 0) {
-        shared.block = find_key_block<Tile>(args);
+        shared.block[0] = find_key_block<Tile>(args, blockIdx.x);
         mbarrier_init(full, 1);
         mbarrier_init_fence();
     }
     __syncthreads();
-    const KeyBlock& block = shared.block;
+    const KeyBlock& block = shared.block[0];
     const int warpgroup = threadIdx.x / WARPGROUP_SIZE, thread = threadIdx.x % WARPGROUP_SIZE;
     const uint32_t k = shared_address(shared.k), v = shared_address(shared.v);
     const uint32_t q = shared_address(shared.q[0]), dout = shared_address(shared.dout[0]);
@@ -212,27 +212,44 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
             }
         }
     }
+    __syncthreads();  // nobody reads k and v any more
+    const uint32_t dk_tile = k + warpgroup * (64 * D * 2), dv_tile = v + warpgroup * (64 * D * 2);
+    store_key_gradient<Tile>(dk_tile, dk, args.scale);
+    store_key_gradient<Tile>(dv_tile, dv, 1.0f);
+    fence_async_shared();
     __syncthreads();
-    store_key_gradients<Tile>(dk, dv, shared, args, warpgroup);
+    if (thread == 0) {
+        tma_store(&args.dk, dk_tile, block.first_key + 64 * warpgroup, block.kv_head, block.b);
+        tma_store(&args.dv, dv_tile, block.first_key + 64 * warpgroup, block.kv_head, block.b);
+        bulk_commit();
+        bulk_wait<0>();
+    }
 #endif
 }
 template <int D>
 static void launch_kernel7(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
     using Tile = HopperBackwardTile<D>;
-    hopper_launch_backward<Tile>(flash_attention_backward_kernel7<Tile>, Tile::CONSUMERS * WARPGROUP_SIZE, x.dq, x.dk,
-                                 x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, stream);
+    const HopperBackwardArguments args =
+        hopper_begin_backward<Tile>(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, stream);
+    constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
+    const auto kernel = flash_attention_backward_kernel7<Tile>;
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
+    kernel<<<args.order.num_tiles * args.order.num_heads, Tile::CONSUMERS * WARPGROUP_SIZE, SHARED_BYTES, stream>>>(
+        args);
+    CUDA_CHECK_LAUNCH();
+    hopper_finish_dq<Tile>(x.dq, args, shape, stream);
 }
 static void flash_attention_backward7(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
     shape.D == 64 ? launch_kernel7<64>(x, shape, stream) : launch_kernel7<128>(x, shape, stream);
 }
 
 // ---- 8 and up: specialised warps (llmc/flash_attention_hopper_backward.cuh) --------------------
-template <DvStart DV_START, int TILES_A_TURN, DqAdd DQ_ADD = DqAdd::WRITER>
+template <DvStart DV_START, int TILES_A_TURN, DqAdd DQ_ADD = DqAdd::WRITER, bool one_block_an_item = true>
 static void flash_attention_backward_wgmma(const BackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
     auto launch = [&](auto tile) {
         hopper_launch_backward<decltype(tile)>(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape,
-                                               stream);
+                                               stream, one_block_an_item);
     };
     if (shape.D == 64) {
         launch(HopperBackwardTile<64, DV_START, TILES_A_TURN, DQ_ADD>());
@@ -314,6 +331,14 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {14,
      "variant 11, dq added from registers",
      {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 2, DqAdd::CONSUMERS>, hopper_scratch, false, true, 131072,
+      true}},
+    {15,
+     "variant 9, persistent blocks",
+     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 1, DqAdd::WRITER, false>, hopper_scratch, false, true, 131072,
+      true}},
+    {16,
+     "variant 11, persistent blocks",
+     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 2, DqAdd::WRITER, false>, hopper_scratch, false, true, 131072,
       true}},
 #endif
     {20,
