@@ -147,7 +147,7 @@ inline std::vector<std::string> names_in(const std::string& folder) {
     for (fs::directory_iterator it(folder, error); !error && it != fs::directory_iterator(); it.increment(error)) {
         names.push_back(it->path().filename().string());
     }
-    CHECK(!error || error == std::errc::no_such_file_or_directory, "%s: cannot be read: %s", folder.c_str(),
+    CHECK(!error || error == std::errc::no_such_file_or_directory, "%s: cannot list this folder: %s", folder.c_str(),
           error.message().c_str());
     return names;
 }

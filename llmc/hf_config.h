@@ -4,6 +4,7 @@
 // RoPE stands in "rope_theta" and "rope_scaling" (transformers up to 4), or in "rope_parameters" (from 5 on). Both are
 // read; both are written, so that tools of either kind agree.
 #pragma once
+#include <limits>
 #include <string>
 #include <string_view>
 #include <utility>

@@ -1,13 +1,12 @@
 // json.h: JSON of files that others may have written or damaged: strict reading, and named values with messages that
 // say file, entry and rule.
 #pragma once
-#include <cmath>
+#include <cerrno>
 #include <cstdint>
+#include <cstring>
 #include <fstream>
-#include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
-#include <sstream>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -50,6 +49,8 @@ inline JsonValue parse_json(std::string_view text, const std::string& source) {
     try {
         return JsonValue::parse(text.begin(), text.end(), check_event);
     } catch (const JsonValue::parse_error& error) {
+        CHECK(error.byte <= text.size(), "%s: is not valid JSON: it ends, after %zu bytes, before its value does",
+              source.c_str(), text.size());
         fail("%s: is not valid JSON at byte %zu of %zu", source.c_str(), error.byte, text.size());
     } catch (const JsonValue::exception&) {
         fail("%s: its JSON has a number that is out of range", source.c_str());
@@ -60,7 +61,7 @@ inline JsonValue parse_json(std::string_view text, const std::string& source) {
 inline std::string read_text_file(const std::string& path) {
     constexpr std::streamoff MAX_BYTES = (std::streamoff)100 << 20;
     std::ifstream file(path, std::ios::binary | std::ios::ate);
-    CHECK(file.good(), "%s: cannot open this file", path.c_str());
+    CHECK(file.good(), "%s: cannot open: %s", path.c_str(), std::strerror(errno));
     const std::streamoff num_bytes = file.tellg();
     CHECK(num_bytes >= 0 && num_bytes <= MAX_BYTES, "%s: is not a text file of at most 100 MiB", path.c_str());
     std::string text((size_t)num_bytes, '\0');

@@ -180,8 +180,9 @@ TEST(HfConfig, ValuesThatCannotBeAreRefused) {
 }
 
 TEST(HfConfig, TextThatIsNoConfigIsRefused) {
-    EXPECT_REFUSED("", "not valid JSON at byte");
-    EXPECT_REFUSED("{\"hidden_size\": 32", "not valid JSON at byte");
+    EXPECT_REFUSED("", "not valid JSON: it ends, after 0 bytes");
+    EXPECT_REFUSED("{\"hidden_size\": 32", "not valid JSON: it ends");
+    EXPECT_REFUSED("{\"hidden_size\": x}", "not valid JSON at byte 17 of 18");
     EXPECT_REFUSED("[]", "must hold a JSON object");
     EXPECT_REFUSED("null", "must hold a JSON object");
     EXPECT_REFUSED("{}", "lacks \"model_type\"");
