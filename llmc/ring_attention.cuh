@@ -17,83 +17,13 @@
 // a HeadView; lse [B, H, 2n]. n: rows of a chunk. Checked by dev/cuda/ring_attention.cu.
 #pragma once
 #include "comm.cuh"             // ranks
+#include "context_rows.cuh"     // rows in launches
 #include "flash_attention.cuh"  // the attention of two chunks on each other
 
 // How keys come to the queries.
 enum class ContextExchange { automatic, ring, gather };
 
 // ---- rows --------------------------------------------------------------------------------------
-// Kernels here move rows of D bf16, eight elements (16 bytes) a lane; a row has a power of two of lanes, so that it
-// lies in one warp, and those beyond D / 8 rest.
-constexpr int RING_THREADS = 256;
-
-struct RowBlock {  // the rows [B, num_rows, heads, D] that a launch works on
-    int B;
-    int64_t num_rows;
-    int heads, D;
-    int log2_lanes;  // a row
-
-    RowBlock(int B, int64_t num_rows, int heads, int D) : B(B), num_rows(num_rows), heads(heads), D(D), log2_lanes(0) {
-        while (8 << log2_lanes < D) {
-            ++log2_lanes;
-        }
-    }
-    int64_t count() const { return B * num_rows * heads; }
-    unsigned num_blocks() const {
-        const int64_t blocks = ceil_div<int64_t>(count() << log2_lanes, RING_THREADS);
-        CHECK(blocks < (int64_t)1 << 31, "ring attention: %lld rows of %d heads are more than a grid holds",
-              (long long)(B * num_rows), heads);
-        return (unsigned)blocks;
-    }
-};
-// Where this thread stands in it.
-struct RowPlace {
-    int64_t b, t;
-    int h, d;
-    bool active;  // false beyond the last row and beyond D
-
-    __device__ explicit RowPlace(const RowBlock& rows) {
-        const int64_t thread = (int64_t)blockIdx.x * RING_THREADS + threadIdx.x;
-        const int64_t row = thread >> rows.log2_lanes;
-        d = 8 * (int)(thread & ((1 << rows.log2_lanes) - 1));
-        h = (int)(row % rows.heads);
-        t = row / rows.heads % rows.num_rows;
-        b = row / rows.heads / rows.num_rows;
-        active = b < rows.B && d < rows.D;
-    }
-};
-
-struct EightFloats {
-    float value[8];
-};
-__device__ inline EightFloats load_eight(const float* address) {
-    EightFloats row;
-    store128(row.value, load128(address));
-    store128(row.value + 4, load128(address + 4));
-    return row;
-}
-__device__ inline EightFloats load_eight(const bf16* address) {
-    const bf16x8 packed = load128(address);
-    EightFloats row;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        row.value[i] = __bfloat162float(packed[i]);
-    }
-    return row;
-}
-__device__ inline void store_eight(float* address, const EightFloats& row) {
-    store128(address, load128(row.value));
-    store128(address + 4, load128(row.value + 4));
-}
-__device__ inline void store_eight(bf16* address, const EightFloats& row) {
-    bf16x8 packed;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        packed[i] = __float2bfloat16(row.value[i]);
-    }
-    store128(address, packed);
-}
-
 // The view from row t on.
 template <class Element>
 HeadView<Element> rows_from(HeadView<Element> view, int64_t t) {
@@ -104,7 +34,7 @@ HeadView<Element> rows_from(HeadView<Element> view, int64_t t) {
 // ---- kernels -----------------------------------------------------------------------------------
 // Launch: log2_lanes lanes a row of kv [B, num_rows, 2 Hkv, D]; 1-D grid. kv (=) the heads of k, then those of v.
 // Bound: bandwidth.
-__global__ void __launch_bounds__(RING_THREADS)
+__global__ void __launch_bounds__(ROW_THREADS)
     ring_pack_kernel(HeadView<bf16> kv, HeadView<const bf16> k, HeadView<const bf16> v, RowBlock rows) {
     const RowPlace place(rows);
     if (place.active) {
@@ -116,7 +46,7 @@ __global__ void __launch_bounds__(RING_THREADS)
 }
 inline void ring_pack(HeadView<bf16> kv, HeadView<const bf16> k, HeadView<const bf16> v, const RowBlock& rows,
                       cudaStream_t stream) {
-    ring_pack_kernel<<<rows.num_blocks(), RING_THREADS, 0, stream>>>(kv, k, v, rows);
+    ring_pack_kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(kv, k, v, rows);
     CUDA_CHECK_LAUNCH();
 }
 
@@ -130,7 +60,7 @@ struct RingSum {
 
 // Launch: as above, one row of H heads. lse and part_lse: [B, H, ...] with lse_stride and part_lse_stride rows a head.
 // Bound: bandwidth.
-__global__ void __launch_bounds__(RING_THREADS)
+__global__ void __launch_bounds__(ROW_THREADS)
     ring_merge_kernel(RingSum s, float* lse, int64_t lse_stride, HeadView<const bf16> part, const float* part_lse,
                       int64_t part_lse_stride, RowBlock rows) {
     const RowPlace place(rows);
@@ -166,13 +96,13 @@ __global__ void __launch_bounds__(RING_THREADS)
 }
 inline void ring_merge(const RingSum& sum, float* lse, int64_t lse_stride, HeadView<const bf16> part,
                        const float* part_lse, int64_t part_lse_stride, const RowBlock& rows, cudaStream_t stream) {
-    ring_merge_kernel<<<rows.num_blocks(), RING_THREADS, 0, stream>>>(sum, lse, lse_stride, part, part_lse,
-                                                                      part_lse_stride, rows);
+    ring_merge_kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(sum, lse, lse_stride, part, part_lse,
+                                                                     part_lse_stride, rows);
     CUDA_CHECK_LAUNCH();
 }
 
 // Launch: as above. Adds num_parts partial results, part_stride elements apart, in their order. Bound: bandwidth.
-__global__ void __launch_bounds__(RING_THREADS)
+__global__ void __launch_bounds__(ROW_THREADS)
     ring_add_kernel(RingSum s, HeadView<const bf16> parts, int64_t part_stride, int num_parts, RowBlock rows) {
     const RowPlace place(rows);
     if (!place.active) {
@@ -196,7 +126,7 @@ __global__ void __launch_bounds__(RING_THREADS)
 }
 inline void ring_add(const RingSum& sum, HeadView<const bf16> parts, int64_t part_stride, int num_parts,
                      const RowBlock& rows, cudaStream_t stream) {
-    ring_add_kernel<<<rows.num_blocks(), RING_THREADS, 0, stream>>>(sum, parts, part_stride, num_parts, rows);
+    ring_add_kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(sum, parts, part_stride, num_parts, rows);
     CUDA_CHECK_LAUNCH();
 }
 

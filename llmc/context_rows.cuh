@@ -1,0 +1,75 @@
+// context_rows.cuh: how the kernels of attention over several ranks (ring_attention.cuh, lighthouse_border.cuh) handle
+// rows of D bf16 or float: eight elements a lane (16 bytes of bf16); a row has a power of two of lanes, so that it lies
+// in one warp, and those beyond D / 8 rest.
+#pragma once
+#include "attention_shape.cuh"
+
+constexpr int ROW_THREADS = 256;
+
+struct RowBlock {  // the rows [B, num_rows, heads, D] that a launch works on
+    int B;
+    int64_t num_rows;
+    int heads, D;
+    int log2_lanes;  // a row
+
+    RowBlock(int B, int64_t num_rows, int heads, int D) : B(B), num_rows(num_rows), heads(heads), D(D), log2_lanes(0) {
+        while (8 << log2_lanes < D) {
+            ++log2_lanes;
+        }
+    }
+    int64_t count() const { return B * num_rows * heads; }
+    unsigned num_blocks() const {
+        const int64_t blocks = ceil_div<int64_t>(count() << log2_lanes, ROW_THREADS);
+        CHECK(blocks < (int64_t)1 << 31,
+              "attention over several ranks: %lld rows of %d heads are more than a grid holds",
+              (long long)(B * num_rows), heads);
+        return (unsigned)blocks;
+    }
+};
+// Where this thread stands in it.
+struct RowPlace {
+    int64_t b, t;
+    int h, d;
+    bool active;  // false beyond the last row and beyond D
+
+    __device__ explicit RowPlace(const RowBlock& rows) {
+        const int64_t thread = (int64_t)blockIdx.x * ROW_THREADS + threadIdx.x;
+        const int64_t row = thread >> rows.log2_lanes;
+        d = 8 * (int)(thread & ((1 << rows.log2_lanes) - 1));
+        h = (int)(row % rows.heads);
+        t = row / rows.heads % rows.num_rows;
+        b = row / rows.heads / rows.num_rows;
+        active = b < rows.B && d < rows.D;
+    }
+};
+
+struct EightFloats {
+    float value[8];
+};
+__device__ inline EightFloats load_eight(const float* address) {
+    EightFloats row;
+    store128(row.value, load128(address));
+    store128(row.value + 4, load128(address + 4));
+    return row;
+}
+__device__ inline EightFloats load_eight(const bf16* address) {
+    const bf16x8 packed = load128(address);
+    EightFloats row;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        row.value[i] = __bfloat162float(packed[i]);
+    }
+    return row;
+}
+__device__ inline void store_eight(float* address, const EightFloats& row) {
+    store128(address, load128(row.value));
+    store128(address + 4, load128(row.value + 4));
+}
+__device__ inline void store_eight(bf16* address, const EightFloats& row) {
+    bf16x8 packed;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        packed[i] = __float2bfloat16(row.value[i]);
+    }
+    store128(address, packed);
+}
