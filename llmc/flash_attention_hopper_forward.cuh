@@ -53,13 +53,14 @@ struct HopperForwardTile {
         ForwardWork work[Q_SLOTS];  // what q_full announces
     };
 
+    static constexpr int CLUSTER = 1;         // blocks that share key tiles: 2, of D / 64 column blocks one each loads
     static constexpr bool PING_PONG = true;   // consumers issue products in turn
     static constexpr bool LAZY = true;        // rescale only when a row's maximum moves by more than a threshold
     static constexpr bool PERSISTENT = true;  // one block an SM; otherwise one a tile
 };
 
 struct HopperForwardArguments {
-    CUtensorMap q, k, v, out;  // boxes of 64, BLOCK_N, BLOCK_N and 64 rows
+    CUtensorMap q, k, v, out;  // boxes of 64, BLOCK_N, BLOCK_N and 64 rows; k, v: of a block's share of the columns
     float* lse;
     int Tq, Tk, key_offset;  // query t sees keys below min(Tk, t + 1 + key_offset)
     int H, heads_per_kv_head;
@@ -79,7 +80,9 @@ enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4, OUT_BARRIER 
 // dealt out in rounds of one a block, so that long and short ones add up; the next group starts where the last one
 // ended. Of causal attention with 132 blocks, the most a block has above the mean is 0.1 % from 64K up, 1.3 % at 18K.
 struct TileWalk {
-    int first_head = 0, round = 0, start = blockIdx.x;
+    int first_head = 0, round = 0, start;
+
+    __device__ explicit TileWalk(int block) : start(block) {}
 
     // A place in 0 .. n-1 for each start in 0 .. n-1, n blocks. Over two rounds, to and fro, or over three (of an odd
     // number) the places add up to the same for every start, give or take one.
@@ -94,11 +97,10 @@ struct TileWalk {
         return (round + odd_rounds) % 2 == 0 ? start : n - 1 - start;
     }
 
-    // The next tile of this block, if there is one.
-    __device__ bool next(const TileOrder& order, TileOrder::Place* place) {
-        const int num_blocks = gridDim.x;
+    // The next tile of this block of num_blocks, if there is one.
+    __device__ bool next(const TileOrder& order, int num_blocks, TileOrder::Place* place) {
         if (num_blocks == order.num_tiles * order.num_heads) {
-            *place = order.place(blockIdx.x);
+            *place = order.place(start);
             return round++ == 0;
         }
         while (first_head < order.num_heads) {
@@ -122,14 +124,16 @@ struct TileWalk {
     }
 };
 
+// The block's part of a place: BLOCK_M rows of CLUSTER times as many; the blocks of a cluster visit the same key tiles.
 template <class Tile>
 __device__ inline ForwardWork forward_work(const TileOrder::Place& place, const HopperForwardArguments& args) {
+    constexpr int PLACE_ROWS = Tile::CLUSTER * Tile::BLOCK_M;
     ForwardWork work;
     work.b = place.head / args.H;
     work.h = place.head % args.H;
-    work.first_row = (args.order.num_tiles - 1 - place.tile) * Tile::BLOCK_M;
-    const int last_row = min(work.first_row + Tile::BLOCK_M, args.Tq) - 1;
-    const int end = min(args.Tk, last_row + 1 + args.key_offset);
+    const int place_row = (args.order.num_tiles - 1 - place.tile) * PLACE_ROWS;
+    work.first_row = place_row + (Tile::CLUSTER > 1 ? (int)cluster_block_rank() * Tile::BLOCK_M : 0);
+    const int end = min(args.Tk, min(place_row + PLACE_ROWS, args.Tq) + args.key_offset);
     work.num_key_tiles = max(1, (end + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
     work.num_full_tiles = max(0, min(args.Tk, work.first_row + 1 + args.key_offset)) / Tile::BLOCK_N;
     return work;
@@ -176,24 +180,32 @@ struct ForwardLoader {
         shared.work[slot].num_key_tiles = 0;
         mbarrier_arrive(shared_address(&shared.q_full[slot]));
     }
-    // Key tile n of a key/value head.
+    // Key tile n of a key/value head into a stage. In a cluster each block loads a block of columns for all.
+    __device__ void load_keys(const CUtensorMap& map, bf16* tile, const uint64_t& full_barrier, int b, int head,
+                              int n) {
+        const uint32_t full = shared_address(&full_barrier);
+        mbarrier_arrive_expect(full, TILE_BYTES);
+        if constexpr (Tile::CLUSTER == 1) {
+            tma_load(shared_address(tile), &map, n * Tile::BLOCK_N, head, b, full);
+        } else {
+            const uint32_t rank = cluster_block_rank();
+            tma_load_multicast(shared_address(tile) + rank * (Tile::BLOCK_N * 128), &map, n * Tile::BLOCK_N, rank, head,
+                               b, full, (1 << Tile::CLUSTER) - 1);
+        }
+    }
     __device__ void load_k(int b, int head, int n) {
         const int stage = wait_empty(shared.k_empty, num_k);
-        const uint32_t full = shared_address(&shared.k_full[stage]);
-        mbarrier_arrive_expect(full, TILE_BYTES);
-        tma_load(shared_address(shared.k[stage]), &args.k, n * Tile::BLOCK_N, head, b, full);
+        load_keys(args.k, shared.k[stage], shared.k_full[stage], b, head, n);
     }
     __device__ void load_v(int b, int head, int n) {
         const int stage = wait_empty(shared.v_empty, num_v);
-        const uint32_t full = shared_address(&shared.v_full[stage]);
-        mbarrier_arrive_expect(full, TILE_BYTES);
-        tma_load(shared_address(shared.v[stage]), &args.v, n * Tile::BLOCK_N, head, b, full);
+        load_keys(args.v, shared.v[stage], shared.v_full[stage], b, head, n);
     }
     __device__ void run() {
-        TileWalk walk;
+        TileWalk walk(blockIdx.x / Tile::CLUSTER);
         TileOrder::Place place;
         int b = 0, head = -1;  // of the work before; -1: there was none
-        while (walk.next(args.order, &place)) {
+        while (walk.next(args.order, gridDim.x / Tile::CLUSTER, &place)) {
             const ForwardWork work = forward_work<Tile>(place, args);
             const int next_head = work.h / args.heads_per_kv_head;
             load_k(work.b, next_head, work.num_key_tiles - 1);
@@ -448,10 +460,14 @@ struct ForwardConsumer {
             named_barrier_arrive(TURN_BARRIER + (consumer + 1) % Tile::CONSUMERS, 2 * WARPGROUP_SIZE);
         }
     }
-    // Tells the loader that this warp is done with a stage.
+    // Tells the loaders that this warp is done with a stage.
     __device__ __forceinline__ void release(const uint64_t& empty) const {
-        if (lane == 0) {
-            mbarrier_arrive(shared_address(&empty));
+        if constexpr (Tile::CLUSTER == 1) {
+            if (lane == 0) {
+                mbarrier_arrive(shared_address(&empty));
+            }
+        } else if (lane < Tile::CLUSTER) {
+            mbarrier_arrive_remote(shared_address(&empty), lane);
         }
     }
     __device__ __forceinline__ void wait_k() const {
@@ -585,6 +601,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     flash_attention_hopper_forward_kernel(const __grid_constant__ HopperForwardArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Shared = typename Tile::Shared;
+    static_assert(Tile::CLUSTER == 1 || Tile::CLUSTER == Tile::D / 64, "a block of columns for each block");
+    constexpr int NUM_CONSUMER_WARPS = 4 * Tile::CONSUMERS * Tile::CLUSTER;  // that share a key tile
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / WARPGROUP_SIZE, 0);
@@ -601,8 +619,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         for (int i = 0; i < Tile::STAGES; ++i) {
             mbarrier_init(shared_address(&shared.k_full[i]), 1);
             mbarrier_init(shared_address(&shared.v_full[i]), 1);
-            mbarrier_init(shared_address(&shared.k_empty[i]), 4 * Tile::CONSUMERS);  // a warp of a consumer each
-            mbarrier_init(shared_address(&shared.v_empty[i]), 4 * Tile::CONSUMERS);
+            mbarrier_init(shared_address(&shared.k_empty[i]), NUM_CONSUMER_WARPS);
+            mbarrier_init(shared_address(&shared.v_empty[i]), NUM_CONSUMER_WARPS);
         }
 #pragma unroll
         for (int i = 0; i < Tile::Q_SLOTS; ++i) {
@@ -611,7 +629,11 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         }
         mbarrier_init_fence();
     }
-    __syncthreads();
+    if constexpr (Tile::CLUSTER > 1) {
+        cluster_sync();
+    } else {
+        __syncthreads();
+    }
 
     if (warpgroup == 0) {
         registers_decrease<Tile::LOADER_REGISTERS>();
@@ -627,6 +649,10 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             consumer.pass_turn();  // the first consumer begins
         }
         consumer.run();
+    }
+    if constexpr (Tile::CLUSTER > 1) {
+        __syncwarp();
+        cluster_sync();  // others may still write here, or arrive
     }
 #endif
 }
@@ -652,16 +678,16 @@ inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float
           (long long)s.Tk, LONGEST);
     HopperForwardArguments args{};
     args.q = head_tensor_map(q, s.B, s.Tq, s.H, s.D, 64);
-    args.k = head_tensor_map(k, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
-    args.v = head_tensor_map(v, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
+    args.k = head_tensor_map(k, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N, s.D / 64 / Tile::CLUSTER);
+    args.v = head_tensor_map(v, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N, s.D / 64 / Tile::CLUSTER);
     args.out = head_tensor_map(out, s.B, s.Tq, s.H, s.D, 64);
     args.lse = lse;
     args.Tq = (int)s.Tq, args.Tk = (int)s.Tk, args.key_offset = (int)mma_key_offset(s);
     args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
     args.scale_log2 = s.scale * LOG2_E;
     args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
-    args.order = mma_tile_order(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M), s.B, s.H, args.heads_per_kv_head,
-                                s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
+    args.order = mma_tile_order(ceil_div<int64_t>(s.Tq, Tile::CLUSTER * Tile::BLOCK_M), s.B, s.H,
+                                args.heads_per_kv_head, s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
     // Groups of one size: a small last one would be dealt out unevenly.
     const int num_groups = ceil_div(args.order.num_heads, args.order.heads_per_group);
     args.order.heads_per_group = round_up(ceil_div(args.order.num_heads, num_groups), args.heads_per_kv_head);
@@ -672,17 +698,27 @@ template <class Tile>
 inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                                   HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
     const HopperForwardArguments args = hopper_forward_arguments<Tile>(out, lse, q, k, v, shape);
-    int num_blocks = args.order.num_tiles * args.order.num_heads;
+    const auto kernel = flash_attention_hopper_forward_kernel<Tile>;
+    constexpr int num_bytes = (int)sizeof(typename Tile::Shared);
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
+    cudaLaunchAttribute cluster{};
+    cluster.id = cudaLaunchAttributeClusterDimension;
+    cluster.val.clusterDim = {Tile::CLUSTER, 1, 1};
+    cudaLaunchConfig_t config{};
+    config.blockDim = Tile::THREADS;
+    config.dynamicSmemBytes = num_bytes;
+    config.stream = stream;
+    config.attrs = &cluster;
+    config.numAttrs = Tile::CLUSTER > 1;
+    int num_clusters = args.order.num_tiles * args.order.num_heads;
     if (Tile::PERSISTENT) {
         int device, num_sms;
         CUDA_CHECK(cudaGetDevice(&device));
         CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-        num_blocks = std::min(num_blocks, num_sms);
+        num_clusters = std::min(num_clusters, num_sms / Tile::CLUSTER);
     }
-    const auto kernel = flash_attention_hopper_forward_kernel<Tile>;
-    constexpr int num_bytes = (int)sizeof(typename Tile::Shared);
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
-    kernel<<<num_blocks, Tile::THREADS, num_bytes, stream>>>(args);
+    config.gridDim = num_clusters * Tile::CLUSTER;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
     CUDA_CHECK_LAUNCH();
 }
 

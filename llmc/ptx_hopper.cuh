@@ -47,11 +47,11 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 }
 
 // The map of a bf16 view of [B, T, heads, D], D a multiple of 64, whose copies move box_rows (at most 256) consecutive
-// rows of one head between memory and a tile as described above. Coordinates (0, t, 0, h, b); rows outside [0, T) read
-// as zeros, which count as bytes moved, and are not written.
+// rows of one head, box_blocks blocks of 64 columns of them (0: all), between memory and a tile as described above.
+// Rows outside [0, T) read as zeros, which count as bytes moved, and are not written.
 template <class Element>
 inline CUtensorMap head_tensor_map(const HeadView<Element>& view, int64_t B, int64_t T, int64_t heads, int D,
-                                   int box_rows) {
+                                   int box_rows, int box_blocks = 0) {
     static_assert(std::is_same_v<std::remove_const_t<Element>, bf16>, "tiles are bf16");
     constexpr cuuint32_t BLOCK_COLUMNS = 64;
     auto stride_bytes = [](int64_t stride, int64_t extent) {
@@ -61,7 +61,8 @@ inline CUtensorMap head_tensor_map(const HeadView<Element>& view, int64_t B, int
                                    (cuuint64_t)B};
     const cuuint64_t strides[4] = {stride_bytes(view.stride_t, T), BLOCK_COLUMNS * sizeof(Element),
                                    stride_bytes(view.stride_h, heads), stride_bytes(view.stride_b, B)};
-    const cuuint32_t box[5] = {BLOCK_COLUMNS, (cuuint32_t)box_rows, (cuuint32_t)D / BLOCK_COLUMNS, 1, 1};
+    const cuuint32_t box[5] = {BLOCK_COLUMNS, (cuuint32_t)box_rows,
+                               box_blocks > 0 ? (cuuint32_t)box_blocks : (cuuint32_t)D / BLOCK_COLUMNS, 1, 1};
     const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
     CUtensorMap map;
     const CUresult status =
@@ -184,14 +185,14 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map
         "l"(map), "r"(0), "r"(t), "r"(h), "r"(b), "r"(barrier), "l"(l2_policy)
         : "memory");
 }
-// The same into every block of the cluster whose bit is set in `blocks`, at the same offset, each completing on its own
-// mbarrier at the same offset.
-__device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap* map, int t, int h, int b,
-                                                   uint32_t barrier, uint16_t blocks) {
+// The same, from a block of 64 columns on, into every block of the cluster whose bit is set in `blocks`, at the same
+// offset, each completing on its own mbarrier at the same offset.
+__device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap* map, int t, int column_block,
+                                                   int h, int b, uint32_t barrier, uint16_t blocks) {
     asm volatile(
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%2, %3, %2, %4, %5}], [%6], %7;" ::"r"(shared),
-        "l"(map), "r"(0), "r"(t), "r"(h), "r"(b), "r"(barrier), "h"(blocks)
+        "[%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(shared),
+        "l"(map), "r"(0), "r"(t), "r"(column_block), "r"(h), "r"(b), "r"(barrier), "h"(blocks)
         : "memory");
 }
 // Starts writing a tile to the box at row t of head h of sequence b; rows outside the tensor are left out. One thread,

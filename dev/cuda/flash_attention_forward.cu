@@ -179,6 +179,14 @@ template <class Tile>
 struct OneBlockATile : Tile {
     static constexpr bool PERSISTENT = false;
 };
+template <class Tile>
+struct Pair : Tile {
+    static constexpr int CLUSTER = 2;
+};
+template <class Tile>
+struct NoTurns : Tile {
+    static constexpr bool PING_PONG = false;
+};
 template <class Tile64, class Tile128>
 static void hopper_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                            HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
@@ -215,8 +223,11 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {13,
      "D 128: 160 keys; D 64: two consumers",
      {hopper_forward<HopperForwardTile<64, 2, 128>, HopperForwardTile<128, 2, 160>>, true, 131072}},
+    {14,
+     "D 128: two blocks of neighbouring rows share keys; D 64: no turns",
+     {hopper_forward<NoTurns<Tile64>, Pair<Tile128>>, true, 524288}},
 #endif
-    {14, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 524288}},
+    {15, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 524288}},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
