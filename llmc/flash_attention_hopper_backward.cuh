@@ -47,12 +47,14 @@ struct KeyBlock {
     int first_tile, first_unmasked, end_tile;
 };
 
-template <int D_, DvStart DV_START_ = DvStart::BEFORE_DS, int TILES_A_TURN_ = 1, DqAdd DQ_ADD_ = DqAdd::WRITER>
+template <int D_, DvStart DV_START_ = DvStart::AFTER_DS, int TILES_A_TURN_ = 2, DqAdd DQ_ADD_ = DqAdd::WRITER,
+          bool EARLY_LSE_ = false>
 struct HopperBackwardTile {
     static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
     static constexpr int D = D_;
     static constexpr DvStart DV_START = DV_START_;
     static constexpr DqAdd DQ_ADD = DQ_ADD_;
+    static constexpr bool EARLY_LSE = EARLY_LSE_ && D == 128;
     static constexpr int TILES_A_TURN = TILES_A_TURN_;   // of the loop without masks: 1, 2 or 4
     static constexpr int BLOCK_M = D == 128 ? 64 : 128;  // queries a tile: 8192 elements of q
     static constexpr int BLOCK_N = 128;                  // keys a block, 64 a consumer warpgroup
@@ -399,30 +401,35 @@ __device__ __forceinline__ void mask_key_rows(float (&s)[Tile::BLOCK_M / 2], con
         }
     }
 }
-// s (=) P^T = 2^(scale_log2 s - lse); lse: of the tile's queries, shared memory.
+// The statistics that a thread needs: two neighbouring queries' of every eight.
 template <int COUNT>
-__device__ __forceinline__ void exponentiate(float (&s)[COUNT], const float* lse, float scale_log2) {
-    const float2* pairs = reinterpret_cast<const float2*>(lse) + threadIdx.x % 4;
+__device__ __forceinline__ void load_statistics(float2 (&pairs)[COUNT], const float* statistics) {
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) {
+        pairs[j] = reinterpret_cast<const float2*>(statistics)[4 * j + threadIdx.x % 4];
+    }
+}
+// s (=) P^T = 2^(scale_log2 s - lse).
+template <int COUNT>
+__device__ __forceinline__ void exponentiate(float (&s)[COUNT], const float2 (&lse)[COUNT / 4], float scale_log2) {
 #pragma unroll
     for (int j = 0; j < COUNT / 4; ++j) {
-        const float2 pair = pairs[4 * j];
-        s[4 * j] = exp2_approx(fmaf(s[4 * j], scale_log2, -pair.x));
-        s[4 * j + 1] = exp2_approx(fmaf(s[4 * j + 1], scale_log2, -pair.y));
-        s[4 * j + 2] = exp2_approx(fmaf(s[4 * j + 2], scale_log2, -pair.x));
-        s[4 * j + 3] = exp2_approx(fmaf(s[4 * j + 3], scale_log2, -pair.y));
+        s[4 * j] = exp2_approx(fmaf(s[4 * j], scale_log2, -lse[j].x));
+        s[4 * j + 1] = exp2_approx(fmaf(s[4 * j + 1], scale_log2, -lse[j].y));
+        s[4 * j + 2] = exp2_approx(fmaf(s[4 * j + 2], scale_log2, -lse[j].x));
+        s[4 * j + 3] = exp2_approx(fmaf(s[4 * j + 3], scale_log2, -lse[j].y));
     }
 }
 // dp (=) dS^T = P^T (dp - delta).
 template <int COUNT>
-__device__ __forceinline__ void differentiate(float (&dp)[COUNT], const float (&p)[COUNT], const float* delta) {
-    const float2* pairs = reinterpret_cast<const float2*>(delta) + threadIdx.x % 4;
+__device__ __forceinline__ void differentiate(float (&dp)[COUNT], const float (&p)[COUNT],
+                                              const float2 (&delta)[COUNT / 4]) {
 #pragma unroll
     for (int j = 0; j < COUNT / 4; ++j) {
-        const float2 pair = pairs[4 * j];
-        dp[4 * j] = p[4 * j] * (dp[4 * j] - pair.x);
-        dp[4 * j + 1] = p[4 * j + 1] * (dp[4 * j + 1] - pair.y);
-        dp[4 * j + 2] = p[4 * j + 2] * (dp[4 * j + 2] - pair.x);
-        dp[4 * j + 3] = p[4 * j + 3] * (dp[4 * j + 3] - pair.y);
+        dp[4 * j] = p[4 * j] * (dp[4 * j] - delta[j].x);
+        dp[4 * j + 1] = p[4 * j + 1] * (dp[4 * j + 1] - delta[j].y);
+        dp[4 * j + 2] = p[4 * j + 2] * (dp[4 * j + 2] - delta[j].x);
+        dp[4 * j + 3] = p[4 * j + 3] * (dp[4 * j + 3] - delta[j].y);
     }
 }
 // An accumulator, rounded, as the A operand of a product that contracts its columns.
@@ -500,12 +507,19 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     mbarrier_wait(shared_address(&shared.dout_full[stage]), state.parity);
     wgmma_fence();
     start_scores<Tile>(dp, v + warpgroup * (64 * 128), dout);
+    float2 lse[BLOCK_M / 8], delta[BLOCK_M / 8];
+    if (Tile::EARLY_LSE) {
+        load_statistics(lse, shared.statistics[stage][0]);
+    }
     wgmma_wait<1>();  // the scores
     wgmma_pin(p);
     if (MASKED) {
         mask_key_rows<Tile>(p, args, block.first_key + 64 * warpgroup, tile * BLOCK_M);
     }
-    exponentiate(p, shared.statistics[stage][0], args.scale_log2);
+    if (!Tile::EARLY_LSE) {
+        load_statistics(lse, shared.statistics[stage][0]);
+    }
+    exponentiate(p, lse, args.scale_log2);
     uint32_t p_operand[BLOCK_M / 16][4], ds_operand[BLOCK_M / 16][4];
     round_to_operand(p_operand, p);
     if (Tile::DV_START == DvStart::BEFORE_DS) {
@@ -513,10 +527,16 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
         start_key_gradient<Tile>(dv, p_operand, dout);
         wgmma_wait<1>();
     } else {
+        if (Tile::EARLY_LSE) {
+            load_statistics(delta, shared.statistics[stage][1]);
+        }
         wgmma_wait<0>();
     }
     wgmma_pin(dp);
-    differentiate(dp, p, shared.statistics[stage][1]);
+    if (!Tile::EARLY_LSE || Tile::DV_START == DvStart::BEFORE_DS) {
+        load_statistics(delta, shared.statistics[stage][1]);
+    }
+    differentiate(dp, p, delta);
     round_to_operand(ds_operand, dp);
     store_transposed<Tile>(ds, ds_operand, warpgroup);
     if (Tile::DV_START == DvStart::AFTER_DS) {
@@ -566,7 +586,7 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
 // dk and dv of every item's keys, and their share of dq. Two warpgroups.
 template <class Tile>
 __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
-    const int warpgroup = threadIdx.x / WARPGROUP_SIZE - 1;
+    const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / WARPGROUP_SIZE, 0) - 1;  // known to be uniform
     float p[2][Tile::BLOCK_M / 2];
     PipelineState<Tile::STAGES> state;
 #pragma unroll 1

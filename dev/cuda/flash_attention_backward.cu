@@ -177,8 +177,11 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
             wgmma_pin(p);
             wgmma_pin(dp);
             mask_key_rows<Tile>(p, args, block.first_key + 64 * warpgroup, tile * BLOCK_M);
-            exponentiate(p, shared.statistics[0][0], args.scale_log2);
-            differentiate(dp, p, shared.statistics[0][1]);
+            float2 lse[BLOCK_M / 8], delta[BLOCK_M / 8];
+            load_statistics(lse, shared.statistics[0][0]);
+            load_statistics(delta, shared.statistics[0][1]);
+            exponentiate(p, lse, args.scale_log2);
+            differentiate(dp, p, delta);
             uint32_t operand[BLOCK_M / 16][4];
             round_to_operand(operand, p);
             store_transposed<Tile>(p_tile, operand, warpgroup);
@@ -244,7 +247,8 @@ static void flash_attention_backward7(const BackwardOperands& x, const Attention
 }
 
 // ---- 8 and up: specialised warps (llmc/flash_attention_hopper_backward.cuh) --------------------
-template <DvStart DV_START, int TILES_A_TURN, DqAdd DQ_ADD = DqAdd::WRITER, bool one_block_an_item = true>
+template <DvStart DV_START, int TILES_A_TURN, bool one_block_an_item = true, DqAdd DQ_ADD = DqAdd::WRITER,
+          bool EARLY_LSE = false>
 static void flash_attention_backward_wgmma(const BackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
     auto launch = [&](auto tile) {
@@ -252,9 +256,9 @@ static void flash_attention_backward_wgmma(const BackwardOperands& x, const Atte
                                                stream, one_block_an_item);
     };
     if (shape.D == 64) {
-        launch(HopperBackwardTile<64, DV_START, TILES_A_TURN, DQ_ADD>());
+        launch(HopperBackwardTile<64, DV_START, TILES_A_TURN, DQ_ADD, EARLY_LSE>());
     } else {
-        launch(HopperBackwardTile<128, DV_START, TILES_A_TURN, DQ_ADD>());
+        launch(HopperBackwardTile<128, DV_START, TILES_A_TURN, DQ_ADD, EARLY_LSE>());
     }
 }
 static size_t hopper_scratch(const AttentionShape& shape) {
@@ -319,27 +323,23 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      "variant 8, every second tile's scores start in the shadow of dk's product",
      {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2>, hopper_scratch, false, true, 131072, true}},
     {11,
-     "variant 9 with the same",
-     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 2>, hopper_scratch, false, true, 131072, true}},
-    {12,
      "three of four tiles' scores",
-     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 4>, hopper_scratch, false, true, 131072, true}},
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 4>, hopper_scratch, false, true, 131072, true}},
+    {12,
+     "variant 10, persistent blocks",
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false>, hopper_scratch, false, true, 131072, true}},
     {13,
-     "variant 9, dq added from registers",
-     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 1, DqAdd::CONSUMERS>, hopper_scratch, false, true, 131072,
-      true}},
+     "variant 12, dq added from registers",
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false, DqAdd::CONSUMERS>, hopper_scratch, false, true,
+      131072, true}},
     {14,
-     "variant 11, dq added from registers",
-     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 2, DqAdd::CONSUMERS>, hopper_scratch, false, true, 131072,
-      true}},
+     "variant 12, statistics loaded before the waits for scores and dP",
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false, DqAdd::WRITER, true>, hopper_scratch, false, true,
+      131072, true}},
     {15,
-     "variant 9, persistent blocks",
-     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 1, DqAdd::WRITER, false>, hopper_scratch, false, true, 131072,
-      true}},
-    {16,
-     "variant 11, persistent blocks",
-     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 2, DqAdd::WRITER, false>, hopper_scratch, false, true, 131072,
-      true}},
+     "variant 11, persistent blocks, statistics early",
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 4, false, DqAdd::WRITER, true>, hopper_scratch, false, true,
+      131072, true}},
 #endif
     {20,
      "what this GPU gets (llmc/flash_attention.cuh)",
