@@ -11,7 +11,9 @@
 #include <map>
 #include <string>
 #include <string_view>
+#include <sys/mman.h>
 #include <tuple>
+#include <unistd.h>
 #include <unordered_map>
 #include <vector>
 
@@ -252,10 +254,26 @@ class SafetensorsFile {
     void read_floats(const SafetensorsTensor& tensor, float* out) const {
         CHECK(is_weight_dtype(tensor.dtype), "%s: tensor %s is %s; weights must be F32, F16 or BF16", path().c_str(),
               printable(tensor.name).c_str(), dtype_info(tensor.dtype).name);
-        convert_to_floats(out, data(tensor), tensor.dtype, tensor.num_elements);
+        constexpr uint64_t PART = (uint64_t)1 << 24;  // elements; what was read need not stay in memory
+        const uint64_t element_bytes = dtype_info(tensor.dtype).num_bytes;
+        for (uint64_t begin = 0; begin < tensor.num_elements; begin += PART) {
+            const uint64_t count = std::min(PART, tensor.num_elements - begin);
+            const unsigned char* part = data(tensor) + begin * element_bytes;
+            convert_to_floats(out + begin, part, tensor.dtype, count);
+            release(part, count * element_bytes);
+        }
     }
 
   private:
+    // Takes the whole pages of a range out of this process; they are mapped again when they are touched.
+    static void release(const unsigned char* begin, uint64_t num_bytes) {
+        const uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+        const uintptr_t first = round_up((uintptr_t)begin, page), end = ((uintptr_t)begin + num_bytes) / page * page;
+        if (first < end) {
+            madvise((void*)first, end - first, MADV_DONTNEED);  // advice: reading is right without it
+        }
+    }
+
     MappedFile file_;
     SafetensorsHeader header_;
     std::unordered_map<std::string, size_t> index_;  // into header_.tensors
