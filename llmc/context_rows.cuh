@@ -47,10 +47,8 @@ struct EightFloats {
     float value[8];
 };
 __device__ inline EightFloats load_eight(const float* address) {
-    EightFloats row;
-    store128(row.value, load128(address));
-    store128(row.value + 4, load128(address + 4));
-    return row;
+    const float4x low = load128(address), high = load128(address + 4);
+    return {{low[0], low[1], low[2], low[3], high[0], high[1], high[2], high[3]}};
 }
 __device__ inline EightFloats load_eight(const bf16* address) {
     const bf16x8 packed = load128(address);

@@ -60,9 +60,14 @@ __device__ inline Packed128<Element> load128(const Element* address) {
     *reinterpret_cast<int4*>(packed.data) = *reinterpret_cast<const int4*>(address);
     return packed;
 }
+// To global memory only. In assembly because nvcc (13.0) splits a plain store into four of 4 bytes where the address is
+// a sum of several products, as rows of a HeadView are.
 template <class Element>
 __device__ inline void store128(Element* address, const Packed128<Element>& packed) {
-    *reinterpret_cast<int4*>(address) = *reinterpret_cast<const int4*>(packed.data);
+    const int4 bits = *reinterpret_cast<const int4*>(packed.data);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(bits.x),
+                 "r"(bits.y), "r"(bits.z), "r"(bits.w)
+                 : "memory");
 }
 // Streaming forms: for data not read again soon.
 template <class Element>
