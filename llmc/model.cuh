@@ -142,13 +142,14 @@ inline void GpuModel::set_attention(AttentionMode mode) {
 inline void GpuModel::begin_step() {
     NVTX_RANGE();
     first_micro_batch_ = true;
-    // The first micro-batch writes the gradients of the blocks' matrices; the others' are added to.
+    // The first micro-batch writes the gradients of the blocks' matrices; the others' are added to. Padding too: after
+    // a step that was not finite it is NaN.
     auto zero = [&](float* begin, int64_t num_elements) {
         CUDA_CHECK(cudaMemsetAsync(begin, 0, num_elements * sizeof(float), stream_));
     };
     zero(buffers_.gradients + layout_.num_decayed, layout_.num_elements - layout_.num_decayed);
     if (table_.classifier != table_.embedding) {
-        zero(gradient(table_.classifier), table_.tensors[table_.classifier].num_elements());
+        zero(gradient(table_.classifier), layout_.sizes[table_.classifier]);
     }
     zero(buffers_.step_results, 2);
 }

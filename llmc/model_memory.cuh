@@ -72,6 +72,7 @@ inline KeptActivations kept_activations(Recompute mode, AttentionMode attention)
 // layout: the tensors with weight decay first, so that AdamW is two launches.
 struct ParameterLayout {
     std::vector<int64_t> offsets;  // of each tensor, in elements
+    std::vector<int64_t> sizes;    // of each tensor, padding included
     int64_t num_decayed = 0;       // elements [0, num_decayed) have weight decay
     int64_t num_elements = 0;
 };
@@ -79,6 +80,7 @@ inline ParameterLayout make_parameter_layout(const ParameterTable& table) {
     constexpr int64_t alignment = BUFFER_ALIGNMENT / sizeof(bf16);
     ParameterLayout layout;
     layout.offsets.resize(table.tensors.size());
+    layout.sizes.resize(table.tensors.size());
     for (bool decay : {true, false}) {
         for (size_t i = 0; i < table.tensors.size(); ++i) {
             const ParameterTensor& tensor = table.tensors[i];
@@ -88,7 +90,8 @@ inline ParameterLayout make_parameter_layout(const ParameterTable& table) {
             const bool has_vocabulary_rows = (int)i == table.embedding || (int)i == table.classifier;
             const int64_t rows = has_vocabulary_rows ? classifier_padded_vocab(tensor.rows) : tensor.rows;
             layout.offsets[i] = layout.num_elements;
-            layout.num_elements += round_up(rows * tensor.cols, alignment);
+            layout.sizes[i] = round_up(rows * tensor.cols, alignment);
+            layout.num_elements += layout.sizes[i];
         }
         if (decay) {
             layout.num_decayed = layout.num_elements;
