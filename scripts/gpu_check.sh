@@ -88,9 +88,10 @@ start_check() {
     while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
     run_check "$@" &
 }
+# Every program but those that only time something (NAME_timing).
 program_list() {
     for program in "$programs_dir"/*; do
-        if [ -x "$program" ] && [ ! -d "$program" ]; then echo "$program"; fi
+        if [ -x "$program" ] && [ ! -d "$program" ] && [[ $program != *_timing ]]; then echo "$program"; fi
     done
 }
 
