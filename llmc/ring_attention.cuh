@@ -20,9 +20,6 @@
 #include "context_rows.cuh"     // rows in launches
 #include "flash_attention.cuh"  // the attention of two chunks on each other
 
-// How keys come to the queries.
-enum class ContextExchange { automatic, ring, gather };
-
 // ---- rows --------------------------------------------------------------------------------------
 // The view from row t on.
 template <class Element>
