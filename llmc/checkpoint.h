@@ -2,7 +2,7 @@
 // resumed run needs beside the model:
 //
 //   config.json, model.safetensors   as transformers, vLLM and llama.cpp read them; weights float32 or bfloat16
-//   generation_config.json, tokenizer files   where they are known
+//   generation_config.json, tokenizer files   of the folder the run started from, or of bytes
 //   optimizer-00001-of-00002.safetensors ...   float32: "layer0.qkv.exp_avg", ".exp_avg_sq" and, with bfloat16 weights,
 //                                    ".master"; names as in parameters.h; a tensor is whole, in whichever file
 //   state.json                       step, position in the data, seeds, every resolved setting
@@ -34,6 +34,7 @@
 #include "durable_file.h"     // files that are on the disk, checksums
 #include "flags.h"            // the settings by name
 #include "hf_config.h"        // config.json
+#include "hf_tokenizer.h"     // tokenizer.json of bytes
 #include "json.h"             // state.json, manifest.json, the index of sharded weights
 #include "safetensors.h"      // tensors
 #include "trainable_model.h"  // where they go and come from
@@ -489,12 +490,18 @@ inline std::string companion_source(const std::string& started_from, const std::
     return "";
 }
 
-// Those in the config.json of `source`; without a source those of the byte vocabulary.
-inline SpecialTokens special_tokens(const std::string& source, const ModelConfig& model) {
+// Whether a vocabulary is that of bytes, with the two markers or without.
+inline bool is_byte_vocabulary(int64_t vocab_size) { return vocab_size == 256 || vocab_size == END_MARKER + 1; }
+inline bool has_byte_markers(const RunConfig& config, int64_t vocab_size) {
+    return config.byte_markers && vocab_size == END_MARKER + 1;
+}
+
+// Those in the config.json of `source`; without a source those of a byte vocabulary.
+inline SpecialTokens special_tokens(const std::string& source, const RunConfig& config, int64_t vocab_size) {
     SpecialTokens tokens;
     if (source.empty()) {
-        if (model.vocab_size == ModelConfig().vocab_size) {
-            tokens.begin = 256, tokens.end = 257;
+        if (has_byte_markers(config, vocab_size)) {
+            tokens.begin = BEGIN_MARKER, tokens.end = END_MARKER;
         }
         return tokens;
     }
@@ -509,17 +516,25 @@ inline SpecialTokens special_tokens(const std::string& source, const ModelConfig
     return tokens;
 }
 
-inline void write_companions(PartialFolder& folder, const std::string& source, const SpecialTokens& tokens) {
-    if (source.empty()) {
-        if (tokens.end >= 0) {
-            const Json json = {{"bos_token_id", tokens.begin}, {"eos_token_id", tokens.end}};
-            folder.write_text("generation_config.json", json.dump(1) + "\n");
+// config.json, and the files that say how to use the weights: those of `source`; without one, of a byte vocabulary.
+inline void write_companions(PartialFolder& folder, const std::string& source, const RunConfig& config,
+                             const ModelConfig& m, bool weights_bf16) {
+    const SpecialTokens tokens = special_tokens(source, config, m.vocab_size);
+    const int64_t max_positions = m.max_positions > 0 ? m.max_positions : config.seq_len;
+    const auto write = [&](const char* name, const Json& json) { folder.write_text(name, json.dump(1) + "\n"); };
+    write("config.json", hf_config_json(m, max_positions, weights_bf16, tokens));
+    if (!source.empty()) {
+        for (const char* name : COMPANIONS) {
+            if (exists(source + "/" + name)) {
+                folder.write_text(name, read_text_file(source + "/" + name));
+            }
         }
-        return;
-    }
-    for (const char* name : COMPANIONS) {
-        if (exists(source + "/" + name)) {
-            folder.write_text(name, read_text_file(source + "/" + name));
+    } else if (is_byte_vocabulary(m.vocab_size)) {
+        const bool markers = has_byte_markers(config, m.vocab_size);
+        write("tokenizer.json", byte_tokenizer_json(markers));
+        write("tokenizer_config.json", byte_tokenizer_config_json(markers, max_positions));
+        if (markers) {
+            write("generation_config.json", {{"bos_token_id", tokens.begin}, {"eos_token_id", tokens.end}});
         }
     }
 }
@@ -683,11 +698,7 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
     const std::string name = checkpoint::folder_name(state.step), folder = output_dir + "/" + name;
     try {
         checkpoint::PartialFolder partial(output_dir + "/" + checkpoint::PARTIAL + name);
-        const SpecialTokens tokens = checkpoint::special_tokens(source, model.config());
-        const ModelConfig& m = model.config();
-        const int64_t max_positions = m.max_positions > 0 ? m.max_positions : config.seq_len;
-        partial.write_text("config.json", hf_config_json(m, max_positions, weights_bf16, tokens).dump(1) + "\n");
-        checkpoint::write_companions(partial, source, tokens);
+        checkpoint::write_companions(partial, source, config, model.config(), weights_bf16);
         checkpoint::write_weights(partial, model, weights_bf16);
         checkpoint::write_optimizer(partial, model, weights_bf16, optimizer_shard_bytes);
         partial.write_text(checkpoint::STATE, checkpoint::state_text(state, config));

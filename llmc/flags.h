@@ -39,9 +39,8 @@ inline Choices<SaveDtype> choices(SaveDtype) {
     return {{"auto", SaveDtype::automatic}, {"fp32", SaveDtype::fp32}, {"bf16", SaveDtype::bf16}};
 }
 inline Choices<Recompute> choices(Recompute) {
-    return {{"none", Recompute::none},
-            {"all_but_attention", Recompute::all_but_attention},
-            {"block", Recompute::block}};
+    return {
+        {"none", Recompute::none}, {"all_but_attention", Recompute::all_but_attention}, {"block", Recompute::block}};
 }
 
 inline Choices<CommTransport> choices(CommTransport) {
@@ -266,8 +265,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("max_steps", c.max_steps, "optimizer steps in all; 0: only evaluate");
     add("seed", c.seed, "of initial weights and samples");
     add("max_skipped", c.max_skipped, "steps in a row with a non-finite loss or gradient norm that stop the run");
-    add("recompute", c.recompute,
-        "what the backward pass computes again to save memory; block: all from each block's input (GPU)");
+    add("recompute", c.recompute, "what backward computes again to save memory; block: all from its input (GPU)");
     add("deterministic", c.deterministic, "every step repeats bit for bit (GPU; the CPU always does)");
 
     group = "Optimizer (AdamW)";

@@ -36,9 +36,9 @@
 // BEFORE_DS: as soon as P is rounded, so that the tensor cores have work while dS is computed and stored.
 enum class DvStart { AFTER_DS, BEFORE_DS };
 
-// How a tile of dq reaches the accumulator. WRITER: through shared memory, by bulk reductions of the writer warp.
-// CONSUMERS: by reductions of four floats from the consumers' registers.
-enum class DqAdd { WRITER, CONSUMERS };
+// Who rounds a tile of dq once every key has added to it: a kernel of its own after the others, or, in the same kernel,
+// two warps that have nothing else to do.
+enum class DqFinish { KERNEL, WARPS };
 
 // An item of work: BLOCK_N keys of a kv head and, for every query head of its group, the query tiles [first_tile,
 // end_tile) that see any of them. Tiles from first_unmasked on see all of them. b = -1: there is no more work.
@@ -47,18 +47,19 @@ struct KeyBlock {
     int first_tile, first_unmasked, end_tile;
 };
 
-template <int D_, DvStart DV_START_ = DvStart::AFTER_DS, int TILES_A_TURN_ = 2, DqAdd DQ_ADD_ = DqAdd::WRITER,
+template <int D_, DvStart DV_START_ = DvStart::AFTER_DS, int TILES_A_TURN_ = 2, DqFinish DQ_FINISH_ = DqFinish::KERNEL,
           bool EARLY_LSE_ = false>
 struct HopperBackwardTile {
     static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
     static constexpr int D = D_;
     static constexpr DvStart DV_START = DV_START_;
-    static constexpr DqAdd DQ_ADD = DQ_ADD_;
+    static constexpr DqFinish DQ_FINISH = DQ_FINISH_;
     static constexpr bool EARLY_LSE = EARLY_LSE_ && D == 128;
     static constexpr int TILES_A_TURN = TILES_A_TURN_;   // of the loop without masks: 1, 2 or 4
     static constexpr int BLOCK_M = D == 128 ? 64 : 128;  // queries a tile: 8192 elements of q
     static constexpr int BLOCK_N = 128;                  // keys a block, 64 a consumer warpgroup
     static constexpr int STAGES = 2;                     // tiles of q, dout and dS in flight
+    static constexpr int FINISHED_SLOTS = 4;             // tiles of dq that wait to be rounded
     static constexpr int CONSUMERS = 2;                  // warpgroups
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP_SIZE;
     static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 240;  // (32 + 2 * 240) * 128 = 65536
@@ -76,6 +77,8 @@ struct HopperBackwardTile {
         uint64_t kv_full, kv_empty;                         // k, v and the item
         uint64_t q_full[STAGES], q_empty[STAGES];           // q and the statistics
         uint64_t dout_full[STAGES], dout_empty[STAGES];
+        uint64_t finished_full[FINISHED_SLOTS], finished_empty[FINISHED_SLOTS];
+        int finished[FINISHED_SLOTS];  // tiles of dq, of all heads; -1: no more will come
     };
 };
 
@@ -86,25 +89,35 @@ struct HopperBackwardArguments {
     const float* statistics;  // [B * H][query tiles][2][BLOCK_M], see hopper_backward_prepare_kernel
     float* dq_accumulator;    // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_dq_kernel
     int* items_taken;         // beyond the first of every block
+    int* dq_additions;        // [B * H][query tiles]: key blocks that have added to a tile of dq
+    HeadView<bf16> dq;
     int64_t Tq, Tk, key_offset;
     int H, heads_per_kv_head, num_query_tiles;
     float scale, scale_log2;
     TileOrder order;
 };
 
+// How many key blocks the query end_query - 1 sees, or one before it.
+__host__ __device__ inline int key_blocks_seen(int64_t end_query, int64_t Tk, int64_t key_offset, int block_n) {
+    const int64_t keys = end_query + key_offset < Tk ? end_query + key_offset : Tk;
+    return keys > 0 ? (int)((keys + block_n - 1) / block_n) : 0;
+}
+
 // ---- before and after --------------------------------------------------------------------------
 constexpr int HOPPER_ROWS_THREADS = 256;
 constexpr int HOPPER_STATISTICS_LANES = 8;  // threads a row: 128 bytes of a row at a time
 
-// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator (=) 0, items_taken (=) 0.
-// A row that sees no key, and rows of the last tile that do not exist, get lse +infinity, which makes their P zero, and
-// the latter delta 0. Launch: 8 threads a row, flat grid over the rows of all tiles. Bound: bandwidth, 4D bytes read
-// and 4D written a row.
+// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator, dq_additions,
+// items_taken (=) 0; dq (=) 0 where a whole tile sees no key. A row that sees no key, and rows of the last tile that do
+// not exist, get lse +infinity, which makes their P zero, and the latter delta 0. Launch: 8 threads a row, flat grid
+// over the rows of all tiles. Bound: bandwidth, 4D bytes read and 4D written a row.
 template <int D, int BLOCK_M>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
-    hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, int* items_taken,
-                                   HeadView<const bf16> dout, HeadView<const bf16> out, const float* lse,
-                                   int64_t num_tile_rows, int64_t Tq, int64_t padded_Tq, int H) {
+    hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, int* items_taken, int* dq_additions,
+                                   HeadView<bf16> dq, HeadView<const bf16> dout, HeadView<const bf16> out,
+                                   const float* lse, int64_t num_tile_rows, int64_t Tq, int64_t padded_Tq, int H,
+                                   int64_t Tk, int64_t key_offset) {
+    start_next_kernel();
     const int64_t row = ((int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x) / HOPPER_STATISTICS_LANES;
     const int lane = threadIdx.x % HOPPER_STATISTICS_LANES;
     const int64_t head = row / padded_Tq, t = row % padded_Tq;
@@ -137,6 +150,16 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
         float* tile = statistics + row / BLOCK_M * (2 * BLOCK_M);
         tile[row % BLOCK_M] = row_lse == -INFINITY ? INFINITY : row_lse * LOG2_E;
         tile[BLOCK_M + row % BLOCK_M] = delta;
+        if (row % BLOCK_M == 0) {
+            dq_additions[row / BLOCK_M] = 0;
+        }
+    }
+    const int64_t end_query = min(Tq, t / BLOCK_M * BLOCK_M + BLOCK_M);
+    if (exists && key_blocks_seen(end_query, Tk, key_offset, 1) == 0) {  // no block will touch this tile of dq
+#pragma unroll
+        for (int d = lane * bf16x8::size; d < D; d += HOPPER_STATISTICS_LANES * bf16x8::size) {
+            *reinterpret_cast<int4*>(dq.row(head / H, t, head % H) + d) = make_int4(0, 0, 0, 0);
+        }
     }
 #pragma unroll
     for (int d = lane * float4x::size; d < D; d += HOPPER_STATISTICS_LANES * float4x::size) {
@@ -144,10 +167,37 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     }
 }
 
-// dq (=) scale * accumulator. A warpgroup's 64 x 64 part of a tile is in the order of its registers: float4 i (of 8) of
-// thread t is float4 128 i + t: columns 8 i + 2 (t % 4) and the next of row 16 (t / 32) + t % 32 / 4, then of the row 8
-// further down. Launch: a thread reads the four float4 that hold 8 columns of such two rows; flat grid. Bound:
-// bandwidth, 6D bytes a row.
+// dq (=) scale * accumulator, 8 columns of two rows. A warpgroup's 64 x 64 part of a tile is in the order of its
+// registers: float4 i (of 8) of thread t is float4 128 i + t: columns 8 i + 2 (t % 4) and the next of row 16 (t / 32) +
+// t % 32 / 4, then of the row 8 further down. tile: of all heads; within: 0 to 255.
+template <int D, int BLOCK_M>
+__device__ __forceinline__ void round_dq(const HeadView<bf16>& dq, const float* dq_accumulator, int tile, int warpgroup,
+                                         int within, int64_t Tq, int num_query_tiles, int H, float scale) {
+    const int i = within % 8, quad = within / 8;
+    const float4* part = reinterpret_cast<const float4*>(dq_accumulator + (int64_t)tile * (BLOCK_M * D)) +
+                         warpgroup * 1024 + i * 128 + quad * 4;
+    int4 upper, lower;
+    auto round_pair = [&](int t, int& upper_pair, int& lower_pair) {
+        const float4 values = __ldcg(part + t);  // other SMs added to it
+        upper_pair = (int)pack_bf16x2(scale * values.x, scale * values.y);
+        lower_pair = (int)pack_bf16x2(scale * values.z, scale * values.w);
+    };
+    round_pair(0, upper.x, lower.x);
+    round_pair(1, upper.y, lower.y);
+    round_pair(2, upper.z, lower.z);
+    round_pair(3, upper.w, lower.w);
+    const int head = tile / num_query_tiles;
+    const int64_t row =
+        (int64_t)(tile % num_query_tiles) * BLOCK_M + quad / 8 * 16 + quad % 8 + (D == 128 ? 0 : 64 * warpgroup);
+    bf16* at = dq.row(head / H, row, head % H) + 8 * i + (D == 128 ? 64 * warpgroup : 0);
+    if (row < Tq) {
+        *reinterpret_cast<int4*>(at) = upper;
+    }
+    if (row + 8 < Tq) {
+        *reinterpret_cast<int4*>(at + 8 * dq.stride_t) = lower;
+    }
+}
+// The same for all of dq. Launch: one thread 8 columns of two rows, flat grid. Bound: bandwidth, 6D bytes a row.
 template <int D, int BLOCK_M>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     hopper_backward_dq_kernel(HeadView<bf16> dq, const float* dq_accumulator, int64_t num_tiles, int64_t Tq,
@@ -155,28 +205,9 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     constexpr int TILE_THREADS = BLOCK_M * D / 16;
     const int64_t thread = (int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x;
     const int64_t tile = thread / TILE_THREADS;
-    if (tile >= num_tiles) {
-        return;
-    }
     const int within = (int)(thread % TILE_THREADS);
-    const int i = within % 8, group = within / 8 % 32, warpgroup = within / 256;  // group: of 4 threads, a quad
-    const float4* part = reinterpret_cast<const float4*>(dq_accumulator + tile * (BLOCK_M * D)) + warpgroup * 1024;
-    bf16x8 upper, lower;
-#pragma unroll
-    for (int t = 0; t < 4; ++t) {
-        const float4 values = __ldcs(part + i * WARPGROUP_SIZE + group * 4 + t);
-        upper[2 * t] = __float2bfloat16(scale * values.x), upper[2 * t + 1] = __float2bfloat16(scale * values.y);
-        lower[2 * t] = __float2bfloat16(scale * values.z), lower[2 * t + 1] = __float2bfloat16(scale * values.w);
-    }
-    const int64_t head = tile / num_query_tiles;
-    const int row_in_tile = group / 8 * 16 + group % 8 + (D == 128 ? 0 : 64 * warpgroup);
-    const int64_t row = tile % num_query_tiles * BLOCK_M + row_in_tile;
-    const int column = 8 * i + (D == 128 ? 64 * warpgroup : 0);
-    if (row < Tq) {
-        store128(dq.row(head / H, row, head % H) + column, upper);
-    }
-    if (row + 8 < Tq) {
-        store128(dq.row(head / H, row + 8, head % H) + column, lower);
+    if (tile < num_tiles) {
+        round_dq<D, BLOCK_M>(dq, dq_accumulator, (int)tile, within / 256, within % 256, Tq, num_query_tiles, H, scale);
     }
 }
 
@@ -260,21 +291,23 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
     mbarrier_arrive(kv_full);
 }
 
-// Where a warpgroup's part of a tile of dq is summed.
-template <class Tile>
-__device__ __forceinline__ float* dq_part(const HopperBackwardArguments& args, int b, int h, int tile, int warpgroup) {
-    const int64_t query_tile = ((int64_t)b * args.H + h) * args.num_query_tiles + tile;
-    return args.dq_accumulator + (query_tile * Tile::CONSUMERS + warpgroup) * Tile::DQ_ELEMENTS;
-}
-
 // Moves what the consumers put into shared.out to global memory: their parts of dq, tile after tile, then dv, then dk.
-// One warp.
+// Counts the key blocks that have added to a tile of dq, and passes the tiles that are complete on. One warp.
 template <class Tile>
 __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
     constexpr int THREADS = WARPGROUP_SIZE + WARP_SIZE;
     const bool leader = threadIdx.x % WARP_SIZE == 0;
-    // start(w, tile): by the leader, for each warpgroup w once it has filled its part.
-    auto write = [&](auto start) {
+    PipelineState<Tile::FINISHED_SLOTS> finished;
+    auto pass_on = [&](int tile) {
+        mbarrier_wait(shared_address(&shared.finished_empty[finished.stage]), finished.parity ^ 1);
+        shared.finished[finished.stage] = tile;
+        mbarrier_arrive(shared_address(&shared.finished_full[finished.stage]));
+        finished.advance();
+    };
+    // Tiles of dq, of all heads, that were added last and before; -1: it was none.
+    int last_tile = -1, tile_before = -1;
+    // start(w): by the leader, for each warpgroup w once it has filled its part.
+    auto write = [&](int tile, auto start) {
         // The last two groups are the two parts before these: their memory is free once they have read it.
         if (leader) {
             bulk_wait_read<1>();
@@ -286,6 +319,21 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
         }
         __syncwarp();
         named_barrier_arrive(OUT_EMPTY + 1, THREADS);
+        if (Tile::DQ_FINISH == DqFinish::WARPS && leader) {
+            if (tile_before >= 0) {
+                bulk_wait<2>();  // it has been added
+                __threadfence();
+                const int additions = atomicAdd(args.dq_additions + tile_before, 1) + 1;
+                const int64_t end_query = (int64_t)(tile_before % args.num_query_tiles + 1) * Tile::BLOCK_M;
+                if (additions == key_blocks_seen(min(args.Tq, end_query), args.Tk, args.key_offset, Tile::BLOCK_N)) {
+                    __threadfence();
+                    pass_on(tile_before);
+                }
+            }
+            tile_before = last_tile;
+            last_tile = tile;
+        }
+        __syncwarp();
 #pragma unroll 1
         for (int w = 0; w < Tile::CONSUMERS; ++w) {
             named_barrier_sync(OUT_FULL + w, THREADS);
@@ -293,6 +341,7 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
                 start(w);
                 bulk_commit();
             }
+            __syncwarp();
         }
     };
 #pragma unroll 1
@@ -305,29 +354,54 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
         if (leader) {
             mbarrier_arrive(shared_address(&shared.kv_empty));
         }
-        if (Tile::DQ_ADD == DqAdd::WRITER) {
 #pragma unroll 1
-            for (int i = 0; i < args.heads_per_kv_head; ++i) {
-                float* part =
-                    dq_part<Tile>(args, block.b, block.kv_head * args.heads_per_kv_head + i, block.first_tile, 0);
+        for (int i = 0; i < args.heads_per_kv_head; ++i) {
+            const int first = (block.b * args.H + block.kv_head * args.heads_per_kv_head + i) * args.num_query_tiles;
 #pragma unroll 1
-                for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
-                    write([&](int w) {
-                        bulk_reduce_add_f32(part, shared_address(shared.out[w]), sizeof(shared.out[w]));
-                        part += Tile::DQ_ELEMENTS;
-                    });
-                }
+            for (int tile = first + block.first_tile; tile < first + block.end_tile; ++tile) {
+                write(tile, [&](int w) {
+                    bulk_reduce_add_f32(args.dq_accumulator + ((int64_t)tile * Tile::CONSUMERS + w) * Tile::DQ_ELEMENTS,
+                                        shared_address(shared.out[w]), sizeof(shared.out[w]));
+                });
             }
         }
-        write([&](int w) {
+        write(-1, [&](int w) {
             tma_store(&args.dv, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
         });
-        write([&](int w) {
+        write(-1, [&](int w) {
             tma_store(&args.dk, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
         });
     }
     if (leader) {
+        if (Tile::DQ_FINISH == DqFinish::WARPS) {
+            pass_on(-1);
+        }
         bulk_wait<0>();  // the block's shared memory must outlive its reading
+    }
+}
+
+// Rounds the tiles of dq that are complete. Two warps, each half a tile.
+template <class Tile>
+__device__ __forceinline__ void backward_finish_dq(typename Tile::Shared& shared, const HopperBackwardArguments& args,
+                                                   int half) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    PipelineState<Tile::FINISHED_SLOTS> finished;
+#pragma unroll 1
+    for (;; finished.advance()) {
+        mbarrier_wait(shared_address(&shared.finished_full[finished.stage]), finished.parity);
+        const int tile = shared.finished[finished.stage];
+        __syncwarp();
+        if (lane == 0) {
+            mbarrier_arrive(shared_address(&shared.finished_empty[finished.stage]));
+        }
+        if (tile < 0) {
+            break;
+        }
+#pragma unroll 1
+        for (int within = lane; within < 256; within += WARP_SIZE) {
+            round_dq<Tile::D, Tile::BLOCK_M>(args.dq, args.dq_accumulator, tile, half, within, args.Tq,
+                                             args.num_query_tiles, args.H, args.scale);
+        }
     }
 }
 
@@ -484,7 +558,7 @@ template <class Tile, bool MASKED, bool STARTED, bool START_NEXT>
 __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&dv)[Tile::D / 2],
                                               float (&p)[Tile::BLOCK_M / 2], float (&next)[Tile::BLOCK_M / 2],
                                               typename Tile::Shared& shared, const HopperBackwardArguments& args,
-                                              const KeyBlock& block, int warpgroup, int h, int tile,
+                                              const KeyBlock& block, int warpgroup, int tile,
                                               PipelineState<Tile::STAGES>& state) {
     constexpr int BLOCK_M = Tile::BLOCK_M, CONSUMER_THREADS = Tile::CONSUMERS * WARPGROUP_SIZE;
     const int thread = threadIdx.x % WARPGROUP_SIZE;
@@ -555,22 +629,13 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     if (warp_leader) {
         mbarrier_arrive(shared_address(&shared.dout_empty[stage]));
     }
-    if (Tile::DQ_ADD == DqAdd::WRITER) {
-        give_to_writer<Tile>(warpgroup, [&] {
-            float4* out = reinterpret_cast<float4*>(shared.out[warpgroup]) + thread;
-#pragma unroll
-            for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
-                out[i * WARPGROUP_SIZE] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-            }
-        });
-    } else {
-        float* part = dq_part<Tile>(args, block.b, h, tile, warpgroup) + 4 * thread;
+    give_to_writer<Tile>(warpgroup, [&] {
+        float4* out = reinterpret_cast<float4*>(shared.out[warpgroup]) + thread;
 #pragma unroll
         for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
-            red_add_f32x4(part + i * 4 * WARPGROUP_SIZE,
-                          make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]));
+            out[i * WARPGROUP_SIZE] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
         }
-    }
+    });
     state.advance();
     if (START_NEXT) {
         start_scores_of(next, state);
@@ -601,28 +666,27 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
         for (int i = 0; i < args.heads_per_kv_head; ++i) {
             // Whole groups of TILES_A_TURN remain for the second loop.
             const int masked_end = block.first_unmasked + (block.end_tile - block.first_unmasked) % Tile::TILES_A_TURN;
-            const int h = block.kv_head * args.heads_per_kv_head + i;
             int tile = block.first_tile;
 #pragma unroll 1
             for (; tile < masked_end; ++tile) {
-                backward_tile<Tile, true, false, false>(dk, dv, p[0], p[1], shared, args, block, warpgroup, h, tile,
+                backward_tile<Tile, true, false, false>(dk, dv, p[0], p[1], shared, args, block, warpgroup, tile,
                                                         state);
             }
 #pragma unroll 1
             for (; tile < block.end_tile; tile += Tile::TILES_A_TURN) {
                 if constexpr (Tile::TILES_A_TURN == 1) {
-                    backward_tile<Tile, false, false, false>(dk, dv, p[0], p[1], shared, args, block, warpgroup, h,
-                                                             tile, state);
+                    backward_tile<Tile, false, false, false>(dk, dv, p[0], p[1], shared, args, block, warpgroup, tile,
+                                                             state);
                 } else {
-                    backward_tile<Tile, false, false, true>(dk, dv, p[0], p[1], shared, args, block, warpgroup, h, tile,
+                    backward_tile<Tile, false, false, true>(dk, dv, p[0], p[1], shared, args, block, warpgroup, tile,
                                                             state);
                     if constexpr (Tile::TILES_A_TURN == 4) {
-                        backward_tile<Tile, false, true, true>(dk, dv, p[1], p[0], shared, args, block, warpgroup, h,
-                                                               tile, state);
-                        backward_tile<Tile, false, true, true>(dk, dv, p[0], p[1], shared, args, block, warpgroup, h,
-                                                               tile, state);
+                        backward_tile<Tile, false, true, true>(dk, dv, p[1], p[0], shared, args, block, warpgroup, tile,
+                                                               state);
+                        backward_tile<Tile, false, true, true>(dk, dv, p[0], p[1], shared, args, block, warpgroup, tile,
+                                                               state);
                     }
-                    backward_tile<Tile, false, true, false>(dk, dv, p[1], p[0], shared, args, block, warpgroup, h, tile,
+                    backward_tile<Tile, false, true, false>(dk, dv, p[1], p[0], shared, args, block, warpgroup, tile,
                                                             state);
                 }
             }
@@ -657,15 +721,22 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             mbarrier_init(shared_address(&shared.q_empty[stage]), CONSUMER_WARPS);
             mbarrier_init(shared_address(&shared.dout_empty[stage]), CONSUMER_WARPS);
         }
+        for (int slot = 0; slot < Tile::FINISHED_SLOTS; ++slot) {
+            mbarrier_init(shared_address(&shared.finished_full[slot]), 1);
+            mbarrier_init(shared_address(&shared.finished_empty[slot]), 2);
+        }
         mbarrier_init_fence();
     }
     __syncthreads();
+    wait_for_kernel_before();
     if (threadIdx.x < WARPGROUP_SIZE) {
         registers_decrease<Tile::PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             backward_load<Tile>(shared, args);
         } else if (threadIdx.x / WARP_SIZE == 1) {
             backward_write<Tile>(shared, args);
+        } else if (Tile::DQ_FINISH == DqFinish::WARPS && threadIdx.x >= 2 * WARP_SIZE) {
+            backward_finish_dq<Tile>(shared, args, threadIdx.x / WARP_SIZE - 2);
         }
     } else {
         registers_increase<Tile::CONSUMER_REGISTERS>();
@@ -679,16 +750,20 @@ inline int hopper_backward_block_m(int D) {
     return D == 128 ? HopperBackwardTile<128>::BLOCK_M : HopperBackwardTile<64>::BLOCK_M;
 }
 constexpr size_t HOPPER_ITEMS_TAKEN_BYTES = 256;  // keeps the rest aligned to cache lines
+inline size_t hopper_backward_additions_bytes(const AttentionShape& s) {
+    return round_up<size_t>((size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * sizeof(int),
+                            256);
+}
 inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
     return (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * 2 * sizeof(float);
 }
-// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic:
+// Exact: 256 bytes, 4 a query tile, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic:
 // flash_attention_mma.cuh's.
 inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic) {
     if (deterministic) {
         return flash_attention_mma_backward_scratch_bytes(s, true);
     }
-    return HOPPER_ITEMS_TAKEN_BYTES + hopper_backward_statistics_bytes(s) +
+    return HOPPER_ITEMS_TAKEN_BYTES + hopper_backward_additions_bytes(s) + hopper_backward_statistics_bytes(s) +
            (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * s.D * sizeof(float);
 }
 
@@ -715,6 +790,9 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView
               mapped[i].first, (long long)mapped[i].second.stride_b, (long long)mapped[i].second.stride_t,
               (long long)mapped[i].second.stride_h);
     }
+    const int64_t num_query_tiles = ceil_div<int64_t>(s.Tq, Tile::BLOCK_M);
+    CHECK(num_query_tiles * s.B * s.H <= INT32_MAX, "attention on Hopper: %lld query tiles of %lld heads are too many",
+          (long long)num_query_tiles, (long long)s.B * s.H);
     CHECK(reinterpret_cast<uintptr_t>(scratch) % 16 == 0, "attention: scratch must be aligned to 16 bytes");
 
     HopperBackwardArguments args{};
@@ -726,21 +804,25 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView
     args.dv = head_tensor_map(dv, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
     args.Tq = s.Tq, args.Tk = s.Tk, args.key_offset = mma_key_offset(s);
     args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
-    args.num_query_tiles = (int)ceil_div<int64_t>(s.Tq, Tile::BLOCK_M);
+    args.num_query_tiles = (int)num_query_tiles;
     args.scale = s.scale, args.scale_log2 = s.scale * LOG2_E;
     // What the blocks of a head share: q, dout and dq's accumulator.
     args.order = mma_tile_order(ceil_div<int64_t>(s.Tk, Tile::BLOCK_N), s.B, s.Hkv, 1,
                                 s.Tq * args.heads_per_kv_head * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float)));
 
     args.items_taken = static_cast<int*>(scratch);
-    float* statistics = reinterpret_cast<float*>(static_cast<char*>(scratch) + HOPPER_ITEMS_TAKEN_BYTES);
+    args.dq_additions = reinterpret_cast<int*>(static_cast<char*>(scratch) + HOPPER_ITEMS_TAKEN_BYTES);
+    float* statistics = reinterpret_cast<float*>(static_cast<char*>(scratch) + HOPPER_ITEMS_TAKEN_BYTES +
+                                                 hopper_backward_additions_bytes(s));
     args.statistics = statistics;
+    args.dq = dq;
     args.dq_accumulator = statistics + hopper_backward_statistics_bytes(s) / sizeof(float);
     const int64_t padded_Tq = (int64_t)args.num_query_tiles * Tile::BLOCK_M, num_tile_rows = s.B * s.H * padded_Tq;
     const int64_t num_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / HOPPER_STATISTICS_LANES);
     CHECK(num_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds", (long long)num_tile_rows);
     hopper_backward_prepare_kernel<Tile::D, Tile::BLOCK_M><<<num_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
-        statistics, args.dq_accumulator, args.items_taken, dout, out, lse, num_tile_rows, s.Tq, padded_Tq, s.H);
+        statistics, args.dq_accumulator, args.items_taken, args.dq_additions, dq, dout, out, lse, num_tile_rows, s.Tq,
+        padded_Tq, s.H, s.Tk, args.key_offset);
     CUDA_CHECK_LAUNCH();
     return args;
 }
@@ -770,9 +852,18 @@ inline void hopper_launch_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadVie
     CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
     const int num_items = args.order.num_tiles * args.order.num_heads;
     const int num_blocks = one_block_an_item ? num_items : std::min(num_items, num_sms);
-    kernel<<<num_blocks, Tile::THREADS, SHARED_BYTES, stream>>>(args);
+    // The kernel's blocks may start while the last ones of the kernel before run.
+    cudaLaunchAttribute overlap;
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = num_blocks, config.blockDim = Tile::THREADS, config.dynamicSmemBytes = SHARED_BYTES;
+    config.stream = stream, config.attrs = &overlap, config.numAttrs = 1;
+    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
     CUDA_CHECK_LAUNCH();
-    hopper_finish_dq<Tile>(dq, args, shape, stream);
+    if (Tile::DQ_FINISH == DqFinish::KERNEL) {
+        hopper_finish_dq<Tile>(dq, args, shape, stream);
+    }
 }
 
 // dq, dk, dv (=), D = 64 or 128. out and lse are the forward's (or, of a chunk of keys, those of all keys together: the

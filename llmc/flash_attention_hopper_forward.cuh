@@ -20,60 +20,6 @@
 #include "flash_attention_mma.cuh"  // what both share: TileOrder, the causal offset, checks of shapes
 #include "ptx_hopper.cuh"
 
-// ---- tiles -------------------------------------------------------------------------------------
-// A tile of query rows and the key tiles it visits, [0, num_key_tiles), of which those below num_full_tiles are seen
-// whole by every row. At least one is visited: where nobody sees anything, all of it is masked. 0: the end of the list.
-struct ForwardWork {
-    int b, h, first_row, num_key_tiles, num_full_tiles;
-};
-
-// What a variant of dev/cuda may replace stands below Shared.
-template <int D_, int CONSUMERS_, int BLOCK_N_>
-struct HopperForwardTile {
-    static constexpr int D = D_;
-    static constexpr int CONSUMERS = CONSUMERS_;  // warpgroups that compute, of 64 query rows each
-    static constexpr int BLOCK_M = 64 * CONSUMERS;
-    static constexpr int BLOCK_N = BLOCK_N_;
-    static constexpr int STAGES = 2;   // of k and of v
-    static constexpr int Q_SLOTS = 2;  // the tile that is finished and the one that has begun
-    static constexpr int THREADS = WARPGROUP_SIZE * (1 + CONSUMERS);
-    // At launch all threads have the same, 65536 / THREADS rounded down to a multiple of 8; the loader gives up what
-    // the consumers then take. Were there less than they ask for, they would wait for ever.
-    static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
-    static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
-    static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
-    static_assert(D % 64 == 0 && BLOCK_N % 16 == 0 && (CONSUMERS == 2 || CONSUMERS == 3), "tile");
-    static_assert(LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * LAUNCH_REGISTERS, "registers");
-
-    struct Shared {
-        alignas(1024) bf16 k[STAGES][BLOCK_N * D];
-        alignas(1024) bf16 v[STAGES][BLOCK_N * D];
-        alignas(1024) bf16 q[Q_SLOTS][CONSUMERS][64 * D];  // a consumer's rows; its output leaves through them
-        uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], q_full[Q_SLOTS], q_empty[Q_SLOTS];
-        ForwardWork work[Q_SLOTS];  // what q_full announces
-    };
-
-    static constexpr int CLUSTER = 1;         // blocks that share key tiles: 2, of D / 64 column blocks one each loads
-    static constexpr bool PING_PONG = true;   // consumers issue products in turn
-    static constexpr bool LAZY = true;        // rescale only when a row's maximum moves by more than a threshold
-    static constexpr bool PERSISTENT = true;  // one block an SM; otherwise one a tile
-};
-
-struct HopperForwardArguments {
-    CUtensorMap q, k, v, out;  // boxes of 64, BLOCK_N, BLOCK_N and 64 rows; k, v: of a block's share of the columns
-    float* lse;
-    int Tq, Tk, key_offset;  // query t sees keys below min(Tk, t + 1 + key_offset)
-    int H, heads_per_kv_head;
-    float scale_log2;         // scale * log2(e)
-    float rescale_threshold;  // RESCALE_THRESHOLD_LOG2 in units of q.k
-    TileOrder order;
-};
-
-// Named barriers; 0 is __syncthreads.
-enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4, OUT_BARRIER = 7 };  // + consumer
-
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-
 // ---- what a block works through ----------------------------------------------------------------
 // The tiles of a block, without communication between blocks. Where there are as many blocks as tiles,
 // each has one, in TileOrder. Persistent blocks: in each group of heads the tiles lie from longest to shortest and are
@@ -123,6 +69,62 @@ struct TileWalk {
         return false;
     }
 };
+
+// ---- tiles -------------------------------------------------------------------------------------
+// A tile of query rows and the key tiles it visits, [0, num_key_tiles), of which those below num_full_tiles are seen
+// whole by every row. At least one is visited: where nobody sees anything, all of it is masked. 0: the end of the list.
+struct ForwardWork {
+    int b, h, first_row, num_key_tiles, num_full_tiles;
+};
+
+// What a variant of dev/cuda may replace stands below Shared.
+template <int D_, int CONSUMERS_, int BLOCK_N_, int STAGES_ = 2>
+struct HopperForwardTile {
+    static constexpr int D = D_;
+    static constexpr int CONSUMERS = CONSUMERS_;  // warpgroups that compute, of 64 query rows each
+    static constexpr int BLOCK_M = 64 * CONSUMERS;
+    static constexpr int BLOCK_N = BLOCK_N_;
+    static constexpr int STAGES = STAGES_;  // of k and of v
+    static constexpr int Q_SLOTS = 2;       // the tile that is finished and the one that has begun
+    static constexpr int THREADS = WARPGROUP_SIZE * (1 + CONSUMERS);
+    // At launch all threads have the same, 65536 / THREADS rounded down to a multiple of 8; the loader gives up what
+    // the consumers then take. Were there less than they ask for, they would wait for ever.
+    static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
+    static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
+    static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
+    static_assert(D % 64 == 0 && BLOCK_N % 16 == 0 && (CONSUMERS == 2 || CONSUMERS == 3), "tile");
+    static_assert(LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * LAUNCH_REGISTERS, "registers");
+
+    struct Shared {
+        alignas(1024) bf16 k[STAGES][BLOCK_N * D];
+        alignas(1024) bf16 v[STAGES][BLOCK_N * D];
+        alignas(1024) bf16 q[Q_SLOTS][CONSUMERS][64 * D];  // a consumer's rows; its output leaves through them
+        uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], q_full[Q_SLOTS], q_empty[Q_SLOTS];
+        ForwardWork work[Q_SLOTS];  // what q_full announces
+    };
+
+    static constexpr int CLUSTER = 1;         // blocks that share key tiles: 2, of D / 64 column blocks one each loads
+    static constexpr bool PING_PONG = true;   // consumers issue products in turn
+    static constexpr bool LAZY = true;        // rescale only when a row's maximum moves by more than a threshold
+    static constexpr bool PERSISTENT = true;  // one block an SM; otherwise one a tile
+    static constexpr bool Q_IN_REGISTERS = false;  // its fragments are loaded once a tile, not read by every product
+    using Walk = TileWalk;
+};
+
+struct HopperForwardArguments {
+    CUtensorMap q, k, v, out;  // boxes of 64, BLOCK_N, BLOCK_N and 64 rows; k, v: of a block's share of the columns
+    float* lse;
+    int Tq, Tk, key_offset;  // query t sees keys below min(Tk, t + 1 + key_offset)
+    int H, heads_per_kv_head;
+    float scale_log2;         // scale * log2(e)
+    float rescale_threshold;  // RESCALE_THRESHOLD_LOG2 in units of q.k
+    TileOrder order;
+};
+
+// Named barriers; 0 is __syncthreads.
+enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4, OUT_BARRIER = 7 };  // + consumer
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
 // The block's part of a place: BLOCK_M rows of CLUSTER times as many; the blocks of a cluster visit the same key tiles.
 template <class Tile>
@@ -202,7 +204,7 @@ struct ForwardLoader {
         load_keys(args.v, shared.v[stage], shared.v_full[stage], b, head, n);
     }
     __device__ void run() {
-        TileWalk walk(blockIdx.x / Tile::CLUSTER);
+        typename Tile::Walk walk(blockIdx.x / Tile::CLUSTER);
         TileOrder::Place place;
         int b = 0, head = -1;  // of the work before; -1: there was none
         while (walk.next(args.order, gridDim.x / Tile::CLUSTER, &place)) {
@@ -227,6 +229,12 @@ struct ForwardLoader {
 };
 
 // ---- score -------------------------------------------------------------------------------------
+// The address that a lane gives to ldmatrix or stmatrix for columns 16 group .. 16 group + 15 of a warpgroup's tile of
+// 64 rows; row: 16 (warp % 4) + lane % 16.
+__device__ __forceinline__ uint32_t staged_chunk(uint32_t tile, int row, int group, int lane) {
+    const int chunk = 2 * (group % 4) + lane / 16;
+    return tile + group / 4 * 64 * 128 + row * 128 + (chunk ^ (row % 8)) * 16;
+}
 // Issues scores = q k^T of 64 query rows.
 template <int D, int BLOCK_N>
 __device__ __forceinline__ void issue_scores(float (&scores)[BLOCK_N / 2], uint64_t q, uint64_t k) {
@@ -239,6 +247,21 @@ __device__ __forceinline__ void issue_scores(float (&scores)[BLOCK_N / 2], uint6
             wgmma_zero<0, 0>(scores, a, b);
         } else {
             wgmma<0, 0>(scores, a, b);
+        }
+    }
+    wgmma_commit();
+}
+// The same, q's fragments in registers.
+template <int D, int BLOCK_N>
+__device__ __forceinline__ void issue_scores(float (&scores)[BLOCK_N / 2], const uint32_t (&q)[D / 16][4], uint64_t k) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        const uint64_t b = wgmma_advance(k, step / 4 * BLOCK_N * 128 + step % 4 * 32);
+        if (step == 0) {
+            wgmma_zero<0>(scores, q[step], b);
+        } else {
+            wgmma<0>(scores, q[step], b);
         }
     }
     wgmma_commit();
@@ -396,8 +419,7 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
         for (int i = 0; i < 4; ++i) {
             fragment[i] = pack_bf16x2(out[8 * group + 2 * i], out[8 * group + 2 * i + 1]);
         }
-        const int chunk = 2 * (group % 4) + lane / 16;
-        stmatrix_x4(staging + group / 4 * 64 * 128 + row * 128 + (chunk ^ (row % 8)) * 16, fragment);
+        stmatrix_x4(staged_chunk(staging, row, group, lane), fragment);
     }
     fence_async_shared();
 }
@@ -442,6 +464,7 @@ struct ForwardConsumer {
     const int consumer, lane, thread_row;  // thread_row: the thread's first row within BLOCK_M
     PipelineState<Tile::STAGES> k_state, v_state;
     PipelineState<Tile::Q_SLOTS> q_state;
+    uint32_t q_fragments[Tile::Q_IN_REGISTERS ? D / 16 : 1][4];
 
     __device__ ForwardConsumer(Shared& shared, const HopperForwardArguments& args, int consumer)
         : shared(shared),
@@ -473,9 +496,20 @@ struct ForwardConsumer {
     __device__ __forceinline__ void wait_k() const {
         mbarrier_wait(shared_address(&shared.k_full[k_state.stage]), k_state.parity);
     }
+    __device__ __forceinline__ void load_q_fragments(int slot) {
+        const int row = threadIdx.x / WARP_SIZE % 4 * 16 + lane % 16;
+#pragma unroll
+        for (int group = 0; group < D / 16; ++group) {
+            ldmatrix_x4(q_fragments[group], staged_chunk(shared_address(shared.q[slot][consumer]), row, group, lane));
+        }
+    }
     __device__ __forceinline__ void issue_scores_of(float (&scores)[BLOCK_N / 2], int slot) const {
-        issue_scores<D, BLOCK_N>(scores, wgmma_descriptor_k_major(shared_address(shared.q[slot][consumer])),
-                                 wgmma_descriptor_k_major(shared_address(shared.k[k_state.stage])));
+        const uint64_t k = wgmma_descriptor_k_major(shared_address(shared.k[k_state.stage]));
+        if constexpr (Tile::Q_IN_REGISTERS) {
+            issue_scores<D, BLOCK_N>(scores, q_fragments, k);
+        } else {
+            issue_scores<D, BLOCK_N>(scores, wgmma_descriptor_k_major(shared_address(shared.q[slot][consumer])), k);
+        }
     }
     __device__ __forceinline__ void issue_out_of(float (&out)[D / 2], const uint32_t (&p)[BLOCK_N / 16][4]) const {
         mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
@@ -502,6 +536,9 @@ struct ForwardConsumer {
     __device__ __forceinline__ void step(float (&out)[D / 2], uint32_t (&p)[BLOCK_N / 16][4], SoftmaxRows& rows,
                                          const ForwardWork& work, int n, int slot, const ForwardWork& finished) {
         float scores[BLOCK_N / 2], factor[2] = {1.0f, 1.0f};
+        if constexpr (NEW_TILE && Tile::Q_IN_REGISTERS) {
+            load_q_fragments(slot);
+        }
         wait_k();
         wait_turn();
         issue_scores_of(scores, slot);
@@ -558,6 +595,9 @@ struct ForwardConsumer {
         }
         {
             float scores[BLOCK_N / 2], factor[2];
+            if constexpr (Tile::Q_IN_REGISTERS) {
+                load_q_fragments(q_state.stage);
+            }
             wait_k();
             issue_scores_of(scores, q_state.stage);
             wgmma_wait<0>();

@@ -77,6 +77,21 @@ inline CUtensorMap head_tensor_map(const HeadView<Element>& view, int64_t B, int
     return map;
 }
 
+// ---- kernels that follow each other (griddepcontrol) -------------------------------------------
+// In a kernel launched with cudaLaunchAttributeProgrammaticStreamSerialization, before it touches what the kernel
+// before wrote: waits until that one is over and its writes are visible. Elsewhere nothing.
+__device__ __forceinline__ void wait_for_kernel_before() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// Such a kernel may start once all blocks of this one have said so, or are over.
+__device__ __forceinline__ void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // device code below: sm_90a alone
 
 // ---- mbarriers (9.7.13.15) ---------------------------------------------------------------------

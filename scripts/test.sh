@@ -3,8 +3,10 @@
 # why. Needs no GPU. Ends with 'N passed, N failed, N skipped'.
 #   scripts/test.sh            everything
 #   scripts/test.sh --no_cuda  without compiling the CUDA code
+# PYTHON names the Python that has torch and transformers, FUZZ_SECONDS how long each fuzzer runs (10).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
+python=${PYTHON:-python3}
 cuda=yes
 case ${1:-} in
 "") ;;
@@ -75,10 +77,10 @@ if [ -d "$golden" ]; then
 else
     skip golden "no ../shared/golden beside this checkout"
 fi
-if python3 -c 'import torch, transformers' 2>/dev/null; then
-    check transformers_reads_our_checkpoints python3 dev/test/check_transformers.py
+if "$python" -c 'import torch, transformers' 2>/dev/null; then
+    check transformers_reads_our_checkpoints "$python" dev/test/check_transformers.py
 else
-    skip transformers_reads_our_checkpoints "Python packages torch and transformers are not installed"
+    skip transformers_reads_our_checkpoints "$python has no packages torch and transformers (PYTHON=... names another)"
 fi
 
 echo "== CUDA code"

@@ -207,7 +207,8 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
             wgmma_pin(dk);
             wgmma_pin(dv);
             wgmma_pin(dq);
-            float* part = dq_part<Tile>(args, block.b, h, tile, warpgroup) + 4 * thread;
+            float* part = args.dq_accumulator +
+                          ((first_tile + tile) * Tile::CONSUMERS + warpgroup) * Tile::DQ_ELEMENTS + 4 * thread;
 #pragma unroll
             for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
                 red_add_f32x4(part + i * 4 * WARPGROUP_SIZE,
@@ -247,7 +248,7 @@ static void flash_attention_backward7(const BackwardOperands& x, const Attention
 }
 
 // ---- 8 and up: specialised warps (llmc/flash_attention_hopper_backward.cuh) --------------------
-template <DvStart DV_START, int TILES_A_TURN, bool one_block_an_item = true, DqAdd DQ_ADD = DqAdd::WRITER,
+template <DvStart DV_START, int TILES_A_TURN, bool one_block_an_item = true, DqFinish DQ_FINISH = DqFinish::KERNEL,
           bool EARLY_LSE = false>
 static void flash_attention_backward_wgmma(const BackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
@@ -256,9 +257,9 @@ static void flash_attention_backward_wgmma(const BackwardOperands& x, const Atte
                                                stream, one_block_an_item);
     };
     if (shape.D == 64) {
-        launch(HopperBackwardTile<64, DV_START, TILES_A_TURN, DQ_ADD, EARLY_LSE>());
+        launch(HopperBackwardTile<64, DV_START, TILES_A_TURN, DQ_FINISH, EARLY_LSE>());
     } else {
-        launch(HopperBackwardTile<128, DV_START, TILES_A_TURN, DQ_ADD, EARLY_LSE>());
+        launch(HopperBackwardTile<128, DV_START, TILES_A_TURN, DQ_FINISH, EARLY_LSE>());
     }
 }
 static size_t hopper_scratch(const AttentionShape& shape) {
@@ -329,16 +330,16 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      "variant 10, persistent blocks",
      {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false>, hopper_scratch, false, true, 131072, true}},
     {13,
-     "variant 12, dq added from registers",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false, DqAdd::CONSUMERS>, hopper_scratch, false, true,
-      131072, true}},
+     "variant 12, tiles of dq rounded by idle warps",
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false, DqFinish::WARPS>, hopper_scratch, false, true, 131072,
+      true}},
     {14,
-     "variant 12, statistics loaded before the waits for scores and dP",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false, DqAdd::WRITER, true>, hopper_scratch, false, true,
+     "variant 13, statistics loaded before the waits for scores and dP",
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false, DqFinish::WARPS, true>, hopper_scratch, false, true,
       131072, true}},
     {15,
-     "variant 11, persistent blocks, statistics early",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 4, false, DqAdd::WRITER, true>, hopper_scratch, false, true,
+     "variant 14, three of four tiles' scores",
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 4, false, DqFinish::WARPS, true>, hopper_scratch, false, true,
       131072, true}},
 #endif
     {20,

@@ -187,6 +187,27 @@ template <class Tile>
 struct NoTurns : Tile {
     static constexpr bool PING_PONG = false;
 };
+template <class Tile>
+struct QInRegisters : Tile {
+    static constexpr bool Q_IN_REGISTERS = true;
+};
+// Tiles by ticket: whoever is free takes the next. Needs a counter that is zero before the launch.
+__device__ int forward_tickets;
+struct TicketWalk {
+    __device__ explicit TicketWalk(int) {}
+    __device__ bool next(const TileOrder& order, int, TileOrder::Place* place) {
+        const int ticket = atomicAdd(&forward_tickets, 1);
+        if (ticket >= order.num_tiles * order.num_heads) {
+            return false;
+        }
+        *place = order.place(ticket);
+        return true;
+    }
+};
+template <class Tile>
+struct Tickets : Tile {
+    using Walk = TicketWalk;
+};
 template <class Tile64, class Tile128>
 static void hopper_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                            HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
@@ -195,6 +216,14 @@ static void hopper_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> 
     } else {
         hopper_launch_forward<Tile128>(out, lse, q, k, v, shape, stream);
     }
+}
+template <class Tile64, class Tile128>
+static void hopper_forward_tickets(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
+                                   HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
+    void* tickets;
+    CUDA_CHECK(cudaGetSymbolAddress(&tickets, forward_tickets));
+    CUDA_CHECK(cudaMemsetAsync(tickets, 0, sizeof(int), stream));
+    hopper_forward<Tickets<Tile64>, Tickets<Tile128>>(out, lse, q, k, v, shape, stream);
 }
 using Tile64 = HopperForwardTile<64, 3, 128>;
 using Tile128 = HopperForwardTile<128, 2, 128>;
@@ -221,13 +250,18 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {11, "rescale only when the maximum moves by 2^8", {hopper_forward<Tile64, Tile128>, true, 131072}},
     {12, "the same, one block a tile", {hopper_forward<OneBlockATile<Tile64>, OneBlockATile<Tile128>>, true, 131072}},
     {13,
-     "D 128: 160 keys; D 64: two consumers",
-     {hopper_forward<HopperForwardTile<64, 2, 128>, HopperForwardTile<128, 2, 160>>, true, 131072}},
+     "D 128: 160 keys; D 64: two consumers, four stages",
+     {hopper_forward<HopperForwardTile<64, 2, 128, 4>, HopperForwardTile<128, 2, 160>>, true, 131072}},
     {14,
-     "D 128: two blocks of neighbouring rows share keys; D 64: no turns",
-     {hopper_forward<NoTurns<Tile64>, Pair<Tile128>>, true, 524288}},
+     "D 128: two blocks of neighbouring rows share keys; D 64: four stages",
+     {hopper_forward<HopperForwardTile<64, 3, 128, 4>, Pair<Tile128>>, true, 524288}},
+    {15, "no turns, with lazy rescaling", {hopper_forward<NoTurns<Tile64>, NoTurns<Tile128>>, true, 131072}},
+    {16, "tiles by ticket", {hopper_forward_tickets<Tile64, Tile128>, true, 524288}},
+    {17,
+     "q's fragments in registers",
+     {hopper_forward<QInRegisters<HopperForwardTile<64, 2, 128, 4>>, QInRegisters<Tile128>>, true, 131072}},
 #endif
-    {15, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 524288}},
+    {20, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 524288}},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {

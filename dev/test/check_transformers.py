@@ -19,7 +19,7 @@ try:
     import torch
     import transformers
     from safetensors.torch import load_file, save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 except ImportError as error:
     print(f"skip check_transformers: {error}")
     sys.exit(0)
@@ -87,6 +87,16 @@ def written_here(work):
     report("written here: the type of the weights is known there", stored.dtype == torch.bfloat16)
     report("written here: special tokens are known there",
            (stored.generation_config.bos_token_id, stored.generation_config.eos_token_id) == (256, 257))
+    tokenizer = AutoTokenizer.from_pretrained(newest(f"{work}/here3"))
+    text = "".join(map(chr, range(256))) + " \u00e9\u4e2d\U0001f600<|end|> \n\n  x"
+    tokens = tokenizer(text)["input_ids"]
+    expected = [256] + [token for part in text.split("<|end|>") for token in [*part.encode(), 257]][:-1]
+    report("written here: the tokenizer makes bytes", tokens == expected)
+    report("written here: and bytes make the text", tokenizer.decode(tokens) == "<|begin|>" + text)
+    inputs = tokenizer("int main", return_tensors="pt")
+    continued = stored.generate(**inputs, max_new_tokens=5, do_sample=False)
+    report("written here: transformers samples from it",
+           tokenizer.decode(continued[0], skip_special_tokens=True).startswith("int main"))
 
 
 def written_by_transformers(work):

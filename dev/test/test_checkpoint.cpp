@@ -237,15 +237,37 @@ TEST_F(Checkpoint, StateHasTheSettings) {
     EXPECT_TRUE(state["settings"].contains("train_data"));
 }
 
-TEST_F(Checkpoint, ByteVocabularyHasItsMarkers) {
+TEST_F(Checkpoint, ByteVocabularyHasItsTokenizer) {
     ModelConfig bytes = small_model(true);
     bytes.vocab_size = 258;
     StateModel model(bytes, 1), other(small_model(true), 1);
-    const std::string folder = save_checkpoint(model, state_, config_, false, run_);
-    EXPECT_EQ(parse_json(read_bytes(folder + "/config.json"), "")["eos_token_id"], 257);
-    EXPECT_EQ(parse_json(read_bytes(folder + "/generation_config.json"), "")["bos_token_id"], 256);
-    const std::string other_folder = save_checkpoint(other, state_, config_, false, folder_ + "/other");
-    EXPECT_TRUE(parse_json(read_bytes(other_folder + "/config.json"), "")["eos_token_id"].is_null());
+    const auto read_json = [](const std::string& path) { return parse_json(read_bytes(path), path); };
+    std::string folder = save_checkpoint(model, state_, config_, false, run_);
+    EXPECT_EQ(read_json(folder + "/config.json")["eos_token_id"], 257);
+    EXPECT_EQ(read_json(folder + "/generation_config.json")["bos_token_id"], 256);
+    EXPECT_EQ(read_json(folder + "/tokenizer_config.json")["eos_token"], "<|end|>");
+    const JsonValue tokenizer = read_json(folder + "/tokenizer.json");
+    EXPECT_EQ(tokenizer["added_tokens"][1]["id"], 257);
+    std::set<int> tokens;
+    for (const auto& [character, token] : tokenizer["model"]["vocab"].items()) {
+        tokens.insert(token.get<int>());
+    }
+    EXPECT_EQ(tokens.size(), 256u);
+    // As GPT-2 shows them.
+    EXPECT_EQ(tokenizer["model"]["vocab"]["A"], 'A');
+    EXPECT_EQ(tokenizer["model"]["vocab"]["\u0100"], 0);
+    EXPECT_EQ(tokenizer["model"]["vocab"]["\u0120"], ' ');
+    EXPECT_EQ(tokenizer["model"]["vocab"]["\u010a"], '\n');
+    EXPECT_EQ(tokenizer["model"]["vocab"]["\u0143"], 173);
+    EXPECT_EQ(tokenizer["model"]["vocab"]["\u00ff"], 255);
+
+    config_.byte_markers = false;
+    folder = save_checkpoint(model, state_, config_, false, folder_ + "/unmarked");
+    EXPECT_TRUE(read_json(folder + "/config.json")["bos_token_id"].is_null());
+    EXPECT_TRUE(read_json(folder + "/tokenizer.json")["post_processor"].is_null());
+    folder = save_checkpoint(other, state_, config_, false, folder_ + "/other");
+    EXPECT_TRUE(read_json(folder + "/config.json")["eos_token_id"].is_null());
+    EXPECT_FALSE(fs::exists(folder + "/tokenizer.json")) << "which tokenizer is not known";
 }
 
 TEST_F(Checkpoint, TokenizerAndSpecialTokensAreCarriedOn) {
