@@ -97,7 +97,7 @@ struct RunConfig {
     std::string program = "train_gpt";  // as it was called
     std::string checkpoint;             // folder the weights come from: of --init_from, or the newest of --resume
 
-    int data_parallel = 1;              // groups of ranks with different sequences
+    int data_parallel = 1;  // groups of ranks with different sequences
 
     // Sequences of one micro-batch of all ranks.
     int64_t sequences_at_once() const { return (int64_t)batch_size * data_parallel; }
@@ -135,7 +135,8 @@ inline void validate(const RunConfig& c) {
           c.batch_size, (long long)c.seq_len, ((1ll << 31) - 1) / (long long)c.seq_len);
     in_range("global_batch", c.global_batch, 0, (int64_t)1 << 40);
     const int64_t at_once = c.sequences_at_once();
-    CHECK(c.global_batch % at_once == 0, "--global_batch %lld: must be a multiple of --batch_size %d%s; the nearest is %lld",
+    CHECK(c.global_batch % at_once == 0,
+          "--global_batch %lld: must be a multiple of --batch_size %d%s; the nearest is %lld",
           (long long)c.global_batch, c.batch_size,
           c.data_parallel == 1 ? "" : format_string(" times the %d groups of ranks", c.data_parallel).c_str(),
           (long long)(at_once * std::max<int64_t>(1, (c.global_batch + at_once / 2) / at_once)));

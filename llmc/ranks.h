@@ -1,6 +1,7 @@
 // ranks.h: the processes of a run, as everything on the host sees them: who this one is, and how all decide together.
 // A run of one process is the same with one rank: nothing is sent, nothing waits.
 #pragma once
+#include <algorithm>
 #include <functional>
 #include <memory>
 #include <string>

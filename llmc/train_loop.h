@@ -427,7 +427,8 @@ class TrainingRun {
         const Clock::time_point start = Clock::now();
         const bool weights_bf16 =
             config_.save_dtype == SaveDtype::bf16 || (config_.save_dtype == SaveDtype::automatic && device_.is_gpu);
-        checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir, ranks_);
+        checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
+                                      checkpoint::OPTIMIZER_SHARD_BYTES, ranks_);
         saved_step_ = state_.step;
         terminal_.print(format_string("step %lld | checkpoint %s, %.1f s", (long long)state_.step, checkpoint_.c_str(),
                                       seconds_since(start)));
@@ -452,8 +453,7 @@ class TrainingRun {
     int stop_after_skips(const StepResult& result) {
         save();
         terminal_.end_progress();
-        log("stop",
-            {{"skipped_in_a_row", state_.skipped_in_a_row}, {"first_bad_tensor", result.first_bad_tensor}});
+        log("stop", {{"skipped_in_a_row", state_.skipped_in_a_row}, {"first_bad_tensor", result.first_bad_tensor}});
         if (!ranks_.is_first()) {
             return 1;
         }
