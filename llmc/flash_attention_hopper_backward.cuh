@@ -62,8 +62,13 @@ struct HopperBackwardTile {
     static constexpr int FINISHED_SLOTS = 4;             // tiles of dq that wait to be rounded
     static constexpr int CONSUMERS = 2;                  // warpgroups
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP_SIZE;
-    static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 240;  // (32 + 2 * 240) * 128 = 65536
-    static constexpr int DQ_ELEMENTS = BLOCK_M * D / CONSUMERS;              // of a tile of dq, a warpgroup: 64 x 64
+    // At launch all threads have the same, 65536 / THREADS rounded down to a multiple of 8: consumers that ask for more
+    // than the producer's warpgroup gives up would wait for ever.
+    static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+    static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * LAUNCH_REGISTERS,
+                  "registers");
+    static constexpr int DQ_ELEMENTS = BLOCK_M * D / CONSUMERS;  // of a tile of dq, a warpgroup: 64 x 64
 
     struct Shared {
         alignas(1024) bf16 k[BLOCK_N * D];
