@@ -18,7 +18,7 @@
 //   dP^T = v dout^T  m64n64, 8          m64n128, 4    the same
 //   dv  += P^T dout  m64n128, 4         m64n64, 8     P^T in registers, dout along its rows
 //   dk  += dS^T q    m64n128, 4         m64n64, 8     dS^T in registers, q along its rows
-//   dq   = dS k      m64n64, 8          m64n64, 8     warpgroup w: columns 64 w of 64 queries; queries 64 w of 128
+//   dq^T = k^T dS^T  m64n64, 8          m64n64, 8     warpgroup w: columns 64 w of 64 queries; queries 64 w of 128
 //
 // Bound: a query tile takes 2560 clocks of tensor cores and reads and writes 368 KB (D = 64: 352 KB) of shared memory,
 // which is 2944 (2816) clocks at 128 bytes a clock: about 87 % of the tensor cores' rate at best. 10 Tq Tk D H
@@ -48,22 +48,29 @@ struct KeyBlock {
 };
 
 template <int D_, DvStart DV_START_ = DvStart::AFTER_DS, int TILES_A_TURN_ = 2, DqFinish DQ_FINISH_ = DqFinish::KERNEL,
-          bool EARLY_LSE_ = false>
+          bool EARLY_LSE_ = false, int BLOCK_M_ = D_ == 128 ? 64 : 128>
 struct HopperBackwardTile {
     static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
     static constexpr int D = D_;
     static constexpr DvStart DV_START = DV_START_;
     static constexpr DqFinish DQ_FINISH = DQ_FINISH_;
     static constexpr bool EARLY_LSE = EARLY_LSE_ && D == 128;
-    static constexpr int TILES_A_TURN = TILES_A_TURN_;   // of the loop without masks: 1, 2 or 4
-    static constexpr int BLOCK_M = D == 128 ? 64 : 128;  // queries a tile: 8192 elements of q
-    static constexpr int BLOCK_N = 128;                  // keys a block, 64 a consumer warpgroup
-    static constexpr int STAGES = 2;                     // tiles of q, dout and dS in flight
-    static constexpr int FINISHED_SLOTS = 4;             // tiles of dq that wait to be rounded
-    static constexpr int CONSUMERS = 2;                  // warpgroups
+    static constexpr int TILES_A_TURN = TILES_A_TURN_;  // of the loop without masks: 1, 2 or 4
+    static constexpr int BLOCK_M = BLOCK_M_;            // queries a tile
+    static constexpr int BLOCK_N = 128;                 // keys a block, 64 a consumer warpgroup
+    static constexpr int STAGES = 2;                    // tiles of q, dout and dS in flight
+    static constexpr int FINISHED_SLOTS = 4;            // tiles of dq that wait to be rounded
+    static constexpr int CONSUMERS = 2;                 // warpgroups
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP_SIZE;
-    static constexpr int PRODUCER_REGISTERS = 32, CONSUMER_REGISTERS = 240;  // (32 + 2 * 240) * 128 = 65536
-    static constexpr int DQ_ELEMENTS = BLOCK_M * D / CONSUMERS;              // of a tile of dq, a warpgroup: 64 x 64
+    // At launch all threads have the same, 65536 / THREADS rounded down to a multiple of 8: consumers that ask for more
+    // than the producer's warpgroup gives up would wait for ever.
+    static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
+    static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
+    static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * LAUNCH_REGISTERS,
+                  "registers");
+    // A warpgroup's part of dq: 64 columns of all queries, or all 64 columns of half of them; computed transposed.
+    static constexpr int DQ_QUERIES = D == 128 ? BLOCK_M : BLOCK_M / 2;
+    static constexpr int DQ_ELEMENTS = 64 * DQ_QUERIES;
 
     struct Shared {
         alignas(1024) bf16 k[BLOCK_N * D];
@@ -167,47 +174,58 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     }
 }
 
-// dq (=) scale * accumulator, 8 columns of two rows. A warpgroup's 64 x 64 part of a tile is in the order of its
-// registers: float4 i (of 8) of thread t is float4 128 i + t: columns 8 i + 2 (t % 4) and the next of row 16 (t / 32) +
-// t % 32 / 4, then of the row 8 further down. tile: of all heads; within: 0 to 255.
-template <int D, int BLOCK_M>
-__device__ __forceinline__ void round_dq(const HeadView<bf16>& dq, const float* dq_accumulator, int tile, int warpgroup,
-                                         int within, int64_t Tq, int num_query_tiles, int H, float scale) {
-    const int i = within % 8, quad = within / 8;
-    const float4* part = reinterpret_cast<const float4*>(dq_accumulator + (int64_t)tile * (BLOCK_M * D)) +
-                         warpgroup * 1024 + i * 128 + quad * 4;
-    int4 upper, lower;
-    auto round_pair = [&](int t, int& upper_pair, int& lower_pair) {
-        const float4 values = __ldcg(part + t);  // other SMs added to it
-        upper_pair = (int)pack_bf16x2(scale * values.x, scale * values.y);
-        lower_pair = (int)pack_bf16x2(scale * values.z, scale * values.w);
-    };
-    round_pair(0, upper.x, lower.x);
-    round_pair(1, upper.y, lower.y);
-    round_pair(2, upper.z, lower.z);
-    round_pair(3, upper.w, lower.w);
-    const int head = tile / num_query_tiles;
-    const int64_t row =
-        (int64_t)(tile % num_query_tiles) * BLOCK_M + quad / 8 * 16 + quad % 8 + (D == 128 ? 0 : 64 * warpgroup);
-    bf16* at = dq.row(head / H, row, head % H) + 8 * i + (D == 128 ? 64 * warpgroup : 0);
-    if (row < Tq) {
-        *reinterpret_cast<int4*>(at) = upper;
+// A warpgroup's part of a tile of dq and where it goes. The part is in the order of its registers: float4 128 i + t has
+// thread t's values of queries 8 i + 2 (t % 4) and the next, at column c = 16 (t / 32) + t % 32 / 4, then at c + 8.
+template <class Tile>
+struct DqPart {
+    static constexpr int UNITS = 4 * Tile::DQ_QUERIES;
+    const float4* sums;
+    bf16* rows;
+    int num_rows;  // that exist
+
+    // tile: of all heads.
+    __device__ __forceinline__ DqPart(const HeadView<bf16>& dq, const float* accumulator, int tile, int part,
+                                      int64_t Tq, int num_query_tiles, int H) {
+        const int64_t first_element = ((int64_t)tile * Tile::CONSUMERS + part) * Tile::DQ_ELEMENTS;
+        sums = reinterpret_cast<const float4*>(accumulator + first_element);
+        const int head = tile / num_query_tiles;
+        const int64_t row =
+            (int64_t)(tile - head * num_query_tiles) * Tile::BLOCK_M + (Tile::D == 128 ? 0 : Tile::DQ_QUERIES * part);
+        rows = dq.row(head / H, row, head % H) + (Tile::D == 128 ? 64 * part : 0);
+        num_rows = (int)max((int64_t)0, min(Tq - row, (int64_t)Tile::DQ_QUERIES));
     }
-    if (row + 8 < Tq) {
-        *reinterpret_cast<int4*>(at + 8 * dq.stride_t) = lower;
+    // dq (=) scale * sum: 4 columns, and the 4 that are 8 further on, of two rows.
+    __device__ __forceinline__ void round(int unit, int64_t stride_t, float scale) const {
+        const int four = unit % 2, quad_thread = unit / 2 % 4, warp = unit / 8 % 4, i = unit / 32;
+        const float4* values = sums + i * WARPGROUP_SIZE + warp * WARP_SIZE + four * 16 + quad_thread;
+        const float4 a = __ldcg(values), b = __ldcg(values + 4), c = __ldcg(values + 8), d = __ldcg(values + 12);
+        const int row = 8 * i + 2 * quad_thread;
+        bf16* at = rows + row * stride_t + 16 * warp + 4 * four;
+        auto round_four = [&](bf16* to, float x0, float x1, float x2, float x3) {
+            *reinterpret_cast<uint2*>(to) =
+                make_uint2(pack_bf16x2(scale * x0, scale * x1), pack_bf16x2(scale * x2, scale * x3));
+        };
+        if (row < num_rows) {
+            round_four(at, a.x, b.x, c.x, d.x);
+            round_four(at + 8, a.z, b.z, c.z, d.z);
+        }
+        if (row + 1 < num_rows) {
+            round_four(at + stride_t, a.y, b.y, c.y, d.y);
+            round_four(at + stride_t + 8, a.w, b.w, c.w, d.w);
+        }
     }
-}
-// The same for all of dq. Launch: one thread 8 columns of two rows, flat grid. Bound: bandwidth, 6D bytes a row.
-template <int D, int BLOCK_M>
+};
+// dq (=) scale * accumulator. Launch: a thread a unit of DqPart, flat grid. Bound: bandwidth, 6D bytes a row.
+template <class Tile>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     hopper_backward_dq_kernel(HeadView<bf16> dq, const float* dq_accumulator, int64_t num_tiles, int64_t Tq,
                               int num_query_tiles, int H, float scale) {
-    constexpr int TILE_THREADS = BLOCK_M * D / 16;
     const int64_t thread = (int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x;
-    const int64_t tile = thread / TILE_THREADS;
-    const int within = (int)(thread % TILE_THREADS);
-    if (tile < num_tiles) {
-        round_dq<D, BLOCK_M>(dq, dq_accumulator, (int)tile, within / 256, within % 256, Tq, num_query_tiles, H, scale);
+    const int64_t part = thread / DqPart<Tile>::UNITS;
+    if (part < num_tiles * Tile::CONSUMERS) {
+        DqPart<Tile>(dq, dq_accumulator, (int)(part / Tile::CONSUMERS), (int)(part % Tile::CONSUMERS), Tq,
+                     num_query_tiles, H)
+            .round((int)(thread % DqPart<Tile>::UNITS), dq.stride_t, scale);
     }
 }
 
@@ -397,10 +415,10 @@ __device__ __forceinline__ void backward_finish_dq(typename Tile::Shared& shared
         if (tile < 0) {
             break;
         }
+        const DqPart<Tile> part(args.dq, args.dq_accumulator, tile, half, args.Tq, args.num_query_tiles, args.H);
 #pragma unroll 1
-        for (int within = lane; within < 256; within += WARP_SIZE) {
-            round_dq<Tile::D, Tile::BLOCK_M>(args.dq, args.dq_accumulator, tile, half, within, args.Tq,
-                                             args.num_query_tiles, args.H, args.scale);
+        for (int unit = lane; unit < part.UNITS; unit += WARP_SIZE) {
+            part.round(unit, args.dq.stride_t, args.scale);
         }
     }
 }
@@ -432,22 +450,21 @@ __device__ __forceinline__ void start_key_gradient(float (&sum)[Tile::D / 2],
     }
     wgmma_commit();
 }
-// dq (=) dS k, started: this warpgroup's part. ds, k: the whole tiles.
+// dq (=) (dS k)^T = k^T dS^T, started: this warpgroup's part. ds, k: the whole tiles.
 template <class Tile>
-__device__ __forceinline__ void start_dq(float (&dq)[Tile::DQ_ELEMENTS / WARPGROUP_SIZE], uint32_t ds, uint32_t k,
-                                         int warpgroup) {
-    const uint32_t ds_part = Tile::D == 128 ? ds : ds + warpgroup * (64 * 128);
+__device__ __forceinline__ void start_dq(float (&dq)[Tile::DQ_QUERIES / 2], uint32_t ds, uint32_t k, int warpgroup) {
+    const uint32_t ds_part = Tile::D == 128 ? ds : ds + warpgroup * (Tile::DQ_QUERIES * 128);
     const uint32_t k_part = Tile::D == 128 ? k + warpgroup * (Tile::BLOCK_N * 128) : k;
-    const uint64_t ds_start = wgmma_descriptor_k_major(ds_part);
     const uint64_t k_start = wgmma_descriptor_mn_major(k_part, Tile::BLOCK_N * 128);
+    const uint64_t ds_start = wgmma_descriptor_k_major(ds_part);
 #pragma unroll
     for (int step = 0; step < Tile::BLOCK_N / 16; ++step) {
-        const uint64_t ds_step = wgmma_advance(ds_start, step / 4 * (Tile::BLOCK_M * 128) + step % 4 * 32);
         const uint64_t k_step = wgmma_advance(k_start, step * 2048);
+        const uint64_t ds_step = wgmma_advance(ds_start, step / 4 * (Tile::BLOCK_M * 128) + step % 4 * 32);
         if (step == 0) {
-            wgmma_zero<0, 1>(dq, ds_step, k_step);
+            wgmma_zero<1, 0>(dq, k_step, ds_step);
         } else {
-            wgmma<0, 1>(dq, ds_step, k_step);
+            wgmma<1, 0>(dq, k_step, ds_step);
         }
     }
     wgmma_commit();
@@ -746,25 +763,27 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 }
 
 // ---- launchers ---------------------------------------------------------------------------------
-inline int hopper_backward_block_m(int D) {
-    return D == 128 ? HopperBackwardTile<128>::BLOCK_M : HopperBackwardTile<64>::BLOCK_M;
-}
 constexpr size_t HOPPER_ITEMS_TAKEN_BYTES = 256;  // keeps the rest aligned to cache lines
+// What scratch holds: items_taken, dq_additions, the statistics, dq's accumulator.
+template <class Tile>
 inline size_t hopper_backward_additions_bytes(const AttentionShape& s) {
-    return round_up<size_t>((size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * sizeof(int),
-                            256);
+    return round_up<size_t>((size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, Tile::BLOCK_M) * sizeof(int), 256);
 }
+template <class Tile>
 inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
-    return (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * 2 * sizeof(float);
+    return round_up<size_t>((size_t)s.B * s.H * round_up<int64_t>(s.Tq, Tile::BLOCK_M) * 2 * sizeof(float), 256);
 }
-// Exact: 256 bytes, 4 a query tile, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic:
-// flash_attention_mma.cuh's.
+template <class Tile>
+inline size_t hopper_backward_scratch_bytes(const AttentionShape& s) {
+    return HOPPER_ITEMS_TAKEN_BYTES + hopper_backward_additions_bytes<Tile>(s) +
+           hopper_backward_statistics_bytes<Tile>(s) +
+           (size_t)s.B * s.H * round_up<int64_t>(s.Tq, Tile::BLOCK_M) * s.D * sizeof(float);
+}
+// Exact: about 8 + 4 D bytes a query row and head, rows rounded up to a tile; deterministic: flash_attention_mma.cuh's.
 inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic) {
-    if (deterministic) {
-        return flash_attention_mma_backward_scratch_bytes(s, true);
-    }
-    return HOPPER_ITEMS_TAKEN_BYTES + hopper_backward_additions_bytes(s) + hopper_backward_statistics_bytes(s) +
-           (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * s.D * sizeof(float);
+    return deterministic ? flash_attention_mma_backward_scratch_bytes(s, true)
+           : s.D == 64   ? hopper_backward_scratch_bytes<HopperBackwardTile<64>>(s)
+                         : hopper_backward_scratch_bytes<HopperBackwardTile<128>>(s);
 }
 
 // Checks the operands, fills the statistics and zeroes dq's accumulator.
@@ -813,10 +832,10 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView
     args.items_taken = static_cast<int*>(scratch);
     args.dq_additions = reinterpret_cast<int*>(static_cast<char*>(scratch) + HOPPER_ITEMS_TAKEN_BYTES);
     float* statistics = reinterpret_cast<float*>(static_cast<char*>(scratch) + HOPPER_ITEMS_TAKEN_BYTES +
-                                                 hopper_backward_additions_bytes(s));
+                                                 hopper_backward_additions_bytes<Tile>(s));
     args.statistics = statistics;
     args.dq = dq;
-    args.dq_accumulator = statistics + hopper_backward_statistics_bytes(s) / sizeof(float);
+    args.dq_accumulator = statistics + hopper_backward_statistics_bytes<Tile>(s) / sizeof(float);
     const int64_t padded_Tq = (int64_t)args.num_query_tiles * Tile::BLOCK_M, num_tile_rows = s.B * s.H * padded_Tq;
     const int64_t num_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / HOPPER_STATISTICS_LANES);
     CHECK(num_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds", (long long)num_tile_rows);
@@ -831,9 +850,10 @@ template <class Tile>
 inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& args, const AttentionShape& s,
                              cudaStream_t stream) {
     const int64_t num_tiles = (int64_t)s.B * s.H * args.num_query_tiles;
-    const int64_t num_blocks = num_tiles * (Tile::BLOCK_M * Tile::D / 16) / HOPPER_ROWS_THREADS;
+    const int64_t num_blocks =
+        ceil_div<int64_t>(num_tiles * Tile::CONSUMERS * DqPart<Tile>::UNITS, HOPPER_ROWS_THREADS);
     CHECK(num_blocks <= INT32_MAX, "attention: %lld query tiles are more than a grid holds", (long long)num_tiles);
-    hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M><<<num_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
+    hopper_backward_dq_kernel<Tile><<<num_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
         dq, args.dq_accumulator, num_tiles, s.Tq, args.num_query_tiles, s.H, s.scale);
     CUDA_CHECK_LAUNCH();
 }

@@ -107,6 +107,7 @@ struct HopperForwardTile {
     static constexpr bool PING_PONG = true;   // consumers issue products in turn
     static constexpr bool LAZY = true;        // rescale only when a row's maximum moves by more than a threshold
     static constexpr bool PERSISTENT = true;  // one block an SM; otherwise one a tile
+    static constexpr int POLYNOMIAL_EIGHTHS = 0;   // of the exponentials, computed without the special function unit
     static constexpr bool Q_IN_REGISTERS = false;  // its fragments are loaded once a tile, not read by every product
     using Walk = TileWalk;
 };
@@ -340,10 +341,26 @@ __device__ __forceinline__ bool passes_limit(const float (&scores)[count], const
     return top[0] >= rows.limit[0] || top[1] >= rows.limit[1];
 }
 
+// 2^x for x <= 128 by arithmetic alone, ten instructions for pipes that wait for the special function unit at D = 64.
+// x is split into an integer, which goes into the exponent, and a rest in [-1/2, 1/2], for which the polynomial is off
+// by 2.7e-6 at most, relative. Below -126: 2^-126.
+__device__ __forceinline__ float exp2_polynomial(float x) {
+    constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: added to it, x is rounded to an integer in the low bits
+    x = fmaxf(x, -126.0f);
+    const float rounded = x + ROUNDER;
+    const float rest = x - (rounded - ROUNDER);
+    float y = fmaf(0.00957010221f, rest, 0.0559178628f);
+    y = fmaf(y, rest, 0.240247443f);
+    y = fmaf(y, rest, 0.693121791f);
+    y = fmaf(y, rest, 0.999999285f);
+    return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
+}
+
 // scores become P = 2^(scale_log2 (score - reference)), added to the sums. Returns whether references moved, for some
 // row of the warp. MASKED: rows may have seen no key at all. FIRST: nothing came before. LAZY: references move only
-// when a score passes its limit; P is at most 2^(scale_log2 threshold).
-template <bool MASKED, bool FIRST, bool LAZY, int count>
+// when a score passes its limit; P is at most 2^(scale_log2 threshold). POLYNOMIAL_EIGHTHS: of the exponentials, where
+// nothing is masked.
+template <bool MASKED, bool FIRST, bool LAZY, int POLYNOMIAL_EIGHTHS = 0, int count>
 __device__ __forceinline__ bool softmax_tile(float (&scores)[count], SoftmaxRows& rows, float (&factor)[2],
                                              float scale_log2, float threshold) {
     const bool moves = FIRST || !LAZY || __any_sync(FULL_WARP, passes_limit(scores, rows));
@@ -358,7 +375,9 @@ __device__ __forceinline__ bool softmax_tile(float (&scores)[count], SoftmaxRows
     }
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-        scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -shift[i / 2 % 2]));
+        const float x = fmaf(scores[i], scale_log2, -shift[i / 2 % 2]);
+        const bool polynomial = !MASKED && i / 4 * POLYNOMIAL_EIGHTHS % 8 < POLYNOMIAL_EIGHTHS;
+        scores[i] = polynomial ? exp2_polynomial(x) : exp2_approx(x);
         sum[i / 2 % 2] += scores[i];
     }
     rows.sum[0] += sum[0];
@@ -553,8 +572,8 @@ struct ForwardConsumer {
         }
         SoftmaxRows new_rows;
         SoftmaxRows& score_rows = NEW_TILE ? new_rows : rows;
-        const bool moves = softmax_tile<MASKED, NEW_TILE, Tile::LAZY>(scores, score_rows, factor, args.scale_log2,
-                                                                      args.rescale_threshold);
+        const bool moves = softmax_tile<MASKED, NEW_TILE, Tile::LAZY, Tile::POLYNOMIAL_EIGHTHS>(
+            scores, score_rows, factor, args.scale_log2, args.rescale_threshold);
         complete_before_wait(score_rows.sum[0] + score_rows.sum[1]);
         wgmma_wait<0>();
         wgmma_pin(out);

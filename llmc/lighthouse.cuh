@@ -66,8 +66,8 @@ struct LighthouseSaved {
 
 // Forward's scratch.
 struct LighthouseForwardScratch {
-    float* q_scores;  // [B, H, T]; with the norm scorer [B, H + Hkv, T] together with k_scores
-    float* k_scores;  // [B, H, T] of the dilated scorer
+    LighthouseScores scores;    // of H + Hkv heads, query heads first; with the dilated scorer of H query heads
+    LighthouseScores k_scores;  // the dilated scorer's of H key heads
     void* select_scratch;
     bf16* pooled;        // [B, T / p^(L-1), H + 2 Hkv, D]
     bf16* dilated_out;   // [T, H, D], one sequence at a time
@@ -76,12 +76,30 @@ struct LighthouseForwardScratch {
     LighthouseForwardScratch(LighthouseArea& area, const LighthouseShape& shape) {
         const LighthouseGeometry& g = shape.geometry;
         const bool dilated = shape.scorer == LighthouseScorer::dilated;
-        q_scores = area.take<float>((int64_t)shape.B * (shape.H + (dilated ? 0 : shape.Hkv)) * g.T);
-        k_scores = dilated ? area.take<float>((int64_t)shape.B * shape.H * g.T) : nullptr;
+        const int64_t num_coarsest = g.level_size(g.levels - 1), B = shape.B, H = shape.H;
+        const int64_t heads = dilated ? H : H + shape.Hkv;
+        scores = {area.take<float>(B * heads * g.T), area.take<float>(B * heads * num_coarsest)};
+        if (dilated) {
+            k_scores = {area.take<float>(B * H * g.T), area.take<float>(B * H * num_coarsest)};
+        }
         select_scratch = area.take<unsigned char>((int64_t)lighthouse_select_scratch_bytes(shape));
-        pooled = area.take<bf16>(shape.B * g.level_size(g.levels - 1) * shape.num_heads() * shape.D);
-        dilated_out = dilated ? area.take<bf16>(g.T * shape.H * shape.D) : nullptr;
-        dilated_lse = dilated ? area.take<float>(g.T * shape.H) : nullptr;
+        pooled = area.take<bf16>(B * num_coarsest * shape.num_heads() * shape.D);
+        dilated_out = dilated ? area.take<bf16>(g.T * H * shape.D) : nullptr;
+        dilated_lse = dilated ? area.take<float>(g.T * H) : nullptr;
+    }
+
+    // What select reads.
+    LighthouseHeadScores q_heads(const LighthouseShape& shape) const {
+        const bool dilated = shape.scorer == LighthouseScorer::dilated;
+        return {scores.tokens, scores.coarsest, dilated ? shape.H : shape.H + shape.Hkv, shape.H / shape.Hkv};
+    }
+    LighthouseHeadScores k_heads(const LighthouseShape& shape) const {
+        const LighthouseGeometry& g = shape.geometry;
+        if (shape.scorer == LighthouseScorer::dilated) {
+            return {k_scores.tokens, k_scores.coarsest, shape.H, shape.H / shape.Hkv};
+        }
+        return {scores.tokens + shape.H * g.T, scores.coarsest + shape.H * g.level_size(g.levels - 1),
+                shape.H + shape.Hkv, 1};
     }
 };
 
@@ -147,7 +165,7 @@ HeadView<Element> lighthouse_group_member(HeadView<Element> view, int member, in
     return {view.row(0, 0, member), view.stride_b, view.stride_t, view.stride_h * group};
 }
 
-// scratch.q_scores, scratch.k_scores (=) [B, H, T]: the norms of causal attention on every dilated sequence, as (q, k,
+// scratch.scores, scratch.k_scores (=) of H heads: the norms of causal attention on every dilated sequence, as (q, k,
 // v) and as (k, q, v). With grouped queries the key's role is played once for each query head of its group.
 inline void lighthouse_dilated_scores(const LighthouseForwardScratch& scratch, const QkvHeads<const bf16>& qkv,
                                       const LighthouseShape& shape, cudaStream_t stream) {
@@ -157,6 +175,10 @@ inline void lighthouse_dilated_scores(const LighthouseForwardScratch& scratch, c
     const HeadView<bf16> out = {scratch.dilated_out, 0, (int64_t)shape.H * shape.D, shape.D};
     LighthouseShape one_sequence = shape;
     one_sequence.B = 1;
+    const auto scores_of = [&](const LighthouseScores& scores, int64_t b) -> LighthouseScores {
+        const int64_t num_coarsest = shape.geometry.level_size(shape.geometry.levels - 1);
+        return {scores.tokens + b * shape.H * T, scores.coarsest + b * shape.H * num_coarsest};
+    };
     AttentionShape inner = lighthouse_inner_shape(shape);
     inner.B = dilation;
     inner.Tq = inner.Tk = T / dilation;
@@ -167,13 +189,13 @@ inline void lighthouse_dilated_scores(const LighthouseForwardScratch& scratch, c
         const HeadView<const bf16> k = dilated(qkv.k, b), v = dilated(qkv.v, b);
         inner.H = shape.H;
         flash_attention_forward(dilated(out, 0), scratch.dilated_lse, dilated(qkv.q, b), k, v, inner, stream);
-        lighthouse_norms(scratch.q_scores + b * shape.H * T, out, one_sequence, stream);
+        lighthouse_norms(scores_of(scratch.scores, b), out, one_sequence, stream);
         inner.H = shape.Hkv;
         for (int member = 0; member < group; ++member) {
             flash_attention_forward(dilated(lighthouse_group_member(out, member, group), 0), scratch.dilated_lse, k,
                                     dilated(lighthouse_group_member(qkv.q, member, group), b), v, inner, stream);
         }
-        lighthouse_norms(scratch.k_scores + b * shape.H * T, out, one_sequence, stream);
+        lighthouse_norms(scores_of(scratch.k_scores, b), out, one_sequence, stream);
     }
 }
 
@@ -183,22 +205,19 @@ inline void lighthouse_gather_forward(const LighthouseSaved& saved, const Lighth
                                       const QkvHeads<const bf16>& qkv, const LighthouseShape& shape,
                                       cudaStream_t stream) {
     NVTX_RANGE();
-    const int64_t T = shape.geometry.T;
     const int H = shape.H, Hkv = shape.Hkv;
     if (shape.scorer == LighthouseScorer::dilated) {
         lighthouse_dilated_scores(scratch, qkv, shape, stream);
-        lighthouse_pool(scratch.pooled, nullptr, qkv, shape, stream);
-        lighthouse_select(saved.entries, saved.positions, scratch.q_scores, H * T, scratch.k_scores, H * T, H / Hkv,
-                          scratch.select_scratch, shape, stream);
+        lighthouse_pool(scratch.pooled, {}, qkv, shape, stream);
     } else {
-        lighthouse_pool(scratch.pooled, scratch.q_scores, qkv, shape, stream);
-        lighthouse_select(saved.entries, saved.positions, scratch.q_scores, (H + Hkv) * T, scratch.q_scores + H * T,
-                          (H + Hkv) * T, 1, scratch.select_scratch, shape, stream);
+        lighthouse_pool(scratch.pooled, scratch.scores, qkv, shape, stream);
     }
+    lighthouse_select(saved.entries, saved.positions, scratch.q_heads(shape), scratch.k_heads(shape),
+                      scratch.select_scratch, shape, stream);
     const QkvHeads<bf16> gathered = {lighthouse_gathered_view(saved.q, H, shape),
                                      lighthouse_gathered_view(saved.k, Hkv, shape),
                                      lighthouse_gathered_view(saved.v, Hkv, shape)};
-    lighthouse_gather(gathered, qkv, scratch.pooled, saved.entries, shape, stream);
+    lighthouse_gather(gathered, qkv, scratch.pooled, saved.positions, shape, stream);
 }
 
 // out (=) [B, T, H, D]; saved (=) lighthouse_saved_bytes that backward needs; scratch:
@@ -239,7 +258,7 @@ inline void lighthouse_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<b
     const LighthouseBackwardScratch d(scratch_area, shape, deterministic);
     const auto q_view = [&](bf16* rows) { return lighthouse_gathered_view(rows, shape.H, shape); };
     const auto k_view = [&](bf16* rows) { return lighthouse_gathered_view(rows, shape.Hkv, shape); };
-    lighthouse_scatter_backward(q_view(d.dout), dout, s.entries, shape, stream);
+    lighthouse_scatter_backward(q_view(d.dout), dout, s.positions, shape, stream);
     flash_attention_backward(q_view(d.dq), k_view(d.dk), k_view(d.dv), q_view(d.dout), q_view(s.q), k_view(s.k),
                              k_view(s.v), q_view(s.out), s.lse, d.attention_scratch, lighthouse_inner_shape(shape),
                              deterministic, stream);

@@ -1,102 +1,159 @@
 // lighthouse_pool.cuh: the first pass of Lighthouse attention: l2 norms of query and key rows, the token scores, and
-// the coarsest level of the pyramid, the means of q, k, v over windows of c = pool^(levels - 1) tokens.
-// Scores of the levels between are maxima of token scores: select takes them where it needs them. Means of the levels
-// between are kept nowhere: gather makes the few that are selected from the tokens again, which moves fewer bytes
-// than writing and reading whole levels (at L=3, p=4, k=T/64: 1/4 of q, k, v against 3/8).
-// Shapes: scores [B, heads, T] float32; pooled [B, T / c, H + 2 Hkv, D] bf16, the heads of q, k, v in this order.
+// the coarsest level of the pyramid: the means of q, k, v over windows of c = pool^(levels - 1) tokens and the windows'
+// scores, the maxima of their tokens'. Scores of the levels between are maxima too: select takes them where it needs
+// them. Means of the levels between are kept nowhere: gather makes the few that are selected from the tokens again,
+// which moves fewer bytes than writing and reading whole levels (at L=3, p=4, k=T/64: 1/4 of q, k, v against 3/8).
+// Shapes: scores [B, heads, T] and coarsest_scores [B, heads, T / c] float32; pooled [B, T / c, H + 2 Hkv, D] bf16, the
+// heads of q, k, v in this order.
 // Cost: memory bound: reads q, k, v once, writes 1 / c of them and one float a query or key row.
 // Reference: lighthouse_norms and lighthouse_gather of reference/lighthouse.h. Variants: dev/cuda/lighthouse_pool.cu.
 #pragma once
 #include "lighthouse_rows.cuh"
 
-// Rows loaded before the first is used. 8 rows of 16 bytes a lane keep enough bytes in flight at half occupancy.
-constexpr int LIGHTHOUSE_POOL_CHUNK = 8;
+// Rows in flight and blocks on a multiprocessor: dev/cuda/lighthouse_pool.cu times the choices.
+constexpr int LIGHTHOUSE_POOL_CHUNK = 4, LIGHTHOUSE_POOL_MIN_BLOCKS = 4;
 
 struct LighthousePoolArguments {
-    bf16* pooled;   // [B, T / window, num_heads, D], or nullptr: no means
-    float* scores;  // [B, scored_heads, T] of the first scored_heads heads, or nullptr: no scores
+    bf16* pooled;            // [B, T / c, num_heads, D], or nullptr: no means
+    float* scores;           // [B, scored_heads, T] of the first scored_heads heads
+    float* coarsest_scores;  // [B, scored_heads, T / c]
     QkvHeads<const bf16> qkv;
     LighthouseShape shape;
-    int num_heads;     // heads of qkv that are read: H + 2 Hkv, or fewer
-    int scored_heads;  // H + Hkv, or 0
-    int window_bits;   // log2 c
+    LighthouseLevels levels;
+    int scored_heads;  // H + Hkv, or fewer
+    RowGrid grid;
 };
 
-// Launch: one group of ROW_LANES lanes a (window, head), neighbouring groups on neighbouring heads, which lie side by
-// side in a packed row; 1-D grid. Memory bound.
-template <int ROW_LANES>
-__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS)
-    lighthouse_pool_kernel(const __grid_constant__ LighthousePoolArguments a) {
-    static_assert(LIGHTHOUSE_POOL_CHUNK <= ROW_LANES, "each row's score is kept by a lane of its own");
-    const LighthouseShape& shape = a.shape;
-    const int64_t T = shape.geometry.T, num_windows = T >> a.window_bits;
-    const RowGroup<ROW_LANES> group(shape.B * num_windows, a.num_heads, shape.D);
-    const int64_t b = group.index / num_windows, w = group.index - b * num_windows;
-    const int window = 1 << a.window_bits;
-    const bool scored = group.head < a.scored_heads;
-    const HeadView<const bf16> view = a.qkv.head(shape, group.head);
-    const bf16* token = view.row(b, w << a.window_bits, 0) + group.lane * 8;
-    FloatRow sum;
-    for (int first = 0; first < window; first += LIGHTHOUSE_POOL_CHUNK) {
-        bf16x8 rows[LIGHTHOUSE_POOL_CHUNK];
+// The sums of CHUNK values over the ROW_LANES lanes of a group, that of value i in the lanes from
+// i * ROW_LANES / CHUNK on: every exchange halves the values a lane still has to add up.
+template <int ROW_LANES, int CHUNK>
+__device__ inline float sum_over_lanes(float (&values)[CHUNK], int lane) {
 #pragma unroll
-        for (int i = 0; i < LIGHTHOUSE_POOL_CHUNK; ++i) {
-            rows[i] = {};
-            if (first + i < window && group.active) {
-                rows[i] = load128_streaming(token);
-                token += view.stride_t;
-            }
-        }
-        float score = 0.0f;  // lane i keeps the score of row i
+    for (int count = CHUNK / 2, offset = ROW_LANES / 2; count > 0; count /= 2, offset /= 2) {
+        const bool upper = (lane & offset) != 0;
 #pragma unroll
-        for (int i = 0; i < LIGHTHOUSE_POOL_CHUNK; ++i) {
-            sum.add(rows[i]);
-            float squares = 0.0f;
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                const float x = __bfloat162float(rows[i][e]);
-                squares += x * x;
-            }
-#pragma unroll
-            for (int offset = ROW_LANES / 2; offset > 0; offset /= 2) {
-                squares += __shfl_xor_sync(FULL_WARP, squares, offset);
-            }
-            score = group.lane == i ? sqrtf(squares) : score;
-        }
-        if (scored && group.index < shape.B * num_windows && group.lane < LIGHTHOUSE_POOL_CHUNK &&
-            first + group.lane < window) {
-            a.scores[(b * a.scored_heads + group.head) * T + (w << a.window_bits) + first + group.lane] = score;
+        for (int i = 0; i < count; ++i) {
+            const float kept = upper ? values[i + count] : values[i], sent = upper ? values[i] : values[i + count];
+            values[i] = kept + __shfl_xor_sync(FULL_WARP, sent, offset);
         }
     }
-    if (a.pooled != nullptr && group.active) {
-        sum.scale(1.0f / (float)window);  // a power of two: exact
-        store128(a.pooled + (group.index * a.num_heads + group.head) * shape.D + group.lane * 8, sum.pack());
+#pragma unroll
+    for (int offset = ROW_LANES / CHUNK / 2; offset > 0; offset /= 2) {
+        values[0] += __shfl_xor_sync(FULL_WARP, values[0], offset);
+    }
+    return values[0];
+}
+
+// Launch: one group of ROW_LANES lanes a piece of max(c, LIGHTHOUSE_CHUNK) tokens of a head; 1-D grid. Memory bound.
+// CHUNK: tokens whose rows are in flight; MIN_BLOCKS: on a multiprocessor.
+template <int ROW_LANES, int CHUNK, int MIN_BLOCKS>
+__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, MIN_BLOCKS)
+    lighthouse_pool_kernel(const __grid_constant__ LighthousePoolArguments a) {
+    constexpr int LANES_PER_SCORE = ROW_LANES / CHUNK;
+    const LighthouseLevels& g = a.levels;
+    const RowGroup<ROW_LANES> group(a.grid, a.shape.D);
+    const int num_heads = a.grid.num_heads;
+    const int window_bits = g.bits[g.levels - 1], window = 1 << window_bits, num_windows = g.size[g.levels - 1];
+    const HeadView<const bf16> view = a.qkv.head(a.shape, group.head);
+    const bf16* x = view.row(group.b, 0, 0) + group.lane * 8;
+    bf16* pooled = a.pooled + (group.b * num_windows * num_heads + group.head) * a.shape.D + group.lane * 8;
+    const int64_t pooled_stride = (int64_t)num_heads * a.shape.D;
+    const bool scored = group.head < a.scored_heads;
+    const int64_t score_row = group.b * a.scored_heads + group.head;
+    const int own = group.lane / LANES_PER_SCORE;  // the token of a chunk whose score this lane gets
+
+    FloatRow sum;
+    float best = 0.0f;  // NaN counts as 0, see lighthouse_select.cuh
+    for (int done = 0; done < a.grid.piece_tokens; done += CHUNK) {
+        const int first = group.piece * a.grid.piece_tokens + done;
+        bf16x8 rows[CHUNK];
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) {
+            rows[i] = {};
+            if (group.columns && first + i < g.T) {
+                rows[i] = load128_streaming(x + (first + i) * view.stride_t);
+            }
+        }
+        float squares[CHUNK];
+#pragma unroll
+        for (int i = 0; i < CHUNK; ++i) {
+            sum.add(rows[i]);
+            squares[i] = 0.0f;
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                const float value = __bfloat162float(rows[i][e]);
+                squares[i] = fmaf(value, value, squares[i]);
+            }
+            // A window is two tokens or more.
+            if (i % 2 == 1 && ((done + i + 1) & (window - 1)) == 0) {
+                if (a.pooled != nullptr && group.columns && first + i < g.T) {
+                    store128(pooled + ((first + i) >> window_bits) * pooled_stride, sum.pack(1.0f / (float)window));
+                }
+                sum = {};
+            }
+        }
+        if (scored) {
+            const float score = sqrtf(sum_over_lanes<ROW_LANES>(squares, group.lane));
+            const int place = first + own;
+            const bool writes = group.exists && place < g.T && group.lane % LANES_PER_SCORE == 0;
+            if (writes) {
+                a.scores[score_row * g.T + place] = score;
+            }
+            best = fmaxf(best, score);
+            if (((done + CHUNK) & (window - 1)) == 0 || window < CHUNK) {
+                const int tokens = min(window, CHUNK);
+                for (int offset = LANES_PER_SCORE; offset < tokens * LANES_PER_SCORE; offset *= 2) {
+                    best = fmaxf(best, __shfl_xor_sync(FULL_WARP, best, offset));
+                }
+                if (writes && own % tokens == 0) {
+                    a.coarsest_scores[score_row * num_windows + (place >> window_bits)] = best;
+                }
+                best = 0.0f;
+            }
+        }
     }
 }
 
-inline void launch_lighthouse_pool(const LighthousePoolArguments& a, cudaStream_t stream) {
-    launch_row_groups(a.shape.B * (a.shape.geometry.T >> a.window_bits), a.num_heads, a.shape.D,
-                      [&](auto row_lanes, unsigned blocks) {
-                          lighthouse_pool_kernel<decltype(row_lanes)::value>
+// num_heads: of a.qkv, from the first.
+template <int CHUNK = LIGHTHOUSE_POOL_CHUNK, int MIN_BLOCKS = LIGHTHOUSE_POOL_MIN_BLOCKS>
+inline void launch_lighthouse_pool(LighthousePoolArguments a, int num_heads, cudaStream_t stream) {
+    const LighthouseGeometry& g = a.shape.geometry;
+    launch_row_groups(g.T, lighthouse_piece_tokens(g), num_heads, a.shape,
+                      [&](auto row_lanes, auto, const RowGrid& grid, unsigned blocks) {
+                          a.grid = grid;
+                          lighthouse_pool_kernel<decltype(row_lanes)::value, CHUNK, MIN_BLOCKS>
                               <<<blocks, LIGHTHOUSE_ROW_THREADS, 0, stream>>>(a);
                       });
     CUDA_CHECK_LAUNCH();
 }
 
-// pooled (=) [B, T / c, H + 2 Hkv, D] bf16: float32 means, rounded once. scores (=) [B, H + Hkv, T] float32: the norms
-// of q's heads, then k's; nullptr leaves them out. qkv: q [B, T, H, D], k and v [B, T, Hkv, D].
-inline void lighthouse_pool(bf16* pooled, float* scores, const QkvHeads<const bf16>& qkv, const LighthouseShape& shape,
-                            cudaStream_t stream) {
+// Token scores and those of the coarsest level, which select reads first.
+struct LighthouseScores {
+    float* tokens = nullptr;    // [B, heads, T]
+    float* coarsest = nullptr;  // [B, heads, T / c]
+};
+
+// pooled (=) [B, T / c, H + 2 Hkv, D] bf16: float32 means, rounded once. scores (=) of H + Hkv heads: the norms of q's
+// heads, then k's; without pointers none. qkv: q [B, T, H, D], k and v [B, T, Hkv, D].
+inline void lighthouse_pool(bf16* pooled, const LighthouseScores& scores, const QkvHeads<const bf16>& qkv,
+                            const LighthouseShape& shape, cudaStream_t stream) {
     NVTX_RANGE();
-    const LighthouseGeometry& g = shape.geometry;
-    launch_lighthouse_pool(
-        {pooled, scores, qkv, shape, shape.num_heads(), scores ? shape.H + shape.Hkv : 0, g.window_bits(g.levels - 1)},
-        stream);
+    launch_lighthouse_pool({pooled,
+                            scores.tokens,
+                            scores.coarsest,
+                            qkv,
+                            shape,
+                            LighthouseLevels(shape.geometry),
+                            scores.tokens ? shape.H + shape.Hkv : 0,
+                            {}},
+                           shape.num_heads(), stream);
 }
 
-// scores (=) [B, H, T] float32: the l2 norms of the rows of x [B, T, H, D].
-inline void lighthouse_norms(float* scores, HeadView<const bf16> x, const LighthouseShape& shape, cudaStream_t stream) {
+// scores (=) of H heads: the l2 norms of the rows of x [B, T, H, D].
+inline void lighthouse_norms(const LighthouseScores& scores, HeadView<const bf16> x, const LighthouseShape& shape,
+                             cudaStream_t stream) {
     NVTX_RANGE();
-    launch_lighthouse_pool({nullptr, scores, {x, {}, {}}, shape, shape.H, shape.H, shape.geometry.window_bits(1)},
-                           stream);
+    launch_lighthouse_pool(
+        {nullptr, scores.tokens, scores.coarsest, {x, {}, {}}, shape, LighthouseLevels(shape.geometry), shape.H, {}},
+        shape.H, stream);
 }

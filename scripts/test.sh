@@ -49,11 +49,11 @@ for test in dev/test/test_*.cpp; do
     name=$(basename "$test" .cpp)
     check "$name" "build/$name" --gtest_brief=1
 done
-check sanitized_unit_tests make -s sanitize
+check sanitized_unit_tests make -s -j"$(nproc)" sanitize
 
 echo "== parsers under libFuzzer"
 if scripts/install_dependencies.sh fuzz; then
-    check build_fuzzers make -s fuzzers
+    check build_fuzzers make -s -j"$(nproc)" fuzzers
     for fuzzer in dev/test/fuzz_*.cpp; do
         name=$(basename "$fuzzer" .cpp)
         mkdir -p "$log/$name"

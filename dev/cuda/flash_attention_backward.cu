@@ -249,7 +249,7 @@ static void flash_attention_backward7(const BackwardOperands& x, const Attention
 
 // ---- 8 and up: specialised warps (llmc/flash_attention_hopper_backward.cuh) --------------------
 template <DvStart DV_START, int TILES_A_TURN, bool one_block_an_item = true, DqFinish DQ_FINISH = DqFinish::KERNEL,
-          bool EARLY_LSE = false>
+          bool EARLY_LSE = false, int BLOCK_M_128 = 64>
 static void flash_attention_backward_wgmma(const BackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
     auto launch = [&](auto tile) {
@@ -259,8 +259,13 @@ static void flash_attention_backward_wgmma(const BackwardOperands& x, const Atte
     if (shape.D == 64) {
         launch(HopperBackwardTile<64, DV_START, TILES_A_TURN, DQ_FINISH, EARLY_LSE>());
     } else {
-        launch(HopperBackwardTile<128, DV_START, TILES_A_TURN, DQ_FINISH, EARLY_LSE>());
+        launch(HopperBackwardTile<128, DV_START, TILES_A_TURN, DQ_FINISH, EARLY_LSE, BLOCK_M_128>());
     }
+}
+static size_t hopper_scratch80(const AttentionShape& s) {
+    return s.D == 64 ? hopper_backward_scratch_bytes<HopperBackwardTile<64>>(s)
+                     : hopper_backward_scratch_bytes<
+                           HopperBackwardTile<128, DvStart::AFTER_DS, 1, DqFinish::KERNEL, false, 80>>(s);
 }
 static size_t hopper_scratch(const AttentionShape& shape) {
     return flash_attention_hopper_backward_scratch_bytes(shape, false);
@@ -341,6 +346,10 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      "variant 14, three of four tiles' scores",
      {flash_attention_backward_wgmma<DvStart::AFTER_DS, 4, false, DqFinish::WARPS, true>, hopper_scratch, false, true,
       131072, true}},
+    {16,
+     "variant 13, 80 queries a tile, one tile a turn",
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 1, false, DqFinish::WARPS, false, 80>, hopper_scratch80, false,
+      true, 131072, true}},
 #endif
     {20,
      "what this GPU gets (llmc/flash_attention.cuh)",

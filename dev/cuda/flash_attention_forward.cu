@@ -191,6 +191,10 @@ template <class Tile>
 struct QInRegisters : Tile {
     static constexpr bool Q_IN_REGISTERS = true;
 };
+template <class Tile, int EIGHTHS>
+struct Polynomial : Tile {
+    static constexpr int POLYNOMIAL_EIGHTHS = EIGHTHS;
+};
 // Tiles by ticket: whoever is free takes the next. Needs a counter that is zero before the launch.
 __device__ int forward_tickets;
 struct TicketWalk {
@@ -260,6 +264,13 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {17,
      "q's fragments in registers",
      {hopper_forward<QInRegisters<HopperForwardTile<64, 2, 128, 4>>, QInRegisters<Tile128>>, true, 131072}},
+    {18,
+     "an eighth of the exponentials by polynomials; D 64: four stages",
+     {hopper_forward<Polynomial<HopperForwardTile<64, 3, 128, 4>, 1>, Polynomial<Tile128, 1>>, true, 131072}},
+    {19,
+     "D 64: a quarter of the exponentials by polynomials; D 128: pairs of blocks, 160 keys",
+     {hopper_forward<Polynomial<HopperForwardTile<64, 3, 128, 4>, 2>, Pair<HopperForwardTile<128, 2, 160>>>, true,
+      131072}},
 #endif
     {20, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 524288}},
 };

@@ -93,6 +93,16 @@ inline std::vector<float> tied_scores(int64_t num_elements, uint64_t num_values,
     return scores;
 }
 
+// The scores [*, T / c] of the coarsest level from those of tokens [*, T].
+inline std::vector<float> window_maxima(const std::vector<float>& scores, const LighthouseGeometry& g) {
+    const int64_t window = g.window(g.levels - 1);
+    std::vector<float> maxima((int64_t)scores.size() / window, 0.0f);
+    for (size_t i = 0; i < scores.size(); ++i) {
+        maxima[i / window] = std::fmax(maxima[i / window], scores[i]);
+    }
+    return maxima;
+}
+
 // The reference's selection for token scores q [B, H, T] and k [B, k_heads, T].
 struct HostSelection {
     std::vector<int32_t> entries, positions;

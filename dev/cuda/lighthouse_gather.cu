@@ -25,20 +25,24 @@ struct Element1 {
         valid = b < shape.B;
     }
 };
-__global__ void forward_kernel1(QkvHeads<bf16> out, QkvHeads<const bf16> qkv, const int32_t* entries,
+__global__ void forward_kernel1(QkvHeads<bf16> out, QkvHeads<const bf16> qkv, const int32_t* positions,
                                 LighthouseShape shape) {
     const LighthouseGeometry& g = shape.geometry;
-    const Element1 e(shape, g.S);
+    const Element1 e(shape, g.num_slots);
     if (!e.valid) {
         return;
     }
-    int64_t index = entries[(e.b * shape.Hkv + lighthouse_kv_head(shape, e.head)) * g.S + e.row];
+    const int32_t n = positions[(e.b * shape.Hkv + lighthouse_kv_head(shape, e.head)) * g.num_slots + e.row];
+    int64_t index = e.row;
     const int64_t window = g.window(g.level_of_slot(index));
+    if (n < 0) {
+        return;
+    }
     float sum = 0.0f;
     for (int64_t t = index * window; t < (index + 1) * window; ++t) {
         sum += __bfloat162float(qkv.head(shape, e.head).row(e.b, t, 0)[e.d]);
     }
-    out.head(shape, e.head).row(e.b, e.row, 0)[e.d] = __float2bfloat16(sum / (float)window);
+    out.head(shape, e.head).row(e.b, n, 0)[e.d] = __float2bfloat16(sum / (float)window);
 }
 __global__ void backward_kernel1(QkvHeads<bf16> dqkv, QkvHeads<const bf16> dout, const int32_t* positions,
                                  LighthouseShape shape) {
@@ -58,9 +62,9 @@ __global__ void backward_kernel1(QkvHeads<bf16> dqkv, QkvHeads<const bf16> dout,
 static unsigned blocks1(const LighthouseShape& shape, int64_t rows) {
     return (unsigned)ceil_div<int64_t>(shape.B * rows * shape.num_heads() * shape.D, 256);
 }
-static void forward1(const QkvHeads<bf16>& out, const QkvHeads<const bf16>& qkv, const bf16*, const int32_t* entries,
+static void forward1(const QkvHeads<bf16>& out, const QkvHeads<const bf16>& qkv, const bf16*, const int32_t* positions,
                      const LighthouseShape& shape, cudaStream_t stream) {
-    forward_kernel1<<<blocks1(shape, shape.geometry.S), 256, 0, stream>>>(out, qkv, entries, shape);
+    forward_kernel1<<<blocks1(shape, shape.geometry.num_slots), 256, 0, stream>>>(out, qkv, positions, shape);
     CUDA_CHECK_LAUNCH();
 }
 static void backward1(const QkvHeads<bf16>& dqkv, const QkvHeads<const bf16>& dout, const int32_t* positions,
@@ -72,7 +76,8 @@ static void backward1(const QkvHeads<bf16>& dqkv, const QkvHeads<const bf16>& do
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one thread an element, every entry from its tokens", {forward1, backward1}},
     {2,
-     "16 bytes a lane, coarsest rows from the pool pass, shared entries once (llmc/lighthouse_gather.cuh)",
+     "coarsest rows from the pool pass, tokens read once, shared entries once, one head a block "
+     "(llmc/lighthouse_gather.cuh)",
      {lighthouse_gather, lighthouse_gather_backward}},
 };
 
@@ -83,7 +88,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         const HostSelection selection(shape, h.seed + 7);
         const int64_t width = (int64_t)shape.num_heads() * c.D, windows = g.level_size(g.levels - 1);
         const int c_window = 1 << g.window_bits(g.levels - 1);
-        DeviceBuffer<int32_t> entries(selection.entries), positions(selection.positions);
+        DeviceBuffer<int32_t> positions(selection.positions);
 
         // Forward. The coarsest means, exact too: the mean of small integers, which the kernel copies.
         const std::vector<bf16> qkv = small_integers(c.B * c.T * width, h.seed);
@@ -103,7 +108,8 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         DeviceBuffer<bf16> qkv_device(qkv), pooled(to_bf16(coarsest)), gathered(expected.size());
         const auto forward = [&] {
             variant.launch.forward(packed_heads<bf16>(gathered, g.S, shape),
-                                   packed_heads<const bf16>(qkv_device, c.T, shape), pooled, entries, shape, h.stream);
+                                   packed_heads<const bf16>(qkv_device, c.T, shape), pooled, positions, shape,
+                                   h.stream);
         };
         forward();
         h.compare_exact("forward", c.label() + " integers", gathered, to_bf16(expected));
@@ -137,7 +143,7 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         const LighthouseGeometry& g = shape.geometry;
         const HostSelection selection(shape, h.seed + 7);
         const int64_t width = (int64_t)shape.num_heads() * c.D, windows = g.level_size(g.levels - 1);
-        DeviceBuffer<int32_t> entries(selection.entries), positions(selection.positions);
+        DeviceBuffer<int32_t> positions(selection.positions);
         DeviceBuffer<bf16> qkv(c.B * c.T * width), pooled(c.B * windows * width), gathered(c.B * g.S * width);
         qkv.fill_random(h.seed);
         pooled.fill_random(h.seed);
@@ -148,7 +154,7 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
             "forward " + c.label(), 2.0 * c.B * (double)width * (token_bytes + (double)windows + (double)g.S),
             variant.idea, [&] {
                 variant.launch.forward(packed_heads<bf16>(gathered, g.S, shape),
-                                       packed_heads<const bf16>(qkv, c.T, shape), pooled, entries, shape, h.stream);
+                                       packed_heads<const bf16>(qkv, c.T, shape), pooled, positions, shape, h.stream);
             });
         h.measure_bandwidth(
             "backward " + c.label(), (double)(qkv.num_bytes() + gathered.num_bytes() + positions.num_bytes()),

@@ -3,7 +3,8 @@
 #include "dev/cuda/lighthouse_cases.cuh"
 #include "llmc/lighthouse_pool.cuh"
 
-using Launcher = void (*)(bf16*, float*, const QkvHeads<const bf16>&, const LighthouseShape&, cudaStream_t);
+using Launcher = void (*)(bf16*, const LighthouseScores&, const QkvHeads<const bf16>&, const LighthouseShape&,
+                          cudaStream_t);
 
 // ---- 1: one warp a token row for the norms, then one thread eight columns of a window for the means -----------------
 __global__ void norms_kernel1(float* scores, QkvHeads<const bf16> qkv, LighthouseShape shape) {
@@ -37,23 +38,49 @@ __global__ void means_kernel1(bf16* pooled, QkvHeads<const bf16> qkv, Lighthouse
     for (int64_t t = 0; t < 1 << window_bits; ++t) {
         sum.add(load128(view.row(w / num_windows, (w % num_windows << window_bits) + t, 0) + i % packs * 8));
     }
-    sum.scale(1.0f / (float)(1 << window_bits));
-    store128(pooled + i * 8, sum.pack());
+    store128(pooled + i * 8, sum.pack(1.0f / (float)(1 << window_bits)));
 }
-static void pool1(bf16* pooled, float* scores, const QkvHeads<const bf16>& qkv, const LighthouseShape& shape,
-                  cudaStream_t stream) {
+__global__ void coarsest_scores_kernel1(LighthouseScores scores, int64_t num_windows, int window_bits) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;  // (b, head, window)
+    if (i >= num_windows) {
+        return;
+    }
+    float best = 0.0f;
+    for (int64_t t = i << window_bits; t < (i + 1) << window_bits; ++t) {
+        best = fmaxf(best, scores.tokens[t]);
+    }
+    scores.coarsest[i] = best;
+}
+static void pool1(bf16* pooled, const LighthouseScores& scores, const QkvHeads<const bf16>& qkv,
+                  const LighthouseShape& shape, cudaStream_t stream) {
     const LighthouseGeometry& g = shape.geometry;
     const int64_t rows = shape.B * (shape.H + shape.Hkv) * g.T, bits = g.window_bits(g.levels - 1);
-    norms_kernel1<<<(unsigned)ceil_div<int64_t>(rows * WARP_SIZE, 256), 256, 0, stream>>>(scores, qkv, shape);
+    norms_kernel1<<<(unsigned)ceil_div<int64_t>(rows * WARP_SIZE, 256), 256, 0, stream>>>(scores.tokens, qkv, shape);
+    CUDA_CHECK_LAUNCH();
+    const int64_t scored_windows = rows >> bits;
+    coarsest_scores_kernel1<<<(unsigned)ceil_div<int64_t>(scored_windows, 256), 256, 0, stream>>>(
+        scores, scored_windows, (int)bits);
     CUDA_CHECK_LAUNCH();
     const int64_t packs = shape.B * (g.T >> bits) * shape.num_heads() * (shape.D / 8);
     means_kernel1<<<(unsigned)ceil_div<int64_t>(packs, 256), 256, 0, stream>>>(pooled, qkv, shape, (int)bits);
     CUDA_CHECK_LAUNCH();
 }
 
+// ---- 2 to 4: the shipped kernel with other numbers of rows in flight and of blocks on a multiprocessor --------------
+template <int CHUNK, int MIN_BLOCKS>
+static void pool2(bf16* pooled, const LighthouseScores& scores, const QkvHeads<const bf16>& qkv,
+                  const LighthouseShape& shape, cudaStream_t stream) {
+    launch_lighthouse_pool<CHUNK, MIN_BLOCKS>(
+        {pooled, scores.tokens, scores.coarsest, qkv, shape, LighthouseLevels(shape.geometry), shape.H + shape.Hkv, {}},
+        shape.num_heads(), stream);
+}
+
 static const std::vector<Variant<Launcher>> VARIANTS = {
-    {1, "norms and means in two passes", pool1},
-    {2, "one pass, eight rows of 16 bytes a lane in flight (llmc/lighthouse_pool.cuh)", lighthouse_pool},
+    {1, "norms, their maxima and means in three passes", pool1},
+    {2, "one pass, 8 rows in flight, 2 blocks", pool2<8, 2>},
+    {3, "8 rows, 3 blocks", pool2<8, 3>},
+    {4, "4 rows, 5 blocks", pool2<4, 5>},
+    {5, "4 rows, 4 blocks (llmc/lighthouse_pool.cuh)", lighthouse_pool},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
@@ -81,9 +108,10 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
                                                  coarsest.data(), c.B, heads, 1, c.D, only_coarsest);
 
             DeviceBuffer<bf16> qkv_device(qkv), pooled(means.size());
-            DeviceBuffer<float> scores(norms.size());
+            DeviceBuffer<float> scores(norms.size()), coarsest_scores(c.B * (c.H + c.Hkv) * windows);
             const auto launch = [&] {
-                variant.launch(pooled, scores, packed_heads<const bf16>(qkv_device, c.T, shape), shape, h.stream);
+                variant.launch(pooled, {scores, coarsest_scores}, packed_heads<const bf16>(qkv_device, c.T, shape),
+                               shape, h.stream);
             };
             launch();
             if (integers) {
@@ -94,6 +122,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
                 h.compare("pooled", label, pooled, means, unit_roundoff<bf16>() + 1e-4, {c.B, windows, heads, c.D});
                 h.compare("scores", label, scores, norms, 256 * unit_roundoff<float>(), {c.B, c.H + c.Hkv, c.T});
             }
+            h.compare_exact("coarsest_scores", label, coarsest_scores, window_maxima(scores.download(), g));
             h.compare_repeats("pooled", label, pooled, launch);
             h.compare_repeats("scores", label, scores, launch);
         }
@@ -106,11 +135,13 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         const int64_t width = (int64_t)shape.num_heads() * c.D;
         const int64_t windows = shape.geometry.level_size(shape.geometry.levels - 1);
         DeviceBuffer<bf16> qkv(c.B * c.T * width), pooled(c.B * windows * width);
-        DeviceBuffer<float> scores(c.B * (c.H + c.Hkv) * c.T);
+        DeviceBuffer<float> scores(c.B * (c.H + c.Hkv) * c.T), coarsest_scores(scores.size() / c.T * windows);
         qkv.fill_random(h.seed);
-        h.measure_bandwidth(
-            c.label(), (double)(qkv.num_bytes() + pooled.num_bytes() + scores.num_bytes()), variant.idea,
-            [&] { variant.launch(pooled, scores, packed_heads<const bf16>(qkv, c.T, shape), shape, h.stream); });
+        h.measure_bandwidth(c.label(), (double)(qkv.num_bytes() + pooled.num_bytes() + scores.num_bytes()),
+                            variant.idea, [&] {
+                                variant.launch(pooled, {scores, coarsest_scores},
+                                               packed_heads<const bf16>(qkv, c.T, shape), shape, h.stream);
+                            });
     }
 }
 

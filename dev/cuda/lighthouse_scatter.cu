@@ -26,15 +26,19 @@ __global__ void forward_kernel1(HeadView<bf16> out, HeadView<const bf16> x, cons
     }
     out.row(b, j, h)[i % shape.D] = __float2bfloat16(sum);
 }
-__global__ void backward_kernel1(HeadView<bf16> dx, HeadView<const bf16> dout, const int32_t* entries,
+__global__ void backward_kernel1(HeadView<bf16> dx, HeadView<const bf16> dout, const int32_t* positions,
                                  LighthouseShape shape) {
     const LighthouseGeometry& g = shape.geometry;
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x, row = i / shape.D;
-    const int64_t h = row % shape.H, n = row / shape.H % g.S, b = row / shape.H / g.S;
+    int64_t index = row / shape.H % g.num_slots;
+    const int64_t h = row % shape.H, b = row / shape.H / g.num_slots;
     if (b >= shape.B) {
         return;
     }
-    int64_t index = entries[(b * shape.Hkv + lighthouse_kv_head(shape, (int)h)) * g.S + n];
+    const int32_t n = positions[(b * shape.Hkv + lighthouse_kv_head(shape, (int)h)) * g.num_slots + index];
+    if (n < 0) {
+        return;
+    }
     const int64_t window = g.window(g.level_of_slot(index)), first = (index + 1) * window - 1;
     float sum = 0.0f;
     for (int64_t t = first; t < min(first + window, g.T); ++t) {
@@ -50,16 +54,16 @@ static void forward1(HeadView<bf16> out, HeadView<const bf16> x, const int32_t* 
     forward_kernel1<<<blocks1(shape, shape.geometry.T), 256, 0, stream>>>(out, x, positions, shape);
     CUDA_CHECK_LAUNCH();
 }
-static void backward1(HeadView<bf16> dx, HeadView<const bf16> dout, const int32_t* entries,
+static void backward1(HeadView<bf16> dx, HeadView<const bf16> dout, const int32_t* positions,
                       const LighthouseShape& shape, cudaStream_t stream) {
-    backward_kernel1<<<blocks1(shape, shape.geometry.S), 256, 0, stream>>>(dx, dout, entries, shape);
+    backward_kernel1<<<blocks1(shape, shape.geometry.num_slots), 256, 0, stream>>>(dx, dout, positions, shape);
     CUDA_CHECK_LAUNCH();
 }
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one thread an element", {forward1, backward1}},
     {2,
-     "16 bytes a lane, shared entries of a run of tokens once (llmc/lighthouse_scatter.cuh)",
+     "shared entries of a run of tokens once; tokens read once; one head a block (llmc/lighthouse_scatter.cuh)",
      {lighthouse_scatter, lighthouse_scatter_backward}},
 };
 
@@ -68,7 +72,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         const LighthouseShape shape = c.shape();
         const LighthouseGeometry& g = shape.geometry;
         const HostSelection selection(shape, h.seed + 7);
-        DeviceBuffer<int32_t> entries(selection.entries), positions(selection.positions);
+        DeviceBuffer<int32_t> positions(selection.positions);
         const std::vector<bf16> x = small_integers(c.B * g.S * c.H * c.D, h.seed);
         const std::vector<bf16> dout = small_integers(c.B * c.T * c.H * c.D, h.seed + 1);
         std::vector<double> x_double = to_double(x), dout_double = to_double(dout);
@@ -86,7 +90,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             variant.launch.forward(tokens(out.data()), gathered(x_device.data()), positions, shape, h.stream);
         };
         const auto backward = [&] {
-            variant.launch.backward(gathered(dx.data()), tokens(dout_device.data()), entries, shape, h.stream);
+            variant.launch.backward(gathered(dx.data()), tokens(dout_device.data()), positions, shape, h.stream);
         };
         forward();
         backward();
@@ -102,7 +106,7 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         const LighthouseShape shape = c.shape();
         const LighthouseGeometry& g = shape.geometry;
         const HostSelection selection(shape, h.seed + 7);
-        DeviceBuffer<int32_t> entries(selection.entries), positions(selection.positions);
+        DeviceBuffer<int32_t> positions(selection.positions);
         DeviceBuffer<bf16> rows(c.B * g.S * c.H * c.D), tokens(c.B * c.T * c.H * c.D);
         rows.fill_random(h.seed);
         h.measure_bandwidth("forward " + c.label(),
@@ -113,9 +117,9 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
                             });
         tokens.fill_random(h.seed);
         h.measure_bandwidth("backward " + c.label(),
-                            (double)(rows.num_bytes() + tokens.num_bytes() + entries.num_bytes()), variant.idea, [&] {
+                            (double)(rows.num_bytes() + tokens.num_bytes() + positions.num_bytes()), variant.idea, [&] {
                                 variant.launch.backward(plain_heads(rows.data(), g.S, c.H, c.D),
-                                                        plain_heads(tokens.data(), c.T, c.H, c.D), entries, shape,
+                                                        plain_heads(tokens.data(), c.T, c.H, c.D), positions, shape,
                                                         h.stream);
                             });
     }

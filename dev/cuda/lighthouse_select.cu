@@ -3,7 +3,7 @@
 #include "dev/cuda/lighthouse_cases.cuh"
 #include "llmc/lighthouse_select.cuh"
 
-using Launcher = void (*)(int32_t*, int32_t*, const float*, int64_t, const float*, int64_t, int, void*,
+using Launcher = void (*)(int32_t*, int32_t*, const LighthouseHeadScores&, const LighthouseHeadScores&, void*,
                           const LighthouseShape&, cudaStream_t);
 
 // ---- 1: by counting: an entry's rank is how many are better, its place how many end before it ----------------------
@@ -21,11 +21,10 @@ __device__ float score1(const float* scores, int heads, const LighthouseGeometry
     return best;
 }
 // Launch: one block a tile. kept [blocks, tile_rows] is workspace.
-__global__ void select_kernel1(LighthouseSelectArguments a, Kept1* kept) {
-    const LighthouseGeometry& g = a.geometry;
+__global__ void select_kernel1(LighthouseSelectArguments a, LighthouseGeometry g, Kept1* kept) {
     const int64_t selection = blockIdx.x / g.tiles, tile = blockIdx.x % g.tiles;
-    const float* q_scores = a.q_scores + selection / a.Hkv * a.q_stride_b + selection % a.Hkv * a.q_group * g.T;
-    const float* k_scores = a.k_scores + selection / a.Hkv * a.k_stride_b + selection % a.Hkv * a.k_group * g.T;
+    const float* q_scores = a.q.tokens + a.q.first_head(selection / a.Hkv, selection % a.Hkv) * g.T;
+    const float* k_scores = a.k.tokens + a.k.first_head(selection / a.Hkv, selection % a.Hkv) * g.T;
     int32_t* entries = a.entries + selection * g.S;
     int32_t* positions = a.positions + selection * g.num_slots;
     __shared__ int32_t parents[LIGHTHOUSE_TILE_BUDGET];
@@ -43,8 +42,8 @@ __global__ void select_kernel1(LighthouseSelectArguments a, Kept1* kept) {
         for (int64_t j = threadIdx.x; j < n; j += blockDim.x) {
             const int64_t index =
                 level == g.levels - 1 ? tile * n + j : (int64_t)parents[j / g.pool] * g.pool + j % g.pool;
-            const float q = index == 0 ? INFINITY : score1(q_scores, a.q_group, g, level, index);
-            candidates[j] = {level, (int32_t)index, q, score1(k_scores, a.k_group, g, level, index)};
+            const float q = index == 0 ? INFINITY : score1(q_scores, a.q.group, g, level, index);
+            candidates[j] = {level, (int32_t)index, q, score1(k_scores, a.k.group, g, level, index)};
         }
         __syncthreads();
         if (level == 0) {
@@ -96,9 +95,8 @@ __global__ void select_kernel1(LighthouseSelectArguments a, Kept1* kept) {
         positions[slot] = (int32_t)place;
     }
 }
-static void select1(int32_t* entries, int32_t* positions, const float* q_scores, int64_t q_stride_b,
-                    const float* k_scores, int64_t k_stride_b, int k_group, void*, const LighthouseShape& shape,
-                    cudaStream_t stream) {
+static void select1(int32_t* entries, int32_t* positions, const LighthouseHeadScores& q, const LighthouseHeadScores& k,
+                    void*, const LighthouseShape& shape, cudaStream_t stream) {
     static Kept1* kept = nullptr;
     static int64_t num_kept = 0;
     const LighthouseGeometry& g = shape.geometry;
@@ -107,16 +105,14 @@ static void select1(int32_t* entries, int32_t* positions, const float* q_scores,
         CUDA_CHECK(cudaFree(kept));
         CUDA_CHECK(cudaMalloc(&kept, num_kept * sizeof(Kept1)));
     }
-    const LighthouseSelectArguments arguments = {entries,  positions,  nullptr,    q_scores,
-                                                 k_scores, q_stride_b, k_stride_b, shape.H / shape.Hkv,
-                                                 k_group,  shape.Hkv,  g};
-    select_kernel1<<<(unsigned)(shape.num_selections() * g.tiles), 512, 0, stream>>>(arguments, kept);
+    const LighthouseSelectArguments arguments(entries, positions, nullptr, q, k, shape);
+    select_kernel1<<<(unsigned)(shape.num_selections() * g.tiles), 512, 0, stream>>>(arguments, g, kept);
     CUDA_CHECK_LAUNCH();
 }
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "by counting, all pairs of candidates", select1},
-    {2, "radix select in shared memory, order by binary search (llmc/lighthouse_select.cuh)", lighthouse_select},
+    {2, "thresholds bit by bit, order from counts of the selected (llmc/lighthouse_select.cuh)", lighthouse_select},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
@@ -130,12 +126,13 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
                 const auto q = tied_scores(c.B * c.H * c.T, broken ? 5 : num_values, h.seed, broken);
                 const auto k = tied_scores(c.B * k_heads * c.T, broken ? 5 : num_values, h.seed + 1, broken);
                 const HostSelection expected(shape, q, k, k_heads);
-                DeviceBuffer<float> q_device(q), k_device(k);
+                DeviceBuffer<float> q_device(q), k_device(k), q_coarsest(window_maxima(q, shape.geometry)),
+                    k_coarsest(window_maxima(k, shape.geometry));
                 DeviceBuffer<int32_t> entries(expected.entries.size()), positions(expected.positions.size());
                 DeviceBuffer<unsigned char> scratch((int64_t)lighthouse_select_scratch_bytes(shape));
                 const auto launch = [&] {
-                    variant.launch(entries, positions, q_device, c.H * c.T, k_device, k_heads * c.T, k_heads / c.Hkv,
-                                   scratch.data(), shape, h.stream);
+                    variant.launch(entries, positions, {q_device, q_coarsest, c.H, c.H / c.Hkv},
+                                   {k_device, k_coarsest, k_heads, k_heads / c.Hkv}, scratch.data(), shape, h.stream);
                 };
                 launch();
                 const std::string label = c.label() + format_string(" values %d key heads %d", num_values, k_heads);
@@ -151,15 +148,27 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
     for (const LighthouseCase& c : LIGHTHOUSE_TIMED) {
         const LighthouseShape shape = c.shape();
         const LighthouseGeometry& g = shape.geometry;
-        DeviceBuffer<float> q(tied_scores(c.B * c.H * c.T, 1 << 22, h.seed));
-        DeviceBuffer<float> k(tied_scores(c.B * c.Hkv * c.T, 1 << 22, h.seed + 1));
+        // Scores as close to each other as norms are.
+        auto q_scores = tied_scores(c.B * c.H * c.T, 1 << 22, h.seed);
+        auto k_scores = tied_scores(c.B * c.Hkv * c.T, 1 << 22, h.seed + 1);
+        for (auto* scores : {&q_scores, &k_scores}) {
+            for (float& score : *scores) {
+                score = 8.0f + 0x1p-19f * score;
+            }
+        }
+        DeviceBuffer<float> q(q_scores), k(k_scores), q_coarsest(window_maxima(q_scores, g)),
+            k_coarsest(window_maxima(k_scores, g));
         DeviceBuffer<int32_t> entries(shape.num_selections() * g.S), positions(shape.num_selections() * g.num_slots);
         DeviceBuffer<unsigned char> scratch((int64_t)lighthouse_select_scratch_bytes(shape));
-        h.measure_bandwidth(
-            c.label(), (double)(q.num_bytes() + k.num_bytes() + entries.num_bytes() + positions.num_bytes()),
-            variant.idea, [&] {
-                variant.launch(entries, positions, q, c.H * c.T, k, c.Hkv * c.T, 1, scratch.data(), shape, h.stream);
-            });
+        // Token scores are read under selected entries of all levels but the coarsest, those of all levels at level 1.
+        const int64_t token_scores = g.levels > 2 ? g.topk * g.window(g.levels - 1) * c.B * (c.H + c.Hkv) : 0;
+        h.measure_bandwidth(c.label(),
+                            (double)(4 * token_scores + q_coarsest.num_bytes() + k_coarsest.num_bytes() +
+                                     entries.num_bytes() + positions.num_bytes()),
+                            variant.idea, [&] {
+                                variant.launch(entries, positions, {q, q_coarsest, c.H, c.H / c.Hkv},
+                                               {k, k_coarsest, c.Hkv, 1}, scratch.data(), shape, h.stream);
+                            });
     }
 }
 
