@@ -191,6 +191,10 @@ inline void validate(const RunConfig& c) {
 
     at_least("lighthouse_steps", c.lighthouse_steps, -1);
     if (c.attention == AttentionMode::lighthouse) {
+        CHECK(c.context_parallel == 1 || c.lighthouse.scorer == LighthouseScorer::norm,
+              "--lighthouse_scorer dilated: with --context_parallel %d it must be norm; dilated scores need the whole "
+              "sequence on one GPU",
+              c.context_parallel);
         // Refuses what it cannot cut into tiles, and a sequence's tiles into the chunks of its ranks.
         make_chunk_geometry(make_lighthouse_geometry(c.seq_len, c.lighthouse), c.lighthouse, partition.W);
         for (const int layer : c.lighthouse.dense_layers) {

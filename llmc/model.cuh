@@ -99,7 +99,7 @@ class GpuModel : public TrainableModel {
         return uses_lighthouse(l) ? buffers_.lighthouse_blocks[l] : buffers_.dense_blocks[l];
     }
     LighthouseShape lighthouse_shape_of(const Batch& batch) const {
-        return lighthouse_shape(config_, *settings_.lighthouse, batch.B, batch.T);
+        return lighthouse_shape(config_, *settings_.lighthouse, settings_.mesh, batch.B, batch.partition.T);
     }
     bf16* weight(int tensor) const { return buffers_.weights + layout_.offsets[tensor]; }
     float* gradient(int tensor) const { return buffers_.gradients + layout_.offsets[tensor]; }
@@ -120,6 +120,7 @@ class GpuModel : public TrainableModel {
     const Communicators* comms_;           // null: one rank
     std::unique_ptr<ZeroOptimizer> zero_;  // of several ranks
     std::unique_ptr<RingAttention> ring_;  // of several ranks that share sequences
+    std::unique_ptr<LighthouseContext> lighthouse_context_;
     AttentionMode attention_ = AttentionMode::dense;
     bool first_micro_batch_ = true;      // of the step: it writes the gradients of the blocks' matrices, later ones add
     int64_t micro_batches_left_ = 0;     // of the step
@@ -160,6 +161,12 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
         const AttentionShape largest =
             dense_attention_shape(config_, settings.max_batch_size, settings.local_seq_len());
         ring_ = std::make_unique<RingAttention>(comms->context(), ring_attention_plan(settings, largest).exchange());
+        if (settings.lighthouse) {
+            const AttentionShape inner = lighthouse_context_inner_shape(lighthouse_shape(
+                config_, *settings.lighthouse, settings.mesh, settings.max_batch_size, settings.max_seq_len));
+            lighthouse_context_ =
+                std::make_unique<LighthouseContext>(comms->context(), ring_attention_plan(settings, inner).exchange());
+        }
     }
 }
 
@@ -476,7 +483,10 @@ inline void GpuModel::attention_forward(int l, const Batch& batch) {
     const QkvViews<const bf16> in(block.qkv, config_, batch.T);
     const HeadView<bf16> out = head_view(block.attention, config_, batch.T);
     stage(uses_lighthouse(l) ? "Lighthouse attention" : "dense attention");
-    if (uses_lighthouse(l)) {
+    if (uses_lighthouse(l) && batch.shared) {
+        lighthouse_context_->forward(out, block.lighthouse, in.q, in.k, in.v, buffers_.lighthouse_forward_scratch,
+                                     lighthouse_shape_of(batch), stream_);
+    } else if (uses_lighthouse(l)) {
         lighthouse_forward(out, block.lighthouse, in.q, in.k, in.v, buffers_.lighthouse_forward_scratch,
                            lighthouse_shape_of(batch), stream_);
     } else if (batch.shared) {
@@ -492,8 +502,12 @@ inline void GpuModel::attention_forward(int l, const Batch& batch) {
 inline void GpuModel::attention_output_again(int l, const Batch& batch) {
     const BlockActivations& block = block_activations(l);
     stage("Lighthouse attention");
-    lighthouse_output_again(head_view(block.attention, config_, batch.T), block.lighthouse, lighthouse_shape_of(batch),
-                            stream_);
+    const HeadView<bf16> out = head_view(block.attention, config_, batch.T);
+    if (batch.shared) {
+        lighthouse_context_->output_again(out, block.lighthouse, lighthouse_shape_of(batch), stream_);
+    } else {
+        lighthouse_output_again(out, block.lighthouse, lighthouse_shape_of(batch), stream_);
+    }
 }
 
 inline void GpuModel::attention_backward(int l, const Batch& batch) {
@@ -502,7 +516,10 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
     const QkvViews<bf16> din(m.dqkv, config_, batch.T);
     const HeadView<const bf16> dout = head_view(m.dattention, config_, batch.T);
     stage(uses_lighthouse(l) ? "Lighthouse attention" : "dense attention");
-    if (uses_lighthouse(l)) {
+    if (uses_lighthouse(l) && batch.shared) {
+        lighthouse_context_->backward(din.q, din.k, din.v, dout, block.lighthouse, m.lighthouse_backward_scratch,
+                                      lighthouse_shape_of(batch), settings_.deterministic, stream_);
+    } else if (uses_lighthouse(l)) {
         lighthouse_backward(din.q, din.k, din.v, dout, block.lighthouse, m.lighthouse_backward_scratch,
                             lighthouse_shape_of(batch), settings_.deterministic, stream_);
     } else {

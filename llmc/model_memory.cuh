@@ -9,20 +9,21 @@
 #include <string>
 #include <vector>
 
-#include "adamw.cuh"            // weights are updated
-#include "classifier.cuh"       // chunk and scratch sizes
-#include "config.h"             // Recompute
-#include "embedding.cuh"        // scratch size of the backward
-#include "flash_attention.cuh"  // scratch size of the backward
-#include "gemm.cuh"             // workspace size
-#include "grad_norm.cuh"        // scratch size
-#include "lighthouse.cuh"       // sizes of its three areas
-#include "memory.cuh"           // the plan
-#include "model_config.h"       // the model's shape
-#include "parameters.h"         // the table of tensors
-#include "ring_attention.cuh"   // scratch sizes of attention over several ranks
-#include "rmsnorm.cuh"          // scratch size of the backward
-#include "zero.cuh"             // shards of the optimizer's state
+#include "adamw.cuh"               // weights are updated
+#include "classifier.cuh"          // chunk and scratch sizes
+#include "config.h"                // Recompute
+#include "embedding.cuh"           // scratch size of the backward
+#include "flash_attention.cuh"     // scratch size of the backward
+#include "gemm.cuh"                // workspace size
+#include "grad_norm.cuh"           // scratch size
+#include "lighthouse.cuh"          // sizes of its three areas
+#include "lighthouse_context.cuh"  // the same over several ranks
+#include "memory.cuh"              // the plan
+#include "model_config.h"          // the model's shape
+#include "parameters.h"            // the table of tensors
+#include "ring_attention.cuh"      // scratch sizes of attention over several ranks
+#include "rmsnorm.cuh"             // scratch size of the backward
+#include "zero.cuh"                // shards of the optimizer's state
 
 // ---- settings ----------------------------------------------------------------------------------
 struct GpuModelSettings {
@@ -215,11 +216,15 @@ inline RingAttentionPlan ring_attention_plan(const GpuModelSettings& settings, c
             automatic ? choose_context_exchange(largest) : settings.context_exchange};
 }
 
-// The geometry must be legal for T.
-inline LighthouseShape lighthouse_shape(const ModelConfig& config, const LighthouseConfig& lighthouse, int B,
-                                        int64_t T) {
-    return make_lighthouse_shape(make_lighthouse_geometry(T, lighthouse), lighthouse, B, config.num_heads,
-                                 config.num_kv_heads, config.head_dim, dense_attention_shape(config, B, T).scale);
+// Of a batch of B sequences of T tokens, or of this rank's chunks of them. The geometry must be legal for T.
+inline LighthouseShape lighthouse_shape(const ModelConfig& config, const LighthouseConfig& lighthouse,
+                                        const ParallelMesh& mesh, int B, int64_t T) {
+    const LighthouseShape whole =
+        make_lighthouse_shape(make_lighthouse_geometry(T, lighthouse), lighthouse, B, config.num_heads,
+                              config.num_kv_heads, config.head_dim, dense_attention_shape(config, B, T).scale);
+    return mesh.context_parallel == 1
+               ? whole
+               : make_lighthouse_chunk_shape(whole, lighthouse, mesh.context_parallel, mesh.context_rank());
 }
 
 inline ClassifierShape classifier_shape(const ModelConfig& config, const GpuModelSettings& settings, int64_t rows) {
@@ -268,9 +273,22 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     }
     std::optional<LighthouseShape> lighthouse;
     if (settings.lighthouse && settings.lighthouse->num_lighthouse_layers(config.num_layers) > 0) {
-        lighthouse = lighthouse_shape(config, *settings.lighthouse, settings.max_batch_size, settings.max_seq_len);
+        lighthouse = lighthouse_shape(config, *settings.lighthouse, settings.mesh, settings.max_batch_size,
+                                      settings.max_seq_len);
     }
     const char* const optimizer_shape = layout.zero ? "[parameters / ranks] float32" : "[parameters] float32";
+    size_t lighthouse_saved_size = 0, lighthouse_forward_size = 0, lighthouse_backward_size = 0;
+    if (lighthouse && ring) {
+        const RingAttentionPlan inner = ring_attention_plan(settings, lighthouse_context_inner_shape(*lighthouse));
+        lighthouse_saved_size = lighthouse_context_saved_bytes(*lighthouse);
+        lighthouse_forward_size = lighthouse_context_forward_scratch_bytes(inner, *lighthouse);
+        lighthouse_backward_size =
+            lighthouse_context_backward_scratch_bytes(inner, *lighthouse, settings.deterministic);
+    } else if (lighthouse) {
+        lighthouse_saved_size = lighthouse_saved_bytes(*lighthouse);
+        lighthouse_forward_size = lighthouse_forward_scratch_bytes(*lighthouse);
+        lighthouse_backward_size = lighthouse_backward_scratch_bytes(*lighthouse, settings.deterministic);
+    }
     plan.add(&m.weights, MemoryUse::weights, "weights", "[parameters] bf16", num_parameters);
     plan.add(&m.master, MemoryUse::optimizer, "master weights", optimizer_shape, layout.state_elements());
     plan.add(&m.exp_avg, MemoryUse::optimizer, "exp_avg", optimizer_shape, layout.state_elements());
@@ -284,8 +302,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     BlockActivation qkv{&Block::qkv, "qkv", "[B T, (H + 2 Hkv) D] bf16", rows * qkv_width};
     BlockActivation attention{&Block::attention, "attention", "[B T, H D] bf16", rows * attention_width};
     BlockActivation lse{&Block::lse, "lse", "[B, H, T] float32", rows * config.num_heads};
-    BlockActivation lighthouse_saved{&Block::lighthouse, "Lighthouse rows", "bytes",
-                                     lighthouse ? (int64_t)lighthouse_saved_bytes(*lighthouse) : 0};
+    BlockActivation lighthouse_saved{&Block::lighthouse, "Lighthouse rows", "bytes", (int64_t)lighthouse_saved_size};
     BlockActivation residual_mid{&Block::residual_mid, "residual_mid", "[B T, C] bf16", rows * C};
     BlockActivation ffn_rstd{&Block::ffn_rstd, "ffn_rstd", "[B T] float32", rows};
     BlockActivation gate_up{&Block::gate_up, "gate_up", "[B T, 2 F] bf16", rows * 2 * F};
@@ -353,8 +370,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     residual_mid.add_shared(plan, m.shared);
     gate_up.add_shared(plan, m.shared);
     plan.begin_alternatives(use);  // attention
-    add_scratch(&m.lighthouse_forward_scratch, "lighthouse_forward scratch",
-                lighthouse ? lighthouse_forward_scratch_bytes(*lighthouse) : 0);
+    add_scratch(&m.lighthouse_forward_scratch, "lighthouse_forward scratch", lighthouse_forward_size);
     plan.next_alternative();
     add_scratch(&m.ring_forward_scratch, "ring attention scratch", ring ? ring->forward_scratch_bytes(dense_shape) : 0);
     plan.next_alternative();  // what is added to the residual
@@ -379,8 +395,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
                 : ring            ? ring->backward_scratch_bytes(dense_shape, settings.deterministic)
                                   : flash_attention_backward_scratch_bytes(dense_shape, settings.deterministic));
     plan.next_alternative();
-    add_scratch(&m.lighthouse_backward_scratch, "lighthouse_backward scratch",
-                lighthouse ? lighthouse_backward_scratch_bytes(*lighthouse, settings.deterministic) : 0);
+    add_scratch(&m.lighthouse_backward_scratch, "lighthouse_backward scratch", lighthouse_backward_size);
     plan.end_alternatives();
     plan.next_alternative();
     plan.add(&m.dattention_norm_out, use, "dattention_norm_out", "[B T, C] bf16", rows * C);
@@ -407,9 +422,9 @@ inline MemoryPlan planned_memory(const ModelConfig& config, const GpuModelSettin
 }
 
 // ---- does it fit -------------------------------------------------------------------------------
-inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse) {
+inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse, int context_parallel) {
     try {
-        make_lighthouse_geometry(T, lighthouse);
+        make_chunk_geometry(make_lighthouse_geometry(T, lighthouse), lighthouse, context_parallel);
         return true;
     } catch (const Error&) {
         return false;
@@ -475,7 +490,8 @@ inline void check_fits(const MemoryPlan& plan, size_t free_bytes, const ModelCon
         other.max_seq_len /= 2;
         const bool fills_chunks =
             other.max_seq_len % ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks() == 0;
-        if (fills_chunks && (!settings.lighthouse || is_lighthouse_length(other.max_seq_len, *settings.lighthouse))) {
+        if (fills_chunks && (!settings.lighthouse || is_lighthouse_length(other.max_seq_len, *settings.lighthouse,
+                                                                          settings.mesh.context_parallel))) {
             suggest(other, "block");
         }
     }
