@@ -347,7 +347,8 @@ class TrainingRun {
 
     int64_t num_validation_sequences() const {
         const int64_t all = data_.validation->num_sequences();
-        return config_.eval_batches > 0 ? std::min(all, config_.eval_batches * config_.batch_size) : all;
+        const bool some = config_.eval_batches > 0 && config_.eval_batches <= all / config_.batch_size;
+        return some ? config_.eval_batches * config_.batch_size : all;
     }
 
     // Prints and logs the validation loss; under Lighthouse attention also that of the same weights under dense
@@ -405,10 +406,12 @@ class TrainingRun {
             const std::optional<int32_t> token =
                 sample_token(logits.data(), config_.model.vocab_size, config_.temperature, config_.top_p,
                              random.uniform((uint64_t)i));
-            if (token) {
-                tokens.push_back(*token);
+            if (!token) {
+                terminal_.print("the sample ends early: a logit is not finite");
+                break;
             }
-            ended = !token || tokenizer_->ends_text(*token);
+            tokens.push_back(*token);
+            ended = tokenizer_->ends_text(*token);
         }
         model_.set_attention(attention_);
         const std::string text = tokenizer_->decode(tokens);
@@ -459,8 +462,8 @@ class TrainingRun {
         }
         std::fprintf(stderr,
                      "%s: %lld steps in a row had a loss or gradient norm that is not finite (first: %s): stopped at "
-                     "--max_skipped after writing %s; "
-                     "look at the data from sequence %lld on, or lower --learning_rate\n",
+                     "--max_skipped after writing %s; look at the data from sequence %lld on, or lower "
+                     "--learning_rate\n",
                      config_.program.c_str(), (long long)state_.skipped_in_a_row, result.first_bad_tensor.c_str(),
                      checkpoint_.c_str(),
                      (long long)(state_.data_position - state_.skipped_in_a_row * config_.sequences_per_step()));

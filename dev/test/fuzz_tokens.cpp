@@ -2,7 +2,37 @@
 // vocabulary, in one piece and in two. The first byte chooses format, markers, vocabulary and the cut.
 #include <cstdlib>
 
+#include "dev/test/fuzz_seeds.h"
 #include "llmc/tokens.h"
+
+namespace {
+
+// A choice and a whole shard: how the rest is changed, the fuzzer finds out.
+std::string shard_seed(uint8_t choice, const ShardKind& kind, uint32_t num_tokens) {
+    std::string bytes(1 + SHARD_HEADER_BYTES + (uint64_t)num_tokens * kind.width, '\1');
+    const uint32_t header[3] = {kind.magic, kind.version, num_tokens};
+    bytes[0] = (char)choice;
+    std::memcpy(bytes.data() + 1, header, sizeof header);
+    return bytes;
+}
+
+std::vector<std::string> make_seeds() {
+    std::vector<std::string> seeds = {"text of a file"};
+    for (const ShardKind& kind : SHARD_KINDS) {
+        for (const uint8_t choice : {(uint8_t)24, (uint8_t)116}) {  // vocabulary 2^30; in one piece, and cut at 3/8
+            seeds.push_back(shard_seed(choice, kind, 1));
+            seeds.push_back(shard_seed(choice, kind, 40));
+        }
+    }
+    return seeds;
+}
+
+}  // namespace
+
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t max_size, unsigned seed) {
+    static const std::vector<std::string> seeds = make_seeds();
+    return mutate_from_seeds(seeds, data, size, max_size, seed);
+}
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     if (size == 0) {

@@ -289,6 +289,19 @@ TEST_F(TrainLoop, SwitchesToDenseAttention) {
     EXPECT_NE(out_.find("lighthouse"), std::string::npos);
 }
 
+TEST_F(TrainLoop, EvaluationCoversAsManyBatchesAsAsked) {
+    config_.max_steps = 1;  // 1000 tokens, 62 sequences of 16, batches of 2
+    for (const auto& [batches, sequences] :
+         std::vector<std::pair<int64_t, int64_t>>{{0, 62}, {1, 2}, {30, 60}, {31, 62}, {32, 62}, {INT64_MAX, 62}}) {
+        std::filesystem::remove_all(config_.output_dir);
+        config_.eval_batches = batches;
+        FakeModel model(config_.model);
+        EXPECT_EQ(run(model, config_), 0);
+        EXPECT_EQ(events("validation").at(0)["tokens"], 16 * sequences) << batches << " batches";
+        EXPECT_EQ((int64_t)model.attention_of_evaluations.size(), sequences / 2);
+    }
+}
+
 TEST_F(TrainLoop, CheckpointsAreKeptAsAsked) {
     config_.checkpoint_every = 1, config_.keep_checkpoints = 2;
     FakeModel model(config_.model);
