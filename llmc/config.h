@@ -79,6 +79,7 @@ struct RunConfig {
     int64_t classifier_chunk_rows =
         0;  // token rows whose logits exist at once on the GPU; 0: chosen from the vocabulary
     bool print_memory = false;
+    bool print_influence = false;  // with every evaluation under Lighthouse attention
     bool profile = false;
     bool plain = false;  // no progress bar on a terminal
 
@@ -170,6 +171,9 @@ inline void validate(const RunConfig& c) {
     at_least("classifier_chunk_rows", c.classifier_chunk_rows, 0);
 
     at_least("lighthouse_steps", c.lighthouse_steps, -1);
+    CHECK(!c.print_influence || c.attention == AttentionMode::lighthouse,
+          "--print_influence: is about the selection of Lighthouse attention; add --attention lighthouse, or leave it "
+          "out");
     if (c.attention == AttentionMode::lighthouse) {
         make_lighthouse_geometry(c.seq_len, c.lighthouse);  // refuses what it cannot cut into tiles
         for (const int layer : c.lighthouse.dense_layers) {
