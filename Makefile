@@ -45,8 +45,10 @@ HOST_TOOLS  := $(patsubst dev/test/%.cpp,$(BUILD)/%,$(filter-out $(wildcard dev/
 FUZZERS     := $(patsubst dev/test/%.cpp,$(BUILD)/fuzz/%,$(wildcard dev/test/fuzz_*.cpp))
 DEV_KERNELS := $(patsubst dev/cuda/%.cu,$(BUILD)/dev/%,$(wildcard dev/cuda/*.cu))
 
+# make's own rule would build train_gpt from train_gpt.cpp where the one below does not apply.
+MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := all
-.PHONY: all help found cuda dev host_tests fuzzers test check bench debug sanitize sass clean
+.PHONY: all help found cuda dev host_tests fuzzers test check gpu_check bench debug sanitize sass clean
 .SECONDARY:
 
 all: found train_gpt_cpu $(if $(NVCC),train_gpt test_gpt)  ## the trainers and test_gpt, as far as this machine can build them

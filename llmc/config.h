@@ -84,6 +84,7 @@ struct RunConfig {
     int64_t classifier_chunk_rows =
         0;  // token rows whose logits exist at once on the GPU; 0: chosen from the vocabulary
     bool print_memory = false;
+    bool print_influence = false;  // with every evaluation under Lighthouse attention
     bool profile = false;
     bool plain = false;  // no progress bar on a terminal
 
@@ -190,6 +191,12 @@ inline void validate(const RunConfig& c) {
     at_least("classifier_chunk_rows", c.classifier_chunk_rows, 0);
 
     at_least("lighthouse_steps", c.lighthouse_steps, -1);
+    CHECK(!c.print_influence || c.attention == AttentionMode::lighthouse,
+          "--print_influence: is about the selection of Lighthouse attention; add --attention lighthouse, or leave it "
+          "out");
+    CHECK(!c.print_influence || c.context_parallel == 1,
+          "--print_influence: compares the losses of whole sequences; with --context_parallel %d no rank has them",
+          c.context_parallel);
     if (c.attention == AttentionMode::lighthouse) {
         CHECK(c.context_parallel == 1 || c.lighthouse.scorer == LighthouseScorer::norm,
               "--lighthouse_scorer dilated: with --context_parallel %d it must be norm; dilated scores need the whole "

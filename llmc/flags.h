@@ -307,6 +307,8 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("device", c.device, "index of the GPU");
     add("num_threads", c.num_threads, "CPU threads; 0: all");
     add("classifier_chunk_rows", c.classifier_chunk_rows, "tokens whose logits exist at once on the GPU; 0: chosen");
+    add_unsaved("print_influence", c.print_influence,
+                "at evaluations: how much later tokens change earlier losses through selection");
     add("print_memory", c.print_memory, "print the plan of GPU memory, every buffer by name");
     add("profile", c.profile, "at the end, print where the GPU's time of a step went, by stage");
     add("plain", c.plain, "no progress bar on a terminal");

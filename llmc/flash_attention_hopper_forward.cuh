@@ -107,9 +107,14 @@ struct HopperForwardTile {
     static constexpr bool PING_PONG = true;   // consumers issue products in turn
     static constexpr bool LAZY = true;        // rescale only when a row's maximum moves by more than a threshold
     static constexpr bool PERSISTENT = true;  // one block an SM; otherwise one a tile
-    static constexpr int POLYNOMIAL_EIGHTHS = 0;   // of the exponentials, computed without the special function unit
-    static constexpr bool Q_IN_REGISTERS = false;  // its fragments are loaded once a tile, not read by every product
+    static constexpr int POLYNOMIAL_EIGHTHS = 0;  // of the exponentials, computed without the special function unit
     using Walk = TileWalk;
+};
+
+// Two neighbouring blocks share every key tile. Half the reads of the L2 cache, for a tile above the diagonal.
+template <class Tile>
+struct HopperForwardPair : Tile {
+    static constexpr int CLUSTER = 2;
 };
 
 struct HopperForwardArguments {
@@ -121,6 +126,12 @@ struct HopperForwardArguments {
     float rescale_threshold;  // RESCALE_THRESHOLD_LOG2 in units of q.k
     TileOrder order;
 };
+
+// D = 64: tiles of 128 rows instead of 192 pay up to here (H100, 1K: 276 and 247 TFLOP/s; 8K: 406 and 426).
+constexpr int64_t HOPPER_SHORT_KEYS = 2048;
+// D = 128: from here on key tiles are shared by pairs of blocks. A head's keys are several times the L2 cache then, and
+// blocks that drift apart read them from memory: one block alone fell from 711 to 609 TFLOP/s between 128K and 512K.
+constexpr int64_t HOPPER_LONG_KEYS = 262144;
 
 // Named barriers; 0 is __syncthreads.
 enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4, OUT_BARRIER = 7 };  // + consumer
@@ -230,12 +241,6 @@ struct ForwardLoader {
 };
 
 // ---- score -------------------------------------------------------------------------------------
-// The address that a lane gives to ldmatrix or stmatrix for columns 16 group .. 16 group + 15 of a warpgroup's tile of
-// 64 rows; row: 16 (warp % 4) + lane % 16.
-__device__ __forceinline__ uint32_t staged_chunk(uint32_t tile, int row, int group, int lane) {
-    const int chunk = 2 * (group % 4) + lane / 16;
-    return tile + group / 4 * 64 * 128 + row * 128 + (chunk ^ (row % 8)) * 16;
-}
 // Issues scores = q k^T of 64 query rows.
 template <int D, int BLOCK_N>
 __device__ __forceinline__ void issue_scores(float (&scores)[BLOCK_N / 2], uint64_t q, uint64_t k) {
@@ -248,21 +253,6 @@ __device__ __forceinline__ void issue_scores(float (&scores)[BLOCK_N / 2], uint6
             wgmma_zero<0, 0>(scores, a, b);
         } else {
             wgmma<0, 0>(scores, a, b);
-        }
-    }
-    wgmma_commit();
-}
-// The same, q's fragments in registers.
-template <int D, int BLOCK_N>
-__device__ __forceinline__ void issue_scores(float (&scores)[BLOCK_N / 2], const uint32_t (&q)[D / 16][4], uint64_t k) {
-    wgmma_fence();
-#pragma unroll
-    for (int step = 0; step < D / 16; ++step) {
-        const uint64_t b = wgmma_advance(k, step / 4 * BLOCK_N * 128 + step % 4 * 32);
-        if (step == 0) {
-            wgmma_zero<0>(scores, q[step], b);
-        } else {
-            wgmma<0>(scores, q[step], b);
         }
     }
     wgmma_commit();
@@ -438,7 +428,8 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
         for (int i = 0; i < 4; ++i) {
             fragment[i] = pack_bf16x2(out[8 * group + 2 * i], out[8 * group + 2 * i + 1]);
         }
-        stmatrix_x4(staged_chunk(staging, row, group, lane), fragment);
+        const int chunk = 2 * (group % 4) + lane / 16;
+        stmatrix_x4(staging + group / 4 * 64 * 128 + row * 128 + (chunk ^ (row % 8)) * 16, fragment);
     }
     fence_async_shared();
 }
@@ -483,7 +474,6 @@ struct ForwardConsumer {
     const int consumer, lane, thread_row;  // thread_row: the thread's first row within BLOCK_M
     PipelineState<Tile::STAGES> k_state, v_state;
     PipelineState<Tile::Q_SLOTS> q_state;
-    uint32_t q_fragments[Tile::Q_IN_REGISTERS ? D / 16 : 1][4];
 
     __device__ ForwardConsumer(Shared& shared, const HopperForwardArguments& args, int consumer)
         : shared(shared),
@@ -515,20 +505,9 @@ struct ForwardConsumer {
     __device__ __forceinline__ void wait_k() const {
         mbarrier_wait(shared_address(&shared.k_full[k_state.stage]), k_state.parity);
     }
-    __device__ __forceinline__ void load_q_fragments(int slot) {
-        const int row = threadIdx.x / WARP_SIZE % 4 * 16 + lane % 16;
-#pragma unroll
-        for (int group = 0; group < D / 16; ++group) {
-            ldmatrix_x4(q_fragments[group], staged_chunk(shared_address(shared.q[slot][consumer]), row, group, lane));
-        }
-    }
     __device__ __forceinline__ void issue_scores_of(float (&scores)[BLOCK_N / 2], int slot) const {
-        const uint64_t k = wgmma_descriptor_k_major(shared_address(shared.k[k_state.stage]));
-        if constexpr (Tile::Q_IN_REGISTERS) {
-            issue_scores<D, BLOCK_N>(scores, q_fragments, k);
-        } else {
-            issue_scores<D, BLOCK_N>(scores, wgmma_descriptor_k_major(shared_address(shared.q[slot][consumer])), k);
-        }
+        issue_scores<D, BLOCK_N>(scores, wgmma_descriptor_k_major(shared_address(shared.q[slot][consumer])),
+                                 wgmma_descriptor_k_major(shared_address(shared.k[k_state.stage])));
     }
     __device__ __forceinline__ void issue_out_of(float (&out)[D / 2], const uint32_t (&p)[BLOCK_N / 16][4]) const {
         mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
@@ -555,9 +534,6 @@ struct ForwardConsumer {
     __device__ __forceinline__ void step(float (&out)[D / 2], uint32_t (&p)[BLOCK_N / 16][4], SoftmaxRows& rows,
                                          const ForwardWork& work, int n, int slot, const ForwardWork& finished) {
         float scores[BLOCK_N / 2], factor[2] = {1.0f, 1.0f};
-        if constexpr (NEW_TILE && Tile::Q_IN_REGISTERS) {
-            load_q_fragments(slot);
-        }
         wait_k();
         wait_turn();
         issue_scores_of(scores, slot);
@@ -614,9 +590,6 @@ struct ForwardConsumer {
         }
         {
             float scores[BLOCK_N / 2], factor[2];
-            if constexpr (Tile::Q_IN_REGISTERS) {
-                load_q_fragments(q_state.stage);
-            }
             wait_k();
             issue_scores_of(scores, q_state.stage);
             wgmma_wait<0>();
@@ -774,7 +747,12 @@ inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const
         int device, num_sms;
         CUDA_CHECK(cudaGetDevice(&device));
         CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-        num_clusters = std::min(num_clusters, num_sms / Tile::CLUSTER);
+        int num_resident = num_sms;
+        if (Tile::CLUSTER > 1) {  // how the chip's SMs lie decides how many pairs find room
+            config.gridDim = num_sms / Tile::CLUSTER * Tile::CLUSTER;
+            CUDA_CHECK(cudaOccupancyMaxActiveClusters(&num_resident, kernel, &config));
+        }
+        num_clusters = std::min(num_clusters, num_resident);
     }
     config.gridDim = num_clusters * Tile::CLUSTER;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
@@ -787,9 +765,13 @@ inline void flash_attention_hopper_forward(HeadView<bf16> out, float* lse, HeadV
                                            HeadView<const bf16> k, HeadView<const bf16> v, const AttentionShape& shape,
                                            cudaStream_t stream) {
     NVTX_RANGE();
-    if (shape.D == 64) {
-        hopper_launch_forward<HopperForwardTile<64, 3, 128>>(out, lse, q, k, v, shape, stream);
-    } else {
+    if (shape.D == 64 && shape.Tk <= HOPPER_SHORT_KEYS) {
+        hopper_launch_forward<HopperForwardTile<64, 2, 128, 4>>(out, lse, q, k, v, shape, stream);
+    } else if (shape.D == 64) {
+        hopper_launch_forward<HopperForwardTile<64, 3, 128, 4>>(out, lse, q, k, v, shape, stream);
+    } else if (shape.Tk < HOPPER_LONG_KEYS) {
         hopper_launch_forward<HopperForwardTile<128, 2, 128>>(out, lse, q, k, v, shape, stream);
+    } else {
+        hopper_launch_forward<HopperForwardPair<HopperForwardTile<128, 2, 128>>>(out, lse, q, k, v, shape, stream);
     }
 }

@@ -45,6 +45,7 @@ class GpuModel : public TrainableModel {
     StepResult update(const AdamWSettings& settings) override;
 
     double evaluate(const int32_t* tokens, int B, int64_t T) override;
+    void token_losses(float* losses, const int32_t* tokens, int B, int64_t T) override;
     void next_token_logits(const int32_t* tokens, int64_t T, float* logits) override;
 
     void gather_state(StateKind kind) override;
@@ -592,6 +593,12 @@ inline double GpuModel::evaluate(const int32_t* tokens, int B, int64_t T) {
     }
     read_floats(results_.data(), m.eval_loss, 1);
     return results_.data()[0];
+}
+
+inline void GpuModel::token_losses(float* losses, const int32_t* tokens, int B, int64_t T) {
+    NVTX_RANGE();
+    evaluate(tokens, B, T);
+    read_floats(losses, buffers_.losses, B * T);
 }
 
 inline void GpuModel::next_token_logits(const int32_t* tokens, int64_t T, float* logits) {

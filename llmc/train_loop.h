@@ -16,6 +16,7 @@
 #include "config.h"           // every setting
 #include "configure_run.h"    // settings from the command line
 #include "durable_file.h"     // settings.toml
+#include "influence.h"        // of later tokens on earlier losses
 #include "metrics.h"          // terminal and metrics.jsonl
 #include "mfu.h"              // FLOPs and peaks
 #include "random.h"           // initial weights, samples
@@ -375,7 +376,26 @@ class TrainingRun {
             line += format_string(" under lighthouse attention, %.6f under dense", *dense_loss);
         }
         terminal_.print(line + format_string(" | %lld tokens, %.1f s", (long long)num_tokens, seconds_since(start)));
+        if (config_.print_influence && attention_ == AttentionMode::lighthouse) {
+            json["influence"] = print_influence();
+        }
         log("validation", json);
+    }
+
+    // How much later tokens change earlier losses through selection, on the first validation batch.
+    Json print_influence() {
+        const int B = (int)std::min<int64_t>(config_.batch_size, data_.validation->num_sequences());
+        read_batch(*data_.validation, 0, B);
+        const SelectionInfluence i =
+            measure_influence(model_, tokens_, B, config_.seq_len, config_.lighthouse.topk / LIGHTHOUSE_TILE_BUDGET);
+        terminal_.print(format_string("step %lld | influence: %s", (long long)state_.step, influence_text(i).c_str()));
+        return {{"tile_tokens", i.tile_tokens},
+                {"split", i.split},
+                {"changed_fraction", i.changed_fraction},
+                {"mean_change", i.mean_change},
+                {"max_change", i.max_change},
+                {"mean_benefit", i.mean_benefit},
+                {"earlier_max_change", i.earlier_max_change}};
     }
 
     int evaluate_only() {

@@ -180,16 +180,8 @@ struct OneBlockATile : Tile {
     static constexpr bool PERSISTENT = false;
 };
 template <class Tile>
-struct Pair : Tile {
-    static constexpr int CLUSTER = 2;
-};
-template <class Tile>
 struct NoTurns : Tile {
     static constexpr bool PING_PONG = false;
-};
-template <class Tile>
-struct QInRegisters : Tile {
-    static constexpr bool Q_IN_REGISTERS = true;
 };
 template <class Tile, int EIGHTHS>
 struct Polynomial : Tile {
@@ -233,6 +225,9 @@ using Tile64 = HopperForwardTile<64, 3, 128>;
 using Tile128 = HopperForwardTile<128, 2, 128>;
 #endif
 
+// Expected of 13 to 18 before they were timed, against 11: 13 the same at D = 128, 15 % faster at D = 64 and T = 1K; 14
+// between 2 % slower and 3 % faster up to 128K, 8 % faster at 512K; 15 1 % slower; 16 the same (whoever takes the
+// tiles, blocks drift apart); 17 2 % slower at D = 128, 2 % faster at D = 64; 18 4 % faster at D = 64.
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one warp a query row, one key at a time, float32", {flash_attention_forward1, false, 1024}},
     {2, "mma.sync, 16 query rows a warp, 64 keys", {flash_attention_forward_tile<1, 64, 1>, true, 32768}},
@@ -251,28 +246,26 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {10,
      "persistent blocks, tiles dealt to and fro",
      {hopper_forward<Persistent<Tile64>, Persistent<Tile128>>, true, 131072}},
-    {11, "rescale only when the maximum moves by 2^8", {hopper_forward<Tile64, Tile128>, true, 131072}},
+    {11, "rescale only when the maximum moves by 2^8", {hopper_forward<Tile64, Tile128>, true, 524288}},
     {12, "the same, one block a tile", {hopper_forward<OneBlockATile<Tile64>, OneBlockATile<Tile128>>, true, 131072}},
     {13,
      "D 128: 160 keys; D 64: two consumers, four stages",
      {hopper_forward<HopperForwardTile<64, 2, 128, 4>, HopperForwardTile<128, 2, 160>>, true, 131072}},
     {14,
      "D 128: two blocks of neighbouring rows share keys; D 64: four stages",
-     {hopper_forward<HopperForwardTile<64, 3, 128, 4>, Pair<Tile128>>, true, 524288}},
+     {hopper_forward<HopperForwardTile<64, 3, 128, 4>, HopperForwardPair<Tile128>>, true, 524288}},
     {15, "no turns, with lazy rescaling", {hopper_forward<NoTurns<Tile64>, NoTurns<Tile128>>, true, 131072}},
     {16, "tiles by ticket", {hopper_forward_tickets<Tile64, Tile128>, true, 524288}},
     {17,
-     "q's fragments in registers",
-     {hopper_forward<QInRegisters<HopperForwardTile<64, 2, 128, 4>>, QInRegisters<Tile128>>, true, 131072}},
-    {18,
      "an eighth of the exponentials by polynomials; D 64: four stages",
      {hopper_forward<Polynomial<HopperForwardTile<64, 3, 128, 4>, 1>, Polynomial<Tile128, 1>>, true, 131072}},
-    {19,
+    {18,
      "D 64: a quarter of the exponentials by polynomials; D 128: pairs of blocks, 160 keys",
-     {hopper_forward<Polynomial<HopperForwardTile<64, 3, 128, 4>, 2>, Pair<HopperForwardTile<128, 2, 160>>>, true,
-      131072}},
+     {hopper_forward<Polynomial<HopperForwardTile<64, 3, 128, 4>, 2>,
+                     HopperForwardPair<HopperForwardTile<128, 2, 160>>>,
+      true, 131072}},
 #endif
-    {20, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 524288}},
+    {19, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 524288}},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {

@@ -61,6 +61,9 @@ class FakeModel : public TrainableModel {
         attention_of_evaluations.push_back(attention);
         return attention == AttentionMode::dense ? 1.0 : 2.0;
     }
+    void token_losses(float* losses, const int32_t*, int B, int64_t T) override {
+        std::fill_n(losses, B * T, attention == AttentionMode::dense ? 1.0f : 2.0f);
+    }
     void next_token_logits(const int32_t*, int64_t, float* logits) override {
         std::fill_n(logits, config_.vocab_size, 0.0f);
         logits['x'] = 50.0f;

@@ -90,6 +90,7 @@ class ReferenceModel : public TrainableModel {
     StepResult update(const AdamWSettings& settings) override;
 
     double evaluate(const int32_t* tokens, int B, int64_t T) override;
+    void token_losses(float* losses, const int32_t* tokens, int B, int64_t T) override;
     void next_token_logits(const int32_t* tokens, int64_t T, float* logits) override;
     // logits (=) [B, T, V] of every position; tokens [B, T].
     void all_logits(Real* logits, const int32_t* tokens, int B, int64_t T);
@@ -433,6 +434,12 @@ double ReferenceModel<Real>::evaluate(const int32_t* tokens, int B, int64_t T) {
     classifier_loss(losses_.data(), logits_.data(), hidden_.data(), weight(table_.classifier), targets_.data(), rows,
                     config_.vocab_size, config_.width, chunk_rows(rows));
     return mean_loss(losses_.data(), rows);
+}
+
+template <class Real>
+void ReferenceModel<Real>::token_losses(float* losses, const int32_t* tokens, int B, int64_t T) {
+    evaluate(tokens, B, T);
+    std::copy_n(losses_.data(), B * T, losses);
 }
 
 template <class Real>

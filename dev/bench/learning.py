@@ -1,0 +1,224 @@
+#!/usr/bin/env python3
+"""Does training under Lighthouse attention and then under dense attention learn as well as dense attention from the start?
+
+Trains one small byte-level Llama at 32768 tokens of context on text found on this machine (C and C++ headers, Python
+sources): dense from scratch, and Lighthouse switched to dense at three points of the run; equal tokens, data order, seed and
+schedule. A few steps of each attention are timed first, and the number of steps is what fits the budget.
+Writes learning.json, learning.md (loss, wall-clock, the jump at the switch and the recovery) and learning.png.
+
+    make train_gpt && python3 dev/bench/learning.py --budget 360 --out results
+    python3 dev/bench/learning.py --from_json results/learning.json --out results     table and plot of an earlier run
+"""
+import argparse
+import json
+import os
+import random
+import site
+import subprocess
+import sys
+import tempfile
+
+MODEL = dict(num_layers=8, width=512, num_heads=8, num_kv_heads=8, head_dim=64, ffn_width=1408, vocab_size=258)
+TRAINING = dict(learning_rate="1.5e-3", schedule="cosine", final_learning_rate_fraction="0.1", weight_decay="0.1",
+                beta1="0.9", beta2="0.95", max_grad_norm="1.0")
+ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+
+# ---- corpus
+
+def make_corpus(path, mib):
+    """The system's headers; Python sources fill up what is missing."""
+    subprocess.run([os.path.join(ROOT, "scripts/make_corpus.sh"), path, str(mib)], capture_output=True)
+    size = os.path.getsize(path) if os.path.exists(path) else 0
+    if size >= mib << 20:
+        return
+    sources = []
+    for folder in {*site.getsitepackages(), os.path.dirname(os.__file__)}:
+        for directory, _, names in os.walk(folder):
+            sources += [os.path.join(directory, name) for name in names if name.endswith((".py", ".h", ".cuh", ".hpp"))]
+    sources = sorted(set(sources))
+    random.Random(1).shuffle(sources)
+    with open(path, "ab") as out:
+        for source in sources:
+            if size >= mib << 20:
+                break
+            with open(source, "rb") as file:
+                text = file.read((mib << 20) - size)
+            out.write(text)
+            size += len(text)
+    if size < 4 << 20:
+        raise SystemExit(f"{path}: only {size} bytes of text found here; give a file with --corpus")
+
+
+# ---- runs
+
+def trainer_flags(options, steps, corpus, folder, switch):
+    flags = {**MODEL, **TRAINING, "seq_len": options.seq_len, "batch_size": options.batch_size,
+             "global_batch": options.global_batch, "max_steps": steps, "warmup_steps": max(1, steps // 20),
+             "train_data": corpus, "val_fraction": 0.05, "eval_every": max(1, steps // options.evaluations),
+             "eval_batches": options.eval_batches, "sample_tokens": 0, "output_dir": folder, "seed": 1}
+    if switch > 0:
+        flags.update(attention="lighthouse", lighthouse_steps=switch, lighthouse_levels=3, lighthouse_pool=4,
+                     lighthouse_topk=options.seq_len // 64, lighthouse_dense_layers=options.dense_layers)
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))] + ["--plain"]
+
+
+def train(options, steps, corpus, scratch, name, switch):
+    """Runs train_gpt, Lighthouse until step `switch` (0: dense from the start), and returns its metrics."""
+    folder = os.path.join(scratch, name)
+    command = [options.train_gpt, *trainer_flags(options, steps, corpus, folder, switch)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=options.time_limit)
+    if done.returncode != 0:
+        raise RuntimeError(f"{name}: " + (done.stderr.strip() or done.stdout.strip() or "failed").splitlines()[-1][:300])
+    with open(os.path.join(folder, "metrics.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    steps_run = [line for line in lines if line["event"] == "step"]
+    return {"switch": switch, "steps": [line["step"] for line in steps_run], "loss": [line["loss"] for line in steps_run],
+            "elapsed_ms": [line["elapsed_ms"] for line in steps_run],
+            "skipped": sum(line["event"] == "skip" for line in lines),
+            "validation": [{key: line[key] for key in ("step", "loss", "dense_loss", "attention")}
+                           for line in lines if line["event"] == "validation"]}
+
+
+# ---- what came out
+
+def smooth(values, width):
+    """Mean of the last `width` values, at every place."""
+    return [sum(values[max(0, i + 1 - width):i + 1]) / (i + 1 - max(0, i + 1 - width)) for i in range(len(values))]
+
+
+def summary(run, dense):
+    """Final losses, seconds, the jump at the switch and when the loss is back where it was before."""
+    last = run["validation"][-1]
+    row = {"validation": last["dense_loss"], "seconds": sum(run["elapsed_ms"]) / 1e3,
+           "train": smooth(run["loss"], 20)[-1], "against_dense": last["dense_loss"] - dense["validation"][-1]["dense_loss"]}
+    switch = run["switch"]
+    if 0 < switch < len(run["loss"]):
+        before = smooth(run["loss"][:switch], 20)[-1]
+        after = run["loss"][switch:]
+        smoothed = smooth(run["loss"], 20)
+        row["jump"] = max(after[:20]) - before
+        row["recovered_after"] = next((i + 1 - switch for i in range(switch + 20, len(smoothed)) if smoothed[i] <= before),
+                                      None)
+    return row
+
+
+def table(results):
+    dense = results["runs"].get("dense")
+    if dense is None:
+        return "no dense run: nothing to compare with"
+    header = ["run", "validation loss (dense attention)", "against dense", "training loss", "wall-clock s",
+              "jump at the switch", "steps to recover"]
+    lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
+    for name, run in results["runs"].items():
+        row = summary(run, dense)
+        lines.append("| " + " | ".join([
+            name, f"{row['validation']:.4f}", f"{row['against_dense']:+.4f}", f"{row['train']:.4f}",
+            f"{row['seconds']:.1f}", f"{row['jump']:+.3f}" if "jump" in row else "-",
+            str(row.get("recovered_after") or "not yet") if "jump" in row else "-"]) + " |")
+    settings = results["settings"]
+    note = (f"{settings['steps']} steps of {settings['tokens_per_step']} tokens at T={settings['seq_len']}, "
+            f"{settings['corpus_bytes']} bytes of text; losses in nats a byte. Recovered: the mean training loss of 20 steps "
+            "is again what it was before the switch.")
+    return "\n".join(lines) + "\n\n" + note
+
+
+def plot(results, path):
+    try:
+        import matplotlib
+    except ImportError:
+        print("no matplotlib here: --from_json makes the plot on a machine that has it")
+        return
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True)
+    for name, run in results["runs"].items():
+        seconds = [sum(run["elapsed_ms"][:i + 1]) / 1e3 for i in range(len(run["elapsed_ms"]))]
+        line, = axes[0].plot(run["steps"], smooth(run["loss"], 5), lw=1, label=name)
+        axes[1].plot(seconds, smooth(run["loss"], 5), lw=1, color=line.get_color(), label=name)
+        points = [v for v in run["validation"]]
+        axes[0].plot([v["step"] for v in points], [v["dense_loss"] for v in points], "o", ms=3, color=line.get_color())
+        if run["switch"]:
+            axes[0].axvline(run["switch"], color=line.get_color(), ls=":", lw=0.8)
+    losses = sorted(loss for run in results["runs"].values() for loss in run["loss"])
+    axes[0].set_ylim(losses[0] - 0.05, losses[int(0.93 * len(losses))] + 0.3)
+    axes[0].set_xlabel("step (dots: validation loss under dense attention)")
+    axes[1].set_xlabel("seconds of training")
+    axes[0].set_ylabel("training loss, nats a byte")
+    for axis in axes:
+        axis.grid(True, alpha=0.3)
+    axes[0].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    print(f"plot: {path}")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
+    parser.add_argument("--budget", type=float, default=360, help="seconds of training in all, about")
+    parser.add_argument("--steps", type=int, help="of each run, instead of what fits the budget")
+    parser.add_argument("--switches", default="0.5,0.7,0.85", help="where Lighthouse ends, as parts of the run")
+    parser.add_argument("--seq_len", type=int, default=32768)
+    parser.add_argument("--batch_size", type=int, default=2)
+    parser.add_argument("--global_batch", type=int, default=2)
+    parser.add_argument("--dense_layers", default="0,-1", help="of the 8 layers, dense throughout")
+    parser.add_argument("--evaluations", type=int, default=12, help="validation losses of a run")
+    parser.add_argument("--eval_batches", type=int, default=4)
+    parser.add_argument("--corpus", help="a text file, instead of what is found on this machine")
+    parser.add_argument("--corpus_mib", type=int, default=32)
+    parser.add_argument("--time_limit", type=float, default=900, help="seconds one run may take")
+    parser.add_argument("--out", default=".", help="folder for learning.json, learning.md and learning.png")
+    parser.add_argument("--from_json", help="an earlier run's learning.json: table and plot of it, nothing is trained")
+    options = parser.parse_args()
+    switches = [float(word) for word in options.switches.split(",") if word]
+    os.makedirs(options.out, exist_ok=True)
+    path = lambda extension: os.path.join(options.out, "learning." + extension)
+
+    failed = False
+    if options.from_json:
+        with open(options.from_json) as file:
+            results = json.load(file)
+    else:
+        # In memory where there is such a folder: every run ends with a checkpoint.
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
+            corpus = options.corpus or os.path.join(scratch, "corpus.txt")
+            if not options.corpus:
+                make_corpus(corpus, options.corpus_mib)
+            steps = options.steps
+            if steps is None:
+                pace = {}
+                for name, switch in (("dense", 0), ("lighthouse", 8)):
+                    times = train(options, 8, corpus, scratch, "pace_" + name, switch)["elapsed_ms"][3:]
+                    pace[name] = sorted(times)[len(times) // 2] / 1e3
+                    print(f"{name}: {pace[name]:.3f} s a step", flush=True)
+                dense_parts = 1.0 + sum(1.0 - part for part in switches)
+                # A fifth of the budget is for starts, evaluations and checkpoints.
+                steps = max(20, int(0.8 * options.budget / (dense_parts * pace["dense"] + sum(switches) * pace["lighthouse"])))
+            results = {"settings": {"steps": steps, "tokens_per_step": options.global_batch * options.seq_len,
+                                    "seq_len": options.seq_len, "corpus_bytes": os.path.getsize(corpus),
+                                    "model": MODEL, "training": TRAINING, "dense_layers": options.dense_layers}, "runs": {}}
+            for part in [0.0] + switches:
+                switch = round(part * steps)
+                name = f"Lighthouse to step {switch}, then dense" if switch else "dense"
+                try:
+                    results["runs"][name] = train(options, steps, corpus, scratch, f"run_{switch}", switch)
+                except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
+                    failed = True
+                    print(f"FAILED {name}: {error}", flush=True)
+                    continue
+                last = results["runs"][name]["validation"][-1]
+                print(f"{name}: validation loss {last['dense_loss']:.4f}, "
+                      f"{sum(results['runs'][name]['elapsed_ms']) / 1e3:.1f} s", flush=True)
+                with open(path("json"), "w") as file:
+                    json.dump(results, file)
+    text = table(results)
+    with open(path("md"), "w") as file:
+        file.write(text + "\n")
+    print("\n" + text)
+    plot(results, path("png"))
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# The ablations of the Lighthouse paper (arXiv:2605.06554) at a size of one's choice: trains the same model with one setting
+# of Lighthouse attention varied, each run switched to dense attention at the same step, and prints a table.
+#   TRAIN_DATA='corpus/*.txt' scripts/sweep.sh topk|pool|levels|scorer [VALUE,VALUE,...] [FLAG ...]
+# FLAGs go to every run and win. STEPS (600), SWITCH (400: the step at which attention becomes dense), SEQ_LEN (32768),
+# TRAINER (./train_gpt) and OUTPUT_DIR (runs/sweep_AXIS) come from the environment. The default model has 25 M parameters.
+# A value whose geometry SEQ_LEN does not allow is refused by the trainer and listed as such; the others run.
+#   TRAIN_DATA=build/corpus.txt scripts/sweep.sh topk 256,512,1024 --num_layers 12
+set -uo pipefail
+cd "$(dirname "$0")/.."
+
+usage() { sed -n 's/^#   //p' "$0" >&2; exit 2; }
+[ $# -ge 1 ] || usage
+axis=$1 && shift
+: "${TRAIN_DATA:?set TRAIN_DATA to the text files to train on, e.g. TRAIN_DATA='corpus/*.txt'}"
+seq_len=${SEQ_LEN:-32768} steps=${STEPS:-600} switch=${SWITCH:-400} trainer=${TRAINER:-./train_gpt}
+case $axis in
+topk) values=$((seq_len / 128)),$((seq_len / 64)),$((seq_len / 32)) ;;
+pool) values=2,4,8 ;;
+levels) values=2,3,4 ;;
+scorer) values=norm,dilated ;;
+*) usage ;;
+esac
+if [ $# -ge 1 ] && [[ $1 != --* ]]; then values=$1 && shift; fi
+output=${OUTPUT_DIR:-runs/sweep_$axis}
+[ "$trainer" != ./train_gpt ] || make -s train_gpt || exit 1
+mkdir -p "$output"
+
+# loss LINE NAME: that number of a line of metrics.jsonl, to four places.
+loss() { printf '%.4f' "$(grep -o "\"$2\":[^,}]*" <<<"$1" | head -1 | cut -d: -f2)"; }
+
+rows="" failed=0
+for value in ${values//,/ }; do
+    run=$output/$value
+    rm -rf "$run"
+    echo "== --lighthouse_$axis $value"
+    topk=$((seq_len / 64))
+    if ! "$trainer" --num_layers 8 --width 512 --num_heads 8 --num_kv_heads 8 --head_dim 64 --ffn_width 1408 \
+        --train_data "$TRAIN_DATA" --seq_len "$seq_len" --batch_size 1 --max_steps "$steps" --warmup_steps $((steps / 20)) \
+        --learning_rate 1.5e-3 --eval_every "$switch" --eval_batches 8 --sample_tokens 0 --attention lighthouse \
+        --lighthouse_levels 3 --lighthouse_pool 4 --lighthouse_topk $topk --lighthouse_dense_layers 0,-1 \
+        --lighthouse_steps "$switch" "--lighthouse_$axis" "$value" --output_dir "$run" --plain "$@" >"$run.log" 2>&1; then
+        failed=$((failed + 1))
+        rows+="| $value | $(tail -1 "$run.log") |"$'\n'
+        tail -1 "$run.log"
+        continue
+    fi
+    metrics=$run/metrics.jsonl
+    sub_sequence=$(grep -o 'S [0-9]*' "$run.log" | head -1 | cut -d' ' -f2)
+    # Tokens/s: the median of the steps under each attention.
+    speed() { grep '"event":"step"' "$metrics" | grep "\"attention\":\"$1\"" | grep -o '"tokens_per_second":[^,}]*' | cut -d: -f2 |
+        sort -g | awk '{ a[NR] = $1 } END { if (NR) printf "%.0f", a[int((NR + 1) / 2)]; else print "-" }'; }
+    at_switch=$(grep '"event":"validation"' "$metrics" | grep "\"step\":$switch[,}]" | head -1)
+    last=$(grep '"event":"validation"' "$metrics" | tail -1)
+    row="| $value | $sub_sequence | $(speed lighthouse) | $(speed dense) | $(loss "$at_switch" loss) |"
+    row+=" $(loss "$at_switch" dense_loss) | $(loss "$last" dense_loss) |"
+    rows+="$row"$'\n'
+    echo "$row"
+done
+
+{
+    echo "Sweep of --lighthouse_$axis at T=$seq_len: $switch steps under Lighthouse attention, $((steps - switch)) under dense."
+    echo
+    echo "| $axis | S | tokens/s, Lighthouse | tokens/s, dense | validation loss at the switch | the same under dense attention | at the end |"
+    echo "|---|---|---|---|---|---|---|"
+    printf '%s' "$rows"
+} | tee "$output/table.md"
+[ $failed -eq 0 ]
