@@ -597,6 +597,7 @@ inline double GpuModel::evaluate(const int32_t* tokens, int B, int64_t T) {
 
 inline void GpuModel::token_losses(float* losses, const int32_t* tokens, int B, int64_t T) {
     NVTX_RANGE();
+    CHECK(ring_ == nullptr, "losses of tokens: no rank has those of a sequence that is shared with others");
     evaluate(tokens, B, T);
     read_floats(losses, buffers_.losses, B * T);
 }
