@@ -11,18 +11,23 @@
 // make dv and dk. dS also goes to shared memory, once, for dq, which needs both warpgroups' keys. A producer warp loads
 // q, dout and statistics two tiles ahead; a writer warp adds the finished tiles of dq to a float32 accumulator in
 // scratch by bulk reductions, whose order, and so the last bits of dq, vary. Deterministic calls go to the mma.sync
-// kernels (flash_attention_mma.cuh), about half as fast.
+// kernels (flash_attention_mma.cuh), at a bit less than half the speed.
 //
 // Products of a query tile, a warpgroup, D = 128 (64 queries) and D = 64 (128 queries):
 //   S^T  = k q^T     m64n64, 8 steps    m64n128, 4    both in shared memory, contraction along the rows' columns
 //   dP^T = v dout^T  m64n64, 8          m64n128, 4    the same
 //   dv  += P^T dout  m64n128, 4         m64n64, 8     P^T in registers, dout along its rows
 //   dk  += dS^T q    m64n128, 4         m64n64, 8     dS^T in registers, q along its rows
-//   dq^T = k^T dS^T  m64n64, 8          m64n64, 8     warpgroup w: columns 64 w of 64 queries; queries 64 w of 128
+//   dq   = dS k      m64n64, 8          m64n64, 8     warpgroup w: columns 64 w of 64 queries; queries 64 w of 128
 //
 // Bound: a query tile takes 2560 clocks of tensor cores and reads and writes 368 KB (D = 64: 352 KB) of shared memory,
 // which is 2944 (2816) clocks at 128 bytes a clock: about 87 % of the tensor cores' rate at best. 10 Tq Tk D H
-// operations, half of them when causal. Variants: dev/cuda/flash_attention_backward.cu.
+// operations, half of them when causal. On top, two kernels bound by bandwidth: 14 D bytes a query row and head.
+// What lost (H100, D = 128, causal, TFLOP/s at T = 8192 / 32768 / 131072; what ships 592 / 653 / 618): dv's product
+// before dS 574 / 612 / 607; scores ahead in three of four tiles 582 / 651 / 609, in none 584 / 602 / 608; dq added
+// from registers by red.v4 568 / 580 / 601 against 565 / 567 / 592 by the writer (both with dv before dS), less at D =
+// 64; dq rounded in this kernel by two idle warps as its tiles became complete 226 / 415 / 533. Variants:
+// dev/cuda/flash_attention_backward.cu.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -36,9 +41,15 @@
 // BEFORE_DS: as soon as P is rounded, so that the tensor cores have work while dS is computed and stored.
 enum class DvStart { AFTER_DS, BEFORE_DS };
 
-// Who rounds a tile of dq once every key has added to it: a kernel of its own after the others, or, in the same kernel,
-// two warps that have nothing else to do.
-enum class DqFinish { KERNEL, WARPS };
+// ONE_AN_ITEM: the GPU starts a block when another is over. ONE_AN_SM: blocks take items until there are none; an
+// item's first loads overlap the end of the one before. It wins where items are short: H100, D = 64, TFLOP/s at B = 32,
+// T = 1024: 260 instead of 240; not at D = 128.
+enum class BackwardBlocks { ONE_AN_ITEM, ONE_AN_SM };
+inline BackwardBlocks hopper_backward_blocks(const AttentionShape& s) {
+    constexpr int64_t SHORT_ITEM_QUERIES = 8192;
+    return s.D == 64 && s.Tq * (s.H / s.Hkv) <= SHORT_ITEM_QUERIES ? BackwardBlocks::ONE_AN_SM
+                                                                   : BackwardBlocks::ONE_AN_ITEM;
+}
 
 // An item of work: BLOCK_N keys of a kv head and, for every query head of its group, the query tiles [first_tile,
 // end_tile) that see any of them. Tiles from first_unmasked on see all of them. b = -1: there is no more work.
@@ -47,20 +58,18 @@ struct KeyBlock {
     int first_tile, first_unmasked, end_tile;
 };
 
-template <int D_, DvStart DV_START_ = DvStart::AFTER_DS, int TILES_A_TURN_ = 2, DqFinish DQ_FINISH_ = DqFinish::KERNEL,
-          bool EARLY_LSE_ = false, int BLOCK_M_ = D_ == 128 ? 64 : 128>
+// TILES_A_TURN: query tiles in a body of the loop without masks (1, 2 or 4); all but the last start the scores of the
+// next. ptxas serialises every wgmma (C7514, C7515) when one is in flight across the loop's end, so one of them drains.
+template <int D_, DvStart DV_START_ = DvStart::AFTER_DS, int TILES_A_TURN_ = 2>
 struct HopperBackwardTile {
     static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
     static constexpr int D = D_;
     static constexpr DvStart DV_START = DV_START_;
-    static constexpr DqFinish DQ_FINISH = DQ_FINISH_;
-    static constexpr bool EARLY_LSE = EARLY_LSE_ && D == 128;
-    static constexpr int TILES_A_TURN = TILES_A_TURN_;  // of the loop without masks: 1, 2 or 4
-    static constexpr int BLOCK_M = BLOCK_M_;            // queries a tile
-    static constexpr int BLOCK_N = 128;                 // keys a block, 64 a consumer warpgroup
-    static constexpr int STAGES = 2;                    // tiles of q, dout and dS in flight
-    static constexpr int FINISHED_SLOTS = 4;            // tiles of dq that wait to be rounded
-    static constexpr int CONSUMERS = 2;                 // warpgroups
+    static constexpr int TILES_A_TURN = TILES_A_TURN_;
+    static constexpr int BLOCK_M = D == 128 ? 64 : 128;  // queries a tile: 8192 elements of q
+    static constexpr int BLOCK_N = 128;                  // keys a block, 64 a consumer warpgroup
+    static constexpr int STAGES = 2;                     // tiles of q, dout and dS in flight
+    static constexpr int CONSUMERS = 2;                  // warpgroups
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP_SIZE;
     // At launch all threads have the same, 65536 / THREADS rounded down to a multiple of 8: consumers that ask for more
     // than the producer's warpgroup gives up would wait for ever.
@@ -68,9 +77,7 @@ struct HopperBackwardTile {
     static constexpr int PRODUCER_REGISTERS = 24, CONSUMER_REGISTERS = 240;
     static_assert(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * LAUNCH_REGISTERS,
                   "registers");
-    // A warpgroup's part of dq: 64 columns of all queries, or all 64 columns of half of them; computed transposed.
-    static constexpr int DQ_QUERIES = D == 128 ? BLOCK_M : BLOCK_M / 2;
-    static constexpr int DQ_ELEMENTS = 64 * DQ_QUERIES;
+    static constexpr int DQ_ELEMENTS = BLOCK_M * D / CONSUMERS;  // of a tile of dq, a warpgroup: 64 x 64
 
     struct Shared {
         alignas(1024) bf16 k[BLOCK_N * D];
@@ -84,8 +91,6 @@ struct HopperBackwardTile {
         uint64_t kv_full, kv_empty;                         // k, v and the item
         uint64_t q_full[STAGES], q_empty[STAGES];           // q and the statistics
         uint64_t dout_full[STAGES], dout_empty[STAGES];
-        uint64_t finished_full[FINISHED_SLOTS], finished_empty[FINISHED_SLOTS];
-        int finished[FINISHED_SLOTS];  // tiles of dq, of all heads; -1: no more will come
     };
 };
 
@@ -95,35 +100,26 @@ struct HopperBackwardArguments {
     CUtensorMap dk, dv;       // of 64 rows
     const float* statistics;  // [B * H][query tiles][2][BLOCK_M], see hopper_backward_prepare_kernel
     float* dq_accumulator;    // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_dq_kernel
-    int* items_taken;         // beyond the first of every block
-    int* dq_additions;        // [B * H][query tiles]: key blocks that have added to a tile of dq
-    HeadView<bf16> dq;
+    int* next_item;           // the first that no block has taken; each block starts with that of its number
     int64_t Tq, Tk, key_offset;
-    int H, heads_per_kv_head, num_query_tiles;
+    int H, heads_per_kv_head, num_query_tiles, num_items, num_blocks;
     float scale, scale_log2;
     TileOrder order;
 };
-
-// How many key blocks the query end_query - 1 sees, or one before it.
-__host__ __device__ inline int key_blocks_seen(int64_t end_query, int64_t Tk, int64_t key_offset, int block_n) {
-    const int64_t keys = end_query + key_offset < Tk ? end_query + key_offset : Tk;
-    return keys > 0 ? (int)((keys + block_n - 1) / block_n) : 0;
-}
 
 // ---- before and after --------------------------------------------------------------------------
 constexpr int HOPPER_ROWS_THREADS = 256;
 constexpr int HOPPER_STATISTICS_LANES = 8;  // threads a row: 128 bytes of a row at a time
 
-// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator, dq_additions,
-// items_taken (=) 0; dq (=) 0 where a whole tile sees no key. A row that sees no key, and rows of the last tile that do
-// not exist, get lse +infinity, which makes their P zero, and the latter delta 0. Launch: 8 threads a row, flat grid
-// over the rows of all tiles. Bound: bandwidth, 4D bytes read and 4D written a row.
+// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator (=) 0, next_item (=)
+// num_blocks. A row that sees no key, and rows of the last tile that do not exist, get lse +infinity, which makes their
+// P zero, and the latter delta 0. Launch: 8 threads a row, flat grid over the rows of all tiles. Bound: bandwidth, 4D
+// bytes read and 4D written a row.
 template <int D, int BLOCK_M>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
-    hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, int* items_taken, int* dq_additions,
-                                   HeadView<bf16> dq, HeadView<const bf16> dout, HeadView<const bf16> out,
-                                   const float* lse, int64_t num_tile_rows, int64_t Tq, int64_t padded_Tq, int H,
-                                   int64_t Tk, int64_t key_offset) {
+    hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, int* next_item, int num_blocks,
+                                   HeadView<const bf16> dout, HeadView<const bf16> out, const float* lse,
+                                   int64_t num_tile_rows, int64_t Tq, int64_t padded_Tq, int H) {
     start_next_kernel();
     const int64_t row = ((int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x) / HOPPER_STATISTICS_LANES;
     const int lane = threadIdx.x % HOPPER_STATISTICS_LANES;
@@ -150,23 +146,13 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
         return;
     }
     if (row == 0 && lane == 0) {
-        *items_taken = 0;
+        *next_item = num_blocks;
     }
     if (lane == 0) {
         const float row_lse = exists ? lse[head * Tq + t] : -INFINITY;
         float* tile = statistics + row / BLOCK_M * (2 * BLOCK_M);
         tile[row % BLOCK_M] = row_lse == -INFINITY ? INFINITY : row_lse * LOG2_E;
         tile[BLOCK_M + row % BLOCK_M] = delta;
-        if (row % BLOCK_M == 0) {
-            dq_additions[row / BLOCK_M] = 0;
-        }
-    }
-    const int64_t end_query = min(Tq, t / BLOCK_M * BLOCK_M + BLOCK_M);
-    if (exists && key_blocks_seen(end_query, Tk, key_offset, 1) == 0) {  // no block will touch this tile of dq
-#pragma unroll
-        for (int d = lane * bf16x8::size; d < D; d += HOPPER_STATISTICS_LANES * bf16x8::size) {
-            *reinterpret_cast<int4*>(dq.row(head / H, t, head % H) + d) = make_int4(0, 0, 0, 0);
-        }
     }
 #pragma unroll
     for (int d = lane * float4x::size; d < D; d += HOPPER_STATISTICS_LANES * float4x::size) {
@@ -174,58 +160,40 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     }
 }
 
-// A warpgroup's part of a tile of dq and where it goes. The part is in the order of its registers: float4 128 i + t has
-// thread t's values of queries 8 i + 2 (t % 4) and the next, at column c = 16 (t / 32) + t % 32 / 4, then at c + 8.
-template <class Tile>
-struct DqPart {
-    static constexpr int UNITS = 4 * Tile::DQ_QUERIES;
-    const float4* sums;
-    bf16* rows;
-    int num_rows;  // that exist
-
-    // tile: of all heads.
-    __device__ __forceinline__ DqPart(const HeadView<bf16>& dq, const float* accumulator, int tile, int part,
-                                      int64_t Tq, int num_query_tiles, int H) {
-        const int64_t first_element = ((int64_t)tile * Tile::CONSUMERS + part) * Tile::DQ_ELEMENTS;
-        sums = reinterpret_cast<const float4*>(accumulator + first_element);
-        const int head = tile / num_query_tiles;
-        const int64_t row =
-            (int64_t)(tile - head * num_query_tiles) * Tile::BLOCK_M + (Tile::D == 128 ? 0 : Tile::DQ_QUERIES * part);
-        rows = dq.row(head / H, row, head % H) + (Tile::D == 128 ? 64 * part : 0);
-        num_rows = (int)max((int64_t)0, min(Tq - row, (int64_t)Tile::DQ_QUERIES));
-    }
-    // dq (=) scale * sum: 4 columns, and the 4 that are 8 further on, of two rows.
-    __device__ __forceinline__ void round(int unit, int64_t stride_t, float scale) const {
-        const int four = unit % 2, quad_thread = unit / 2 % 4, warp = unit / 8 % 4, i = unit / 32;
-        const float4* values = sums + i * WARPGROUP_SIZE + warp * WARP_SIZE + four * 16 + quad_thread;
-        const float4 a = __ldcg(values), b = __ldcg(values + 4), c = __ldcg(values + 8), d = __ldcg(values + 12);
-        const int row = 8 * i + 2 * quad_thread;
-        bf16* at = rows + row * stride_t + 16 * warp + 4 * four;
-        auto round_four = [&](bf16* to, float x0, float x1, float x2, float x3) {
-            *reinterpret_cast<uint2*>(to) =
-                make_uint2(pack_bf16x2(scale * x0, scale * x1), pack_bf16x2(scale * x2, scale * x3));
-        };
-        if (row < num_rows) {
-            round_four(at, a.x, b.x, c.x, d.x);
-            round_four(at + 8, a.z, b.z, c.z, d.z);
-        }
-        if (row + 1 < num_rows) {
-            round_four(at + stride_t, a.y, b.y, c.y, d.y);
-            round_four(at + stride_t + 8, a.w, b.w, c.w, d.w);
-        }
-    }
-};
-// dq (=) scale * accumulator. Launch: a thread a unit of DqPart, flat grid. Bound: bandwidth, 6D bytes a row.
-template <class Tile>
+// dq (=) scale * accumulator. A warpgroup's 64 x 64 part of a tile is in the order of its registers: float4 i (of 8) of
+// thread t is float4 128 i + t: columns 8 i + 2 (t % 4) and the next of row 16 (t / 32) + t % 32 / 4, then of the row 8
+// further down. Launch: a thread reads the four float4 that hold 8 columns of such two rows; flat grid. Bound:
+// bandwidth, 6D bytes a row.
+template <int D, int BLOCK_M>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     hopper_backward_dq_kernel(HeadView<bf16> dq, const float* dq_accumulator, int64_t num_tiles, int64_t Tq,
                               int num_query_tiles, int H, float scale) {
+    constexpr int TILE_THREADS = BLOCK_M * D / 16, PART_THREADS = 256;
     const int64_t thread = (int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x;
-    const int64_t part = thread / DqPart<Tile>::UNITS;
-    if (part < num_tiles * Tile::CONSUMERS) {
-        DqPart<Tile>(dq, dq_accumulator, (int)(part / Tile::CONSUMERS), (int)(part % Tile::CONSUMERS), Tq,
-                     num_query_tiles, H)
-            .round((int)(thread % DqPart<Tile>::UNITS), dq.stride_t, scale);
+    const int64_t tile = thread / TILE_THREADS;
+    if (tile >= num_tiles) {
+        return;
+    }
+    const int within = (int)(thread % TILE_THREADS);
+    const int i = within % 8, quad = within / 8 % 32, warpgroup = within / PART_THREADS;
+    const float4* part = reinterpret_cast<const float4*>(dq_accumulator + tile * (BLOCK_M * D)) +
+                         warpgroup * (4 * PART_THREADS) + i * WARPGROUP_SIZE + quad * 4;
+    bf16x8 upper, lower;
+#pragma unroll
+    for (int t = 0; t < 4; ++t) {
+        const float4 values = __ldcs(part + t);
+        upper[2 * t] = __float2bfloat16(scale * values.x), upper[2 * t + 1] = __float2bfloat16(scale * values.y);
+        lower[2 * t] = __float2bfloat16(scale * values.z), lower[2 * t + 1] = __float2bfloat16(scale * values.w);
+    }
+    const int64_t head = tile / num_query_tiles;
+    const int row_in_tile = quad / 8 * 16 + quad % 8 + (D == 128 ? 0 : 64 * warpgroup);
+    const int64_t row = tile % num_query_tiles * BLOCK_M + row_in_tile;
+    const int column = 8 * i + (D == 128 ? 64 * warpgroup : 0);
+    if (row < Tq) {
+        store128(dq.row(head / H, row, head % H) + column, upper);
+    }
+    if (row + 8 < Tq) {
+        store128(dq.row(head / H, row + 8, head % H) + column, lower);
     }
 }
 
@@ -235,23 +203,24 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
 // Named barriers. OUT_FULL and OUT_EMPTY: one a consumer warpgroup, between it and the writer warp.
 enum HopperBackwardBarrier { DS_WRITTEN = 1, OUT_FULL = 2, OUT_EMPTY = 4 };
 
+// block (=) the item's; in shared memory, where it need not fit the loading thread's registers.
 template <class Tile>
-__device__ __forceinline__ KeyBlock find_key_block(const HopperBackwardArguments& args, int item) {
+__device__ __forceinline__ void find_key_block(KeyBlock& block, const HopperBackwardArguments& args, int item) {
     const TileOrder::Place place = args.order.place(item);
-    const int num_kv_heads = args.H / args.heads_per_kv_head, end_tile = args.num_query_tiles;
-    const int Tq = (int)args.Tq, key_offset = (int)args.key_offset;
-    KeyBlock block;
+    const int num_kv_heads = args.H / args.heads_per_kv_head;
     block.b = place.head / num_kv_heads;
     block.kv_head = place.head % num_kv_heads;
-    block.first_key = place.tile * Tile::BLOCK_N;  // the first keys are seen by most queries: they start first
-    const int first_query = max(0, block.first_key - key_offset);
-    block.first_tile = first_query < Tq ? first_query / Tile::BLOCK_M : end_tile;
-    const int first_to_see_all = max(0, block.first_key + Tile::BLOCK_N - 1 - key_offset);
-    const bool whole = block.first_key + Tile::BLOCK_N <= (int)args.Tk;
-    block.first_unmasked = whole ? min(end_tile, (first_to_see_all + Tile::BLOCK_M - 1) / Tile::BLOCK_M) : end_tile;
-    block.first_unmasked = max(block.first_unmasked, block.first_tile);
+    const int first_key = place.tile * Tile::BLOCK_N;  // the first keys are seen by most queries: they start first
+    block.first_key = first_key;
+    const int end_tile = args.num_query_tiles, key_offset = (int)args.key_offset;
     block.end_tile = end_tile;
-    return block;
+    const int first_query = max(0, first_key - key_offset);
+    const int first_tile = first_query < (int)args.Tq ? first_query / Tile::BLOCK_M : end_tile;
+    block.first_tile = first_tile;
+    const bool whole = first_key + Tile::BLOCK_N <= (int)args.Tk;
+    const int first_to_see_all = max(0, first_key + Tile::BLOCK_N - 1 - key_offset);
+    const int first_unmasked = whole ? min(end_tile, (first_to_see_all + Tile::BLOCK_M - 1) / Tile::BLOCK_M) : end_tile;
+    block.first_unmasked = max(first_unmasked, first_tile);
 }
 
 // Loads, item after item, k and v, and q, dout and the statistics of every query tile. The first item is the block's
@@ -261,22 +230,20 @@ template <class Tile>
 __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
     constexpr int TILE_BYTES = sizeof(shared.q[0]), STATISTICS_BYTES = sizeof(shared.statistics[0]);
     const uint32_t kv_full = shared_address(&shared.kv_full), kv_empty = shared_address(&shared.kv_empty);
-    const int num_items = args.order.num_tiles * args.order.num_heads;
     PipelineState<Tile::STAGES> state;
     int item = blockIdx.x, slot = 0;
 #pragma unroll 1
-    for (; item < num_items; slot ^= 1) {
+    for (; item < args.num_items; slot ^= 1) {
         // The item two before, which had this slot, is over: the one before could not have been started otherwise.
         KeyBlock& block = shared.block[slot];
-        block = find_key_block<Tile>(args, item);
-        item = gridDim.x + atomicAdd(args.items_taken, 1);
-        int tiles_to_come = args.heads_per_kv_head * (block.end_tile - block.first_tile);
+        find_key_block<Tile>(block, args, item);
         bool kv_to_come = true;
-        int h = block.kv_head * args.heads_per_kv_head, tile = block.first_tile;
+        int heads_to_come = block.first_tile < block.end_tile ? args.heads_per_kv_head : 0, tile = block.first_tile;
 #pragma unroll 1
-        while (tiles_to_come > 0 || kv_to_come) {
-            if (tiles_to_come > 0) {
+        while (heads_to_come > 0 || kv_to_come) {
+            if (heads_to_come > 0) {
                 const int stage = state.stage, row = tile * Tile::BLOCK_M;
+                const int h = (block.kv_head + 1) * args.heads_per_kv_head - heads_to_come;
                 const uint32_t q_full = shared_address(&shared.q_full[stage]);
                 mbarrier_wait(shared_address(&shared.q_empty[stage]), state.parity ^ 1);
                 mbarrier_arrive_expect(q_full, TILE_BYTES + STATISTICS_BYTES);
@@ -289,10 +256,9 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
                 mbarrier_arrive_expect(dout_full, TILE_BYTES);
                 tma_load(shared_address(shared.dout[stage]), &args.dout, row, h, block.b, dout_full);
                 state.advance();
-                --tiles_to_come;
                 if (++tile == block.end_tile) {
                     tile = block.first_tile;
-                    ++h;
+                    --heads_to_come;
                 }
             }
             if (kv_to_come) {
@@ -303,6 +269,9 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
                 kv_to_come = false;
             }
         }
+        // Two query tiles before this one is over: blocks that took the next item earlier would not share the last ones
+        // evenly (taken at the item's start, 497 TFLOP/s at D = 128, T = 8192, where one block an item has 592).
+        item = atomicAdd(args.next_item, 1);
     }
     mbarrier_wait(kv_empty, slot ^ 1);
     shared.block[slot].b = -1;
@@ -310,22 +279,13 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
 }
 
 // Moves what the consumers put into shared.out to global memory: their parts of dq, tile after tile, then dv, then dk.
-// Counts the key blocks that have added to a tile of dq, and passes the tiles that are complete on. One warp.
+// One warp.
 template <class Tile>
 __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
     constexpr int THREADS = WARPGROUP_SIZE + WARP_SIZE;
     const bool leader = threadIdx.x % WARP_SIZE == 0;
-    PipelineState<Tile::FINISHED_SLOTS> finished;
-    auto pass_on = [&](int tile) {
-        mbarrier_wait(shared_address(&shared.finished_empty[finished.stage]), finished.parity ^ 1);
-        shared.finished[finished.stage] = tile;
-        mbarrier_arrive(shared_address(&shared.finished_full[finished.stage]));
-        finished.advance();
-    };
-    // Tiles of dq, of all heads, that were added last and before; -1: it was none.
-    int last_tile = -1, tile_before = -1;
     // start(w): by the leader, for each warpgroup w once it has filled its part.
-    auto write = [&](int tile, auto start) {
+    auto write = [&](auto start) {
         // The last two groups are the two parts before these: their memory is free once they have read it.
         if (leader) {
             bulk_wait_read<1>();
@@ -337,21 +297,6 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
         }
         __syncwarp();
         named_barrier_arrive(OUT_EMPTY + 1, THREADS);
-        if (Tile::DQ_FINISH == DqFinish::WARPS && leader) {
-            if (tile_before >= 0) {
-                bulk_wait<2>();  // it has been added
-                __threadfence();
-                const int additions = atomicAdd(args.dq_additions + tile_before, 1) + 1;
-                const int64_t end_query = (int64_t)(tile_before % args.num_query_tiles + 1) * Tile::BLOCK_M;
-                if (additions == key_blocks_seen(min(args.Tq, end_query), args.Tk, args.key_offset, Tile::BLOCK_N)) {
-                    __threadfence();
-                    pass_on(tile_before);
-                }
-            }
-            tile_before = last_tile;
-            last_tile = tile;
-        }
-        __syncwarp();
 #pragma unroll 1
         for (int w = 0; w < Tile::CONSUMERS; ++w) {
             named_barrier_sync(OUT_FULL + w, THREADS);
@@ -374,52 +319,26 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
         }
 #pragma unroll 1
         for (int i = 0; i < args.heads_per_kv_head; ++i) {
-            const int first = (block.b * args.H + block.kv_head * args.heads_per_kv_head + i) * args.num_query_tiles;
+            const int64_t head = (int64_t)block.b * args.H + block.kv_head * args.heads_per_kv_head + i;
+            float* part = args.dq_accumulator +
+                          (head * args.num_query_tiles + block.first_tile) * (Tile::CONSUMERS * Tile::DQ_ELEMENTS);
 #pragma unroll 1
-            for (int tile = first + block.first_tile; tile < first + block.end_tile; ++tile) {
-                write(tile, [&](int w) {
-                    bulk_reduce_add_f32(args.dq_accumulator + ((int64_t)tile * Tile::CONSUMERS + w) * Tile::DQ_ELEMENTS,
-                                        shared_address(shared.out[w]), sizeof(shared.out[w]));
+            for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
+                write([&](int w) {
+                    bulk_reduce_add_f32(part, shared_address(shared.out[w]), sizeof(shared.out[w]));
+                    part += Tile::DQ_ELEMENTS;
                 });
             }
         }
-        write(-1, [&](int w) {
+        write([&](int w) {
             tma_store(&args.dv, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
         });
-        write(-1, [&](int w) {
+        write([&](int w) {
             tma_store(&args.dk, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
         });
     }
     if (leader) {
-        if (Tile::DQ_FINISH == DqFinish::WARPS) {
-            pass_on(-1);
-        }
         bulk_wait<0>();  // the block's shared memory must outlive its reading
-    }
-}
-
-// Rounds the tiles of dq that are complete. Two warps, each half a tile.
-template <class Tile>
-__device__ __forceinline__ void backward_finish_dq(typename Tile::Shared& shared, const HopperBackwardArguments& args,
-                                                   int half) {
-    const int lane = threadIdx.x % WARP_SIZE;
-    PipelineState<Tile::FINISHED_SLOTS> finished;
-#pragma unroll 1
-    for (;; finished.advance()) {
-        mbarrier_wait(shared_address(&shared.finished_full[finished.stage]), finished.parity);
-        const int tile = shared.finished[finished.stage];
-        __syncwarp();
-        if (lane == 0) {
-            mbarrier_arrive(shared_address(&shared.finished_empty[finished.stage]));
-        }
-        if (tile < 0) {
-            break;
-        }
-        const DqPart<Tile> part(args.dq, args.dq_accumulator, tile, half, args.Tq, args.num_query_tiles, args.H);
-#pragma unroll 1
-        for (int unit = lane; unit < part.UNITS; unit += WARP_SIZE) {
-            part.round(unit, args.dq.stride_t, args.scale);
-        }
     }
 }
 
@@ -450,21 +369,22 @@ __device__ __forceinline__ void start_key_gradient(float (&sum)[Tile::D / 2],
     }
     wgmma_commit();
 }
-// dq (=) (dS k)^T = k^T dS^T, started: this warpgroup's part. ds, k: the whole tiles.
+// dq (=) dS k, started: this warpgroup's part. ds, k: the whole tiles.
 template <class Tile>
-__device__ __forceinline__ void start_dq(float (&dq)[Tile::DQ_QUERIES / 2], uint32_t ds, uint32_t k, int warpgroup) {
-    const uint32_t ds_part = Tile::D == 128 ? ds : ds + warpgroup * (Tile::DQ_QUERIES * 128);
+__device__ __forceinline__ void start_dq(float (&dq)[Tile::DQ_ELEMENTS / WARPGROUP_SIZE], uint32_t ds, uint32_t k,
+                                         int warpgroup) {
+    const uint32_t ds_part = Tile::D == 128 ? ds : ds + warpgroup * (64 * 128);
     const uint32_t k_part = Tile::D == 128 ? k + warpgroup * (Tile::BLOCK_N * 128) : k;
-    const uint64_t k_start = wgmma_descriptor_mn_major(k_part, Tile::BLOCK_N * 128);
     const uint64_t ds_start = wgmma_descriptor_k_major(ds_part);
+    const uint64_t k_start = wgmma_descriptor_mn_major(k_part, Tile::BLOCK_N * 128);
 #pragma unroll
     for (int step = 0; step < Tile::BLOCK_N / 16; ++step) {
-        const uint64_t k_step = wgmma_advance(k_start, step * 2048);
         const uint64_t ds_step = wgmma_advance(ds_start, step / 4 * (Tile::BLOCK_M * 128) + step % 4 * 32);
+        const uint64_t k_step = wgmma_advance(k_start, step * 2048);
         if (step == 0) {
-            wgmma_zero<1, 0>(dq, k_step, ds_step);
+            wgmma_zero<0, 1>(dq, ds_step, k_step);
         } else {
-            wgmma<1, 0>(dq, k_step, ds_step);
+            wgmma<0, 1>(dq, ds_step, k_step);
         }
     }
     wgmma_commit();
@@ -492,35 +412,30 @@ __device__ __forceinline__ void mask_key_rows(float (&s)[Tile::BLOCK_M / 2], con
         }
     }
 }
-// The statistics that a thread needs: two neighbouring queries' of every eight.
+// s (=) P^T = 2^(scale_log2 s - lse); lse: of the tile's queries, shared memory.
 template <int COUNT>
-__device__ __forceinline__ void load_statistics(float2 (&pairs)[COUNT], const float* statistics) {
-#pragma unroll
-    for (int j = 0; j < COUNT; ++j) {
-        pairs[j] = reinterpret_cast<const float2*>(statistics)[4 * j + threadIdx.x % 4];
-    }
-}
-// s (=) P^T = 2^(scale_log2 s - lse).
-template <int COUNT>
-__device__ __forceinline__ void exponentiate(float (&s)[COUNT], const float2 (&lse)[COUNT / 4], float scale_log2) {
+__device__ __forceinline__ void exponentiate(float (&s)[COUNT], const float* lse, float scale_log2) {
+    const float2* pairs = reinterpret_cast<const float2*>(lse) + threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < COUNT / 4; ++j) {
-        s[4 * j] = exp2_approx(fmaf(s[4 * j], scale_log2, -lse[j].x));
-        s[4 * j + 1] = exp2_approx(fmaf(s[4 * j + 1], scale_log2, -lse[j].y));
-        s[4 * j + 2] = exp2_approx(fmaf(s[4 * j + 2], scale_log2, -lse[j].x));
-        s[4 * j + 3] = exp2_approx(fmaf(s[4 * j + 3], scale_log2, -lse[j].y));
+        const float2 pair = pairs[4 * j];
+        s[4 * j] = exp2_approx(fmaf(s[4 * j], scale_log2, -pair.x));
+        s[4 * j + 1] = exp2_approx(fmaf(s[4 * j + 1], scale_log2, -pair.y));
+        s[4 * j + 2] = exp2_approx(fmaf(s[4 * j + 2], scale_log2, -pair.x));
+        s[4 * j + 3] = exp2_approx(fmaf(s[4 * j + 3], scale_log2, -pair.y));
     }
 }
 // dp (=) dS^T = P^T (dp - delta).
 template <int COUNT>
-__device__ __forceinline__ void differentiate(float (&dp)[COUNT], const float (&p)[COUNT],
-                                              const float2 (&delta)[COUNT / 4]) {
+__device__ __forceinline__ void differentiate(float (&dp)[COUNT], const float (&p)[COUNT], const float* delta) {
+    const float2* pairs = reinterpret_cast<const float2*>(delta) + threadIdx.x % 4;
 #pragma unroll
     for (int j = 0; j < COUNT / 4; ++j) {
-        dp[4 * j] = p[4 * j] * (dp[4 * j] - delta[j].x);
-        dp[4 * j + 1] = p[4 * j + 1] * (dp[4 * j + 1] - delta[j].y);
-        dp[4 * j + 2] = p[4 * j + 2] * (dp[4 * j + 2] - delta[j].x);
-        dp[4 * j + 3] = p[4 * j + 3] * (dp[4 * j + 3] - delta[j].y);
+        const float2 pair = pairs[4 * j];
+        dp[4 * j] = p[4 * j] * (dp[4 * j] - pair.x);
+        dp[4 * j + 1] = p[4 * j + 1] * (dp[4 * j + 1] - pair.y);
+        dp[4 * j + 2] = p[4 * j + 2] * (dp[4 * j + 2] - pair.x);
+        dp[4 * j + 3] = p[4 * j + 3] * (dp[4 * j + 3] - pair.y);
     }
 }
 // An accumulator, rounded, as the A operand of a product that contracts its columns.
@@ -598,19 +513,12 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     mbarrier_wait(shared_address(&shared.dout_full[stage]), state.parity);
     wgmma_fence();
     start_scores<Tile>(dp, v + warpgroup * (64 * 128), dout);
-    float2 lse[BLOCK_M / 8], delta[BLOCK_M / 8];
-    if (Tile::EARLY_LSE) {
-        load_statistics(lse, shared.statistics[stage][0]);
-    }
     wgmma_wait<1>();  // the scores
     wgmma_pin(p);
     if (MASKED) {
         mask_key_rows<Tile>(p, args, block.first_key + 64 * warpgroup, tile * BLOCK_M);
     }
-    if (!Tile::EARLY_LSE) {
-        load_statistics(lse, shared.statistics[stage][0]);
-    }
-    exponentiate(p, lse, args.scale_log2);
+    exponentiate(p, shared.statistics[stage][0], args.scale_log2);
     uint32_t p_operand[BLOCK_M / 16][4], ds_operand[BLOCK_M / 16][4];
     round_to_operand(p_operand, p);
     if (Tile::DV_START == DvStart::BEFORE_DS) {
@@ -618,16 +526,10 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
         start_key_gradient<Tile>(dv, p_operand, dout);
         wgmma_wait<1>();
     } else {
-        if (Tile::EARLY_LSE) {
-            load_statistics(delta, shared.statistics[stage][1]);
-        }
         wgmma_wait<0>();
     }
     wgmma_pin(dp);
-    if (!Tile::EARLY_LSE || Tile::DV_START == DvStart::BEFORE_DS) {
-        load_statistics(delta, shared.statistics[stage][1]);
-    }
-    differentiate(dp, p, delta);
+    differentiate(dp, p, shared.statistics[stage][1]);
     round_to_operand(ds_operand, dp);
     store_transposed<Tile>(ds, ds_operand, warpgroup);
     if (Tile::DV_START == DvStart::AFTER_DS) {
@@ -738,10 +640,6 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             mbarrier_init(shared_address(&shared.q_empty[stage]), CONSUMER_WARPS);
             mbarrier_init(shared_address(&shared.dout_empty[stage]), CONSUMER_WARPS);
         }
-        for (int slot = 0; slot < Tile::FINISHED_SLOTS; ++slot) {
-            mbarrier_init(shared_address(&shared.finished_full[slot]), 1);
-            mbarrier_init(shared_address(&shared.finished_empty[slot]), 2);
-        }
         mbarrier_init_fence();
     }
     __syncthreads();
@@ -752,8 +650,6 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             backward_load<Tile>(shared, args);
         } else if (threadIdx.x / WARP_SIZE == 1) {
             backward_write<Tile>(shared, args);
-        } else if (Tile::DQ_FINISH == DqFinish::WARPS && threadIdx.x >= 2 * WARP_SIZE) {
-            backward_finish_dq<Tile>(shared, args, threadIdx.x / WARP_SIZE - 2);
         }
     } else {
         registers_increase<Tile::CONSUMER_REGISTERS>();
@@ -763,27 +659,21 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
 }
 
 // ---- launchers ---------------------------------------------------------------------------------
-constexpr size_t HOPPER_ITEMS_TAKEN_BYTES = 256;  // keeps the rest aligned to cache lines
-// What scratch holds: items_taken, dq_additions, the statistics, dq's accumulator.
-template <class Tile>
-inline size_t hopper_backward_additions_bytes(const AttentionShape& s) {
-    return round_up<size_t>((size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, Tile::BLOCK_M) * sizeof(int), 256);
+inline int hopper_backward_block_m(int D) {
+    return D == 128 ? HopperBackwardTile<128>::BLOCK_M : HopperBackwardTile<64>::BLOCK_M;
 }
-template <class Tile>
+constexpr size_t HOPPER_NEXT_ITEM_BYTES = 256;  // keeps the rest aligned to cache lines
 inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
-    return round_up<size_t>((size_t)s.B * s.H * round_up<int64_t>(s.Tq, Tile::BLOCK_M) * 2 * sizeof(float), 256);
+    return (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * 2 * sizeof(float);
 }
-template <class Tile>
-inline size_t hopper_backward_scratch_bytes(const AttentionShape& s) {
-    return HOPPER_ITEMS_TAKEN_BYTES + hopper_backward_additions_bytes<Tile>(s) +
-           hopper_backward_statistics_bytes<Tile>(s) +
-           (size_t)s.B * s.H * round_up<int64_t>(s.Tq, Tile::BLOCK_M) * s.D * sizeof(float);
-}
-// Exact: about 8 + 4 D bytes a query row and head, rows rounded up to a tile; deterministic: flash_attention_mma.cuh's.
+// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic:
+// flash_attention_mma.cuh's.
 inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic) {
-    return deterministic ? flash_attention_mma_backward_scratch_bytes(s, true)
-           : s.D == 64   ? hopper_backward_scratch_bytes<HopperBackwardTile<64>>(s)
-                         : hopper_backward_scratch_bytes<HopperBackwardTile<128>>(s);
+    if (deterministic) {
+        return flash_attention_mma_backward_scratch_bytes(s, true);
+    }
+    return HOPPER_NEXT_ITEM_BYTES + hopper_backward_statistics_bytes(s) +
+           (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * s.D * sizeof(float);
 }
 
 // Checks the operands, fills the statistics and zeroes dq's accumulator.
@@ -792,7 +682,8 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView
                                                      HeadView<const bf16> dout, HeadView<const bf16> q,
                                                      HeadView<const bf16> k, HeadView<const bf16> v,
                                                      HeadView<const bf16> out, const float* lse, void* scratch,
-                                                     const AttentionShape& s, cudaStream_t stream) {
+                                                     const AttentionShape& s, BackwardBlocks blocks,
+                                                     cudaStream_t stream) {
     mma_check_shape(s);
     CHECK(s.D == Tile::D, "attention on Hopper: head dim D = %d, expected %d", s.D, Tile::D);
     CHECK(s.Tq <= INT32_MAX / 4 && s.Tk <= INT32_MAX / 4,
@@ -829,19 +720,22 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView
     args.order = mma_tile_order(ceil_div<int64_t>(s.Tk, Tile::BLOCK_N), s.B, s.Hkv, 1,
                                 s.Tq * args.heads_per_kv_head * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float)));
 
-    args.items_taken = static_cast<int*>(scratch);
-    args.dq_additions = reinterpret_cast<int*>(static_cast<char*>(scratch) + HOPPER_ITEMS_TAKEN_BYTES);
-    float* statistics = reinterpret_cast<float*>(static_cast<char*>(scratch) + HOPPER_ITEMS_TAKEN_BYTES +
-                                                 hopper_backward_additions_bytes<Tile>(s));
+    int device, num_sms;
+    CUDA_CHECK(cudaGetDevice(&device));
+    CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
+    args.num_items = args.order.num_tiles * args.order.num_heads;
+    args.num_blocks = blocks == BackwardBlocks::ONE_AN_ITEM ? args.num_items : std::min(args.num_items, num_sms);
+    args.next_item = static_cast<int*>(scratch);
+    float* statistics = reinterpret_cast<float*>(static_cast<char*>(scratch) + HOPPER_NEXT_ITEM_BYTES);
     args.statistics = statistics;
-    args.dq = dq;
-    args.dq_accumulator = statistics + hopper_backward_statistics_bytes<Tile>(s) / sizeof(float);
+    args.dq_accumulator = statistics + hopper_backward_statistics_bytes(s) / sizeof(float);
     const int64_t padded_Tq = (int64_t)args.num_query_tiles * Tile::BLOCK_M, num_tile_rows = s.B * s.H * padded_Tq;
-    const int64_t num_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / HOPPER_STATISTICS_LANES);
-    CHECK(num_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds", (long long)num_tile_rows);
-    hopper_backward_prepare_kernel<Tile::D, Tile::BLOCK_M><<<num_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
-        statistics, args.dq_accumulator, args.items_taken, args.dq_additions, dq, dout, out, lse, num_tile_rows, s.Tq,
-        padded_Tq, s.H, s.Tk, args.key_offset);
+    const int64_t num_row_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / HOPPER_STATISTICS_LANES);
+    CHECK(num_row_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds",
+          (long long)num_tile_rows);
+    hopper_backward_prepare_kernel<Tile::D, Tile::BLOCK_M><<<num_row_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
+        statistics, args.dq_accumulator, args.next_item, args.num_blocks, dout, out, lse, num_tile_rows, s.Tq,
+        padded_Tq, s.H);
     CUDA_CHECK_LAUNCH();
     return args;
 }
@@ -850,10 +744,9 @@ template <class Tile>
 inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& args, const AttentionShape& s,
                              cudaStream_t stream) {
     const int64_t num_tiles = (int64_t)s.B * s.H * args.num_query_tiles;
-    const int64_t num_blocks =
-        ceil_div<int64_t>(num_tiles * Tile::CONSUMERS * DqPart<Tile>::UNITS, HOPPER_ROWS_THREADS);
+    const int64_t num_blocks = num_tiles * (Tile::BLOCK_M * Tile::D / 16) / HOPPER_ROWS_THREADS;
     CHECK(num_blocks <= INT32_MAX, "attention: %lld query tiles are more than a grid holds", (long long)num_tiles);
-    hopper_backward_dq_kernel<Tile><<<num_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
+    hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M><<<num_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
         dq, args.dq_accumulator, num_tiles, s.Tq, args.num_query_tiles, s.H, s.scale);
     CUDA_CHECK_LAUNCH();
 }
@@ -861,29 +754,22 @@ template <class Tile>
 inline void hopper_launch_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
                                    HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
                                    HeadView<const bf16> out, const float* lse, void* scratch,
-                                   const AttentionShape& shape, cudaStream_t stream, bool one_block_an_item = false) {
+                                   const AttentionShape& shape, BackwardBlocks blocks, cudaStream_t stream) {
     const HopperBackwardArguments args =
-        hopper_begin_backward<Tile>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, stream);
+        hopper_begin_backward<Tile>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, blocks, stream);
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_hopper_backward_kernel<Tile>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
-    int device, num_sms;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-    const int num_items = args.order.num_tiles * args.order.num_heads;
-    const int num_blocks = one_block_an_item ? num_items : std::min(num_items, num_sms);
     // The kernel's blocks may start while the last ones of the kernel before run.
     cudaLaunchAttribute overlap;
     overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
     overlap.val.programmaticStreamSerializationAllowed = 1;
     cudaLaunchConfig_t config{};
-    config.gridDim = num_blocks, config.blockDim = Tile::THREADS, config.dynamicSmemBytes = SHARED_BYTES;
+    config.gridDim = args.num_blocks, config.blockDim = Tile::THREADS, config.dynamicSmemBytes = SHARED_BYTES;
     config.stream = stream, config.attrs = &overlap, config.numAttrs = 1;
     CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
     CUDA_CHECK_LAUNCH();
-    if (Tile::DQ_FINISH == DqFinish::KERNEL) {
-        hopper_finish_dq<Tile>(dq, args, shape, stream);
-    }
+    hopper_finish_dq<Tile>(dq, args, shape, stream);
 }
 
 // dq, dk, dv (=), D = 64 or 128. out and lse are the forward's (or, of a chunk of keys, those of all keys together: the
@@ -898,8 +784,10 @@ inline void flash_attention_hopper_backward(HeadView<bf16> dq, HeadView<bf16> dk
     if (deterministic) {
         flash_attention_mma_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, true, stream);
     } else if (shape.D == 64) {
-        hopper_launch_backward<HopperBackwardTile<64>>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, stream);
+        hopper_launch_backward<HopperBackwardTile<64>>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape,
+                                                       hopper_backward_blocks(shape), stream);
     } else {
-        hopper_launch_backward<HopperBackwardTile<128>>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, stream);
+        hopper_launch_backward<HopperBackwardTile<128>>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape,
+                                                        hopper_backward_blocks(shape), stream);
     }
 }

@@ -26,9 +26,7 @@
 // dealt out in rounds of one a block, so that long and short ones add up; the next group starts where the last one
 // ended. Of causal attention with 132 blocks, the most a block has above the mean is 0.1 % from 64K up, 1.3 % at 18K.
 struct TileWalk {
-    int first_head = 0, round = 0, start;
-
-    __device__ explicit TileWalk(int block) : start(block) {}
+    int first_head = 0, round = 0, start = blockIdx.x;
 
     // A place in 0 .. n-1 for each start in 0 .. n-1, n blocks. Over two rounds, to and fro, or over three (of an odd
     // number) the places add up to the same for every start, give or take one.
@@ -43,8 +41,9 @@ struct TileWalk {
         return (round + odd_rounds) % 2 == 0 ? start : n - 1 - start;
     }
 
-    // The next tile of this block of num_blocks, if there is one.
-    __device__ bool next(const TileOrder& order, int num_blocks, TileOrder::Place* place) {
+    // The next tile of this block, if there is one.
+    __device__ bool next(const TileOrder& order, TileOrder::Place* place) {
+        const int num_blocks = gridDim.x;
         if (num_blocks == order.num_tiles * order.num_heads) {
             *place = order.place(start);
             return round++ == 0;
@@ -77,8 +76,12 @@ struct ForwardWork {
     int b, h, first_row, num_key_tiles, num_full_tiles;
 };
 
-// What a variant of dev/cuda may replace stands below Shared.
-template <int D_, int CONSUMERS_, int BLOCK_N_, int STAGES_ = 2>
+// What variants of dev/cuda replace stands below Shared. Chosen on an H100, TFLOP/s at 8K / 32K / 128K: D = 128 705 /
+// 767 / 713, D = 64 495 / 610 / 568. Tried beside: 160 keys at D = 128 (689 / 703 / 713); two consumers at D = 64 (415
+// / 488 / 500), two stages there (422 / 567 / 578), a quarter of the exponentials there by polynomials on the
+// arithmetic pipes (460 / 559 / 516); key tiles multicast to a cluster of two blocks at D = 128 (423 / 469 / 456,
+// probably because both blocks wait for the slowest of four consumers).
+template <int D_, int CONSUMERS_, int BLOCK_N_, int STAGES_>
 struct HopperForwardTile {
     static constexpr int D = D_;
     static constexpr int CONSUMERS = CONSUMERS_;  // warpgroups that compute, of 64 query rows each
@@ -103,22 +106,13 @@ struct HopperForwardTile {
         ForwardWork work[Q_SLOTS];  // what q_full announces
     };
 
-    static constexpr int CLUSTER = 1;         // blocks that share key tiles: 2, of D / 64 column blocks one each loads
     static constexpr bool PING_PONG = true;   // consumers issue products in turn
     static constexpr bool LAZY = true;        // rescale only when a row's maximum moves by more than a threshold
     static constexpr bool PERSISTENT = true;  // one block an SM; otherwise one a tile
-    static constexpr int POLYNOMIAL_EIGHTHS = 0;  // of the exponentials, computed without the special function unit
-    using Walk = TileWalk;
-};
-
-// Two neighbouring blocks share every key tile. Half the reads of the L2 cache, for a tile above the diagonal.
-template <class Tile>
-struct HopperForwardPair : Tile {
-    static constexpr int CLUSTER = 2;
 };
 
 struct HopperForwardArguments {
-    CUtensorMap q, k, v, out;  // boxes of 64, BLOCK_N, BLOCK_N and 64 rows; k, v: of a block's share of the columns
+    CUtensorMap q, k, v, out;  // boxes of 64, BLOCK_N, BLOCK_N and 64 rows
     float* lse;
     int Tq, Tk, key_offset;  // query t sees keys below min(Tk, t + 1 + key_offset)
     int H, heads_per_kv_head;
@@ -127,27 +121,18 @@ struct HopperForwardArguments {
     TileOrder order;
 };
 
-// D = 64: tiles of 128 rows instead of 192 pay up to here (H100, 1K: 276 and 247 TFLOP/s; 8K: 406 and 426).
-constexpr int64_t HOPPER_SHORT_KEYS = 2048;
-// D = 128: from here on key tiles are shared by pairs of blocks. A head's keys are several times the L2 cache then, and
-// blocks that drift apart read them from memory: one block alone fell from 711 to 609 TFLOP/s between 128K and 512K.
-constexpr int64_t HOPPER_LONG_KEYS = 262144;
-
 // Named barriers; 0 is __syncthreads.
 enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4, OUT_BARRIER = 7 };  // + consumer
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
-// The block's part of a place: BLOCK_M rows of CLUSTER times as many; the blocks of a cluster visit the same key tiles.
 template <class Tile>
 __device__ inline ForwardWork forward_work(const TileOrder::Place& place, const HopperForwardArguments& args) {
-    constexpr int PLACE_ROWS = Tile::CLUSTER * Tile::BLOCK_M;
     ForwardWork work;
     work.b = place.head / args.H;
     work.h = place.head % args.H;
-    const int place_row = (args.order.num_tiles - 1 - place.tile) * PLACE_ROWS;
-    work.first_row = place_row + (Tile::CLUSTER > 1 ? (int)cluster_block_rank() * Tile::BLOCK_M : 0);
-    const int end = min(args.Tk, min(place_row + PLACE_ROWS, args.Tq) + args.key_offset);
+    work.first_row = (args.order.num_tiles - 1 - place.tile) * Tile::BLOCK_M;
+    const int end = min(args.Tk, min(work.first_row + Tile::BLOCK_M, args.Tq) + args.key_offset);
     work.num_key_tiles = max(1, (end + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
     work.num_full_tiles = max(0, min(args.Tk, work.first_row + 1 + args.key_offset)) / Tile::BLOCK_N;
     return work;
@@ -194,18 +179,12 @@ struct ForwardLoader {
         shared.work[slot].num_key_tiles = 0;
         mbarrier_arrive(shared_address(&shared.q_full[slot]));
     }
-    // Key tile n of a key/value head into a stage. In a cluster each block loads a block of columns for all.
+    // Key tile n of a key/value head into a stage.
     __device__ void load_keys(const CUtensorMap& map, bf16* tile, const uint64_t& full_barrier, int b, int head,
                               int n) {
         const uint32_t full = shared_address(&full_barrier);
         mbarrier_arrive_expect(full, TILE_BYTES);
-        if constexpr (Tile::CLUSTER == 1) {
-            tma_load(shared_address(tile), &map, n * Tile::BLOCK_N, head, b, full);
-        } else {
-            const uint32_t rank = cluster_block_rank();
-            tma_load_multicast(shared_address(tile) + rank * (Tile::BLOCK_N * 128), &map, n * Tile::BLOCK_N, rank, head,
-                               b, full, (1 << Tile::CLUSTER) - 1);
-        }
+        tma_load(shared_address(tile), &map, n * Tile::BLOCK_N, head, b, full);
     }
     __device__ void load_k(int b, int head, int n) {
         const int stage = wait_empty(shared.k_empty, num_k);
@@ -216,10 +195,10 @@ struct ForwardLoader {
         load_keys(args.v, shared.v[stage], shared.v_full[stage], b, head, n);
     }
     __device__ void run() {
-        typename Tile::Walk walk(blockIdx.x / Tile::CLUSTER);
+        TileWalk walk;
         TileOrder::Place place;
         int b = 0, head = -1;  // of the work before; -1: there was none
-        while (walk.next(args.order, gridDim.x / Tile::CLUSTER, &place)) {
+        while (walk.next(args.order, &place)) {
             const ForwardWork work = forward_work<Tile>(place, args);
             const int next_head = work.h / args.heads_per_kv_head;
             load_k(work.b, next_head, work.num_key_tiles - 1);
@@ -331,26 +310,10 @@ __device__ __forceinline__ bool passes_limit(const float (&scores)[count], const
     return top[0] >= rows.limit[0] || top[1] >= rows.limit[1];
 }
 
-// 2^x for x <= 128 by arithmetic alone, ten instructions for pipes that wait for the special function unit at D = 64.
-// x is split into an integer, which goes into the exponent, and a rest in [-1/2, 1/2], for which the polynomial is off
-// by 2.7e-6 at most, relative. Below -126: 2^-126.
-__device__ __forceinline__ float exp2_polynomial(float x) {
-    constexpr float ROUNDER = 12582912.0f;  // 1.5 * 2^23: added to it, x is rounded to an integer in the low bits
-    x = fmaxf(x, -126.0f);
-    const float rounded = x + ROUNDER;
-    const float rest = x - (rounded - ROUNDER);
-    float y = fmaf(0.00957010221f, rest, 0.0559178628f);
-    y = fmaf(y, rest, 0.240247443f);
-    y = fmaf(y, rest, 0.693121791f);
-    y = fmaf(y, rest, 0.999999285f);
-    return __int_as_float(__float_as_int(y) + (__float_as_int(rounded) << 23));
-}
-
 // scores become P = 2^(scale_log2 (score - reference)), added to the sums. Returns whether references moved, for some
 // row of the warp. MASKED: rows may have seen no key at all. FIRST: nothing came before. LAZY: references move only
-// when a score passes its limit; P is at most 2^(scale_log2 threshold). POLYNOMIAL_EIGHTHS: of the exponentials, where
-// nothing is masked.
-template <bool MASKED, bool FIRST, bool LAZY, int POLYNOMIAL_EIGHTHS = 0, int count>
+// when a score passes its limit; P is at most 2^(scale_log2 threshold).
+template <bool MASKED, bool FIRST, bool LAZY, int count>
 __device__ __forceinline__ bool softmax_tile(float (&scores)[count], SoftmaxRows& rows, float (&factor)[2],
                                              float scale_log2, float threshold) {
     const bool moves = FIRST || !LAZY || __any_sync(FULL_WARP, passes_limit(scores, rows));
@@ -365,9 +328,7 @@ __device__ __forceinline__ bool softmax_tile(float (&scores)[count], SoftmaxRows
     }
 #pragma unroll
     for (int i = 0; i < count; ++i) {
-        const float x = fmaf(scores[i], scale_log2, -shift[i / 2 % 2]);
-        const bool polynomial = !MASKED && i / 4 * POLYNOMIAL_EIGHTHS % 8 < POLYNOMIAL_EIGHTHS;
-        scores[i] = polynomial ? exp2_polynomial(x) : exp2_approx(x);
+        scores[i] = exp2_approx(fmaf(scores[i], scale_log2, -shift[i / 2 % 2]));
         sum[i / 2 % 2] += scores[i];
     }
     rows.sum[0] += sum[0];
@@ -492,14 +453,10 @@ struct ForwardConsumer {
             named_barrier_arrive(TURN_BARRIER + (consumer + 1) % Tile::CONSUMERS, 2 * WARPGROUP_SIZE);
         }
     }
-    // Tells the loaders that this warp is done with a stage.
+    // Tells the loader that this warp is done with a stage.
     __device__ __forceinline__ void release(const uint64_t& empty) const {
-        if constexpr (Tile::CLUSTER == 1) {
-            if (lane == 0) {
-                mbarrier_arrive(shared_address(&empty));
-            }
-        } else if (lane < Tile::CLUSTER) {
-            mbarrier_arrive_remote(shared_address(&empty), lane);
+        if (lane == 0) {
+            mbarrier_arrive(shared_address(&empty));
         }
     }
     __device__ __forceinline__ void wait_k() const {
@@ -548,8 +505,8 @@ struct ForwardConsumer {
         }
         SoftmaxRows new_rows;
         SoftmaxRows& score_rows = NEW_TILE ? new_rows : rows;
-        const bool moves = softmax_tile<MASKED, NEW_TILE, Tile::LAZY, Tile::POLYNOMIAL_EIGHTHS>(
-            scores, score_rows, factor, args.scale_log2, args.rescale_threshold);
+        const bool moves = softmax_tile<MASKED, NEW_TILE, Tile::LAZY>(scores, score_rows, factor, args.scale_log2,
+                                                                      args.rescale_threshold);
         complete_before_wait(score_rows.sum[0] + score_rows.sum[1]);
         wgmma_wait<0>();
         wgmma_pin(out);
@@ -633,8 +590,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     flash_attention_hopper_forward_kernel(const __grid_constant__ HopperForwardArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Shared = typename Tile::Shared;
-    static_assert(Tile::CLUSTER == 1 || Tile::CLUSTER == Tile::D / 64, "a block of columns for each block");
-    constexpr int NUM_CONSUMER_WARPS = 4 * Tile::CONSUMERS * Tile::CLUSTER;  // that share a key tile
+    constexpr int NUM_CONSUMER_WARPS = 4 * Tile::CONSUMERS;
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / WARPGROUP_SIZE, 0);
@@ -661,11 +617,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         }
         mbarrier_init_fence();
     }
-    if constexpr (Tile::CLUSTER > 1) {
-        cluster_sync();
-    } else {
-        __syncthreads();
-    }
+    __syncthreads();
 
     if (warpgroup == 0) {
         registers_decrease<Tile::LOADER_REGISTERS>();
@@ -681,10 +633,6 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
             consumer.pass_turn();  // the first consumer begins
         }
         consumer.run();
-    }
-    if constexpr (Tile::CLUSTER > 1) {
-        __syncwarp();
-        cluster_sync();  // others may still write here, or arrive
     }
 #endif
 }
@@ -710,16 +658,16 @@ inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float
           (long long)s.Tk, LONGEST);
     HopperForwardArguments args{};
     args.q = head_tensor_map(q, s.B, s.Tq, s.H, s.D, 64);
-    args.k = head_tensor_map(k, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N, s.D / 64 / Tile::CLUSTER);
-    args.v = head_tensor_map(v, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N, s.D / 64 / Tile::CLUSTER);
+    args.k = head_tensor_map(k, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
+    args.v = head_tensor_map(v, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
     args.out = head_tensor_map(out, s.B, s.Tq, s.H, s.D, 64);
     args.lse = lse;
     args.Tq = (int)s.Tq, args.Tk = (int)s.Tk, args.key_offset = (int)mma_key_offset(s);
     args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
     args.scale_log2 = s.scale * LOG2_E;
     args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
-    args.order = mma_tile_order(ceil_div<int64_t>(s.Tq, Tile::CLUSTER * Tile::BLOCK_M), s.B, s.H,
-                                args.heads_per_kv_head, s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
+    args.order = mma_tile_order(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M), s.B, s.H, args.heads_per_kv_head,
+                                s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
     // Groups of one size: a small last one would be dealt out unevenly.
     const int num_groups = ceil_div(args.order.num_heads, args.order.heads_per_group);
     args.order.heads_per_group = round_up(ceil_div(args.order.num_heads, num_groups), args.heads_per_kv_head);
@@ -733,29 +681,14 @@ inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const
     const auto kernel = flash_attention_hopper_forward_kernel<Tile>;
     constexpr int num_bytes = (int)sizeof(typename Tile::Shared);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
-    cudaLaunchAttribute cluster{};
-    cluster.id = cudaLaunchAttributeClusterDimension;
-    cluster.val.clusterDim = {Tile::CLUSTER, 1, 1};
-    cudaLaunchConfig_t config{};
-    config.blockDim = Tile::THREADS;
-    config.dynamicSmemBytes = num_bytes;
-    config.stream = stream;
-    config.attrs = &cluster;
-    config.numAttrs = Tile::CLUSTER > 1;
-    int num_clusters = args.order.num_tiles * args.order.num_heads;
+    int num_blocks = args.order.num_tiles * args.order.num_heads;
     if (Tile::PERSISTENT) {
         int device, num_sms;
         CUDA_CHECK(cudaGetDevice(&device));
         CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-        int num_resident = num_sms;
-        if (Tile::CLUSTER > 1) {  // how the chip's SMs lie decides how many pairs find room
-            config.gridDim = num_sms / Tile::CLUSTER * Tile::CLUSTER;
-            CUDA_CHECK(cudaOccupancyMaxActiveClusters(&num_resident, kernel, &config));
-        }
-        num_clusters = std::min(num_clusters, num_resident);
+        num_blocks = std::min(num_blocks, num_sms);
     }
-    config.gridDim = num_clusters * Tile::CLUSTER;
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
+    kernel<<<num_blocks, Tile::THREADS, num_bytes, stream>>>(args);
     CUDA_CHECK_LAUNCH();
 }
 
@@ -765,13 +698,9 @@ inline void flash_attention_hopper_forward(HeadView<bf16> out, float* lse, HeadV
                                            HeadView<const bf16> k, HeadView<const bf16> v, const AttentionShape& shape,
                                            cudaStream_t stream) {
     NVTX_RANGE();
-    if (shape.D == 64 && shape.Tk <= HOPPER_SHORT_KEYS) {
-        hopper_launch_forward<HopperForwardTile<64, 2, 128, 4>>(out, lse, q, k, v, shape, stream);
-    } else if (shape.D == 64) {
+    if (shape.D == 64) {
         hopper_launch_forward<HopperForwardTile<64, 3, 128, 4>>(out, lse, q, k, v, shape, stream);
-    } else if (shape.Tk < HOPPER_LONG_KEYS) {
-        hopper_launch_forward<HopperForwardTile<128, 2, 128>>(out, lse, q, k, v, shape, stream);
     } else {
-        hopper_launch_forward<HopperForwardPair<HopperForwardTile<128, 2, 128>>>(out, lse, q, k, v, shape, stream);
+        hopper_launch_forward<HopperForwardTile<128, 2, 128, 2>>(out, lse, q, k, v, shape, stream);
     }
 }

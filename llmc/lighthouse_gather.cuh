@@ -22,7 +22,7 @@ struct LighthouseGatherArguments {
 // ---- forward -----------------------------------------------------------------------------------
 // Launch: one group of ROW_LANES lanes a piece of max(c, LIGHTHOUSE_CHUNK) tokens of a head; 1-D grid. Memory bound.
 template <int ROW_LANES, int MAX_LEVELS>
-__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, MAX_LEVELS <= 3 ? 4 : 2)
+__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, tokens_to_entries_blocks(MAX_LEVELS - 1))
     lighthouse_gather_kernel(const __grid_constant__ LighthouseGatherArguments a) {
     const LighthouseShape& shape = a.shape;
     const LighthouseLevels& g = a.levels;
@@ -46,11 +46,18 @@ __global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, MAX_LEVELS <= 3 ? 4 : 
     // The children of a coarsest entry are all there, or none: then nobody wants its tokens.
     const int32_t* children = positions + g.offset[coarsest - 1];
     const int child_bits = g.bits[coarsest - 1];
-    const auto wanted = [&](int place) { return children[place >> child_bits] >= 0; };
-    const int own = first_window + group.lane;  // the lane's window
-    if (!__any_sync(FULL_WARP, group.lane < windows && own < num_coarsest && wanted(own << coarsest_bits))) {
+    const int own = first_window + group.lane % windows;  // one of the piece's windows
+    const bool own_selected = own < num_coarsest && children[own << (coarsest_bits - child_bits)] >= 0;
+    if (!__any_sync(FULL_WARP, own_selected)) {
         return;
     }
+    // With one window a piece the answer is at hand, and no row waits for it.
+    const auto wanted = [&](int first) {
+        const int place = first + group.lane;
+        return windows == 1 ? (own_selected ? ~0u : 0u)
+                            : __ballot_sync(FULL_WARP, place < g.T && children[place >> child_bits] >= 0) >>
+                                  (threadIdx.x % WARP_SIZE - group.lane);
+    };
     add_tokens_to_entries<ROW_LANES, MAX_LEVELS - 1, EntryOf::window, true>(
         g, group, coarsest, a.grid.piece_tokens, positions, in.row(group.b, 0, 0) + group.lane * 8, in.stride_t,
         out_rows, out.stride_t, wanted);
@@ -74,7 +81,7 @@ inline void lighthouse_gather(const QkvHeads<bf16>& out, const QkvHeads<const bf
 // ---- backward ----------------------------------------------------------------------------------
 // Launch: one group of ROW_LANES lanes for as many tokens of a head; 1-D grid. Memory bound.
 template <int ROW_LANES, int MAX_LEVELS>
-__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS)
+__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, entries_to_tokens_blocks(MAX_LEVELS))
     lighthouse_gather_backward_kernel(const __grid_constant__ LighthouseGatherArguments a) {
     const LighthouseShape& shape = a.shape;
     const RowGroup<ROW_LANES> group(a.grid, shape.D);

@@ -138,8 +138,8 @@ struct RowGroup {
 };
 
 // Calls launch(ROW_LANES, MAX_LEVELS, grid, blocks), the first two integral_constants: the narrowest group that holds a
-// row of D, and code for up to three levels, which is what most runs have, or for all. num_tokens: of a sequence;
-// piece_tokens: 0 means ROW_LANES.
+// row of D, and code for up to three levels, for four, which are what most runs have, or for all. num_tokens: of a
+// sequence; piece_tokens: 0 means ROW_LANES.
 template <class Launch>
 inline void launch_row_groups(int64_t num_tokens, int piece_tokens, int num_heads, const LighthouseShape& shape,
                               Launch&& launch) {
@@ -159,6 +159,8 @@ inline void launch_row_groups(int64_t num_tokens, int piece_tokens, int num_head
               (long long)shape.geometry.T, num_heads);
         if (shape.geometry.levels <= 3) {
             launch(row_lanes, std::integral_constant<int, 3>(), grid, (unsigned)blocks);
+        } else if (shape.geometry.levels == 4) {
+            launch(row_lanes, std::integral_constant<int, 4>(), grid, (unsigned)blocks);
         } else {
             launch(row_lanes, std::integral_constant<int, LIGHTHOUSE_MAX_LEVELS>(), grid, (unsigned)blocks);
         }
@@ -178,6 +180,9 @@ __device__ inline float lighthouse_share(int bits) { return __uint_as_float((uin
 // ---- from entries to tokens ----------------------------------------------------------------------
 // Which entry of level l a token j belongs to. Shifted is where outputs go (Eq. 10): the window after the entry's own.
 enum class EntryOf { window, shifted_window };  // j / c;  (j + 1) / c - 1, none below 0
+
+// Blocks a multiprocessor can hold without spilling registers.
+constexpr int entries_to_tokens_blocks(int max_levels) { return max_levels <= 3 ? 5 : max_levels == 4 ? 4 : 3; }
 
 // The tokens of one piece, ROW_LANES of them from piece * ROW_LANES on (shifted: one token earlier): row j of out (=)
 // the sum over levels of row positions[level, entry of j] of x, where that is not negative; times 1 / c with
@@ -241,6 +246,7 @@ __device__ inline void add_entries_to_tokens(const LighthouseLevels& g, const Ro
 
 // ---- from tokens to entries ----------------------------------------------------------------------
 constexpr int LIGHTHOUSE_CHUNK = 8;  // tokens whose rows are in flight
+constexpr int tokens_to_entries_blocks(int max_levels) { return max_levels <= 3 ? 3 : 2; }
 
 // Tokens of a piece, the unit that a group of lanes works through: whole coarsest windows and whole chunks.
 inline int lighthouse_piece_tokens(const LighthouseGeometry& g) {
@@ -248,13 +254,11 @@ inline int lighthouse_piece_tokens(const LighthouseGeometry& g) {
 }
 
 // For every entry of the levels below num_levels <= MAX_LEVELS whose tokens lie in the piece: row positions[entry] of
-// out
-// (=) the sum of its tokens' rows of x, where the position is not negative; times 1 / c when IS_MEAN. A token is read
-// once: the sums of a level are added up to the next one's. Lane i of the first LIGHTHOUSE_CHUNK looks after token i of
-// a chunk: whether its row is wanted, and where the entries go whose last token it is.
+// out (=) the sum of its tokens' rows of x, where the position is not negative; times 1 / c when IS_MEAN. A token is
+// read once: the sums of a level are added up to the next one's. Lane i of the first LIGHTHOUSE_CHUNK looks up where
+// the entries go whose last token is token i of a chunk.
 //   place   of a token: j, or j + 1 where windows are shifted (EntryOf)
-//   wanted(place)  whether the row counts; the others are taken for zeros. A place outside the sequence is not asked
-//   for.
+//   wanted(first)  bit i says whether the row at place first + i counts; the others are taken for zeros
 template <int ROW_LANES, int MAX_LEVELS, EntryOf ENTRY, bool IS_MEAN, class Wanted>
 __device__ inline void add_tokens_to_entries(const LighthouseLevels& g, const RowGroup<ROW_LANES>& group,
                                              int num_levels, int piece_tokens, const int32_t* positions, const bf16* x,
@@ -276,8 +280,7 @@ __device__ inline void add_tokens_to_entries(const LighthouseLevels& g, const Ro
                 }
             }
         }
-        const unsigned rows_wanted =
-            __ballot_sync(FULL_WARP, inside && wanted(place)) >> (threadIdx.x % WARP_SIZE - group.lane);
+        const unsigned rows_wanted = wanted(first);
         bf16x8 rows[LIGHTHOUSE_CHUNK];
 #pragma unroll
         for (int i = 0; i < LIGHTHOUSE_CHUNK; ++i) {

@@ -20,7 +20,7 @@ struct LighthouseScatterArguments {
 // ---- forward -----------------------------------------------------------------------------------
 // Launch: one group of ROW_LANES lanes for as many tokens of a head; 1-D grid. Memory bound.
 template <int ROW_LANES, int MAX_LEVELS>
-__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS)
+__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, entries_to_tokens_blocks(MAX_LEVELS))
     lighthouse_scatter_kernel(const __grid_constant__ LighthouseScatterArguments a) {
     const LighthouseShape& shape = a.shape;
     const RowGroup<ROW_LANES> group(a.grid, shape.D);
@@ -49,7 +49,7 @@ inline void lighthouse_scatter(HeadView<bf16> out, HeadView<const bf16> x, const
 // Launch: one group of ROW_LANES lanes a piece of max(c, LIGHTHOUSE_CHUNK) places of a head, and one more: the shifted
 // window of the last entry of every level holds the last token alone. 1-D grid. Memory bound.
 template <int ROW_LANES, int MAX_LEVELS>
-__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, MAX_LEVELS <= 3 ? 3 : 2)
+__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, tokens_to_entries_blocks(MAX_LEVELS))
     lighthouse_scatter_backward_kernel(const __grid_constant__ LighthouseScatterArguments a) {
     const LighthouseShape& shape = a.shape;
     const LighthouseLevels& g = a.levels;
@@ -67,9 +67,12 @@ __global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, MAX_LEVELS <= 3 ? 3 : 
         }
         group.exists = group.columns = false;
     }
+    // Place 0 is no token, nor are those from T on: the last token's is T, done above.
+    const auto wanted = [&](int first) {
+        return (first == 0 ? ~1u : ~0u) & ((1u << min(max(g.T - first, 0), 31)) - 1);
+    };
     add_tokens_to_entries<ROW_LANES, MAX_LEVELS, EntryOf::shifted_window, false>(
-        g, group, g.levels, a.grid.piece_tokens, positions, in, a.in.stride_t, out, a.out.stride_t,
-        [](int) { return true; });
+        g, group, g.levels, a.grid.piece_tokens, positions, in, a.in.stride_t, out, a.out.stride_t, wanted);
 }
 
 // dx (=) [B, S, H, D] from dout [B, T, H, D]: float32 sums, rounded once.

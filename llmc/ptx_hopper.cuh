@@ -1,5 +1,5 @@
 // ptx_hopper.cuh: the PTX instructions that only sm_90a has, each once, under a name: mbarriers, TMA copies and their
-// tensor maps, wgmma, stmatrix, named barriers, setmaxnreg, clusters. The PTX ISA 9.7 sections are named beside them.
+// tensor maps, wgmma, stmatrix, named barriers, setmaxnreg. The PTX ISA 9.7 sections are named beside them.
 //
 // Tiles in shared memory. All operands of wgmma and TMA here use the 128-byte swizzle: a tile of R rows and C columns
 // of bf16 is C / 64 blocks, one after the other, of R rows of 64 columns (128 bytes); within a row the 16-byte chunk at
@@ -47,11 +47,11 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
 }
 
 // The map of a bf16 view of [B, T, heads, D], D a multiple of 64, whose copies move box_rows (at most 256) consecutive
-// rows of one head, box_blocks blocks of 64 columns of them (0: all), between memory and a tile as described above.
-// Rows outside [0, T) read as zeros, which count as bytes moved, and are not written.
+// rows of one head between memory and a tile as described above. Rows outside [0, T) read as zeros, which count as
+// bytes moved, and are not written.
 template <class Element>
 inline CUtensorMap head_tensor_map(const HeadView<Element>& view, int64_t B, int64_t T, int64_t heads, int D,
-                                   int box_rows, int box_blocks = 0) {
+                                   int box_rows) {
     static_assert(std::is_same_v<std::remove_const_t<Element>, bf16>, "tiles are bf16");
     constexpr cuuint32_t BLOCK_COLUMNS = 64;
     auto stride_bytes = [](int64_t stride, int64_t extent) {
@@ -61,8 +61,7 @@ inline CUtensorMap head_tensor_map(const HeadView<Element>& view, int64_t B, int
                                    (cuuint64_t)B};
     const cuuint64_t strides[4] = {stride_bytes(view.stride_t, T), BLOCK_COLUMNS * sizeof(Element),
                                    stride_bytes(view.stride_h, heads), stride_bytes(view.stride_b, B)};
-    const cuuint32_t box[5] = {BLOCK_COLUMNS, (cuuint32_t)box_rows,
-                               box_blocks > 0 ? (cuuint32_t)box_blocks : (cuuint32_t)D / BLOCK_COLUMNS, 1, 1};
+    const cuuint32_t box[5] = {BLOCK_COLUMNS, (cuuint32_t)box_rows, (cuuint32_t)D / BLOCK_COLUMNS, 1, 1};
     const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
     CUtensorMap map;
     const CUresult status =
@@ -107,17 +106,6 @@ __device__ __forceinline__ void mbarrier_init_fence() {
 }
 __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-// Arrives at the same barrier of another block of the cluster.
-__device__ __forceinline__ void mbarrier_arrive_remote(uint32_t barrier, uint32_t block_rank) {
-    asm volatile(
-        "{\n"
-        ".reg .b32 remote;\n"
-        "mapa.shared::cluster.u32 remote, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n"
-        "}" ::"r"(barrier),
-        "r"(block_rank)
-        : "memory");
 }
 // Arrives and says how many bytes the phase's copies bring.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t num_bytes) {
@@ -200,16 +188,6 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map
         "l"(map), "r"(0), "r"(t), "r"(h), "r"(b), "r"(barrier), "l"(l2_policy)
         : "memory");
 }
-// The same, from a block of 64 columns on, into every block of the cluster whose bit is set in `blocks`, at the same
-// offset, each completing on its own mbarrier at the same offset.
-__device__ __forceinline__ void tma_load_multicast(uint32_t shared, const CUtensorMap* map, int t, int column_block,
-                                                   int h, int b, uint32_t barrier, uint16_t blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
-        "[%1, {%2, %3, %4, %5, %6}], [%7], %8;" ::"r"(shared),
-        "l"(map), "r"(0), "r"(t), "r"(column_block), "r"(h), "r"(b), "r"(barrier), "h"(blocks)
-        : "memory");
-}
 // Starts writing a tile to the box at row t of head h of sequence b; rows outside the tensor are left out. One thread,
 // after fence_async_shared by the threads that wrote the tile and a barrier; bulk_commit closes the group.
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t shared, int t, int h, int b) {
@@ -250,22 +228,6 @@ __device__ __forceinline__ uint64_t l2_policy_evict_first() {
     uint64_t policy;
     asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
-}
-__device__ __forceinline__ uint64_t l2_policy_evict_last() {
-    uint64_t policy;
-    asm volatile("createpolicy.fractional.L2::evict_last.b64 %0, 1.0;" : "=l"(policy));
-    return policy;
-}
-
-// ---- clusters ----------------------------------------------------------------------------------
-__device__ __forceinline__ uint32_t cluster_block_rank() {
-    uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-    return rank;
-}
-// All threads of all blocks of the cluster; memory written before is visible after.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // ---- registers (9.7.19.5) ----------------------------------------------------------------------

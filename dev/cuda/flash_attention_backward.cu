@@ -136,7 +136,7 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
     typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(hopper_backward_shared);
     const uint32_t full = shared_address(&shared.kv_full);
     if (threadIdx.x == 0) {
-        shared.block[0] = find_key_block<Tile>(args, blockIdx.x);
+        find_key_block<Tile>(shared.block[0], args, blockIdx.x);
         mbarrier_init(full, 1);
         mbarrier_init_fence();
     }
@@ -177,11 +177,8 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
             wgmma_pin(p);
             wgmma_pin(dp);
             mask_key_rows<Tile>(p, args, block.first_key + 64 * warpgroup, tile * BLOCK_M);
-            float2 lse[BLOCK_M / 8], delta[BLOCK_M / 8];
-            load_statistics(lse, shared.statistics[0][0]);
-            load_statistics(delta, shared.statistics[0][1]);
-            exponentiate(p, lse, args.scale_log2);
-            differentiate(dp, p, delta);
+            exponentiate(p, shared.statistics[0][0], args.scale_log2);
+            differentiate(dp, p, shared.statistics[0][1]);
             uint32_t operand[BLOCK_M / 16][4];
             round_to_operand(operand, p);
             store_transposed<Tile>(p_tile, operand, warpgroup);
@@ -233,13 +230,12 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
 template <int D>
 static void launch_kernel7(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
     using Tile = HopperBackwardTile<D>;
-    const HopperBackwardArguments args =
-        hopper_begin_backward<Tile>(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, stream);
+    const HopperBackwardArguments args = hopper_begin_backward<Tile>(
+        x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, BackwardBlocks::ONE_AN_ITEM, stream);
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_backward_kernel7<Tile>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
-    kernel<<<args.order.num_tiles * args.order.num_heads, Tile::CONSUMERS * WARPGROUP_SIZE, SHARED_BYTES, stream>>>(
-        args);
+    kernel<<<args.num_blocks, Tile::CONSUMERS * WARPGROUP_SIZE, SHARED_BYTES, stream>>>(args);
     CUDA_CHECK_LAUNCH();
     hopper_finish_dq<Tile>(x.dq, args, shape, stream);
 }
@@ -248,24 +244,18 @@ static void flash_attention_backward7(const BackwardOperands& x, const Attention
 }
 
 // ---- 8 and up: specialised warps (llmc/flash_attention_hopper_backward.cuh) --------------------
-template <DvStart DV_START, int TILES_A_TURN, bool one_block_an_item = true, DqFinish DQ_FINISH = DqFinish::KERNEL,
-          bool EARLY_LSE = false, int BLOCK_M_128 = 64>
+template <DvStart DV_START, int TILES_A_TURN, BackwardBlocks blocks = BackwardBlocks::ONE_AN_ITEM>
 static void flash_attention_backward_wgmma(const BackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
     auto launch = [&](auto tile) {
         hopper_launch_backward<decltype(tile)>(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape,
-                                               stream, one_block_an_item);
+                                               blocks, stream);
     };
     if (shape.D == 64) {
-        launch(HopperBackwardTile<64, DV_START, TILES_A_TURN, DQ_FINISH, EARLY_LSE>());
+        launch(HopperBackwardTile<64, DV_START, TILES_A_TURN>());
     } else {
-        launch(HopperBackwardTile<128, DV_START, TILES_A_TURN, DQ_FINISH, EARLY_LSE, BLOCK_M_128>());
+        launch(HopperBackwardTile<128, DV_START, TILES_A_TURN>());
     }
-}
-static size_t hopper_scratch80(const AttentionShape& s) {
-    return s.D == 64 ? hopper_backward_scratch_bytes<HopperBackwardTile<64>>(s)
-                     : hopper_backward_scratch_bytes<
-                           HopperBackwardTile<128, DvStart::AFTER_DS, 1, DqFinish::KERNEL, false, 80>>(s);
 }
 static size_t hopper_scratch(const AttentionShape& shape) {
     return flash_attention_hopper_backward_scratch_bytes(shape, false);
@@ -332,24 +322,9 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      "three of four tiles' scores",
      {flash_attention_backward_wgmma<DvStart::AFTER_DS, 4>, hopper_scratch, false, true, 131072, true}},
     {12,
-     "variant 10, persistent blocks",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false>, hopper_scratch, false, true, 131072, true}},
-    {13,
-     "variant 12, tiles of dq rounded by idle warps",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false, DqFinish::WARPS>, hopper_scratch, false, true, 131072,
-      true}},
-    {14,
-     "variant 13, statistics loaded before the waits for scores and dP",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, false, DqFinish::WARPS, true>, hopper_scratch, false, true,
+     "variant 10, one block an SM that takes items",
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, BackwardBlocks::ONE_AN_SM>, hopper_scratch, false, true,
       131072, true}},
-    {15,
-     "variant 14, three of four tiles' scores",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 4, false, DqFinish::WARPS, true>, hopper_scratch, false, true,
-      131072, true}},
-    {16,
-     "variant 13, 80 queries a tile, one tile a turn",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 1, false, DqFinish::WARPS, false, 80>, hopper_scratch80, false,
-      true, 131072, true}},
 #endif
     {20,
      "what this GPU gets (llmc/flash_attention.cuh)",

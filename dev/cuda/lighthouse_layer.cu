@@ -289,6 +289,111 @@ static void check_graph(Harness& h, const LighthouseCase& c) {
     cudaGraphDestroy(graph);
 }
 
+// Rows here and there of a layer with more than 2^31 elements, the first and the last among them: every stage's result
+// from the stored operands of that stage. What the inner attention computes is checked elsewhere.
+static void check_large(Harness& h, const LighthouseCase& c) {
+    const LighthouseShape shape = c.shape();
+    const LighthouseGeometry& g = shape.geometry;
+    const int64_t qkv_elements = c.B * c.T * shape.num_heads() * c.D, out_elements = c.B * c.T * c.H * c.D;
+    const double needed = 4.0 * (double)(qkv_elements + out_elements) + (double)lighthouse_saved_bytes(shape) +
+                          (double)lighthouse_forward_scratch_bytes(shape) +
+                          (double)std::max(lighthouse_backward_scratch_bytes(shape, true),
+                                           lighthouse_backward_scratch_bytes(shape, false));
+    size_t free_bytes, total_bytes;
+    CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
+    if (needed > 0.95 * (double)free_bytes) {
+        std::printf("     large offsets  %s  left out: takes %.1f GiB, %.1f are free\n", c.label().c_str(),
+                    needed / (1 << 30), (double)free_bytes / (1 << 30));
+        return;
+    }
+    DeviceLayer layer(shape);
+    layer.qkv.fill_random(h.seed);
+    layer.dout.fill_random(h.seed + 1);
+    CUDA_CHECK(cudaDeviceSynchronize());
+    layer.forward(h.stream);
+    layer.backward(h.stream, false);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    h.expect(layer.out.guards_intact() && layer.dqkv.guards_intact() && layer.saved.guards_intact() &&
+                 layer.forward_scratch.guards_intact() && layer.backward_scratch.guards_intact(),
+             "large guards", c.label());
+
+    const LighthouseSaved s = layer.saved_parts();
+    LighthouseArea backward_area(layer.backward_scratch.data());
+    const LighthouseBackwardScratch d(backward_area, shape, false);
+    const auto gathered = [&](bf16* rows, int heads) { return lighthouse_gathered_view(rows, heads, shape); };
+    const auto row_of = [&](const HeadView<const bf16>& view, int64_t b, int64_t row, int head) {
+        return to_double(layer.download(view.row(b, row, head), c.D));
+    };
+    const auto add = [&](std::vector<double>& sum, const std::vector<double>& row, double factor) {
+        for (int i = 0; i < c.D; ++i) {
+            sum[i] += factor * row[i];
+        }
+    };
+    std::vector<bf16> rows_got, tokens_got;
+    std::vector<double> rows_expected, tokens_expected;
+    const auto collect = [](auto& got, auto& expected, const std::vector<bf16>& row, const std::vector<double>& sum) {
+        got.insert(got.end(), row.begin(), row.end());
+        expected.insert(expected.end(), sum.begin(), sum.end());
+    };
+    bool inverse = true;
+    // A head of tokens and its gathered rows, forward; and the gradients of both.
+    const auto check_head = [&](int head, int kv_head, const HeadView<const bf16>& x,
+                                const HeadView<const bf16>& x_rows, const HeadView<const bf16>& dx,
+                                const HeadView<const bf16>& dx_rows, bool is_query) {
+        for (int i = 0; i < 24; ++i) {
+            const int64_t b = i % 2 ? c.B - 1 : 0, selection = b * c.Hkv + kv_head;
+            const int32_t* positions = s.positions + selection * g.num_slots;
+            const int64_t n = i < 2 ? 0 : i < 4 ? g.S - 1 : (int64_t)(random_bits(h.seed + 2, i) % (uint64_t)g.S);
+            const int64_t slot = layer.download(s.entries + selection * g.S + n, 1)[0];
+            inverse = inverse && layer.download(positions + slot, 1)[0] == n;
+            int64_t index = slot;
+            const int level = g.level_of_slot(index);
+            const int64_t window = g.window(level);
+            std::vector<double> sum(c.D, 0.0);
+            for (int64_t t = index * window; t < (index + 1) * window; ++t) {
+                add(sum, row_of(x, b, t, head), 1.0 / (double)window);
+            }
+            collect(rows_got, rows_expected, layer.download(x_rows.row(b, n, head), c.D), sum);
+            if (is_query) {
+                const int64_t first = (index + 1) * window - 1;
+                sum.assign(c.D, 0.0);
+                for (int64_t t = first; t < std::min(first + window, c.T); ++t) {
+                    add(sum, row_of(layer.tokens<const bf16>(layer.dout), b, t, head), 1.0);
+                }
+                collect(rows_got, rows_expected, layer.download(gathered(d.dout, c.H).row(b, n, head), c.D), sum);
+            }
+
+            const int64_t j = i < 2 ? 0 : i < 4 ? c.T - 1 : (int64_t)(random_bits(h.seed + 3, i) % (uint64_t)c.T);
+            std::vector<double> gradient(c.D, 0.0), out(c.D, 0.0);
+            for (int l = 0; l < g.levels; ++l) {
+                const int32_t own = layer.download(positions + g.slot(l, j >> g.window_bits(l)), 1)[0];
+                if (own >= 0) {
+                    add(gradient, row_of(dx_rows, b, own, head), 1.0 / (double)g.window(l));
+                }
+                const int64_t entry = ((j + 1) >> g.window_bits(l)) - 1;
+                const int32_t from = entry < 0 ? -1 : layer.download(positions + g.slot(l, entry), 1)[0];
+                if (is_query && from >= 0) {
+                    add(out, row_of(gathered(s.out, c.H), b, from, head), 1.0);
+                }
+            }
+            collect(tokens_got, tokens_expected, layer.download(dx.row(b, j, head), c.D), gradient);
+            if (is_query) {
+                collect(tokens_got, tokens_expected, layer.download(layer.tokens(layer.out).row(b, j, head), c.D), out);
+            }
+        }
+    };
+    const auto in = layer.in();
+    const auto din = layer.din();
+    check_head(0, 0, in.q, gathered(s.q, c.H), din.q, gathered(d.dq, c.H), true);
+    check_head(c.H - 1, c.Hkv - 1, in.q, gathered(s.q, c.H), din.q, gathered(d.dq, c.H), true);
+    check_head(c.Hkv - 1, c.Hkv - 1, in.k, gathered(s.k, c.Hkv), din.k, gathered(d.dk, c.Hkv), false);
+    check_head(c.Hkv - 1, c.Hkv - 1, in.v, gathered(s.v, c.Hkv), din.v, gathered(d.dv, c.Hkv), false);
+    h.expect(inverse, "large positions", c.label(), "positions are the inverse of entries");
+    // Float32 sums of up to a window's rows, rounded once.
+    h.compare("large gathered rows", c.label(), rows_got, rows_expected, unit_roundoff<bf16>() + 1e-4);
+    h.compare("large token rows", c.label(), tokens_got, tokens_expected, unit_roundoff<bf16>() + 1e-4);
+}
+
 static void check_golden(Harness& h, const std::string& file) {
     const GoldenLighthouse golden = read_golden_lighthouse(file);
     const std::string label = std::filesystem::path(file).filename().string();
@@ -330,12 +435,14 @@ static void check(Harness& h, const Variant<Launcher>&) {
     if (h.small) {
         check_case(h, {1, 256, 2, 2, 128, 1, 1, 64}, LighthouseScorer::norm);
         check_case(h, {1, 512, 3, 2, 128, 2, 1, 64}, LighthouseScorer::dilated);
+        check_large(h, {2, 512, 3, 2, 128, 2, 1, 64});
         return;
     }
     for (const LighthouseCase& c : std::vector<LighthouseCase>{{1, 256, 2, 2, 128, 1, 1, 64},
                                                                {2, 129 * 2 * 4, 3, 2, 256, 4, 2, 64},
                                                                {1, 4096, 3, 4, 256, 4, 1, 128},
                                                                {2, 1056, 4, 2, 128, 3, 3, 80},
+                                                               {1, 1024, 2, 4, 256, 2, 1, 128},  // all selected
                                                                {1, 2048, 2, 4, 128, 2, 2, 128}}) {
         check_case(h, c, LighthouseScorer::norm);
         check_case(h, c, LighthouseScorer::dilated);
@@ -343,6 +450,8 @@ static void check(Harness& h, const Variant<Launcher>&) {
     check_causality(h, {1, 4096, 3, 4, 256, 4, 2, 128});
     check_causality(h, {1, 1032, 3, 2, 256, 2, 1, 64});
     check_graph(h, {1, 4096, 3, 4, 256, 4, 2, 128});
+    check_large(h, {1, 1 << 20, 4, 4, 4096, 20, 2, 128});
+    check_large(h, {3, 98304, 3, 4, 1536, 64, 8, 128});
     if (const char* directory = std::getenv("LLMC_GOLDEN_DIR")) {
         for (const auto& file : std::filesystem::directory_iterator(directory)) {
             if (file.path().filename().string().rfind("peer_lighthouse_", 0) == 0) {
