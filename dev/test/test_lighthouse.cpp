@@ -142,6 +142,22 @@ TEST(LighthouseGeometry, SizesOfThePaper) {
     EXPECT_EQ(slot, 17);
 }
 
+// Pyramid addresses stay in 32 bits up to the longest sequence that is accepted; elements do not.
+TEST(LighthouseGeometry, LongSequences) {
+    for (const int64_t T : {(int64_t)1 << 20, (int64_t)1 << 21, (int64_t)1 << 29}) {
+        for (const int levels : {2, 6}) {
+            const LighthouseGeometry g = make_geometry(T, levels, 2, 4096);
+            EXPECT_EQ(g.tiles, 32);
+            EXPECT_LT(g.num_slots, (int64_t)1 << 31);
+            int64_t slot = g.num_slots - 1;
+            EXPECT_EQ(g.level_of_slot(slot), levels - 1);
+            EXPECT_EQ(slot, g.level_size(levels - 1) - 1);
+            EXPECT_EQ(g.tile_rows() * g.tiles, g.S);
+        }
+    }
+    EXPECT_THROW(make_geometry((int64_t)1 << 30, 2, 2, 4096), Error);
+}
+
 TEST(LighthouseGeometry, RefusesByFlagAndNearestValue) {
     const auto message = [](int64_t T, int levels, int pool, int64_t topk) -> std::string {
         try {
@@ -210,6 +226,20 @@ TEST(LighthouseSelect, NoHolesAndFanInAtMostLevels) {
             ASSERT_LE(*std::max_element(contributors.begin(), contributors.end()), (float)g.levels);
         }
     }
+}
+
+// A step whose norms are NaN must still make a whole sub-sequence, the same one each time.
+TEST(LighthouseSelect, NaNScoresRankLowest) {
+    const LighthouseGeometry g = make_geometry(2 * 200 * 4, 2, 4, 256);
+    std::vector<float> broken = random_scores(g.T, 7, 1), mended = broken;
+    for (int64_t t = 0; t < g.T; t += 3) {
+        broken[t] = NAN, mended[t] = 0.0f;
+    }
+    broken[100] = mended[100] = INFINITY;
+    const std::vector<float> k = random_scores(g.T, 7, 2), all_nan(g.T, NAN), all_equal(g.T, 1.0f);
+    EXPECT_EQ(Selection(broken, 1, k, 1, g).entries, Selection(mended, 1, k, 1, g).entries);
+    EXPECT_EQ(Selection(k, 1, broken, 1, g).entries, Selection(k, 1, mended, 1, g).entries);
+    EXPECT_EQ(Selection(all_nan, 1, all_nan, 1, g).entries, Selection(all_equal, 1, all_equal, 1, g).entries);
 }
 
 TEST(LighthouseSelect, EveryEntryDescends) {
