@@ -13,8 +13,17 @@ BIN       ?=
 # ---- what this machine has -------------------------------------------------------------------------------------------
 GPU_ARCH  := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr -d . | sed 's/^90$$/90a/')
 ARCH      ?= $(or $(GPU_ARCH),80 90a)
-HAVE_MPI  := $(shell command -v mpicxx 2>/dev/null)
-HAVE_NCCL := $(wildcard $(dir $(NVCC))../include/nccl.h /usr/include/nccl.h)
+# Between processes on several GPUs; MPI=no or NCCL=no leaves one out. PyTorch's copy of NCCL: NCCL=FOLDER with include
+# and lib in it.
+HAVE_MPI  := $(if $(filter no,$(MPI)),,$(shell command -v mpicxx 2>/dev/null))
+HAVE_NCCL := $(if $(filter no,$(NCCL)),,$(firstword $(wildcard $(addsuffix /nccl.h,$(if $(NCCL),$(NCCL)/include,\
+             $(dir $(NVCC))../include /usr/include /usr/local/include)))))
+MPI_LINE  := $(if $(HAVE_MPI),$(shell mpicxx --showme 2>/dev/null || mpicxx -show))
+MPI_FLAGS := $(if $(HAVE_MPI),-DLLMC_MPI $(filter -I%,$(MPI_LINE)))
+MPI_LIBS  := $(filter-out -lmpi_cxx -lmpicxx,$(filter -L% -l%,$(MPI_LINE)))
+NCCL_LIB_FOLDERS := $(wildcard $(addprefix $(dir $(HAVE_NCCL))../,lib lib64))
+NCCL_FLAGS := $(if $(HAVE_NCCL),-DLLMC_NCCL -I$(dir $(HAVE_NCCL)))
+NCCL_LIBS := $(if $(HAVE_NCCL),$(addprefix -L,$(NCCL_LIB_FOLDERS)) $(addprefix -Xlinker -rpath=,$(NCCL_LIB_FOLDERS)) -lnccl)
 
 # ---- flags -----------------------------------------------------------------------------------------------------------
 OPTIMIZE  := $(if $(DEBUG),-O1 -g -DLLMC_DEBUG,-O3)
@@ -47,7 +56,7 @@ all: found train_gpt_cpu $(if $(NVCC),train_gpt test_gpt)  ## the trainers and t
 found:  ## what was found on this machine, and what is left out
 	@echo "C++ compiler: $(CXX) ($(shell $(CXX) -dumpfullversion 2>/dev/null)), host code for $(HOST_ARCH)"
 	@echo "CUDA: $(if $(NVCC),$(NVCC)$(comma) for sm_$(subst $() $(), and sm_,$(strip $(ARCH)))$(if $(GPU_ARCH),: this machine's GPU,: no GPU here),no nvcc: train_gpt and test_gpt are left out; train_gpt_cpu is the trainer)"
-	@echo "MPI: $(if $(HAVE_MPI),$(HAVE_MPI),not found); NCCL: $(if $(HAVE_NCCL),$(firstword $(HAVE_NCCL)),not found); this version trains on one GPU and uses neither"
+	@echo "MPI: $(if $(HAVE_MPI),$(HAVE_MPI),not found); NCCL: $(if $(HAVE_NCCL),$(firstword $(HAVE_NCCL)),not found); several GPUs need NCCL, and MPI or scripts/spawn_ranks.sh"
 
 help:  ## this list
 	@grep -hE '^(\$$\(BIN\))?[a-z_]+:.*## ' Makefile | sed 's/^$$(BIN)//; s/:.*## /\t/' | expand -t 16
@@ -56,7 +65,7 @@ $(BIN)train_gpt_cpu: train_gpt.cpp | $(BUILD)  ## the CPU trainer
 	$(CXX) $(CXXFLAGS) -MF $(BUILD)/train_gpt_cpu.d -MT $@ $< -o $@
 
 $(BIN)train_gpt: train_gpt.cu | $(BUILD)  ## the GPU trainer
-	$(NVCC) $(NVCCFLAGS) -MF $(BUILD)/train_gpt.d -MT $@ $< -o $@ $(CUDALIBS)
+	$(NVCC) $(NVCCFLAGS) $(MPI_FLAGS) $(NCCL_FLAGS) -MF $(BUILD)/train_gpt.d -MT $@ $< -o $@ $(CUDALIBS) $(MPI_LIBS) $(NCCL_LIBS)
 
 $(BIN)test_gpt: test_gpt.cu | $(BUILD)  ## the GPU model's test against the CPU reference
 	$(NVCC) $(NVCCFLAGS) -MF $(BUILD)/test_gpt.d -MT $@ $< -o $@ $(CUDALIBS)
@@ -73,7 +82,11 @@ $(BUILD)/fuzz/%: dev/test/%.cpp | $(BUILD)/fuzz
 $(BUILD)/test_%: dev/test/test_%.cpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) -MF $@.d -MT $@ $< -o $@ -lgtest -lgtest_main -lpthread
 
-$(HOST_TOOLS): $(BUILD)/%: dev/test/%.cpp | $(BUILD)
+# Ranks in processes of their own, also under mpirun.
+$(BUILD)/mpi_%: dev/test/mpi_%.cpp | $(BUILD)
+	$(CXX) $(CXXFLAGS) $(MPI_FLAGS) -MF $@.d -MT $@ $< -o $@ $(MPI_LIBS) -lpthread
+
+$(filter-out $(BUILD)/mpi_%,$(HOST_TOOLS)): $(BUILD)/%: dev/test/%.cpp | $(BUILD)
 	$(CXX) $(CXXFLAGS) -MF $@.d -MT $@ $< -o $@
 
 cuda: train_gpt test_gpt dev  ## every CUDA program (needs nvcc, no GPU)

@@ -1,12 +1,14 @@
-// train_gpt.cu: the trainer on a GPU: flags -> device -> memory plan -> model -> run. Its twin train_gpt.cpp runs on
-// the CPU. What a run does, step by step, is in llmc/train_loop.h; the step itself, kernel by kernel, in
+// train_gpt.cu: the trainer on a GPU: flags -> ranks -> device -> memory plan -> model -> run. Its twin train_gpt.cpp
+// runs on the CPU. What a run does, step by step, is in llmc/train_loop.h; the step itself, kernel by kernel, in
 // llmc/model.cuh.
 #include <exception>
 #include <new>
 
-#include "llmc/device.cuh"    // the GPU
-#include "llmc/model.cuh"     // Llama forward, backward and update on it
-#include "llmc/train_loop.h"  // settings, data, steps, evaluation, checkpoints
+#include "llmc/comm.cuh"       // GPUs that train together
+#include "llmc/comm_launch.h"  // and their processes
+#include "llmc/device.cuh"     // the GPU
+#include "llmc/model.cuh"      // Llama forward, backward and update on it
+#include "llmc/train_loop.h"   // settings, data, steps, evaluation, checkpoints
 
 // The plan, and what else would fit; also of a run that does not.
 static void print_memory(const RunConfig& config, const GpuModelSettings& settings, const GpuDevice& gpu) {
@@ -23,22 +25,40 @@ static void print_memory(const RunConfig& config, const GpuModelSettings& settin
 }
 
 static int train(int argc, char** argv) {
-    const std::optional<RunConfig> config = configure_run(argc, argv);
-    if (!config) {
+    const std::optional<ParsedFlags> parsed = read_command_line(argc, argv);
+    if (!parsed) {
         return 0;  // --help
     }
-    const GpuDevice gpu = open_device(config->device);
-    const GpuModelSettings settings = gpu_model_settings(*config);
-    if (config->print_memory) {
-        print_memory(*config, settings, gpu);
+    // One process a GPU: alone, or as many as a launcher has started.
+    const std::unique_ptr<HostComm> host = open_host_comm(parsed->config.comm_timeout);
+    const bool alone = host->size() == 1;
+    const RunRanks ranks(*host, parsed->config.context_parallel);
+    const RunConfig config = resolve_run(*parsed, ranks);
+    const GpuDevice gpu = open_device(alone ? config.device : choose_device(*host));
+    const GpuModelSettings settings = gpu_model_settings(config, ranks.mesh());
+    if (config.print_memory && ranks.is_first()) {
+        print_memory(config, settings, gpu);
     }
-    GpuModel model(config->model, settings);
-    DeviceInfo device;
-    device.name = gpu.name;
-    device.is_gpu = true;
-    device.peak_tflops = gpu_peak_tflops(gpu.name);
-    const int status = run_training(model, *config, device);
-    std::printf("%s", model.profile_table().c_str());
+    std::optional<Communicators> comms;
+    if (!alone) {
+        comms.emplace(*host, ranks.mesh(), config.comm_transport);
+    }
+    int status;
+    {
+        GpuModel model(config.model, settings, alone ? nullptr : &*comms);
+        DeviceInfo device;
+        device.name = gpu.name;
+        device.is_gpu = true;
+        device.peak_tflops = gpu_peak_tflops(gpu.name);
+        status = run_training(model, config, device, ranks);
+        if (ranks.is_first()) {
+            std::printf("%s", model.profile_table().c_str());
+        }
+    }
+    if (!alone) {
+        comms->finish();
+    }
+    host->finish();
     return status;
 }
 

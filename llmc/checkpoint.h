@@ -4,14 +4,16 @@
 //   config.json, model.safetensors   as transformers, vLLM and llama.cpp read them; weights float32 or bfloat16
 //   generation_config.json, tokenizer files   of the folder the run started from, or of bytes
 //   optimizer-00001-of-00002.safetensors ...   float32: "layer0.qkv.exp_avg", ".exp_avg_sq" and, with bfloat16 weights,
-//                                    ".master"; names as in parameters.h; a tensor is whole, in whichever file
+//                                    ".master"; names as in parameters.h. A tensor is whole, in whichever file; or,
+//                                    of a run on several ranks, in pieces: "layer0.qkv.exp_avg[4096:8192]" are
+//                                    elements 4096 to 8191, and every rank has written its own
 //   state.json                       step, position in the data, seeds, every resolved setting
 //   manifest.json                    length and XXH3 hash of each file above; a folder that agrees with it is whole
 //
 // A folder is written under another name, each file and the folder are waited for until they are on the disk, and then
 // it is renamed: OUTPUT_DIR/step00000400 is whole or is not there, whatever fails. Names that begin with ".partial-"
-// are folders on their way in or out; the next save removes what a crash has left of them. One process at a time may
-// save into an output folder.
+// are folders on their way in or out; the next save removes what a crash has left of them. One run at a time may save
+// into an output folder, which all its ranks must see. Any number of ranks goes on from what any other has written.
 #pragma once
 #include <algorithm>
 #include <cerrno>
@@ -36,6 +38,7 @@
 #include "hf_config.h"        // config.json
 #include "hf_tokenizer.h"     // tokenizer.json of bytes
 #include "json.h"             // state.json, manifest.json, the index of sharded weights
+#include "ranks.h"            // processes that save and load together
 #include "safetensors.h"      // tensors
 #include "trainable_model.h"  // where they go and come from
 
@@ -285,6 +288,84 @@ inline std::string state_name(const ParameterTensor& tensor, StateKind kind) {
     return tensor.name + "." + state_kind_name(kind);
 }
 
+// "layer0.qkv.exp_avg" or, of a part of the tensor, "layer0.qkv.exp_avg[4096:8192]".
+inline std::string piece_name(const ParameterTensor& tensor, StateKind kind, const StatePiece& piece) {
+    const std::string name = state_name(tensor, kind);
+    return piece.num_elements == tensor.num_elements()
+               ? name
+               : format_string("%s[%lld:%lld]", name.c_str(), (long long)piece.begin,
+                               (long long)(piece.begin + piece.num_elements));
+}
+
+// The optimizer's state of all tensors, whole or in pieces, whoever has written them.
+class StateSet {
+  public:
+    // The tensors of `set`, which outlives this; messages begin with `folder`. Throws Error for a name that is none.
+    StateSet(const TensorSet& set, const std::string& folder) : set_(set), folder_(folder) {
+        for (const auto& [name, place] : set.all()) {
+            const size_t bracket = name.find('[');
+            if (bracket == std::string::npos) {
+                continue;
+            }
+            unsigned long long begin = 0, end = 0;
+            int length = 0;
+            const bool parsed = std::sscanf(name.c_str() + bracket, "[%18llu:%18llu]%n", &begin, &end, &length) == 2;
+            CHECK(parsed && bracket + length == name.size() && begin < end && place.tensor->num_elements == end - begin,
+                  "%s: tensor %s: its name does not say which %llu elements it holds", place.file->path().c_str(),
+                  printable(name).c_str(), (unsigned long long)place.tensor->num_elements);
+            CHECK(is_weight_dtype(place.tensor->dtype), "%s: tensor %s is %s; state must be F32, F16 or BF16",
+                  place.file->path().c_str(), printable(name).c_str(), dtype_info(place.tensor->dtype).name);
+            pieces_[name.substr(0, bracket)][begin] = place;
+        }
+    }
+
+    bool has(const ParameterTensor& tensor, StateKind kind) const {
+        const std::string name = state_name(tensor, kind);
+        return set_.has(name) || pieces_.count(name) > 0;
+    }
+    // Throws Error unless all elements are there, each once.
+    void check(const ParameterTensor& tensor, StateKind kind) const {
+        const std::string name = state_name(tensor, kind);
+        const auto found = pieces_.find(name);
+        if (found == pieces_.end()) {
+            set_.at(name, state_shape(tensor), folder_);
+            return;
+        }
+        uint64_t end = 0;
+        for (const auto& [begin, place] : found->second) {
+            CHECK(begin == end, "%s: of tensor %s, element %llu is %s", folder_.c_str(), name.c_str(),
+                  (unsigned long long)std::min(begin, end), begin < end ? "there twice" : "missing");
+            end = begin + place.tensor->num_elements;
+        }
+        CHECK(end == (uint64_t)tensor.num_elements() && !set_.has(name),
+              "%s: the pieces of tensor %s have %llu elements, this model's has %lld", folder_.c_str(), name.c_str(),
+              (unsigned long long)end, (long long)tensor.num_elements());
+    }
+    // out (=) a part of a tensor that was checked.
+    void read(const ParameterTensor& tensor, StateKind kind, const StatePiece& part, float* out) const {
+        const std::string name = state_name(tensor, kind);
+        const auto found = pieces_.find(name);
+        if (found == pieces_.end()) {
+            const TensorSet::Place& place = set_.at(name, state_shape(tensor), folder_);
+            place.file->read_floats(*place.tensor, part.begin, part.num_elements, out);
+            return;
+        }
+        const uint64_t part_begin = part.begin, part_end = part_begin + part.num_elements;
+        for (const auto& [begin, place] : found->second) {
+            const uint64_t first = std::max(begin, part_begin);
+            const uint64_t last = std::min(begin + place.tensor->num_elements, part_end);
+            if (first < last) {
+                place.file->read_floats(*place.tensor, first - begin, last - first, out + (first - part_begin));
+            }
+        }
+    }
+
+  private:
+    const TensorSet& set_;
+    std::string folder_;
+    std::map<std::string, std::map<uint64_t, TensorSet::Place>> pieces_;  // of a tensor, by their first element
+};
+
 // The file of each tensor in the index of sharded weights. Throws Error, naming `path`, for text that is no such index.
 inline std::map<std::string, std::string> parse_weight_map(std::string_view text, const std::string& path) {
     const JsonValue json = parse_json(text, path);
@@ -411,11 +492,14 @@ constexpr const char* COMPANIONS[] = {"generation_config.json",
                                       "merges.txt",
                                       "chat_template.jinja"};
 
-// A folder in the making; removed again unless it was kept.
+// A folder in the making; removed again unless it was kept. Several processes may write into one: the first makes it,
+// removes it and has the whole manifest, the others `join`.
 class PartialFolder {
   public:
-    explicit PartialFolder(std::string path) : path_(std::move(path)) {
-        CHECK(mkdir(path_.c_str(), 0777) == 0, "%s: cannot make this folder: %s", path_.c_str(), std::strerror(errno));
+    enum Part { makes, joins };
+    explicit PartialFolder(std::string path, Part part = makes) : path_(std::move(path)), kept_(part == joins) {
+        CHECK(part == joins || mkdir(path_.c_str(), 0777) == 0, "%s: cannot make this folder: %s", path_.c_str(),
+              std::strerror(errno));
     }
     ~PartialFolder() {
         if (!kept_) {
@@ -435,6 +519,7 @@ class PartialFolder {
         add(name, file.finish());
     }
     void add(const std::string& name, const FileDigest& digest) { manifest_[name] = digest; }
+    const Manifest& files() const { return manifest_; }
     // The last file: all that were added.
     void write_manifest() {
         const std::string text = manifest_text(manifest_);
@@ -446,7 +531,7 @@ class PartialFolder {
   private:
     std::string path_;
     Manifest manifest_;
-    bool kept_ = false;
+    bool kept_;
 };
 
 // Puts the finished folder in the place of `folder`, which may exist: its old contents stay until the new ones stand.
@@ -559,43 +644,68 @@ inline void write_weights(PartialFolder& folder, TrainableModel& model, bool wei
     folder.add(WEIGHTS, writer.finish());
 }
 
-inline void write_optimizer(PartialFolder& folder, TrainableModel& model, bool with_master, uint64_t shard_bytes) {
-    const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
-    std::vector<StateKind> kinds = {StateKind::exp_avg, StateKind::exp_avg_sq};
-    if (with_master) {
-        kinds.insert(kinds.begin(), StateKind::master);
-    }
+// This rank's part of the optimizer's state, tensor by tensor, in files of about shard_bytes.
+struct OptimizerFiles {
     struct Entry {
         StateKind kind;
         int tensor;
+        StatePiece piece;
     };
-    std::vector<std::vector<Entry>> shards(1);
-    uint64_t num_bytes = 0;
-    for (size_t i = 0; i < tensors.size(); ++i) {
-        for (const StateKind kind : kinds) {
-            if (num_bytes >= shard_bytes) {
-                shards.emplace_back(), num_bytes = 0;
+    std::vector<std::vector<Entry>> files;
+    size_t first = 0, total = 0;  // number of the first among those of all ranks
+
+    // All ranks call it.
+    OptimizerFiles(const TrainableModel& model, bool with_master, uint64_t shard_bytes, const RunRanks& ranks)
+        : files(1) {
+        std::vector<StateKind> kinds = {StateKind::exp_avg, StateKind::exp_avg_sq};
+        if (with_master) {
+            kinds.insert(kinds.begin(), StateKind::master);
+        }
+        uint64_t num_bytes = 0;
+        for (int i = 0; i < (int)model.parameters().tensors.size(); ++i) {
+            const std::vector<StatePiece> pieces = model.state_pieces(i);
+            for (const StateKind kind : kinds) {
+                for (const StatePiece& piece : pieces) {
+                    if (num_bytes >= shard_bytes) {
+                        files.emplace_back(), num_bytes = 0;
+                    }
+                    files.back().push_back({kind, i, piece});
+                    num_bytes += 4 * (uint64_t)piece.num_elements;
+                }
             }
-            shards.back().push_back({kind, (int)i});
-            num_bytes += 4 * (uint64_t)tensors[i].num_elements();
+        }
+        std::vector<uint64_t> counts(ranks.size());
+        const uint64_t own = files.size();
+        ranks.world().all_gather(counts.data(), &own, sizeof own, "numbering of optimizer files");
+        for (int i = 0; i < ranks.size(); ++i) {
+            first += i < ranks.world().rank() ? counts[i] : 0;
+            total += counts[i];
         }
     }
-    std::vector<float> values;
-    for (size_t s = 0; s < shards.size(); ++s) {
-        std::vector<SafetensorsTensor> header;
-        for (const Entry& e : shards[s]) {
-            header.push_back({state_name(tensors[e.tensor], e.kind), Dtype::F32, state_shape(tensors[e.tensor]), 0, 0});
+
+    void write(PartialFolder& folder, TrainableModel& model) const {
+        const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
+        std::vector<float> values;
+        for (size_t f = 0; f < files.size(); ++f) {
+            std::vector<SafetensorsTensor> header;
+            for (const Entry& e : files[f]) {
+                const ParameterTensor& tensor = tensors[e.tensor];
+                const bool whole = e.piece.num_elements == tensor.num_elements();
+                header.push_back({piece_name(tensor, e.kind, e.piece), Dtype::F32,
+                                  whole ? state_shape(tensor) : std::vector<uint64_t>{(uint64_t)e.piece.num_elements},
+                                  0, 0});
+            }
+            const std::string name = format_string("optimizer-%05zu-of-%05zu.safetensors", first + f + 1, total);
+            SafetensorsWriter writer(folder.path() + "/" + name, header, {});
+            for (const Entry& e : files[f]) {
+                values.resize(e.piece.num_elements);
+                model.read_state_piece(e.kind, e.tensor, e.piece, values.data());
+                writer.write(values.data(), values.size());
+            }
+            folder.add(name, writer.finish());
         }
-        const std::string name = format_string("optimizer-%05zu-of-%05zu.safetensors", s + 1, shards.size());
-        SafetensorsWriter writer(folder.path() + "/" + name, header, {});
-        for (const Entry& e : shards[s]) {
-            values.resize(tensors[e.tensor].num_elements());
-            model.read_state(e.kind, e.tensor, values.data());
-            writer.write(values.data(), values.size());
-        }
-        folder.add(name, writer.finish());
     }
-}
+};
 
 }  // namespace checkpoint
 
@@ -622,15 +732,19 @@ inline std::optional<std::string> find_newest_checkpoint(const std::string& outp
 // Sets the model's weights, and nothing else, from any Hugging Face Llama folder, one of ours included: then what is
 // read must also be what its manifest says. F16 and BF16 become float32 exactly. Throws Error, before the model is
 // touched, when the folder is damaged or does not hold this model.
-inline void load_model(TrainableModel& model, const std::string& folder) {
+inline void load_model(TrainableModel& model, const std::string& folder, const RunRanks& ranks = RunRanks()) {
     const std::string path = folder + "/" + checkpoint::MANIFEST;
-    if (checkpoint::exists(path)) {
-        for (const auto& [name, digest] : checkpoint::parse_manifest(read_text_file(path), path)) {
-            if (name == "config.json" || name == checkpoint::WEIGHTS) {
-                checkpoint::verify_file(folder, name, digest, true);
+    const auto verify_what_is_read = [&]() -> std::string {
+        if (checkpoint::exists(path)) {
+            for (const auto& [name, digest] : checkpoint::parse_manifest(read_text_file(path), path)) {
+                if (name == "config.json" || name == checkpoint::WEIGHTS) {
+                    checkpoint::verify_file(folder, name, digest, true);
+                }
             }
         }
-    }
+        return "";
+    };
+    ranks.first_decides(verify_what_is_read, "verification of the weights");
     const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
     checkpoint::check_weights(weights, model, folder);
     checkpoint::read_weights(model, weights, folder);
@@ -639,8 +753,12 @@ inline void load_model(TrainableModel& model, const std::string& folder) {
 // Sets master weights and both means of AdamW from a checkpoint, and returns where training stood. Throws Error, before
 // the model is touched, when the checkpoint is damaged (its files are read and compared with the manifest first) or is
 // not of this model.
-inline TrainingState load_checkpoint(TrainableModel& model, const std::string& folder) {
-    const checkpoint::Manifest manifest = checkpoint::verify(folder, true);
+inline TrainingState load_checkpoint(TrainableModel& model, const std::string& folder,
+                                     const RunRanks& ranks = RunRanks()) {
+    // One rank reads every byte, the others what they need.
+    const auto verify_all = [&] { return checkpoint::manifest_text(checkpoint::verify(folder, true)); };
+    const checkpoint::Manifest manifest = checkpoint::parse_manifest(
+        ranks.first_decides(verify_all, "verification of the checkpoint"), folder + "/" + checkpoint::MANIFEST);
     const std::string state_path = folder + "/" + checkpoint::STATE;
     const TrainingState state = checkpoint::parse_state(read_text_file(state_path), state_path);
     const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
@@ -653,14 +771,15 @@ inline TrainingState load_checkpoint(TrainableModel& model, const std::string& f
     }
     // With float32 weights those are the master; the kinds that are then in the optimizer's files.
     const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
-    const bool has_master = optimizer.has(checkpoint::state_name(tensors[0], StateKind::master));
+    const checkpoint::StateSet state_set(optimizer, folder);
+    const bool has_master = state_set.has(tensors[0], StateKind::master);
     std::vector<StateKind> kinds = {StateKind::exp_avg, StateKind::exp_avg_sq};
     if (has_master) {
         kinds.push_back(StateKind::master);
     }
     for (const ParameterTensor& tensor : tensors) {
         for (const StateKind kind : kinds) {
-            optimizer.at(checkpoint::state_name(tensor, kind), checkpoint::state_shape(tensor), folder);
+            state_set.check(tensor, kind);
         }
     }
     if (!has_master) {
@@ -668,16 +787,19 @@ inline TrainingState load_checkpoint(TrainableModel& model, const std::string& f
             CHECK(place.tensor->dtype == Dtype::F32, "%s: holds no float32 weights to go on with: %s is %s",
                   folder.c_str(), printable(name).c_str(), dtype_info(place.tensor->dtype).name);
         }
+    }
+    // Every rank needs all weights; with a master beside them they are its rounded values.
+    if (!has_master || ranks.size() > 1) {
         checkpoint::read_weights(model, weights, folder);
     }
     std::vector<float> values;
-    for (size_t i = 0; i < tensors.size(); ++i) {
-        values.resize(tensors[i].num_elements());
-        for (const StateKind kind : kinds) {
-            const checkpoint::TensorSet::Place& place =
-                optimizer.at(checkpoint::state_name(tensors[i], kind), checkpoint::state_shape(tensors[i]), folder);
-            place.file->read_floats(*place.tensor, values.data());
-            model.write_state(kind, (int)i, values.data());
+    for (int i = 0; i < (int)tensors.size(); ++i) {
+        for (const StatePiece& piece : model.state_pieces(i)) {
+            values.resize(piece.num_elements);
+            for (const StateKind kind : kinds) {
+                state_set.read(tensors[i], kind, piece, values.data());
+                model.write_state_piece(kind, i, piece, values.data());
+            }
         }
     }
     return state;
@@ -685,30 +807,63 @@ inline TrainingState load_checkpoint(TrainableModel& model, const std::string& f
 
 // Writes a checkpoint of `state.step` into `output_dir` (made when missing) and returns its folder; then removes those
 // that --keep_checkpoints does not keep. weights_bf16: model.safetensors in bfloat16, the float32 master beside it.
-// Holds one tensor at a time. Throws Error when anything fails: what was there before then still is.
+// Holds one tensor at a time. All ranks call it: each writes its part of the optimizer's state, rank 0 the rest. Throws
+// Error, on all ranks, when anything fails on any: what was there before then still is.
 inline std::string save_checkpoint(TrainableModel& model, const TrainingState& state, const RunConfig& config,
                                    bool weights_bf16, const std::string& output_dir,
-                                   uint64_t optimizer_shard_bytes = checkpoint::OPTIMIZER_SHARD_BYTES) {
-    std::error_code error;
-    std::filesystem::create_directories(output_dir, error);
-    CHECK(!error, "--output_dir %s: cannot make this folder: %s", output_dir.c_str(), error.message().c_str());
-    checkpoint::remove_leftovers(output_dir);
-
-    const std::string source = checkpoint::companion_source(config.checkpoint, output_dir);
+                                   uint64_t optimizer_shard_bytes = checkpoint::OPTIMIZER_SHARD_BYTES,
+                                   const RunRanks& ranks = RunRanks()) {
     const std::string name = checkpoint::folder_name(state.step), folder = output_dir + "/" + name;
+    const std::string partial_path = output_dir + "/" + checkpoint::PARTIAL + name;
+    std::string source;
+    std::optional<checkpoint::PartialFolder> partial;
+    const auto make_folder = [&]() -> std::string {
+        std::error_code error;
+        std::filesystem::create_directories(output_dir, error);
+        CHECK(!error, "--output_dir %s: cannot make this folder: %s", output_dir.c_str(), error.message().c_str());
+        checkpoint::remove_leftovers(output_dir);
+        source = checkpoint::companion_source(config.checkpoint, output_dir);
+        partial.emplace(partial_path);
+        return "";
+    };
+    const char* const advice =
+        "; earlier checkpoints are as they were: with room to write, --resume goes on from the newest";
     try {
-        checkpoint::PartialFolder partial(output_dir + "/" + checkpoint::PARTIAL + name);
-        checkpoint::write_companions(partial, source, config, model.config(), weights_bf16);
-        checkpoint::write_weights(partial, model, weights_bf16);
-        checkpoint::write_optimizer(partial, model, weights_bf16, optimizer_shard_bytes);
-        partial.write_text(checkpoint::STATE, checkpoint::state_text(state, config));
-        partial.write_manifest();
-        checkpoint::publish(partial, folder, output_dir);
+        ranks.first_decides(make_folder, "a new checkpoint");
+        if (!ranks.is_first()) {
+            partial.emplace(partial_path, checkpoint::PartialFolder::joins);
+        }
+        model.gather_state(StateKind::master);
+        const checkpoint::OptimizerFiles optimizer(model, weights_bf16, optimizer_shard_bytes, ranks);
+        // '+' and the files that this rank has written, or '-' and what went wrong.
+        std::string outcome;
+        try {
+            if (ranks.is_first()) {
+                checkpoint::write_companions(*partial, source, config, model.config(), weights_bf16);
+                checkpoint::write_weights(*partial, model, weights_bf16);
+            }
+            optimizer.write(*partial, model);
+            outcome = "+" + checkpoint::manifest_text(partial->files());
+        } catch (const Error& what) {
+            outcome = std::string("-") + what.what();
+        }
+        for (const std::string& of_rank : ranks.world().gather_texts(outcome, "end of the checkpoint")) {
+            CHECK(of_rank[0] == '+', "%s", of_rank.c_str() + 1);
+            for (const auto& [file, digest] : checkpoint::parse_manifest(of_rank.substr(1), partial_path)) {
+                partial->add(file, digest);
+            }
+        }
+        const auto publish_folder = [&]() -> std::string {
+            partial->write_text(checkpoint::STATE, checkpoint::state_text(state, config));
+            partial->write_manifest();
+            checkpoint::publish(*partial, folder, output_dir);
+            return "";
+        };
+        ranks.first_decides(publish_folder, "publication of the checkpoint");
     } catch (const Error& what) {
-        fail("%s; earlier checkpoints are as they were: with room to write, --resume goes on from the newest",
-             what.what());
+        fail("%s%s", what.what(), advice);
     }
-    if (config.keep_checkpoints > 0) {
+    if (config.keep_checkpoints > 0 && ranks.is_first()) {
         checkpoint::prune(output_dir, state.step, config.keep_checkpoints);
     }
     return folder;

@@ -12,10 +12,9 @@
 #include <vector>
 
 #include "comm.h"               // ranks on the host
+#include "config.h"             // the transport asked for
 #include "context_partition.h"  // the mesh
 #include "memory.cuh"           // pinned memory
-
-enum class CommTransport { automatic, nccl, host };  // automatic: nccl
 
 // ---- the interface -----------------------------------------------------------------------------
 struct DeviceSend {

@@ -212,14 +212,27 @@ class HostGroup {
         all_gather(all.data(), &here, 1, operation);
     }
 
+    // root's text, everywhere.
+    std::string broadcast_text(std::string text, int root, const std::string& operation) const {
+        uint64_t num_bytes = text.size();
+        broadcast(&num_bytes, sizeof num_bytes, root, operation);
+        text.resize(num_bytes);
+        broadcast(text.data(), num_bytes, root, operation);
+        return text;
+    }
+
+    // Every rank's text, everywhere.
+    std::vector<std::string> gather_texts(const std::string& text, const std::string& operation) const {
+        std::vector<std::string> all(size());
+        for (int i = 0; i < size(); ++i) {
+            all[i] = broadcast_text(i == rank_ ? text : "", i, operation);
+        }
+        return all;
+    }
+
     // Whether all ranks hold the same; for what must not differ, such as settings.
     bool all_equal(const std::string& text, const std::string& operation) const {
-        uint64_t num_bytes = text.size();
-        broadcast(&num_bytes, sizeof num_bytes, 0, operation);
-        std::string first = text;
-        first.resize(num_bytes);
-        broadcast(first.data(), num_bytes, 0, operation);
-        int64_t different = first == text ? 0 : 1;
+        int64_t different = broadcast_text(text, 0, operation) == text ? 0 : 1;
         all_reduce_sum(&different, 1, operation);
         return different == 0;
     }

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "check.h"
+#include "context_partition.h"
 #include "lighthouse_geometry.h"
 #include "model_config.h"
 
@@ -15,6 +16,10 @@ enum class SaveDtype { automatic, fp32, bf16 };  // automatic: fp32 on the CPU, 
 // What the backward pass computes again rather than keep from the forward pass: nothing; all of a block but attention;
 // all of a block.
 enum class Recompute { none, all_but_attention, block };
+// Between GPUs: by NCCL, or staged through the host (for tests and debugging).
+enum class CommTransport { automatic, nccl, host };  // automatic: nccl
+// How keys come to the queries of the other ranks of a sequence (ring_attention.cuh).
+enum class ContextExchange { automatic, ring, gather };  // automatic: by the cost of both
 
 struct RunConfig {
     // ---- model: a preset, then every field of its shape
@@ -83,12 +88,22 @@ struct RunConfig {
     bool profile = false;
     bool plain = false;  // no progress bar on a terminal
 
+    // ---- many GPUs
+    int context_parallel = 1;  // W: ranks that share a sequence; the ranks / W groups train on different ones
+    CommTransport comm_transport = CommTransport::automatic;
+    double comm_timeout = 600.0;  // seconds without progress between ranks that are a failure
+    ContextExchange context_exchange = ContextExchange::automatic;
+
     // ---- resolved at start-up, not flags
     std::string program = "train_gpt";  // as it was called
     std::string checkpoint;             // folder the weights come from: of --init_from, or the newest of --resume
 
-    int64_t sequences_per_step() const { return global_batch > 0 ? global_batch : batch_size; }
-    int64_t micro_batches_per_step() const { return sequences_per_step() / batch_size; }
+    int data_parallel = 1;  // groups of ranks with different sequences
+
+    // Sequences of one micro-batch of all ranks.
+    int64_t sequences_at_once() const { return (int64_t)batch_size * data_parallel; }
+    int64_t sequences_per_step() const { return global_batch > 0 ? global_batch : sequences_at_once(); }
+    int64_t micro_batches_per_step() const { return sequences_per_step() / sequences_at_once(); }
     int64_t tokens_per_step() const { return sequences_per_step() * seq_len; }
     int64_t decay_end() const { return decay_steps > 0 ? decay_steps : max_steps; }
     // The attention of training step `step` (0 is the first).
@@ -120,10 +135,12 @@ inline void validate(const RunConfig& c) {
           "--batch_size %d: times --seq_len %lld must stay under 2^31 tokens; the largest that does is %lld",
           c.batch_size, (long long)c.seq_len, ((1ll << 31) - 1) / (long long)c.seq_len);
     in_range("global_batch", c.global_batch, 0, (int64_t)1 << 40);
-    CHECK(c.global_batch % c.batch_size == 0,
-          "--global_batch %lld: must be a multiple of --batch_size %d; the nearest is %lld", (long long)c.global_batch,
-          c.batch_size,
-          (long long)c.batch_size * std::max<int64_t>(1, (c.global_batch + c.batch_size / 2) / c.batch_size));
+    const int64_t at_once = c.sequences_at_once();
+    CHECK(c.global_batch % at_once == 0,
+          "--global_batch %lld: must be a multiple of --batch_size %d%s; the nearest is %lld",
+          (long long)c.global_batch, c.batch_size,
+          c.data_parallel == 1 ? "" : format_string(" times the %d groups of ranks", c.data_parallel).c_str(),
+          (long long)(at_once * std::max<int64_t>(1, (c.global_batch + at_once / 2) / at_once)));
     CHECK(c.model.max_positions == 0 || c.model.max_positions >= c.seq_len,
           "--max_positions %lld: must be at least --seq_len %lld (0: equal to it)", (long long)c.model.max_positions,
           (long long)c.seq_len);
@@ -166,6 +183,9 @@ inline void validate(const RunConfig& c) {
     real_in_range("temperature", c.temperature, 0.0, any);
     CHECK(c.top_p > 0.0 && c.top_p <= 1.0, "--top_p %g: must be greater than 0 and at most 1", c.top_p);
 
+    in_range("context_parallel", c.context_parallel, 1, 1 << 16);
+    CHECK(c.comm_timeout > 0.0, "--comm_timeout %g: must be greater than 0 seconds", c.comm_timeout);
+    const ContextPartition partition = make_context_partition(c.seq_len, c.context_parallel, 0);
     in_range("device", c.device, 0, 1 << 10);
     in_range("num_threads", c.num_threads, 0, 1 << 12);
     at_least("classifier_chunk_rows", c.classifier_chunk_rows, 0);
@@ -174,8 +194,16 @@ inline void validate(const RunConfig& c) {
     CHECK(!c.print_influence || c.attention == AttentionMode::lighthouse,
           "--print_influence: is about the selection of Lighthouse attention; add --attention lighthouse, or leave it "
           "out");
+    CHECK(!c.print_influence || c.context_parallel == 1,
+          "--print_influence: compares the losses of whole sequences; with --context_parallel %d no rank has them",
+          c.context_parallel);
     if (c.attention == AttentionMode::lighthouse) {
-        make_lighthouse_geometry(c.seq_len, c.lighthouse);  // refuses what it cannot cut into tiles
+        CHECK(c.context_parallel == 1 || c.lighthouse.scorer == LighthouseScorer::norm,
+              "--lighthouse_scorer dilated: with --context_parallel %d it must be norm; dilated scores need the whole "
+              "sequence on one GPU",
+              c.context_parallel);
+        // Refuses what it cannot cut into tiles, and a sequence's tiles into the chunks of its ranks.
+        make_chunk_geometry(make_lighthouse_geometry(c.seq_len, c.lighthouse), c.lighthouse, partition.W);
         for (const int layer : c.lighthouse.dense_layers) {
             CHECK(layer >= -c.model.num_layers && layer < c.model.num_layers,
                   "--lighthouse_dense_layers %d: there is no such layer, --num_layers is %d", layer,

@@ -12,6 +12,7 @@
 #include "config.h"      // every setting
 #include "flags.h"       // settings from the command line
 #include "hf_config.h"   // the model's shape in a checkpoint
+#include "ranks.h"       // processes that train together
 #include "tokens.h"      // whether the data can be read
 
 // Whether a folder holds what a run writes: starting another run there would mix the two.
@@ -60,20 +61,27 @@ inline std::string find_checkpoint_to_resume(const RunConfig& config) {
     return *found;
 }
 
-// Everything that is decided before a model exists: reads the command line, finds the checkpoint to start from and
-// takes the model's shape from it, chooses the output folder, checks all rules. Writes nothing. No value: --help was
-// printed. Throws Error for anything that cannot be run as asked.
-inline std::optional<RunConfig> configure_run(int argc, const char* const* argv) {
+// The command line alone: what is asked for, before it is known whether it can be done. No value: --help was printed.
+inline std::optional<ParsedFlags> read_command_line(int argc, const char* const* argv) {
     ParsedFlags parsed = parse_flags(argc, argv);
     if (parsed.help) {
         std::fputs(help_text(argv[0]).c_str(), stdout);
         return std::nullopt;
     }
     check_given_flags(parsed);
+    parsed.config.program = argv[0];
+    return parsed;
+}
+
+// The rest of what is decided before a model exists: finds the checkpoint to start from and takes the model's shape
+// from it, chooses the output folder, checks all rules. Writes nothing. All ranks call it, and get the same. Throws
+// Error for anything that cannot be run as asked.
+inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     RunConfig& config = parsed.config;
-    config.program = argv[0];
+    config.data_parallel = ranks.mesh().data_parallel;
     if (config.resume) {
-        config.checkpoint = find_checkpoint_to_resume(config);
+        config.checkpoint =
+            ranks.first_decides([&] { return find_checkpoint_to_resume(config); }, "choice of the checkpoint");
     } else {
         config.checkpoint = config.init_from;
     }
@@ -85,12 +93,27 @@ inline std::optional<RunConfig> configure_run(int argc, const char* const* argv)
         config.eval_batches = 0;
     }
     if (config.max_steps > 0 && config.output_dir.empty()) {
-        config.output_dir = new_output_dir();
+        config.output_dir = ranks.first_decides(new_output_dir, "choice of the output folder");
     }
     validate(config);
     CHECK(config.max_steps == 0 || config.resume || !holds_a_run(config.output_dir),
           "--output_dir %s already holds a run: give --resume to go on with it, or name another folder",
           config.output_dir.c_str());
-    open_data(config);  // for what it refuses: before the time and memory that a model takes
+    const RunData data = open_data(config);  // for what it refuses: before the time and memory that a model takes
+    std::string common = settings_toml(config) + config.checkpoint;
+    for (const std::optional<SequenceSet>* set : {&data.train, &data.validation}) {
+        common += *set ? format_string("\n%lld tokens", (long long)(*set)->num_tokens()) : "";
+    }
+    ranks.check_equal(common, "settings or data");
     return config;
+}
+
+// Both, for one process.
+inline std::optional<RunConfig> configure_run(int argc, const char* const* argv) {
+    const std::optional<ParsedFlags> parsed = read_command_line(argc, argv);
+    if (!parsed) {
+        return std::nullopt;
+    }
+    make_parallel_mesh(1, 0, parsed->config.context_parallel);  // throws for anything but 1
+    return resolve_run(*parsed, RunRanks());
 }

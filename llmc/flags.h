@@ -43,6 +43,13 @@ inline Choices<Recompute> choices(Recompute) {
         {"none", Recompute::none}, {"all_but_attention", Recompute::all_but_attention}, {"block", Recompute::block}};
 }
 
+inline Choices<CommTransport> choices(CommTransport) {
+    return {{"auto", CommTransport::automatic}, {"nccl", CommTransport::nccl}, {"host", CommTransport::host}};
+}
+inline Choices<ContextExchange> choices(ContextExchange) {
+    return {{"auto", ContextExchange::automatic}, {"ring", ContextExchange::ring}, {"gather", ContextExchange::gather}};
+}
+
 // The word for a choice: choice_name(ScheduleKind::cosine) is "cosine".
 template <class Enum>
 const char* choice_name(Enum value) {
@@ -289,6 +296,12 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("sample_prompt", c.sample_prompt, "text that samples continue");
     add("temperature", c.temperature, "of samples; 0: always the likeliest token");
     add("top_p", c.top_p, "samples take the likeliest tokens that together have this probability");
+
+    group = "Many GPUs (one process each: scripts/mpirun_train.sh, slurm_train.sh, spawn_ranks.sh)";
+    add("context_parallel", c.context_parallel, "processes that share each sequence; must divide their number");
+    add("context_exchange", c.context_exchange, "how keys of a shared sequence travel; auto: by the cost of both");
+    add("comm_transport", c.comm_transport, "auto: nccl; host: through host memory, slow, for tests");
+    add("comm_timeout", c.comm_timeout, "seconds without progress between processes that end the job");
 
     group = "Device and terminal";
     add("device", c.device, "index of the GPU");

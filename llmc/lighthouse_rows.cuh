@@ -17,6 +17,10 @@ struct LighthouseShape {
     float scale = 1.0f;  // of the scores q k^T
     LighthouseScorer scorer = LighthouseScorer::norm;
     int dilation = 4;  // of the dilated scorer
+    // Where sequences are cut into chunks (lighthouse_context.cuh): how many neighbours in B belong to one sequence,
+    // and whether the first of them is its start.
+    int chunks = 1;
+    bool starts = true;
 
     __host__ __device__ int num_heads() const { return H + 2 * Hkv; }  // of q, k and v together
     __host__ __device__ int64_t num_selections() const { return (int64_t)B * Hkv; }

@@ -38,6 +38,8 @@ struct LighthouseSelectArguments {
     uint32_t* scratch;
     LighthouseHeadScores q, k;
     int Hkv;
+    int chunks;   // of the shape
+    bool starts;  // of the shape
     LighthouseLevels levels;
     int64_t S, tile_scratch_words;
     int tiles, tile_coarsest, tile_rows;  // of the geometry
@@ -50,6 +52,8 @@ struct LighthouseSelectArguments {
           q(q),
           k(k),
           Hkv(shape.Hkv),
+          chunks(shape.chunks),
+          starts(shape.starts),
           levels(shape.geometry),
           S(shape.geometry.S),
           tile_scratch_words(lighthouse_tile_scratch_words(shape.geometry)),
@@ -234,7 +238,8 @@ __global__ void __launch_bounds__(LIGHTHOUSE_SELECT_THREADS)
                 }
             }
         }
-        if (tile == 0 && thread == 0) {  // its own store: candidate 0 is that of thread 0 above
+        if (tile == 0 && thread == 0 && a.starts &&
+            b % a.chunks == 0) {  // its own store: candidate 0 is that of thread 0 above
             c.q_keys[0] = LIGHTHOUSE_KEY_FORCED;
         }
         __syncthreads();

@@ -132,11 +132,16 @@ inline Json step_json(const StepMetrics& m) {
 // Lines on standard output, and below them, on a terminal, a progress bar.
 class Terminal {
   public:
-    explicit Terminal(bool plain) : has_bar_(!plain && isatty(STDOUT_FILENO)) {}
+    // silent: of a process that leaves speaking to another.
+    explicit Terminal(bool plain, bool silent = false)
+        : silent_(silent), has_bar_(!plain && !silent && isatty(STDOUT_FILENO)) {}
     ~Terminal() { clear_bar(); }
 
     // Prints whole lines (`text` may hold several; a line end is added) above the bar.
     void print(const std::string& text) {
+        if (silent_) {
+            return;
+        }
         clear_bar();
         std::fwrite(text.data(), 1, text.size(), stdout);
         std::fputc('\n', stdout);
@@ -172,6 +177,6 @@ class Terminal {
         }
     }
 
-    bool has_bar_ = false, bar_drawn_ = false;
+    bool silent_ = false, has_bar_ = false, bar_drawn_ = false;
     std::string bar_;
 };

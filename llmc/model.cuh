@@ -26,18 +26,21 @@ class GpuModel : public TrainableModel {
   public:
     // Plans, holds the plan against the current device's free memory, allocates. Weights are zero until write_state()
     // sets them.
-    GpuModel(const ModelConfig& config, const GpuModelSettings& settings);
+    // comms: of settings.mesh, when that has several ranks; it outlives the model. Then all ranks make the same calls,
+    // but for next_token_logits, which is any rank's own.
+    GpuModel(const ModelConfig& config, const GpuModelSettings& settings, const Communicators* comms = nullptr);
 
     const ModelConfig& config() const override { return config_; }
     const ParameterTable& parameters() const override { return table_; }
-    int64_t max_sequence_length() const override { return settings_.max_seq_len; }
+    // What next_token_logits takes: what fits on this rank alone.
+    int64_t max_sequence_length() const override { return settings_.local_seq_len(); }
     double peak_memory_gib() const override { return plan_.num_bytes() / BYTES_PER_GIB; }
     const MemoryPlan& memory_plan() const { return plan_; }
     // Times of the training steps so far, with settings.profile; else empty.
     std::string profile_table() const { return settings_.profile ? profile_.table() : ""; }
     void set_attention(AttentionMode mode) override;
 
-    void begin_step() override;
+    void begin_step(int64_t num_micro_batches = 1) override;
     void accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) override;
     StepResult update(const AdamWSettings& settings) override;
 
@@ -45,15 +48,21 @@ class GpuModel : public TrainableModel {
     void token_losses(float* losses, const int32_t* tokens, int B, int64_t T) override;
     void next_token_logits(const int32_t* tokens, int64_t T, float* logits) override;
 
+    void gather_state(StateKind kind) override;
     void read_state(StateKind kind, int tensor, float* out) override;
     void write_state(StateKind kind, int tensor, const float* in) override;
+    std::vector<StatePiece> state_pieces(int tensor) const override;
+    void read_state_piece(StateKind kind, int tensor, const StatePiece& piece, float* out) override;
+    void write_state_piece(StateKind kind, int tensor, const StatePiece& piece, const float* in) override;
     void read_gradient(int tensor, float* out) override;
 
   private:
-    // The micro-batch at hand.
+    // The micro-batch at hand: what this rank holds of it.
     struct Batch {
         int B;
         int64_t T;
+        bool shared;                 // with other ranks: T tokens of each sequence are here
+        ContextPartition partition;  // of a sequence
         int64_t rows() const { return B * T; }
     };
     // Token copies: the host fills one of two while the other is on its way.
@@ -62,7 +71,7 @@ class GpuModel : public TrainableModel {
         CudaEvent copied;
     };
 
-    Batch upload(const int32_t* tokens, int B, int64_t T, bool with_targets);
+    Batch upload(const int32_t* tokens, int B, int64_t T, bool with_targets, bool shared);
     void forward(const Batch& batch);
     void forward_block(int l, const Batch& batch);
     void recompute_block(int l, const Batch& batch);
@@ -79,7 +88,10 @@ class GpuModel : public TrainableModel {
     void attention_forward(int l, const Batch& batch);
     void attention_output_again(int l, const Batch& batch);
     void attention_backward(int l, const Batch& batch);
+    void rotate(bf16* qkv, const Batch& batch, decltype(&rope_forward) rope);
+    void reduce_gradients_after(int layer);
     std::string first_bad_tensor(double loss);
+    bool is_bad_tensor(int tensor);
 
     bool uses_lighthouse(int l) const {
         return attention_ == AttentionMode::lighthouse && settings_.lighthouse->applies_to(l, config_.num_layers);
@@ -88,11 +100,13 @@ class GpuModel : public TrainableModel {
         return uses_lighthouse(l) ? buffers_.lighthouse_blocks[l] : buffers_.dense_blocks[l];
     }
     LighthouseShape lighthouse_shape_of(const Batch& batch) const {
-        return lighthouse_shape(config_, *settings_.lighthouse, batch.B, batch.T);
+        return lighthouse_shape(config_, *settings_.lighthouse, settings_.mesh, batch.B, batch.partition.T);
     }
     bf16* weight(int tensor) const { return buffers_.weights + layout_.offsets[tensor]; }
     float* gradient(int tensor) const { return buffers_.gradients + layout_.offsets[tensor]; }
-    float* state(StateKind kind, int tensor) const;
+    float* state_arena(StateKind kind) const;
+    float* state(StateKind kind, int tensor, int64_t begin) const;
+    void wait();
     void read_floats(float* out, const float* device, int64_t num_elements);
 
     ModelConfig config_;
@@ -104,8 +118,15 @@ class GpuModel : public TrainableModel {
     ModelBuffers buffers_;
     MemoryPlan plan_;
     std::unique_ptr<Gemm> gemm_;
+    const Communicators* comms_;           // null: one rank
+    std::unique_ptr<ZeroOptimizer> zero_;  // of several ranks
+    std::unique_ptr<RingAttention> ring_;  // of several ranks that share sequences
+    std::unique_ptr<LighthouseContext> lighthouse_context_;
     AttentionMode attention_ = AttentionMode::dense;
-    bool first_micro_batch_ = true;  // of the step: it writes the gradients of the blocks' matrices, later ones add
+    bool first_micro_batch_ = true;      // of the step: it writes the gradients of the blocks' matrices, later ones add
+    int64_t micro_batches_left_ = 0;     // of the step
+    std::optional<StateKind> gathered_;  // what the arena of gradients holds between two steps instead of them
+    bool gradients_are_whole_ = false;   // rather than this rank's slices of their sum
     StepProfile profile_;
     bool profiling_ = false;  // inside a training step with settings.profile
     StepPass pass_ = StepPass::forward;
@@ -115,12 +136,15 @@ class GpuModel : public TrainableModel {
 };
 
 // ---- construction ------------------------------------------------------------------------------
-inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& settings)
+inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& settings, const Communicators* comms)
     : config_(config),
       settings_(settings),
       table_(make_parameter_table(config)),
-      layout_(make_parameter_layout(table_)),
-      rope_(make_rope_frequencies(config)) {
+      layout_(make_parameter_layout(table_, settings.mesh.size())),
+      rope_(make_rope_frequencies(config)),
+      comms_(comms) {
+    CHECK((settings.mesh.size() > 1) == (comms != nullptr), "a model on %d ranks: communicators are %s",
+          settings.mesh.size(), comms == nullptr ? "missing" : "for several");
     plan_buffers(plan_, buffers_, config_, layout_, settings_);
     size_t free_bytes, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
@@ -131,6 +155,20 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     }
     results_ = PinnedMemory<float>(2);
     gemm_ = std::make_unique<Gemm>(buffers_.gemm_workspace, GEMM_WORKSPACE_BYTES);
+    if (comms != nullptr) {
+        zero_ = std::make_unique<ZeroOptimizer>(comms->world(), *layout_.zero);
+    }
+    if (settings.mesh.context_parallel > 1) {
+        const AttentionShape largest =
+            dense_attention_shape(config_, settings.max_batch_size, settings.local_seq_len());
+        ring_ = std::make_unique<RingAttention>(comms->context(), ring_attention_plan(settings, largest).exchange());
+        if (settings.lighthouse) {
+            const AttentionShape inner = lighthouse_context_inner_shape(lighthouse_shape(
+                config_, *settings.lighthouse, settings.mesh, settings.max_batch_size, settings.max_seq_len));
+            lighthouse_context_ =
+                std::make_unique<LighthouseContext>(comms->context(), ring_attention_plan(settings, inner).exchange());
+        }
+    }
 }
 
 inline void GpuModel::set_attention(AttentionMode mode) {
@@ -140,9 +178,12 @@ inline void GpuModel::set_attention(AttentionMode mode) {
 }
 
 // ---- the step ----------------------------------------------------------------------------------
-inline void GpuModel::begin_step() {
+inline void GpuModel::begin_step(int64_t num_micro_batches) {
     NVTX_RANGE();
     first_micro_batch_ = true;
+    micro_batches_left_ = num_micro_batches;
+    gathered_.reset();
+    gradients_are_whole_ = false;
     // The first micro-batch writes the gradients of the blocks' matrices; the others' are added to. Padding too: after
     // a step that was not finite it is NaN.
     auto zero = [&](float* begin, int64_t num_elements) {
@@ -157,13 +198,15 @@ inline void GpuModel::begin_step() {
 
 inline void GpuModel::accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) {
     NVTX_RANGE();
-    const Batch batch = upload(tokens, B, T, true);
+    const Batch batch = upload(tokens, B, T, true, ring_ != nullptr);
+    micro_batches_left_ -= 1;
     // A training batch's shape comes again and again, so its products are worth a search: it happens when they are met
     // for the first time. Its choice depends on the clock, so a deterministic run goes without.
     gemm_->set_search(!settings_.deterministic);
     profiling_ = settings_.profile;
     forward(batch);
-    backward(batch, loss_weight);
+    // Sums over ranks are means: every rank has as many tokens of the step.
+    backward(batch, loss_weight / settings_.mesh.size());
     stage(nullptr);
     profiling_ = false;
     gemm_->set_search(false);
@@ -191,10 +234,19 @@ inline StepResult GpuModel::update(const AdamWSettings& settings) {
     profiling_ = settings_.profile;
     pass_ = StepPass::update;
     stage("gradient norm");
-    grad_norm(norm, m.gradients, layout_.num_elements, m.grad_norm_scratch, stream_);
-    stage("AdamW");
-    update_range(0, layout_.num_decayed, settings.weight_decay);
-    update_range(layout_.num_decayed, layout_.num_elements, 0.0);
+    if (zero_) {
+        CHECK(micro_batches_left_ == 0, "a step of several ranks: %lld micro-batches are missing",
+              (long long)micro_batches_left_);
+        zero_->grad_norm(norm, step_loss, m.gradients, m.grad_norm_scratch, stream_);
+        stage("AdamW and weights of all ranks");
+        zero_->update(m.weights, m.master, m.exp_avg, m.exp_avg_sq, m.gradients, norm, step_loss, arguments,
+                      settings.weight_decay, stream_);
+    } else {
+        grad_norm(norm, m.gradients, layout_.num_elements, m.grad_norm_scratch, stream_);
+        stage("AdamW");
+        update_range(0, layout_.num_decayed, settings.weight_decay);
+        update_range(layout_.num_decayed, layout_.num_elements, 0.0);
+    }
     stage(nullptr);
     profiling_ = false;
 
@@ -327,13 +379,23 @@ inline void GpuModel::backward(const Batch& batch, double loss_weight) {
     stage("norms");
     rmsnorm_backward(m.dresidual, gradient(table_.final_norm), nullptr, m.dhidden, m.final_residual,
                      weight(table_.final_norm), m.final_rstd, m.rmsnorm_scratch, rows, C, stream_);
+    reduce_gradients_after(config_.num_layers);
     for (int l = config_.num_layers - 1; l >= 0; --l) {
         recompute_block(l, batch);
         backward_block(l, batch);
+        reduce_gradients_after(l);
     }
     stage("embedding");
     embedding_backward(gradient(table_.embedding), m.dresidual, m.tokens, m.embedding_scratch, rows, C,
                        config_.vocab_size, stream_);
+    reduce_gradients_after(-1);
+}
+
+// With several ranks, in the last micro-batch: what is final now is summed beside the rest of the backward.
+inline void GpuModel::reduce_gradients_after(int layer) {
+    if (zero_ && micro_batches_left_ == 0) {
+        zero_->reduce_gradients_after(layer, buffers_.gradients, stream_);
+    }
 }
 
 // dresidual: from the gradient of the block's output to that of its input. recompute_block has been called.
@@ -399,23 +461,38 @@ HeadView<Element> head_view(Element* rows, const ModelConfig& config, int64_t T)
     return {rows, T * width, width, config.head_dim};
 }
 
-inline void GpuModel::rotate_forward(bf16* qkv, const Batch& batch) {
-    rope_forward(qkv, batch.B, batch.T, config_.num_heads + config_.num_kv_heads, config_.qkv_width(), config_.head_dim,
-                 rope_, 0, stream_);
+// A rank that shares sequences holds two chunks of each.
+inline void GpuModel::rotate(bf16* qkv, const Batch& batch, decltype(&rope_forward) rope) {
+    const int num_heads = config_.num_heads + config_.num_kv_heads, width = config_.qkv_width();
+    if (!batch.shared) {
+        rope(qkv, batch.B, batch.T, num_heads, width, config_.head_dim, rope_, 0, stream_);
+        return;
+    }
+    const ContextPartition& p = batch.partition;
+    for (int b = 0; b < batch.B; ++b) {
+        for (int half = 0; half < p.halves(); ++half) {
+            rope(qkv + (b * batch.T + half * p.chunk_rows()) * width, 1, p.chunk_rows(), num_heads, width,
+                 config_.head_dim, rope_, p.first_position(half), stream_);
+        }
+    }
 }
-inline void GpuModel::rotate_backward(bf16* dqkv, const Batch& batch) {
-    rope_backward(dqkv, batch.B, batch.T, config_.num_heads + config_.num_kv_heads, config_.qkv_width(),
-                  config_.head_dim, rope_, 0, stream_);
-}
+inline void GpuModel::rotate_forward(bf16* qkv, const Batch& batch) { rotate(qkv, batch, rope_forward); }
+inline void GpuModel::rotate_backward(bf16* dqkv, const Batch& batch) { rotate(dqkv, batch, rope_backward); }
 
 inline void GpuModel::attention_forward(int l, const Batch& batch) {
     const BlockActivations& block = block_activations(l);
     const QkvViews<const bf16> in(block.qkv, config_, batch.T);
     const HeadView<bf16> out = head_view(block.attention, config_, batch.T);
     stage(uses_lighthouse(l) ? "Lighthouse attention" : "dense attention");
-    if (uses_lighthouse(l)) {
+    if (uses_lighthouse(l) && batch.shared) {
+        lighthouse_context_->forward(out, block.lighthouse, in.q, in.k, in.v, buffers_.lighthouse_forward_scratch,
+                                     lighthouse_shape_of(batch), stream_);
+    } else if (uses_lighthouse(l)) {
         lighthouse_forward(out, block.lighthouse, in.q, in.k, in.v, buffers_.lighthouse_forward_scratch,
                            lighthouse_shape_of(batch), stream_);
+    } else if (batch.shared) {
+        ring_->forward(out, block.lse, in.q, in.k, in.v, buffers_.ring_forward_scratch,
+                       dense_attention_shape(config_, batch.B, batch.T), stream_);
     } else {
         flash_attention_forward(out, block.lse, in.q, in.k, in.v, dense_attention_shape(config_, batch.B, batch.T),
                                 stream_);
@@ -426,8 +503,12 @@ inline void GpuModel::attention_forward(int l, const Batch& batch) {
 inline void GpuModel::attention_output_again(int l, const Batch& batch) {
     const BlockActivations& block = block_activations(l);
     stage("Lighthouse attention");
-    lighthouse_output_again(head_view(block.attention, config_, batch.T), block.lighthouse, lighthouse_shape_of(batch),
-                            stream_);
+    const HeadView<bf16> out = head_view(block.attention, config_, batch.T);
+    if (batch.shared) {
+        lighthouse_context_->output_again(out, block.lighthouse, lighthouse_shape_of(batch), stream_);
+    } else {
+        lighthouse_output_again(out, block.lighthouse, lighthouse_shape_of(batch), stream_);
+    }
 }
 
 inline void GpuModel::attention_backward(int l, const Batch& batch) {
@@ -436,25 +517,39 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
     const QkvViews<bf16> din(m.dqkv, config_, batch.T);
     const HeadView<const bf16> dout = head_view(m.dattention, config_, batch.T);
     stage(uses_lighthouse(l) ? "Lighthouse attention" : "dense attention");
-    if (uses_lighthouse(l)) {
+    if (uses_lighthouse(l) && batch.shared) {
+        lighthouse_context_->backward(din.q, din.k, din.v, dout, block.lighthouse, m.lighthouse_backward_scratch,
+                                      lighthouse_shape_of(batch), settings_.deterministic, stream_);
+    } else if (uses_lighthouse(l)) {
         lighthouse_backward(din.q, din.k, din.v, dout, block.lighthouse, m.lighthouse_backward_scratch,
                             lighthouse_shape_of(batch), settings_.deterministic, stream_);
     } else {
         const QkvViews<const bf16> in(block.qkv, config_, batch.T);
         const HeadView<const bf16> out = head_view(block.attention, config_, batch.T);
-        flash_attention_backward(din.q, din.k, din.v, dout, in.q, in.k, in.v, out, block.lse, m.attention_scratch,
-                                 dense_attention_shape(config_, batch.B, batch.T), settings_.deterministic, stream_);
+        const AttentionShape shape = dense_attention_shape(config_, batch.B, batch.T);
+        if (batch.shared) {
+            ring_->backward(din.q, din.k, din.v, dout, in.q, in.k, in.v, out, block.lse, m.attention_scratch, shape,
+                            settings_.deterministic, stream_);
+        } else {
+            flash_attention_backward(din.q, din.k, din.v, dout, in.q, in.k, in.v, out, block.lse, m.attention_scratch,
+                                     shape, settings_.deterministic, stream_);
+        }
     }
 }
 
 // ---- tokens ------------------------------------------------------------------------------------
-// tokens: host [B, T + 1] with targets, else [B, T]. Enqueues their copy to m.tokens: inputs, then targets.
-inline GpuModel::Batch GpuModel::upload(const int32_t* tokens, int B, int64_t T, bool with_targets) {
+// tokens: host [B, T + 1] with targets, else [B, T]. Enqueues the copy to m.tokens of what this rank holds of them, all
+// or, when they are shared with other ranks, two chunks of each sequence: inputs, then targets.
+inline GpuModel::Batch GpuModel::upload(const int32_t* tokens, int B, int64_t T, bool with_targets, bool shared) {
     NVTX_RANGE();
-    CHECK(B >= 1 && T >= 1 && B <= settings_.max_batch_size && T <= settings_.max_seq_len,
+    const int64_t max_T = shared ? settings_.max_seq_len : settings_.local_seq_len();
+    CHECK(B >= 1 && T >= 1 && B <= settings_.max_batch_size && T <= max_T,
           "a batch of %d sequences of %lld tokens: memory was planned for at most %d of %lld", B, (long long)T,
-          settings_.max_batch_size, (long long)settings_.max_seq_len);
-    const Batch batch{B, T};
+          settings_.max_batch_size, (long long)max_T);
+    const ContextPartition partition =
+        shared ? make_context_partition(T, settings_.mesh.context_parallel, settings_.mesh.context_rank())
+               : ContextPartition{1, 0, T};
+    const Batch batch{B, partition.local_rows(), shared, partition};
     TokenStage& stage = stages_[next_stage_];
     next_stage_ = 1 - next_stage_;
     CUDA_CHECK(cudaEventSynchronize(stage.copied));
@@ -467,9 +562,13 @@ inline GpuModel::Batch GpuModel::upload(const int32_t* tokens, int B, int64_t T,
             CHECK(row[t] >= 0 && row[t] < config_.vocab_size, "token %d at position %lld: --vocab_size is %lld", row[t],
                   (long long)t, (long long)config_.vocab_size);
         }
-        std::copy(row, row + T, inputs + b * T);
-        if (with_targets) {
-            std::copy(row + 1, row + T + 1, targets + b * T);
+        for (int half = 0; half < partition.halves(); ++half) {
+            const int32_t* const chunk = row + partition.first_position(half);
+            const int64_t n = partition.chunk_rows(), to = b * batch.T + half * n;
+            std::copy(chunk, chunk + n, inputs + to);
+            if (with_targets) {
+                std::copy(chunk + 1, chunk + n + 1, targets + to);
+            }
         }
     }
     const int64_t num_tokens = (with_targets ? 2 : 1) * batch.rows();
@@ -482,19 +581,23 @@ inline GpuModel::Batch GpuModel::upload(const int32_t* tokens, int B, int64_t T,
 inline double GpuModel::evaluate(const int32_t* tokens, int B, int64_t T) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
-    const Batch batch = upload(tokens, B, T, true);
+    const Batch batch = upload(tokens, B, T, true, ring_ != nullptr);
     forward(batch);
     const int64_t rows = batch.rows();
     classifier_loss(m.losses, m.logits, m.norm_out, weight(table_.classifier), m.tokens + rows,
                     classifier_shape(config_, settings_, rows), *gemm_, stream_);
     CUDA_CHECK(cudaMemsetAsync(m.eval_loss, 0, sizeof(float), stream_));
-    mean_loss(m.eval_loss, m.losses, rows, 1.0f, m.mean_loss_scratch, stream_);
+    mean_loss(m.eval_loss, m.losses, rows, 1.0f / (float)settings_.mesh.context_parallel, m.mean_loss_scratch, stream_);
+    if (batch.shared) {
+        comms_->context().all_reduce_sum(m.eval_loss, 1, "loss of a sequence", stream_);
+    }
     read_floats(results_.data(), m.eval_loss, 1);
     return results_.data()[0];
 }
 
 inline void GpuModel::token_losses(float* losses, const int32_t* tokens, int B, int64_t T) {
     NVTX_RANGE();
+    CHECK(ring_ == nullptr, "losses of tokens: no rank has those of a sequence that is shared with others");
     evaluate(tokens, B, T);
     read_floats(losses, buffers_.losses, B * T);
 }
@@ -502,47 +605,109 @@ inline void GpuModel::token_losses(float* losses, const int32_t* tokens, int B, 
 inline void GpuModel::next_token_logits(const int32_t* tokens, int64_t T, float* logits) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
-    const Batch batch = upload(tokens, 1, T, false);
+    const Batch batch = upload(tokens, 1, T, false, false);
     forward(batch);
     const int64_t V = config_.vocab_size, C = config_.width;
     gemm_->forward(m.logits, m.norm_out + (T - 1) * C, weight(table_.classifier), 1, classifier_padded_vocab(V), C,
                    false, stream_);
     std::vector<bf16> last_row(V);
     CUDA_CHECK(cudaMemcpyAsync(last_row.data(), m.logits, V * sizeof(bf16), cudaMemcpyDeviceToHost, stream_));
-    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    wait();
     std::transform(last_row.begin(), last_row.end(), logits, [](bf16 logit) { return __bfloat162float(logit); });
 }
 
 // ---- state -------------------------------------------------------------------------------------
-inline float* GpuModel::state(StateKind kind, int tensor) const {
+inline float* GpuModel::state_arena(StateKind kind) const {
     const ModelBuffers& m = buffers_;
-    float* const arena = kind == StateKind::master ? m.master : kind == StateKind::exp_avg ? m.exp_avg : m.exp_avg_sq;
-    return arena + layout_.offsets[tensor];
+    return kind == StateKind::master ? m.master : kind == StateKind::exp_avg ? m.exp_avg : m.exp_avg_sq;
+}
+// Of the piece of a tensor that begins there.
+inline float* GpuModel::state(StateKind kind, int tensor, int64_t begin) const {
+    float* const arena = state_arena(kind);
+    if (!zero_) {
+        return arena + layout_.offsets[tensor] + begin;
+    }
+    for (const ZeroPiece& piece : layout_.zero->pieces(tensor, settings_.mesh.rank)) {
+        if (piece.tensor_begin == begin) {
+            return arena + piece.shard_begin;
+        }
+    }
+    fail("rank %d holds no state of tensor %s from element %lld on", settings_.mesh.rank,
+         table_.tensors[tensor].name.c_str(), (long long)begin);
+}
+inline std::vector<StatePiece> GpuModel::state_pieces(int tensor) const {
+    const int64_t num_elements = table_.tensors[tensor].num_elements();
+    if (!zero_) {
+        return {{0, num_elements}};
+    }
+    std::vector<StatePiece> pieces;
+    for (const ZeroPiece& piece : layout_.zero->pieces(tensor, settings_.mesh.rank)) {
+        if (piece.tensor_begin < num_elements) {  // behind that is padding
+            pieces.push_back({piece.tensor_begin, std::min(piece.num_elements, num_elements - piece.tensor_begin)});
+        }
+    }
+    return pieces;
 }
 
-// Waits for what is enqueued, and for the copy.
+// Waits for what is enqueued. Throws when a transfer between ranks has failed.
+inline void GpuModel::wait() {
+    const cudaError_t status = cudaStreamSynchronize(stream_);
+    if (comms_ != nullptr) {
+        comms_->check();
+    }
+    CUDA_CHECK(status);
+}
 inline void GpuModel::read_floats(float* out, const float* device, int64_t num_elements) {
     CUDA_CHECK(cudaMemcpyAsync(out, device, num_elements * sizeof(float), cudaMemcpyDeviceToHost, stream_));
-    CUDA_CHECK(cudaStreamSynchronize(stream_));
+    wait();
 }
 
+inline void GpuModel::gather_state(StateKind kind) {
+    if (zero_) {
+        zero_->gather_state(buffers_.gradients, state_arena(kind), stream_);
+        gathered_ = kind;
+    }
+}
 inline void GpuModel::read_state(StateKind kind, int tensor, float* out) {
-    read_floats(out, state(kind, tensor), table_.tensors[tensor].num_elements());
+    CHECK(!zero_ || gathered_ == kind, "the state of several ranks must be gathered before it is read");
+    read_floats(out, zero_ ? gradient(tensor) : state(kind, tensor, 0), table_.tensors[tensor].num_elements());
+}
+inline void GpuModel::read_state_piece(StateKind kind, int tensor, const StatePiece& piece, float* out) {
+    read_floats(out, state(kind, tensor, piece.begin), piece.num_elements);
 }
 inline void GpuModel::read_gradient(int tensor, float* out) {
+    CHECK(!gathered_, "the gradients of this step are gone: their memory holds gathered state");
+    if (zero_ && !gradients_are_whole_) {
+        zero_->gather_slices(buffers_.gradients, stream_);
+        gradients_are_whole_ = true;
+    }
     read_floats(out, gradient(tensor), table_.tensors[tensor].num_elements());
 }
-inline void GpuModel::write_state(StateKind kind, int tensor, const float* in) {
-    const int64_t num_elements = table_.tensors[tensor].num_elements();
-    CUDA_CHECK(cudaMemcpyAsync(state(kind, tensor), in, num_elements * sizeof(float), cudaMemcpyHostToDevice, stream_));
+inline void GpuModel::write_state_piece(StateKind kind, int tensor, const StatePiece& piece, const float* in) {
+    const int64_t num_elements = piece.num_elements;
+    CUDA_CHECK(cudaMemcpyAsync(state(kind, tensor, piece.begin), in, num_elements * sizeof(float),
+                               cudaMemcpyHostToDevice, stream_));
     std::vector<bf16> rounded;
     if (kind == StateKind::master) {
         rounded.resize(num_elements);
         std::transform(in, in + num_elements, rounded.begin(), [](float master) { return __float2bfloat16(master); });
-        CUDA_CHECK(cudaMemcpyAsync(weight(tensor), rounded.data(), num_elements * sizeof(bf16), cudaMemcpyHostToDevice,
-                                   stream_));
+        CUDA_CHECK(cudaMemcpyAsync(weight(tensor) + piece.begin, rounded.data(), num_elements * sizeof(bf16),
+                                   cudaMemcpyHostToDevice, stream_));
     }
     CUDA_CHECK(cudaStreamSynchronize(stream_));
+}
+inline void GpuModel::write_state(StateKind kind, int tensor, const float* in) {
+    gathered_.reset();
+    if (zero_ && kind == StateKind::master) {  // weights are whole on every rank
+        std::vector<bf16> rounded(table_.tensors[tensor].num_elements());
+        std::transform(in, in + rounded.size(), rounded.begin(), [](float master) { return __float2bfloat16(master); });
+        CUDA_CHECK(cudaMemcpyAsync(weight(tensor), rounded.data(), rounded.size() * sizeof(bf16),
+                                   cudaMemcpyHostToDevice, stream_));
+        CUDA_CHECK(cudaStreamSynchronize(stream_));
+    }
+    for (const StatePiece& piece : state_pieces(tensor)) {
+        write_state_piece(kind, tensor, piece, in + piece.begin);
+    }
 }
 
 // After a skipped step, so it may take its time: a norm a tensor.
@@ -550,13 +715,36 @@ inline std::string GpuModel::first_bad_tensor(double loss) {
     if (!std::isfinite(loss)) {
         return "loss";
     }
-    for (size_t i = 0; i < table_.tensors.size(); ++i) {
-        float* const norm = buffers_.step_results + 1;
-        grad_norm(norm, gradient((int)i), table_.tensors[i].num_elements(), buffers_.grad_norm_scratch, stream_);
-        read_floats(results_.data(), norm, 1);
-        if (!std::isfinite(results_.data()[0])) {
+    const int num_tensors = (int)table_.tensors.size();
+    std::vector<float> bad(num_tensors);
+    for (int i = 0; i < num_tensors; ++i) {
+        bad[i] = is_bad_tensor(i) ? 1.0f : 0.0f;
+        if (bad[i] != 0.0f && !zero_) {
             return table_.tensors[i].name;
         }
     }
+    if (zero_) {  // every rank has looked at its slices
+        float* const flags = reinterpret_cast<float*>(buffers_.grad_norm_scratch);
+        CUDA_CHECK(cudaMemcpyAsync(flags, bad.data(), num_tensors * sizeof(float), cudaMemcpyHostToDevice, stream_));
+        comms_->world().all_reduce_sum(flags, num_tensors, "search for what is not finite", stream_);
+        read_floats(bad.data(), flags, num_tensors);
+        const auto first = std::find_if(bad.begin(), bad.end(), [](float flag) { return flag > 0.0f; });
+        if (first != bad.end()) {
+            return table_.tensors[first - bad.begin()].name;
+        }
+    }
     return "the norm of all gradients";
+}
+
+// Whether what this rank holds of a tensor's gradient is not finite.
+inline bool GpuModel::is_bad_tensor(int tensor) {
+    float* const norm = buffers_.step_results + 1;
+    for (const StatePiece& piece : state_pieces(tensor)) {
+        grad_norm(norm, gradient(tensor) + piece.begin, piece.num_elements, buffers_.grad_norm_scratch, stream_);
+        read_floats(results_.data(), norm, 1);
+        if (!std::isfinite(results_.data()[0])) {
+            return true;
+        }
+    }
+    return false;
 }

@@ -1,25 +1,29 @@
 // model_memory.cuh: every buffer of the GPU model: settings that decide sizes, what a recompute mode keeps, the plan.
 // One plan serves dense and Lighthouse attention of one run: what a block keeps for the one and for the other shares
-// memory. Notation: rows = B T of a micro-batch, Vp = V rounded up to a multiple of 64 (rows V..Vp-1 of the embedding
-// and the classifier are zero and stay zero: their gradients are).
+// memory. Where ranks share sequences, T is what one of them holds of each. Notation: rows = B T of a micro-batch, Vp =
+// V rounded up to a multiple of 64 (rows V..Vp-1 of the embedding and the classifier are zero and stay zero: their
+// gradients are).
 #pragma once
 #include <algorithm>
 #include <optional>
 #include <string>
 #include <vector>
 
-#include "adamw.cuh"            // weights are updated
-#include "classifier.cuh"       // chunk and scratch sizes
-#include "config.h"             // Recompute
-#include "embedding.cuh"        // scratch size of the backward
-#include "flash_attention.cuh"  // scratch size of the backward
-#include "gemm.cuh"             // workspace size
-#include "grad_norm.cuh"        // scratch size
-#include "lighthouse.cuh"       // sizes of its three areas
-#include "memory.cuh"           // the plan
-#include "model_config.h"       // the model's shape
-#include "parameters.h"         // the table of tensors
-#include "rmsnorm.cuh"          // scratch size of the backward
+#include "adamw.cuh"               // weights are updated
+#include "classifier.cuh"          // chunk and scratch sizes
+#include "config.h"                // Recompute
+#include "embedding.cuh"           // scratch size of the backward
+#include "flash_attention.cuh"     // scratch size of the backward
+#include "gemm.cuh"                // workspace size
+#include "grad_norm.cuh"           // scratch size
+#include "lighthouse.cuh"          // sizes of its three areas
+#include "lighthouse_context.cuh"  // the same over several ranks
+#include "memory.cuh"              // the plan
+#include "model_config.h"          // the model's shape
+#include "parameters.h"            // the table of tensors
+#include "ring_attention.cuh"      // scratch sizes of attention over several ranks
+#include "rmsnorm.cuh"             // scratch size of the backward
+#include "zero.cuh"                // shards of the optimizer's state
 
 // ---- settings ----------------------------------------------------------------------------------
 struct GpuModelSettings {
@@ -33,11 +37,17 @@ struct GpuModelSettings {
     std::optional<LighthouseConfig> lighthouse;
     // With Lighthouse: whether steps under dense attention are trained too (the second stage), not only evaluated.
     bool trains_dense = true;
+    // Several GPUs: this rank's place among them, and how keys reach the ranks that share a sequence.
+    ParallelMesh mesh;
+    ContextExchange context_exchange = ContextExchange::automatic;
 
-    int64_t max_rows() const { return max_batch_size * max_seq_len; }
+    int64_t local_seq_len() const { return max_seq_len / mesh.context_parallel; }
+    int64_t max_rows() const { return max_batch_size * local_seq_len(); }
 };
-inline GpuModelSettings gpu_model_settings(const RunConfig& c) {
+inline GpuModelSettings gpu_model_settings(const RunConfig& c, const ParallelMesh& mesh = ParallelMesh()) {
     GpuModelSettings settings;
+    settings.mesh = mesh;
+    settings.context_exchange = c.context_exchange;
     settings.max_batch_size = c.batch_size;
     settings.max_seq_len = c.seq_len;
     settings.recompute = c.recompute;
@@ -68,15 +78,43 @@ inline KeptActivations kept_activations(Recompute mode, AttentionMode attention)
 }
 
 // ---- parameters --------------------------------------------------------------------------------
-// Where each tensor of the table lies in the arenas of weights, gradients and optimizer state, which all have one
-// layout: the tensors with weight decay first, so that AdamW is two launches.
+// Where each tensor of the table lies in the arenas of weights and gradients: the tensors with weight decay first, so
+// that AdamW is two launches. On one rank the optimizer's arenas have the same layout; several hold a shard each.
 struct ParameterLayout {
     std::vector<int64_t> offsets;  // of each tensor, in elements
     std::vector<int64_t> sizes;    // of each tensor, padding included
     int64_t num_decayed = 0;       // elements [0, num_decayed) have weight decay
     int64_t num_elements = 0;
+    std::optional<ZeroLayout> zero;  // of several ranks
+
+    int64_t state_elements() const { return zero ? zero->shard_elements() : num_elements; }
 };
-inline ParameterLayout make_parameter_layout(const ParameterTable& table) {
+// The same tensors where num_ranks hold a shard of the optimizer's state each.
+inline void shard_parameter_layout(ParameterLayout& layout, const ParameterTable& table, int num_ranks) {
+    std::vector<ZeroTensor> tensors;
+    for (size_t i = 0; i < table.tensors.size(); ++i) {
+        tensors.push_back({layout.sizes[i], table.tensors[i].decay, -1});
+    }
+    // Norms are small: their gradients go with the embedding's.
+    for (int l = 0; l < (int)table.layers.size(); ++l) {
+        const LayerParameters& p = table.layers[l];
+        for (const int tensor : {p.qkv, p.attention_out, p.gate_up, p.down}) {
+            tensors[tensor].final_after = l;
+        }
+    }
+    if (table.classifier != table.embedding) {
+        tensors[table.classifier].final_after = (int)table.layers.size();
+    }
+    layout.zero = make_zero_layout(tensors, num_ranks);
+    layout.offsets = layout.zero->offsets;
+    layout.num_elements = layout.num_decayed = layout.zero->num_elements;
+    for (const ZeroBucket& bucket : layout.zero->buckets) {
+        if (!bucket.decay) {
+            layout.num_decayed = std::min(layout.num_decayed, bucket.begin);
+        }
+    }
+}
+inline ParameterLayout make_parameter_layout(const ParameterTable& table, int num_ranks = 1) {
     constexpr int64_t alignment = BUFFER_ALIGNMENT / sizeof(bf16);
     ParameterLayout layout;
     layout.offsets.resize(table.tensors.size());
@@ -96,6 +134,9 @@ inline ParameterLayout make_parameter_layout(const ParameterTable& table) {
         if (decay) {
             layout.num_decayed = layout.num_elements;
         }
+    }
+    if (num_ranks > 1) {
+        shard_parameter_layout(layout, table, num_ranks);
     }
     return layout;
 }
@@ -138,6 +179,7 @@ struct ModelBuffers {
     bf16* delta;   // [rows, C] what attention or feed-forward adds to the residual stream
     bf16* swiglu;  // [rows, F]
     std::byte* lighthouse_forward_scratch;
+    std::byte* ring_forward_scratch;
     // workspace of the classifier
     bf16* dhidden;  // [rows, C]
     bf16* logits;   // [chunk, Vp], then their gradient
@@ -167,11 +209,22 @@ inline AttentionShape dense_attention_shape(const ModelConfig& config, int B, in
     return shape;
 }
 
-// The geometry must be legal for T.
-inline LighthouseShape lighthouse_shape(const ModelConfig& config, const LighthouseConfig& lighthouse, int B,
-                                        int64_t T) {
-    return make_lighthouse_shape(make_lighthouse_geometry(T, lighthouse), lighthouse, B, config.num_heads,
-                                 config.num_kv_heads, config.head_dim, dense_attention_shape(config, B, T).scale);
+// How the ranks that share a sequence exchange keys: one way for all batches, as scratch is planned once.
+inline RingAttentionPlan ring_attention_plan(const GpuModelSettings& settings, const AttentionShape& largest) {
+    const bool automatic = settings.context_exchange == ContextExchange::automatic;
+    return {settings.mesh.context_parallel, settings.mesh.context_rank(),
+            automatic ? choose_context_exchange(largest) : settings.context_exchange};
+}
+
+// Of a batch of B sequences of T tokens, or of this rank's chunks of them. The geometry must be legal for T.
+inline LighthouseShape lighthouse_shape(const ModelConfig& config, const LighthouseConfig& lighthouse,
+                                        const ParallelMesh& mesh, int B, int64_t T) {
+    const LighthouseShape whole =
+        make_lighthouse_shape(make_lighthouse_geometry(T, lighthouse), lighthouse, B, config.num_heads,
+                              config.num_kv_heads, config.head_dim, dense_attention_shape(config, B, T).scale);
+    return mesh.context_parallel == 1
+               ? whole
+               : make_lighthouse_chunk_shape(whole, lighthouse, mesh.context_parallel, mesh.context_rank());
 }
 
 inline ClassifierShape classifier_shape(const ModelConfig& config, const GpuModelSettings& settings, int64_t rows) {
@@ -213,15 +266,33 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     const int64_t rows = settings.max_rows(), C = config.width, F = config.ffn_width;
     const int64_t attention_width = config.attention_width(), qkv_width = config.qkv_width();
     const int64_t num_parameters = layout.num_elements;
-    const AttentionShape dense_shape = dense_attention_shape(config, settings.max_batch_size, settings.max_seq_len);
+    const AttentionShape dense_shape = dense_attention_shape(config, settings.max_batch_size, settings.local_seq_len());
+    std::optional<RingAttentionPlan> ring;
+    if (settings.mesh.context_parallel > 1) {
+        ring = ring_attention_plan(settings, dense_shape);
+    }
     std::optional<LighthouseShape> lighthouse;
     if (settings.lighthouse && settings.lighthouse->num_lighthouse_layers(config.num_layers) > 0) {
-        lighthouse = lighthouse_shape(config, *settings.lighthouse, settings.max_batch_size, settings.max_seq_len);
+        lighthouse = lighthouse_shape(config, *settings.lighthouse, settings.mesh, settings.max_batch_size,
+                                      settings.max_seq_len);
+    }
+    const char* const optimizer_shape = layout.zero ? "[parameters / ranks] float32" : "[parameters] float32";
+    size_t lighthouse_saved_size = 0, lighthouse_forward_size = 0, lighthouse_backward_size = 0;
+    if (lighthouse && ring) {
+        const RingAttentionPlan inner = ring_attention_plan(settings, lighthouse_context_inner_shape(*lighthouse));
+        lighthouse_saved_size = lighthouse_context_saved_bytes(*lighthouse);
+        lighthouse_forward_size = lighthouse_context_forward_scratch_bytes(inner, *lighthouse);
+        lighthouse_backward_size =
+            lighthouse_context_backward_scratch_bytes(inner, *lighthouse, settings.deterministic);
+    } else if (lighthouse) {
+        lighthouse_saved_size = lighthouse_saved_bytes(*lighthouse);
+        lighthouse_forward_size = lighthouse_forward_scratch_bytes(*lighthouse);
+        lighthouse_backward_size = lighthouse_backward_scratch_bytes(*lighthouse, settings.deterministic);
     }
     plan.add(&m.weights, MemoryUse::weights, "weights", "[parameters] bf16", num_parameters);
-    plan.add(&m.master, MemoryUse::optimizer, "master weights", "[parameters] float32", num_parameters);
-    plan.add(&m.exp_avg, MemoryUse::optimizer, "exp_avg", "[parameters] float32", num_parameters);
-    plan.add(&m.exp_avg_sq, MemoryUse::optimizer, "exp_avg_sq", "[parameters] float32", num_parameters);
+    plan.add(&m.master, MemoryUse::optimizer, "master weights", optimizer_shape, layout.state_elements());
+    plan.add(&m.exp_avg, MemoryUse::optimizer, "exp_avg", optimizer_shape, layout.state_elements());
+    plan.add(&m.exp_avg_sq, MemoryUse::optimizer, "exp_avg_sq", optimizer_shape, layout.state_elements());
     plan.add(&m.gradients, MemoryUse::gradients, "gradients", "[parameters] float32", num_parameters);
 
     // Activations of the blocks.
@@ -231,8 +302,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     BlockActivation qkv{&Block::qkv, "qkv", "[B T, (H + 2 Hkv) D] bf16", rows * qkv_width};
     BlockActivation attention{&Block::attention, "attention", "[B T, H D] bf16", rows * attention_width};
     BlockActivation lse{&Block::lse, "lse", "[B, H, T] float32", rows * config.num_heads};
-    BlockActivation lighthouse_saved{&Block::lighthouse, "Lighthouse rows", "bytes",
-                                     lighthouse ? (int64_t)lighthouse_saved_bytes(*lighthouse) : 0};
+    BlockActivation lighthouse_saved{&Block::lighthouse, "Lighthouse rows", "bytes", (int64_t)lighthouse_saved_size};
     BlockActivation residual_mid{&Block::residual_mid, "residual_mid", "[B T, C] bf16", rows * C};
     BlockActivation ffn_rstd{&Block::ffn_rstd, "ffn_rstd", "[B T] float32", rows};
     BlockActivation gate_up{&Block::gate_up, "gate_up", "[B T, 2 F] bf16", rows * 2 * F};
@@ -300,8 +370,9 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     residual_mid.add_shared(plan, m.shared);
     gate_up.add_shared(plan, m.shared);
     plan.begin_alternatives(use);  // attention
-    add_scratch(&m.lighthouse_forward_scratch, "lighthouse_forward scratch",
-                lighthouse ? lighthouse_forward_scratch_bytes(*lighthouse) : 0);
+    add_scratch(&m.lighthouse_forward_scratch, "lighthouse_forward scratch", lighthouse_forward_size);
+    plan.next_alternative();
+    add_scratch(&m.ring_forward_scratch, "ring attention scratch", ring ? ring->forward_scratch_bytes(dense_shape) : 0);
     plan.next_alternative();  // what is added to the residual
     plan.add(&m.delta, use, "delta", "[B T, C] bf16", rows * C);
     plan.add(&m.swiglu, use, "swiglu", "[B T, F] bf16", rows * F);
@@ -319,11 +390,12 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     plan.begin_alternatives(use);
     plan.add(&m.dattention, use, "dattention", "[B T, H D] bf16", rows * attention_width);
     plan.begin_alternatives(use);
-    add_scratch(&m.attention_scratch, "flash_attention_backward scratch",
-                any_trains_dense ? flash_attention_backward_scratch_bytes(dense_shape, settings.deterministic) : 0);
+    add_scratch(&m.attention_scratch, ring ? "ring attention scratch" : "flash_attention_backward scratch",
+                !any_trains_dense ? 0
+                : ring            ? ring->backward_scratch_bytes(dense_shape, settings.deterministic)
+                                  : flash_attention_backward_scratch_bytes(dense_shape, settings.deterministic));
     plan.next_alternative();
-    add_scratch(&m.lighthouse_backward_scratch, "lighthouse_backward scratch",
-                lighthouse ? lighthouse_backward_scratch_bytes(*lighthouse, settings.deterministic) : 0);
+    add_scratch(&m.lighthouse_backward_scratch, "lighthouse_backward scratch", lighthouse_backward_size);
     plan.end_alternatives();
     plan.next_alternative();
     plan.add(&m.dattention_norm_out, use, "dattention_norm_out", "[B T, C] bf16", rows * C);
@@ -332,7 +404,11 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     add_scratch(&m.embedding_scratch, "embedding_backward scratch",
                 embedding_backward_scratch_bytes(rows, config.width, config.vocab_size));
     plan.next_alternative();  // update
-    add_scratch(&m.grad_norm_scratch, "grad_norm scratch", grad_norm_scratch_bytes(num_parameters));
+    // Of several ranks also a flag for each tensor.
+    add_scratch(&m.grad_norm_scratch, "grad_norm scratch",
+                layout.zero ? std::max({zero_scratch_bytes(*layout.zero), grad_norm_scratch_bytes(num_parameters),
+                                        layout.sizes.size() * sizeof(float)})
+                            : grad_norm_scratch_bytes(num_parameters));
     plan.end_alternatives();
 }
 
@@ -340,14 +416,15 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
 inline MemoryPlan planned_memory(const ModelConfig& config, const GpuModelSettings& settings) {
     MemoryPlan plan;
     ModelBuffers buffers;
-    plan_buffers(plan, buffers, config, make_parameter_layout(make_parameter_table(config)), settings);
+    plan_buffers(plan, buffers, config, make_parameter_layout(make_parameter_table(config), settings.mesh.size()),
+                 settings);
     return plan;
 }
 
 // ---- does it fit -------------------------------------------------------------------------------
-inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse) {
+inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse, int context_parallel) {
     try {
-        make_lighthouse_geometry(T, lighthouse);
+        make_chunk_geometry(make_lighthouse_geometry(T, lighthouse), lighthouse, context_parallel);
         return true;
     } catch (const Error&) {
         return false;
@@ -362,7 +439,8 @@ inline size_t usable_memory(size_t free_bytes) {
 // The longest --seq_len that these settings leave room for, a multiple of 128 or of what the Lighthouse geometry asks;
 // 0: none.
 inline int64_t longest_seq_len(const ModelConfig& config, GpuModelSettings settings, size_t free_bytes) {
-    int64_t unit = 128, smallest = 1;  // units
+    // units; of several ranks each holds two chunks
+    int64_t unit = 128 * ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks(), smallest = 1;
     if (settings.lighthouse) {
         const LighthouseGeometry g = make_lighthouse_geometry(settings.max_seq_len, *settings.lighthouse);
         unit = g.tiles * g.window(g.levels - 1), smallest = LIGHTHOUSE_TILE_BUDGET;
@@ -410,7 +488,10 @@ inline void check_fits(const MemoryPlan& plan, size_t free_bytes, const ModelCon
     }
     while (advice.empty() && other.max_seq_len > 1) {
         other.max_seq_len /= 2;
-        if (!settings.lighthouse || is_lighthouse_length(other.max_seq_len, *settings.lighthouse)) {
+        const bool fills_chunks =
+            other.max_seq_len % ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks() == 0;
+        if (fills_chunks && (!settings.lighthouse || is_lighthouse_length(other.max_seq_len, *settings.lighthouse,
+                                                                          settings.mesh.context_parallel))) {
             suggest(other, "block");
         }
     }

@@ -20,9 +20,6 @@
 #include "context_rows.cuh"     // rows in launches
 #include "flash_attention.cuh"  // the attention of two chunks on each other
 
-// How keys come to the queries.
-enum class ContextExchange { automatic, ring, gather };
-
 // ---- rows --------------------------------------------------------------------------------------
 // The view from row t on.
 template <class Element>
@@ -164,15 +161,17 @@ class ScratchArea {
     size_t num_bytes_ = 0;
 };
 
-// ---- the operation -----------------------------------------------------------------------------
-// One object a rank, for all layers; calls are in the same order on all ranks of the communicator.
-class RingAttention {
+// ---- sizes -------------------------------------------------------------------------------------
+// What one rank's attention needs, known before there are other ranks: to plan memory.
+class RingAttentionPlan {
   public:
-    // The ranks of `context` share every sequence. automatic: by choose_context_exchange, for each shape.
-    explicit RingAttention(Comm& context, ContextExchange exchange = ContextExchange::automatic)
-        : comm_(context), exchange_(exchange), steps_(make_ring_schedule(context.size(), context.rank())) {
-        CHECK(context.size() >= 2, "ring attention: needs at least 2 ranks on a sequence, not %d", context.size());
+    // Rank `rank` of W that share every sequence. automatic: by choose_context_exchange, for each shape.
+    RingAttentionPlan(int W, int rank, ContextExchange exchange)
+        : W_(W), rank_(rank), exchange_(exchange), steps_(make_ring_schedule(W, rank)) {
+        CHECK(W >= 2, "ring attention: needs at least 2 ranks on a sequence, not %d", W);
     }
+
+    ContextExchange exchange() const { return exchange_; }
 
     // `local`: the shape of the local rows on each other: Tq = Tk = 2n, causal, no offset.
     size_t forward_scratch_bytes(const AttentionShape& local) const {
@@ -189,36 +188,6 @@ class RingAttention {
         return area.num_bytes();
     }
 
-    // out (=), lse (=) of the local queries over all keys of the sequence. scratch: forward_scratch_bytes, aligned to
-    // BUFFER_ALIGNMENT, of any content. out must not overlap q, k, v.
-    void forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
-                 void* scratch, const AttentionShape& local, cudaStream_t stream) {
-        NVTX_RANGE();
-        check_shape(local);
-        if (gathers(local)) {
-            gather_forward(out, lse, q, k, v, scratch, local, stream);
-        } else {
-            ring_forward(out, lse, q, k, v, scratch, local, stream);
-        }
-    }
-
-    // dq, dk, dv (=) of the local rows, from dout, the forward's operands, out and lse. scratch:
-    // backward_scratch_bytes. dq, dk, dv must not overlap what is read. deterministic: as in flash_attention_backward.
-    void backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
-                  HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v, HeadView<const bf16> out,
-                  const float* lse, void* scratch, const AttentionShape& local, bool deterministic,
-                  cudaStream_t stream) {
-        NVTX_RANGE();
-        check_shape(local);
-        const Gradients gradients = {dq, dk, dv};
-        const Saved saved = {dout, q, k, v, out, lse};
-        if (gathers(local)) {
-            gather_backward(gradients, saved, scratch, local, deterministic, stream);
-        } else {
-            ring_backward(gradients, saved, scratch, local, deterministic, stream);
-        }
-    }
-
     // Bytes that this rank receives in one forward; each layer's backward receives the same again, and as many bytes of
     // gradients.
     int64_t forward_bytes_received(const AttentionShape& local) const {
@@ -229,7 +198,7 @@ class RingAttention {
         return local.B * rows * 2 * local.Hkv * local.D * (int64_t)sizeof(bf16);
     }
 
-  private:
+  protected:
     // ---- sizes and buffers
 
     struct Sizes {
@@ -244,7 +213,7 @@ class RingAttention {
         ContextPartition partition() const { return {W, rank, T()}; }
     };
     Sizes sizes(const AttentionShape& local) const {
-        return {comm_.size(), comm_.rank(), local.B, local.H, local.Hkv, local.D, local.Tq / HALVES};
+        return {W_, rank_, local.B, local.H, local.Hkv, local.D, local.Tq / HALVES};
     }
     // Keys and values as they travel: [B, rows, 2 Hkv, D], the heads of k, then those of v.
     struct KeyBuffer {
@@ -312,12 +281,6 @@ class RingAttention {
         return (exchange_ == ContextExchange::automatic ? choose_context_exchange(local) : exchange_) ==
                ContextExchange::gather;
     }
-    static void check_shape(const AttentionShape& s) {
-        CHECK(s.Tq == s.Tk && s.Tq % HALVES == 0 && s.Tq > 0 && s.causal && s.causal_offset == 0,
-              "ring attention: the local rows must be two equal chunks, causal on each other, not %lld queries and "
-              "%lld keys",
-              (long long)s.Tq, (long long)s.Tk);
-    }
 
     // ---- attention of parts of the local queries on parts of the keys
 
@@ -356,6 +319,57 @@ class RingAttention {
             }
         }
         return num_bytes;
+    }
+
+    int W_, rank_;
+    ContextExchange exchange_;
+    std::vector<RingStep> steps_;
+};
+
+// ---- the operation -----------------------------------------------------------------------------
+// One object a rank, for all layers; calls are in the same order on all ranks of the communicator.
+class RingAttention : public RingAttentionPlan {
+  public:
+    // The ranks of `context` share every sequence. automatic: by choose_context_exchange, for each shape.
+    explicit RingAttention(Comm& context, ContextExchange exchange = ContextExchange::automatic)
+        : RingAttentionPlan(context.size(), context.rank(), exchange), comm_(context) {}
+
+    // out (=), lse (=) of the local queries over all keys of the sequence. scratch: forward_scratch_bytes, aligned to
+    // BUFFER_ALIGNMENT, of any content. out must not overlap q, k, v.
+    void forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
+                 void* scratch, const AttentionShape& local, cudaStream_t stream) {
+        NVTX_RANGE();
+        check_shape(local);
+        if (gathers(local)) {
+            gather_forward(out, lse, q, k, v, scratch, local, stream);
+        } else {
+            ring_forward(out, lse, q, k, v, scratch, local, stream);
+        }
+    }
+
+    // dq, dk, dv (=) of the local rows, from dout, the forward's operands, out and lse. scratch:
+    // backward_scratch_bytes. dq, dk, dv must not overlap what is read. deterministic: as in flash_attention_backward.
+    void backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
+                  HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v, HeadView<const bf16> out,
+                  const float* lse, void* scratch, const AttentionShape& local, bool deterministic,
+                  cudaStream_t stream) {
+        NVTX_RANGE();
+        check_shape(local);
+        const Gradients gradients = {dq, dk, dv};
+        const Saved saved = {dout, q, k, v, out, lse};
+        if (gathers(local)) {
+            gather_backward(gradients, saved, scratch, local, deterministic, stream);
+        } else {
+            ring_backward(gradients, saved, scratch, local, deterministic, stream);
+        }
+    }
+
+  private:
+    static void check_shape(const AttentionShape& s) {
+        CHECK(s.Tq == s.Tk && s.Tq % HALVES == 0 && s.Tq > 0 && s.causal && s.causal_offset == 0,
+              "ring attention: the local rows must be two equal chunks, causal on each other, not %lld queries and "
+              "%lld keys",
+              (long long)s.Tq, (long long)s.Tk);
     }
 
     struct KeyViews {
@@ -689,8 +703,6 @@ class RingAttention {
     }
 
     Comm& comm_;
-    ContextExchange exchange_;
-    std::vector<RingStep> steps_;
     CommStream stream_;  // of transfers
     CudaEvent start_, computed_[2], arrived_[2];
 };

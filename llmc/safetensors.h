@@ -252,13 +252,17 @@ class SafetensorsFile {
     }
     // out (=) its elements, [num_elements] float32. Throws Error for a dtype that weights are not stored in.
     void read_floats(const SafetensorsTensor& tensor, float* out) const {
+        read_floats(tensor, 0, tensor.num_elements, out);
+    }
+    // Of its elements those from `first` on, num_elements; they must be there.
+    void read_floats(const SafetensorsTensor& tensor, uint64_t first, uint64_t num_elements, float* out) const {
         CHECK(is_weight_dtype(tensor.dtype), "%s: tensor %s is %s; weights must be F32, F16 or BF16", path().c_str(),
               printable(tensor.name).c_str(), dtype_info(tensor.dtype).name);
         constexpr uint64_t PART = (uint64_t)1 << 24;  // elements; what was read need not stay in memory
         const uint64_t element_bytes = dtype_info(tensor.dtype).num_bytes;
-        for (uint64_t begin = 0; begin < tensor.num_elements; begin += PART) {
-            const uint64_t count = std::min(PART, tensor.num_elements - begin);
-            const unsigned char* part = data(tensor) + begin * element_bytes;
+        for (uint64_t begin = 0; begin < num_elements; begin += PART) {
+            const uint64_t count = std::min(PART, num_elements - begin);
+            const unsigned char* part = data(tensor) + (first + begin) * element_bytes;
             convert_to_floats(out + begin, part, tensor.dtype, count);
             release(part, count * element_bytes);
         }

@@ -33,10 +33,11 @@ inline void install_handlers() {
     signal(SIGPIPE, SIG_IGN);
 }
 
-inline bool requested() { return received != 0; }
-
-inline const char* name() {
-    return received == SIGINT ? "SIGINT" : received == SIGTERM ? "SIGTERM" : received == SIGUSR1 ? "SIGUSR1" : "none";
+inline const char* name_of(int signal_number) {
+    return signal_number == SIGINT    ? "SIGINT"
+           : signal_number == SIGTERM ? "SIGTERM"
+           : signal_number == SIGUSR1 ? "SIGUSR1"
+                                      : "none";
 }
 
 }  // namespace stop_signal

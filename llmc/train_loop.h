@@ -20,6 +20,7 @@
 #include "metrics.h"          // terminal and metrics.jsonl
 #include "mfu.h"              // FLOPs and peaks
 #include "random.h"           // initial weights, samples
+#include "ranks.h"            // processes that train together
 #include "sampler.h"          // next token from logits
 #include "schedule.h"         // learning rate
 #include "signals.h"          // stopping from outside
@@ -29,8 +30,8 @@
 
 class TrainingRun {
   public:
-    TrainingRun(TrainableModel& model, const RunConfig& config, const DeviceInfo& device)
-        : model_(model), config_(config), device_(device), terminal_(config.plain) {}
+    TrainingRun(TrainableModel& model, const RunConfig& config, const DeviceInfo& device, const RunRanks& ranks)
+        : model_(model), config_(config), device_(device), ranks_(ranks), terminal_(config.plain, !ranks.is_first()) {}
 
     // Returns the status main ends with.
     int run() {
@@ -44,7 +45,7 @@ class TrainingRun {
             return evaluate_only();
         }
         open_output();
-        while (state_.step < config_.max_steps && !stop_signal::requested()) {
+        while (state_.step < config_.max_steps && !stop_requested()) {
             switch_attention_when_due();
             const StepResult result = training_step();
             if (result.skipped && state_.skipped_in_a_row >= config_.max_skipped) {
@@ -60,13 +61,30 @@ class TrainingRun {
                 save();
             }
         }
-        return stop_signal::requested() ? stop_on_signal() : finish();
+        return stop_requested() ? stop_on_signal() : finish();
     }
 
   private:
     using Clock = std::chrono::steady_clock;
     static double seconds_since(Clock::time_point start) {
         return std::chrono::duration<double>(Clock::now() - start).count();
+    }
+
+    // Whether any rank was asked to stop. All ranks ask at the same places, and get the same answer.
+    bool stop_requested() {
+        if (stop_signal_ == 0) {
+            stop_signal_ = stop_signal::received;
+            if (ranks_.size() > 1) {
+                stop_signal_ = ranks_.largest(stop_signal_, "whether to stop");
+            }
+        }
+        return stop_signal_ != 0;
+    }
+    // Into metrics.jsonl, which rank 0 writes.
+    void log(const char* event, const Json& fields) {
+        if (metrics_) {
+            metrics_->write(event, state_.step, fields);
+        }
     }
 
     // ---- start
@@ -82,14 +100,14 @@ class TrainingRun {
     // Weights and optimizer of a fresh run, of --init_from or of --resume.
     void load_or_initialize() {
         if (config_.resume) {
-            state_ = load_checkpoint(model_, config_.checkpoint);
+            state_ = load_checkpoint(model_, config_.checkpoint, ranks_);
             checkpoint_ = config_.checkpoint, saved_step_ = state_.step;
             return;
         }
         if (config_.checkpoint.empty()) {
             initialize_weights();
         } else {
-            load_model(model_, config_.checkpoint);
+            load_model(model_, config_.checkpoint, ranks_);
         }
         clear_optimizer();
     }
@@ -119,6 +137,11 @@ class TrainingRun {
         terminal_.print(settings_table(config_));
         terminal_.print(format_string("device      %s%s", device_.name.c_str(),
                                       device_.is_gpu && device_.peak_tflops == 0.0 ? " (peak not known: no MFU)" : ""));
+        if (ranks_.size() > 1) {
+            const ParallelMesh& mesh = ranks_.mesh();
+            terminal_.print(format_string("ranks       %d: data parallel %d x context parallel %d", mesh.size(),
+                                          mesh.data_parallel, mesh.context_parallel));
+        }
         terminal_.print(format_string("model       %.1f M parameters, %.2f GiB on the device",
                                       (double)model_.parameters().num_elements() / 1e6, model_.peak_memory_gib()));
         print_data("train       ", data_.train);
@@ -154,6 +177,10 @@ class TrainingRun {
 
     // The output folder with the settings of the run, and the metrics file.
     void open_output() {
+        first_step_ = state_.step;
+        if (!ranks_.is_first()) {
+            return;
+        }
         std::error_code error;
         std::filesystem::create_directories(config_.output_dir, error);
         CHECK(!error, "--output_dir %s: cannot make this folder: %s", config_.output_dir.c_str(),
@@ -165,8 +192,8 @@ class TrainingRun {
                          {"device", device_.name},
                          {"checkpoint", config_.checkpoint},
                          {"parameters", model_.parameters().num_elements()},
+                         {"data_parallel", ranks_.mesh().data_parallel},
                          {"settings", settings_toml(config_)}});
-        first_step_ = state_.step;
     }
 
     // Complete under a temporary name first: a full disk leaves the old settings.
@@ -183,8 +210,8 @@ class TrainingRun {
 
     // ---- one step
 
-    bool is_due(int64_t every) const {
-        return every > 0 && state_.step % every == 0 && state_.step < config_.max_steps && !stop_signal::requested();
+    bool is_due(int64_t every) {
+        return every > 0 && state_.step % every == 0 && state_.step < config_.max_steps && !stop_requested();
     }
 
     // The attention that the next step trains with.
@@ -195,16 +222,19 @@ class TrainingRun {
             model_.set_attention(mode);
             terminal_.print(format_string("step %lld | attention is %s from here on: the loss jumps and recovers",
                                           (long long)state_.step, choice_name(mode)));
-            metrics_->write("attention_switch", state_.step, {{"attention", choice_name(mode)}});
+            log("attention_switch", {{"attention", choice_name(mode)}});
         }
     }
 
     StepResult training_step() {
         const Clock::time_point start = Clock::now();
         const int64_t position = state_.data_position, num_micro_batches = config_.micro_batches_per_step();
-        model_.begin_step();
+        ranks_.set_step(state_.step + 1);
+        model_.begin_step(num_micro_batches);
         for (int64_t i = 0; i < num_micro_batches; ++i) {
-            read_batch(*data_.train, position + i * config_.batch_size, config_.batch_size);
+            // Ranks that share sequences read the same; a step's sequences are the same however many ranks there are.
+            const int64_t begin = position + i * config_.sequences_at_once();
+            read_batch(*data_.train, begin + ranks_.mesh().data_rank() * config_.batch_size, config_.batch_size);
             model_.accumulate_gradients(tokens_.data(), config_.batch_size, config_.seq_len,
                                         1.0 / (double)num_micro_batches);
         }
@@ -250,7 +280,7 @@ class TrainingRun {
         m.tokens_per_second = (double)config_.tokens_per_step() / (1e-3 * elapsed_ms);
         if (device_.peak_tflops > 0.0) {
             const SequenceFlops flops = sequence_flops(config_.model, config_.seq_len, attention_, config_.lighthouse);
-            const double peak_of_step = 1e12 * device_.peak_tflops * 1e-3 * elapsed_ms;
+            const double peak_of_step = ranks_.size() * 1e12 * device_.peak_tflops * 1e-3 * elapsed_ms;
             m.mfu = flops.work * (double)config_.sequences_per_step() / peak_of_step;
             m.mfu_dense_equivalent = flops.dense_equivalent * (double)config_.sequences_per_step() / peak_of_step;
         }
@@ -275,7 +305,7 @@ class TrainingRun {
         } else {
             terminal_.print(step_line(m));
         }
-        metrics_->write(result.skipped ? "skip" : "step", state_.step, json);
+        log(result.skipped ? "skip" : "step", json);
     }
 
     // By the mean time of this process's steps, evaluations and checkpoints included, but not of its first, which warms
@@ -291,18 +321,26 @@ class TrainingRun {
 
     // ---- evaluation, samples
 
-    // Mean loss in nats a token over the validation sequences, in their order in the files; no value when a signal came
-    // before the end.
+    // Mean loss in nats a token over the validation sequences, in their order in the files, batches in turn on the
+    // groups of ranks; no value when a signal came before the end.
     std::optional<double> validation_loss(AttentionMode mode) {
         model_.set_attention(mode);
+        const ParallelMesh& mesh = ranks_.mesh();
         const int64_t num_sequences = num_validation_sequences();
         double sum = 0.0;
         bool complete = true;
-        for (int64_t begin = 0; begin < num_sequences && complete; begin += config_.batch_size) {
+        for (int64_t at = 0; at < num_sequences && complete; at += config_.sequences_at_once()) {
+            const int64_t begin = at + mesh.data_rank() * config_.batch_size;
             const int B = (int)std::min<int64_t>(config_.batch_size, num_sequences - begin);
-            read_batch(*data_.validation, begin, B);
-            sum += B * model_.evaluate(tokens_.data(), B, config_.seq_len);
-            complete = !stop_signal::requested();
+            if (B > 0) {
+                read_batch(*data_.validation, begin, B);
+                sum += B * model_.evaluate(tokens_.data(), B, config_.seq_len);
+            }
+            complete = !stop_requested();
+        }
+        if (ranks_.size() > 1) {
+            sum = mesh.context_rank() == 0 ? sum : 0.0;  // all ranks of a sequence have its loss
+            ranks_.world().all_reduce_sum(&sum, 1, "sum of validation losses");
         }
         model_.set_attention(attention_);
         return complete ? std::optional<double>(sum / (double)num_sequences) : std::nullopt;
@@ -341,9 +379,7 @@ class TrainingRun {
         if (config_.print_influence && attention_ == AttentionMode::lighthouse) {
             json["influence"] = print_influence();
         }
-        if (metrics_) {
-            metrics_->write("validation", state_.step, json);
-        }
+        log("validation", json);
     }
 
     // How much later tokens change earlier losses through selection, on the first validation batch.
@@ -364,17 +400,18 @@ class TrainingRun {
 
     int evaluate_only() {
         evaluate();
-        if (stop_signal::requested()) {
+        if (stop_requested()) {
             std::fprintf(stderr, "%s: stopped by %s before the end of the validation data\n", config_.program.c_str(),
-                         stop_signal::name());
+                         stop_signal::name_of(stop_signal_));
             return 1;
         }
         return 0;
     }
 
-    // Prints and logs a continuation of --sample_prompt. Samples run under dense attention, which takes any length.
+    // Prints and logs a continuation of --sample_prompt. Samples run under dense attention, which takes any length, on
+    // rank 0 alone.
     void sample() {
-        if (config_.sample_tokens == 0) {
+        if (config_.sample_tokens == 0 || !ranks_.is_first()) {
             return;
         }
         const Clock::time_point start = Clock::now();
@@ -383,7 +420,7 @@ class TrainingRun {
         std::vector<float> logits(config_.model.vocab_size);
         const RandomStream random(config_.seed, RandomUse::samples, (uint64_t)state_.step);
         bool ended = false;
-        for (int64_t i = 0; i < config_.sample_tokens && !ended && !stop_signal::requested(); ++i) {
+        for (int64_t i = 0; i < config_.sample_tokens && !ended && stop_signal::received == 0; ++i) {
             const int64_t length = std::min<int64_t>((int64_t)tokens.size(), model_.max_sequence_length());
             model_.next_token_logits(tokens.data() + (int64_t)tokens.size() - length, length, logits.data());
             const std::optional<int32_t> token =
@@ -400,7 +437,7 @@ class TrainingRun {
         const std::string text = tokenizer_->decode(tokens);
         terminal_.print(format_string("step %lld | sample, %.1f s:\n%s", (long long)state_.step, seconds_since(start),
                                       terminal_safe(text).c_str()));
-        metrics_->write("sample", state_.step, {{"text", text}, {"seconds", seconds_since(start)}});
+        log("sample", {{"text", text}, {"seconds", seconds_since(start)}});
     }
 
     // ---- checkpoints and the end
@@ -413,11 +450,12 @@ class TrainingRun {
         const Clock::time_point start = Clock::now();
         const bool weights_bf16 =
             config_.save_dtype == SaveDtype::bf16 || (config_.save_dtype == SaveDtype::automatic && device_.is_gpu);
-        checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir);
+        checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
+                                      checkpoint::OPTIMIZER_SHARD_BYTES, ranks_);
         saved_step_ = state_.step;
         terminal_.print(format_string("step %lld | checkpoint %s, %.1f s", (long long)state_.step, checkpoint_.c_str(),
                                       seconds_since(start)));
-        metrics_->write("checkpoint", state_.step, {{"path", checkpoint_}, {"seconds", seconds_since(start)}});
+        log("checkpoint", {{"path", checkpoint_}, {"seconds", seconds_since(start)}});
     }
 
     std::string resume_command() const {
@@ -428,8 +466,9 @@ class TrainingRun {
     int stop_on_signal() {
         save();
         terminal_.end_progress();
-        metrics_->write("stop", state_.step, {{"signal", stop_signal::name()}});
-        terminal_.print(format_string("stopped by %s after step %lld of %lld; go on with:\n  %s", stop_signal::name(),
+        const char* const name = stop_signal::name_of(stop_signal_);
+        log("stop", {{"signal", name}});
+        terminal_.print(format_string("stopped by %s after step %lld of %lld; go on with:\n  %s", name,
                                       (long long)state_.step, (long long)config_.max_steps, resume_command().c_str()));
         return 0;
     }
@@ -437,8 +476,10 @@ class TrainingRun {
     int stop_after_skips(const StepResult& result) {
         save();
         terminal_.end_progress();
-        metrics_->write("stop", state_.step,
-                        {{"skipped_in_a_row", state_.skipped_in_a_row}, {"first_bad_tensor", result.first_bad_tensor}});
+        log("stop", {{"skipped_in_a_row", state_.skipped_in_a_row}, {"first_bad_tensor", result.first_bad_tensor}});
+        if (!ranks_.is_first()) {
+            return 1;
+        }
         std::fprintf(stderr,
                      "%s: %lld steps in a row had a loss or gradient norm that is not finite (first: %s): stopped at "
                      "--max_skipped after writing %s; look at the data from sequence %lld on, or lower "
@@ -462,6 +503,7 @@ class TrainingRun {
     TrainableModel& model_;
     const RunConfig config_;
     const DeviceInfo device_;
+    const RunRanks& ranks_;
     Terminal terminal_;
     RunData data_;
     std::optional<Tokenizer> tokenizer_;  // of the training data
@@ -473,11 +515,14 @@ class TrainingRun {
     std::string checkpoint_;                          // the newest this run has written
     int64_t saved_step_ = -1;                         // its step
     int64_t first_step_ = 0;                          // of this process
+    int stop_signal_ = 0;                             // what asked to stop, once all ranks know
     Clock::time_point second_step_start_;
 };
 
 // Trains, evaluates or both, as `config` (from configure_run) says. Returns the status for main: 0 when the run ended
 // or was stopped by a signal, 1 when it stopped because steps were skipped. Throws Error.
-inline int run_training(TrainableModel& model, const RunConfig& config, const DeviceInfo& device) {
-    return TrainingRun(model, config, device).run();
+// All ranks call it.
+inline int run_training(TrainableModel& model, const RunConfig& config, const DeviceInfo& device,
+                        const RunRanks& ranks = RunRanks()) {
+    return TrainingRun(model, config, device, ranks).run();
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "model_config.h"
 #include "parameters.h"
@@ -31,6 +32,12 @@ inline const char* state_kind_name(StateKind kind) {
     return kind == StateKind::master ? "master" : kind == StateKind::exp_avg ? "exp_avg" : "exp_avg_sq";
 }
 
+// Elements [begin, begin + num_elements) of a tensor, row-major.
+struct StatePiece {
+    int64_t begin = 0;
+    int64_t num_elements = 0;
+};
+
 class TrainableModel {
   public:
     virtual ~TrainableModel() = default;
@@ -41,7 +48,8 @@ class TrainableModel {
     virtual void set_attention(AttentionMode mode) = 0;
 
     // One optimizer step is begin_step, accumulate_gradients for each micro-batch, update.
-    virtual void begin_step() = 0;
+    // num_micro_batches: how many; ranks that train together add up their gradients during the last.
+    virtual void begin_step(int64_t num_micro_batches = 1) = 0;
     // tokens: host [B, T + 1]; inputs are columns 0..T-1, targets 1..T. Adds the gradient of loss_weight * (mean loss
     // of this micro-batch) to the gradients and loss_weight * (its mean loss) to the step's loss.
     virtual void accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) = 0;
@@ -57,10 +65,22 @@ class TrainableModel {
     virtual int64_t max_sequence_length() const = 0;
 
     // Copies one whole tensor [rows, cols] between host float32 and the model. Writing master also sets the weights
-    // used by the forward pass.
+    // used by the forward pass. Where ranks hold shards of the state, all of them call gather_state(kind) before
+    // read_state, which then works until the next step or the next gather.
+    virtual void gather_state(StateKind) {}
     virtual void read_state(StateKind kind, int tensor, float* out) = 0;
     virtual void write_state(StateKind kind, int tensor, const float* in) = 0;
-    // The accumulated gradient of one tensor, [rows, cols]: for tests.
+    // The parts of a tensor whose state this rank holds, in order: with one rank all of it.
+    virtual std::vector<StatePiece> state_pieces(int tensor) const {
+        return {{0, parameters().tensors[tensor].num_elements()}};
+    }
+    virtual void read_state_piece(StateKind kind, int tensor, const StatePiece&, float* out) {
+        read_state(kind, tensor, out);
+    }
+    virtual void write_state_piece(StateKind kind, int tensor, const StatePiece&, const float* in) {
+        write_state(kind, tensor, in);
+    }
+    // The accumulated gradient of one tensor, [rows, cols]: for tests. All ranks call it.
     virtual void read_gradient(int tensor, float* out) = 0;
 
     virtual double peak_memory_gib() const = 0;  // in use by the model on its device

@@ -31,6 +31,11 @@ __global__ void __launch_bounds__(GRAD_NORM_THREADS)
 // Launch: one thread. norm (=) [1].
 __global__ void zero_root_kernel(float* norm, const double* sum) { *norm = (float)sqrt(*sum); }
 
+// Scratch of ZeroOptimizer::grad_norm(), to be 8-byte aligned.
+inline size_t zero_scratch_bytes(const ZeroLayout& layout) {
+    return (1 + layout.buckets.size() * GRAD_NORM_BLOCKS) * sizeof(double);
+}
+
 // ---- the optimizer's part of a step ------------------------------------------------------------
 class ZeroOptimizer {
   public:
@@ -40,8 +45,7 @@ class ZeroOptimizer {
     }
     const ZeroLayout& layout() const { return layout_; }
 
-    // Scratch of grad_norm(), 8-byte aligned.
-    size_t scratch_bytes() const { return (1 + layout_.buckets.size() * GRAD_NORM_BLOCKS) * sizeof(double); }
+    size_t scratch_bytes() const { return zero_scratch_bytes(layout_); }
 
     // During the last micro-batch's backward, after each layer of ZeroTensor::final_after: begins to sum the buckets
     // that are final now. gradients: the flat array; of each bucket this rank's slice (=) its sum over ranks, and the

@@ -64,8 +64,19 @@ else
     skip fuzzers "clang with libFuzzer is not installed and could not be"
 fi
 
+echo "== ranks in processes of their own"
+check ranks_without_mpi scripts/spawn_ranks.sh 4 build/mpi_comm
+if command -v mpirun >/dev/null; then
+    as_root=()
+    [ "$(id -u)" -eq 0 ] && as_root=(--allow-run-as-root)
+    check ranks_under_mpi mpirun "${as_root[@]}" --oversubscribe -np 4 build/mpi_comm
+else
+    skip ranks_under_mpi "no mpirun here"
+fi
+
 echo "== end to end"
 for script in dev/test/e2e_*.sh; do
+    [ "$script" = dev/test/e2e_ranks.sh ] && continue # needs a GPU, below
     check "$(basename "$script" .sh)" bash "$script"
 done
 
@@ -99,8 +110,10 @@ else
 fi
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     check gpu_check scripts/gpu_check.sh
+    check e2e_ranks bash dev/test/e2e_ranks.sh
 else
     skip gpu_check "no NVIDIA GPU here; $(scripts/gpu_check.sh --stale)"
+    skip e2e_ranks "no NVIDIA GPU here"
 fi
 
 rm -rf "$log"

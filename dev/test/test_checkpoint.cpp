@@ -34,7 +34,7 @@ class StateModel : public TrainableModel {
     const ModelConfig& config() const override { return config_; }
     const ParameterTable& parameters() const override { return table_; }
     void set_attention(AttentionMode) override {}
-    void begin_step() override {}
+    void begin_step(int64_t) override {}
     void accumulate_gradients(const int32_t*, int, int64_t, double) override {}
     StepResult update(const AdamWSettings&) override { return {}; }
     double evaluate(const int32_t*, int, int64_t) override { return 0.0; }

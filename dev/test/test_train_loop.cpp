@@ -27,7 +27,7 @@ class FakeModel : public TrainableModel {
     const ParameterTable& parameters() const override { return table_; }
     void set_attention(AttentionMode mode) override { attention = mode; }
 
-    void begin_step() override { loss_ = 0.0; }
+    void begin_step(int64_t) override { loss_ = 0.0; }
     void accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) override {
         double sum = 0.0;
         for (int64_t i = 0; i < B * (T + 1); ++i) {

@@ -85,7 +85,7 @@ class ReferenceModel : public TrainableModel {
     double peak_memory_gib() const override;
     void set_attention(AttentionMode mode) override { attention_ = mode; }
 
-    void begin_step() override;
+    void begin_step(int64_t num_micro_batches = 1) override;
     void accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) override;
     StepResult update(const AdamWSettings& settings) override;
 
@@ -216,7 +216,7 @@ double ReferenceModel<Real>::peak_memory_gib() const {
 
 // ---- the step ----------------------------------------------------------------------------------
 template <class Real>
-void ReferenceModel<Real>::begin_step() {
+void ReferenceModel<Real>::begin_step(int64_t) {
     std::fill(gradients_.begin(), gradients_.end(), Real(0));
     step_loss_ = 0.0;
 }

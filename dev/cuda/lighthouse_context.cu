@@ -1,0 +1,216 @@
+// lighthouse_context.cu: Lighthouse attention of sequences on W ranks (llmc/lighthouse_context.cuh) against one GPU's
+// layer on the same sequences: the same entries, and outputs and gradients equal up to the rounding of partial results.
+// The ranks are threads on one GPU (loopback_comm.cuh).
+//   build/dev/lighthouse_context [--variant N] [--check_only] [--small] [--seed N]
+#include "dev/cuda/lighthouse_cases.cuh"
+#include "dev/cuda/loopback_comm.cuh"
+#include "llmc/lighthouse_context.cuh"
+
+using Launcher = ContextExchange;
+
+struct ContextCase {
+    int W;
+    LighthouseCase layer;
+    std::string label() const { return format_string("W%d %s", W, layer.label().c_str()); }
+    LighthouseConfig config() const {
+        LighthouseConfig config;
+        config.levels = layer.levels, config.pool = layer.pool, config.topk = layer.topk;
+        return config;
+    }
+};
+// Four and eight chunks of one and of two tiles, half of the coarsest entries selected, grouped queries, levels whose
+// windows reach far over a border.
+static std::vector<ContextCase> context_cases(bool small) {
+    if (small) {
+        return {{2, {1, 2048, 2, 2, 512, 1, 1, 8}}};
+    }
+    return {{2, {1, 2048, 2, 2, 512, 1, 1, 8}},
+            {2, {2, 16384, 3, 4, 512, 4, 2, 64}},
+            {2, {1, 16384, 4, 2, 1024, 3, 3, 80}},
+            {4, {1, 4096, 2, 2, 1024, 2, 1, 128}},
+            {4, {2, 16384, 3, 2, 1024, 4, 4, 64}}};
+}
+
+// What the layer makes of packed qkv and dout; all of it on the host, in the order of the sequence.
+struct LayerResults {
+    std::vector<bf16> out, dqkv;
+    std::vector<int32_t> entries;  // [B, Hkv, S]
+    bool guards_intact = true;
+    bool repeats = true;  // output_again gives the forward's bits
+};
+
+static LayerResults run_one_gpu(const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows,
+                                const LighthouseShape& shape) {
+    const int64_t T = shape.geometry.T;
+    CudaStream stream;
+    DeviceBuffer<bf16> qkv(qkv_rows), dout(dout_rows), out(dout.size()), dqkv(qkv.size());
+    DeviceBuffer<char> saved((int64_t)lighthouse_saved_bytes(shape));
+    DeviceBuffer<char> forward_scratch((int64_t)lighthouse_forward_scratch_bytes(shape));
+    DeviceBuffer<char> backward_scratch((int64_t)lighthouse_backward_scratch_bytes(shape, true));
+    const QkvHeads<bf16> in = packed_heads(qkv.data(), T, shape), d = packed_heads(dqkv.data(), T, shape);
+    lighthouse_forward(plain_heads(out.data(), T, shape.H, shape.D), saved, in.q, in.k, in.v, forward_scratch, shape,
+                       stream);
+    lighthouse_backward(d.q, d.k, d.v, plain_heads(dout.data(), T, shape.H, shape.D), saved, backward_scratch, shape,
+                        true, stream);
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    LayerResults result;
+    result.out = out.download(), result.dqkv = dqkv.download();
+    LighthouseArea area(saved.data());
+    const LighthouseSaved s(area, shape);
+    result.entries.resize(shape.num_selections() * shape.geometry.S);
+    CUDA_CHECK(
+        cudaMemcpy(result.entries.data(), s.entries, result.entries.size() * sizeof(int32_t), cudaMemcpyDeviceToHost));
+    return result;
+}
+
+// Copies the rows of a rank between [B, T, width] and its own [B, 2n, width].
+template <class Element>
+void take_local(std::vector<Element>& local, const std::vector<Element>& whole, int64_t width,
+                const ContextPartition& p) {
+    local.resize(whole.size() / p.W);
+    for (int64_t row = 0; row < (int64_t)local.size() / width; ++row) {
+        const int64_t from = row / p.local_rows() * p.T + p.position(row % p.local_rows());
+        std::copy_n(whole.data() + from * width, width, local.data() + row * width);
+    }
+}
+template <class Element>
+void put_local(std::vector<Element>& whole, const std::vector<Element>& local, int64_t width,
+               const ContextPartition& p) {
+    whole.resize(local.size() * p.W);
+    for (int64_t row = 0; row < (int64_t)local.size() / width; ++row) {
+        const int64_t to = row / p.local_rows() * p.T + p.position(row % p.local_rows());
+        std::copy_n(local.data() + row * width, width, whole.data() + to * width);
+    }
+}
+
+// The pyramid address in the whole sequence of an entry of chunk number `chunk`.
+static int32_t whole_entry(int32_t entry, int64_t chunk, const LighthouseGeometry& part,
+                           const LighthouseGeometry& whole) {
+    int level = part.levels - 1;
+    while (level > 0 && entry < part.level_offset(level)) {
+        --level;
+    }
+    const int64_t index = entry - part.level_offset(level) + chunk * part.level_size(level);
+    return (int32_t)(whole.level_offset(level) + index);
+}
+
+static LayerResults run_ranks(const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows,
+                              const ContextCase& c, const LighthouseShape& whole, ContextExchange exchange,
+                              int64_t delay_cycles) {
+    LayerResults result;
+    result.entries.resize(whole.num_selections() * whole.geometry.S);
+    LoopbackHub hub(c.W);
+    std::mutex mutex;
+    const int64_t qkv_width = (int64_t)whole.num_heads() * whole.D, out_width = (int64_t)whole.H * whole.D;
+    run_loopback_ranks(hub, delay_cycles, [&](LoopbackComm& comm) {
+        const ContextPartition p = make_context_partition(whole.geometry.T, c.W, comm.rank());
+        const LighthouseShape chunks = make_lighthouse_chunk_shape(whole, c.config(), c.W, comm.rank());
+        const int64_t rows = p.local_rows();
+        std::vector<bf16> local_qkv, local_dout;
+        take_local(local_qkv, qkv_rows, qkv_width, p);
+        take_local(local_dout, dout_rows, out_width, p);
+        CudaStream stream;
+        LighthouseContext layer(comm, exchange);
+        const RingAttentionPlan ring(c.W, comm.rank(), exchange);
+        DeviceBuffer<bf16> qkv(local_qkv), dout(local_dout), out(dout.size()), again(dout.size()), dqkv(qkv.size());
+        DeviceBuffer<char> saved((int64_t)lighthouse_context_saved_bytes(chunks));
+        DeviceBuffer<char> forward_scratch((int64_t)lighthouse_context_forward_scratch_bytes(ring, chunks));
+        DeviceBuffer<char> backward_scratch((int64_t)lighthouse_context_backward_scratch_bytes(ring, chunks, true));
+        CUDA_CHECK(cudaDeviceSynchronize());
+        const QkvHeads<bf16> in = packed_heads(qkv.data(), rows, whole), d = packed_heads(dqkv.data(), rows, whole);
+        layer.forward(plain_heads(out.data(), rows, whole.H, whole.D), saved, in.q, in.k, in.v, forward_scratch, chunks,
+                      stream);
+        layer.output_again(plain_heads(again.data(), rows, whole.H, whole.D), saved, chunks, stream);
+        if (delay_cycles > 0) {
+            delay_kernel<<<1, 1, 0, stream>>>(3 * delay_cycles * comm.rank());
+        }
+        layer.backward(d.q, d.k, d.v, plain_heads(dout.data(), rows, whole.H, whole.D), saved, backward_scratch, chunks,
+                       true, stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+
+        LighthouseArea area(saved.data());
+        const LighthouseContextSaved s(area, chunks);
+        const int64_t S = chunks.geometry.S;
+        std::vector<int32_t> entries(chunks.num_selections() * S);
+        CUDA_CHECK(
+            cudaMemcpy(entries.data(), s.chunks.entries, entries.size() * sizeof(int32_t), cudaMemcpyDeviceToHost));
+        const std::vector<bf16> host_out = out.download(), host_again = again.download();
+        const std::lock_guard<std::mutex> lock(mutex);
+        put_local(result.out, host_out, out_width, p);
+        put_local(result.dqkv, dqkv.download(), qkv_width, p);
+        for (int64_t i = 0; i < (int64_t)entries.size(); ++i) {
+            const int64_t n = i % S, selection = i / S, h = selection % whole.Hkv, b = selection / whole.Hkv;
+            const int64_t chunk = p.chunk((int)(b % HALVES));
+            result.entries[((b / HALVES) * whole.Hkv + h) * whole.geometry.S + chunk * S + n] =
+                whole_entry(entries[i], chunk, chunks.geometry, whole.geometry);
+        }
+        result.repeats =
+            result.repeats && std::memcmp(host_out.data(), host_again.data(), host_out.size() * sizeof(bf16)) == 0;
+        result.guards_intact = result.guards_intact && out.guards_intact() && again.guards_intact() &&
+                               dqkv.guards_intact() && saved.guards_intact() && forward_scratch.guards_intact() &&
+                               backward_scratch.guards_intact();
+    });
+    return result;
+}
+
+static void check_case(Harness& h, const ContextCase& c, ContextExchange exchange) {
+    const LighthouseShape whole = c.layer.shape();
+    const int64_t rows = c.layer.B * c.layer.T, qkv_width = (int64_t)whole.num_heads() * whole.D;
+    const int64_t q_width = (int64_t)whole.H * whole.D, k_width = (int64_t)whole.Hkv * whole.D;
+    const std::string label = c.label();
+    std::vector<bf16> qkv, dout;
+    {
+        DeviceBuffer<bf16> random(rows * qkv_width);
+        random.fill_random(h.seed);
+        qkv = random.download();
+        DeviceBuffer<bf16> other(rows * q_width);
+        other.fill_random(h.seed + 1);
+        dout = other.download();
+    }
+    const LayerResults expected = run_one_gpu(qkv, dout, whole);
+    const LayerResults found = run_ranks(qkv, dout, c, whole, exchange, 0);
+    h.expect(found.entries == expected.entries, "selection", label, "the same entries in the same order");
+
+    // Both sides are flash attention's, a few bf16 roundings from the truth; each of up to 2 W partial results is
+    // rounded once more.
+    const double limit = (8.0 + 2.0 * c.W) * 0x1p-9;
+    h.compare("out", label, found.out, to_double(expected.out), limit, {c.layer.B, c.layer.T, whole.H, whole.D});
+    const auto part = [&](const std::vector<bf16>& packed, int64_t begin, int64_t width) {
+        std::vector<bf16> values(rows * width);
+        for (int64_t row = 0; row < rows; ++row) {
+            std::copy_n(packed.data() + row * qkv_width + begin, width, values.data() + row * width);
+        }
+        return values;
+    };
+    const auto compare_part = [&](const char* name, int64_t begin, int64_t width, int heads) {
+        h.compare(name, label, part(found.dqkv, begin, width), to_double(part(expected.dqkv, begin, width)), limit,
+                  {c.layer.B, c.layer.T, heads, whole.D});
+    };
+    compare_part("dq", 0, q_width, whole.H);
+    compare_part("dk", q_width, k_width, whole.Hkv);
+    compare_part("dv", q_width + k_width, k_width, whole.Hkv);
+    h.expect(found.guards_intact, "guards", label, found.guards_intact ? "intact" : "stray write");
+    h.expect(found.repeats, "output_again", label, found.repeats ? "the same bits" : "other bits");
+
+    // Other timing, the same bits.
+    const LayerResults slow = run_ranks(qkv, dout, c, whole, exchange, 200000);
+    const bool same = std::memcmp(slow.out.data(), found.out.data(), slow.out.size() * sizeof(bf16)) == 0 &&
+                      std::memcmp(slow.dqkv.data(), found.dqkv.data(), slow.dqkv.size() * sizeof(bf16)) == 0;
+    h.expect(same, "repeats", label, same ? "the same bits" : "other bits");
+}
+
+static void check(Harness& h, const Variant<Launcher>& variant) {
+    for (const ContextCase& c : context_cases(h.small)) {
+        check_case(h, c, variant.launch);
+    }
+}
+// What a rank adds to one GPU's layer is ring attention's, timed by ring_attention.cu, and a few dozen rows.
+static void measure(Harness&, const Variant<Launcher>&) {}
+
+int main(int argc, char** argv) {
+    static const std::vector<Variant<Launcher>> VARIANTS = {
+        {1, "gather all keys of the sub-sequence", ContextExchange::gather},
+        {2, "ring over the sub-sequence", ContextExchange::ring},
+    };
+    return run_variants(argc, argv, "lighthouse_context", VARIANTS, check, measure);
+}

@@ -1,0 +1,203 @@
+#!/usr/bin/env bash
+# ./train_gpt on several ranks, from end to end: every mesh of data x context parallel gives the losses and gradient norms
+# of one GPU, dense and Lighthouse; a rank that is killed ends the job, and its checkpoints go on on other numbers of ranks.
+# With the host transport all ranks share the GPUs there are, so one GPU is enough; where there are two, two ranks also
+# train by NCCL. Needs a GPU; about three minutes.
+#   dev/test/e2e_ranks.sh [TRAINER]        PARTS="meshes lighthouse nccl failures" chooses
+set -uo pipefail
+cd "$(dirname "$0")/../.." || exit 1
+trainer=${1:-./train_gpt}
+parts=${PARTS:-meshes lighthouse nccl failures}
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
+gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+[ "$gpus" -gt 0 ] || { echo "no NVIDIA GPU here" >&2; exit 1; }
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+failed=0
+timeout=20 # --comm_timeout, seconds
+
+ok() { echo "ok   $1"; }
+bad() {
+    echo "FAIL $1"
+    failed=1
+}
+cat llmc/*.h llmc/*.cuh >"$work/corpus.txt"
+# A rate at which training is calm: near an instability runs drift apart by more than rounding.
+small=(--num_layers 4 --width 512 --num_heads 8 --num_kv_heads 2 --head_dim 64 --ffn_width 2048 --seq_len 2048
+    --global_batch 4 --max_steps 20 --learning_rate 2e-4 --warmup_steps 20 --sample_tokens 0 --eval_every 0
+    --eval_batches 0 --schedule constant --deterministic --comm_timeout $timeout --train_data "$work/corpus.txt")
+lighthouse=(--attention lighthouse --lighthouse_levels 2 --lighthouse_pool 2 --lighthouse_dense_layers 0)
+
+# train NAME RANKS FLAG...: a run into $work/NAME, its output in $work/NAME.out; returns its status.
+train() {
+    local name=$1 ranks=$2
+    shift 2
+    local launch=()
+    [ "$ranks" -gt 1 ] && launch=(scripts/spawn_ranks.sh "$ranks")
+    timeout 120 "${launch[@]}" "$trainer" "${small[@]}" --output_dir "$work/$name" "$@" >"$work/$name.out" 2>&1
+}
+# "event step loss norm" of every step and validation, in order.
+numbers() {
+    sed -n 's/.*"event":"\(step\|validation\)".*/&/p' "$work/$1/metrics.jsonl" | awk '
+        function field(name) { return match($0, "\"" name "\":[^,}]*") ? substr($0, RSTART + length(name) + 3, RLENGTH - length(name) - 3) : "-" }
+        { print (/"event":"step"/ ? "step" : "validation"), field("step"), field("loss"), field("grad_norm") }'
+}
+# same NAME OTHER [FROM]: the losses of steps after FROM agree, those of OTHER being right. The first step has the same
+# weights in both, so it differs by the rounding of attention's merges and of products of other shapes, a few 2^-9 of a
+# mean over 8192 tokens; later steps drift apart by what Adam makes of that. A wrong factor in a gradient shows in the norm.
+same() {
+    numbers "$1" >"$work/a"
+    numbers "$2" >"$work/b"
+    if [ -s "$work/a" ] && awk -v from="${3:-0}" -v name="$1" '
+        function off(a, b) { return a > b ? a - b : b - a }
+        NR == FNR { loss[$1 $2] = $3; norm[$1 $2] = $4; next }
+        $2 > from {
+            ++compared
+            first = $1 == "step" && $2 == 1
+            d = off(loss[$1 $2], $3); worst = d > worst ? d : worst
+            if (!(($1 $2) in loss) || !(d <= (first ? 0.002 : 0.03))) { print "     " $0 " but " name " has loss " loss[$1 $2]; wrong = 1 }
+            if ($1 == "step") {
+                r = off(norm[$1 $2], $4) / $4; worst_norm = r > worst_norm ? r : worst_norm
+                if (!(r <= (first ? 0.01 : 0.1))) { print "     " $0 " but " name " has norm " norm[$1 $2]; wrong = 1 }
+            }
+        }
+        END { printf "%s: %d numbers, loss off by at most %.2g, norm by %.2g\n", name, compared, worst, worst_norm; exit wrong || compared == 0 }
+        ' "$work/a" "$work/b" >"$work/same"; then ok "$(cat "$work/same")"; else
+        bad "$1 differs from $2"
+        head -8 "$work/same"
+        tail -5 "$work/$1.out" | sed 's/^/     /'
+    fi
+}
+# mesh NAME OTHER RANKS FLAG...: trains, and compares with OTHER.
+mesh() {
+    local name=$1 other=$2 ranks=$3
+    shift 3
+    if train "$name" "$ranks" "$@"; then same "$name" "$other"; else
+        bad "$name: status $?"
+        tail -8 "$work/$name.out" | sed 's/^/     /'
+    fi
+}
+host=(--comm_transport host)
+
+for name in dense lighthouse; do
+    flags=()
+    [ $name = lighthouse ] && flags=("${lighthouse[@]}" --lighthouse_topk 512)
+    train $name 1 --batch_size 2 "${flags[@]}" || { bad "$name on one GPU"; tail -5 "$work/$name.out"; }
+done
+if [[ $parts = *meshes* ]]; then
+    mesh data2 dense 2 "${host[@]}" --batch_size 2
+    mesh ring2 dense 2 "${host[@]}" --batch_size 2 --context_parallel 2 --context_exchange ring
+    mesh gather2 dense 2 "${host[@]}" --batch_size 4 --context_parallel 2 --context_exchange gather
+    mesh ring4 dense 4 "${host[@]}" --batch_size 1 --context_parallel 4 --context_exchange ring --recompute block
+    mesh data2_ring2 dense 4 "${host[@]}" --batch_size 1 --context_parallel 2 --context_exchange ring
+fi
+if [[ $parts = *lighthouse* ]]; then
+    mesh lighthouse2 lighthouse 2 "${host[@]}" --batch_size 2 --context_parallel 2 "${lighthouse[@]}" \
+        --lighthouse_topk 512
+    mesh lighthouse2_recompute lighthouse 2 "${host[@]}" --batch_size 2 --context_parallel 2 "${lighthouse[@]}" \
+        --lighthouse_topk 512 --recompute block --context_exchange ring
+    mesh data2_lighthouse2 lighthouse 4 "${host[@]}" --batch_size 1 --context_parallel 2 "${lighthouse[@]}" \
+        --lighthouse_topk 512
+fi
+if [[ $parts = *nccl* ]]; then
+    if [ "$gpus" -ge 2 ]; then
+        mesh nccl_data2 dense 2 --comm_transport nccl --batch_size 2
+        mesh nccl_ring2 dense 2 --comm_transport nccl --batch_size 2 --context_parallel 2 --context_exchange ring
+        mesh nccl_gather2 dense 2 --comm_transport nccl --batch_size 2 --context_parallel 2 --context_exchange gather
+        mesh nccl_lighthouse2 lighthouse 2 --comm_transport nccl --batch_size 2 --context_parallel 2 \
+            "${lighthouse[@]}" --lighthouse_topk 512
+    else
+        echo "not run: NCCL between two GPUs (one here)"
+        # Ranks that would share a GPU are refused in clear words.
+        train nccl_shared 2 --comm_transport nccl --batch_size 2
+        if grep -q 'would share a GPU\|built without NCCL' "$work/nccl_shared.out"; then ok "nccl on one GPU is refused"; else
+            bad "nccl on one GPU"
+            tail -5 "$work/nccl_shared.out"
+        fi
+    fi
+fi
+
+# kill_rank RANK: of the job that `start` began, by SIGKILL.
+kill_rank() {
+    local pid
+    for pid in $(pgrep -P "$job"); do
+        if tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qx "LLMC_RANK=$1"; then
+            kill -9 "$pid"
+            return
+        fi
+    done
+    return 1
+}
+# start NAME RANKS FLAG...: in the background; the launcher's process is $job.
+start() {
+    local name=$1 ranks=$2
+    shift 2
+    scripts/spawn_ranks.sh "$ranks" "$trainer" "${small[@]}" --output_dir "$work/$name" "$@" >"$work/$name.out" 2>&1 &
+    job=$!
+}
+# ends NAME SECONDS: the job ends by itself within them, with a status that is not 0.
+ends() {
+    local begin=$SECONDS status
+    while kill -0 "$job" 2>/dev/null && [ $((SECONDS - begin)) -le "$2" ]; do sleep 0.2; done
+    if kill -0 "$job" 2>/dev/null; then
+        bad "$1: the job still runs $2 s after a rank was killed"
+        pkill -9 -P "$job"
+        kill -9 "$job"
+        return 1
+    fi
+    wait "$job"
+    status=$?
+    if [ $status -ne 0 ]; then ok "$1: the job ended with status $status after $((SECONDS - begin)) s"; else bad "$1: status 0"; fi
+}
+has_step() { [ -d "$work/$1/$(printf 'step%08d' "$2")" ]; }
+wait_for_step() {
+    for _ in $(seq 600); do
+        has_step "$1" "$2" && return
+        kill -0 "$job" 2>/dev/null || return 1
+        sleep 0.1
+    done
+    return 1
+}
+
+if [[ $parts = *failures* ]]; then
+    context2=("${host[@]}" --batch_size 2 --context_parallel 2)
+    # In the middle of training, with checkpoints of two ranks; gone on with on one rank, then on four.
+    start killed 2 "${context2[@]}" --checkpoint_every 1 --keep_checkpoints 0 --max_steps 100000
+    if wait_for_step killed 5 && kill_rank 1; then
+        ends killed $((timeout + 15))
+        grep -q 'rank 0 .*step' "$work/killed.out" && ok "the error names rank and step" || bad "the error: $(tail -3 "$work/killed.out")"
+        # Later checkpoints are put aside, so that there are steps to compare.
+        for folder in "$work"/killed/step*; do [ "$folder" \> "$work/killed/step00000005" ] && rm -rf "$folder"; done
+        cp -r "$work/killed" "$work/on_four"
+        mesh killed dense 1 --resume --batch_size 2 --max_steps 20
+        grep -q 'resumed from.*step 5$' "$work/killed.out" && ok "two ranks' checkpoint, one rank" || bad "resumed elsewhere"
+        mesh on_four dense 4 --resume --batch_size 1 --context_parallel 2 "${host[@]}" --max_steps 20
+    else
+        bad "killed: $(tail -3 "$work/killed.out")"
+    fi
+    # One rank's checkpoint on two.
+    train alone 1 --batch_size 2 --max_steps 10
+    mesh alone dense 2 --resume "${context2[@]}" --max_steps 20
+    # At start-up.
+    start early 2 "${context2[@]}"
+    for _ in $(seq 100); do
+        kill_rank 1 2>/dev/null && break
+        sleep 0.05
+    done
+    ends early $((timeout + 15))
+    # At any moment of runs that write a checkpoint after every step: there is always one to go on from.
+    for round in 1 2 3; do
+        start saving$round 2 "${context2[@]}" --checkpoint_every 1 --keep_checkpoints 2 --max_steps 100000
+        wait_for_step saving$round 3
+        sleep "0.$((RANDOM % 900 + 100))"
+        kill_rank $((round % 2))
+        ends "killed while saving, $round" $((timeout + 15))
+        last=$(find "$work/saving$round" -maxdepth 1 -name 'step*' | LC_ALL=C sort | tail -1)
+        step=$((10#$(basename "${last:-step0}" | tr -d a-z)))
+        if [ "$step" -ge 3 ] && train saving$round 1 --resume --batch_size 2 --max_steps $((step + 1)) &&
+            ! compgen -G "$work/saving$round/.partial-*" >/dev/null; then ok "goes on after step $step"; else
+            bad "saving$round: $(tail -3 "$work/saving$round.out")"
+        fi
+    done
+fi
+exit $failed
