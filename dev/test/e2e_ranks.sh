@@ -169,7 +169,7 @@ if [[ $parts = *failures* ]]; then
         # Later checkpoints are put aside, so that there are steps to compare.
         for folder in "$work"/killed/step*; do [ "$folder" \> "$work/killed/step00000005" ] && rm -rf "$folder"; done
         cp -r "$work/killed" "$work/on_four"
-        mesh killed dense 1 --resume --batch_size 2 --max_steps 20
+        mesh killed dense 1 --resume --batch_size 2 --context_parallel 1 --comm_transport auto --max_steps 20
         grep -q 'resumed from.*step 5$' "$work/killed.out" && ok "two ranks' checkpoint, one rank" || bad "resumed elsewhere"
         mesh on_four dense 4 --resume --batch_size 1 --context_parallel 2 "${host[@]}" --max_steps 20
     else
@@ -194,7 +194,7 @@ if [[ $parts = *failures* ]]; then
         ends "killed while saving, $round" $((timeout + 15))
         last=$(find "$work/saving$round" -maxdepth 1 -name 'step*' | LC_ALL=C sort | tail -1)
         step=$((10#$(basename "${last:-step0}" | tr -d a-z)))
-        if [ "$step" -ge 3 ] && train saving$round 1 --resume --batch_size 2 --max_steps $((step + 1)) &&
+        if [ "$step" -ge 3 ] && train saving$round 1 --resume --batch_size 2 --context_parallel 1 --comm_transport auto --max_steps $((step + 1)) &&
             ! compgen -G "$work/saving$round/.partial-*" >/dev/null; then ok "goes on after step $step"; else
             bad "saving$round: $(tail -3 "$work/saving$round.out")"
         fi
