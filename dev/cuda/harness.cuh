@@ -112,6 +112,7 @@ class DeviceBuffer {
     std::vector<Element> download() const { return download(0, num_elements_); }
     std::vector<Element> download(int64_t first, int64_t count) const {
         std::vector<Element> values(count);
+        CUDA_CHECK(cudaDeviceSynchronize());  // whatever writes it, on whatever stream
         CUDA_CHECK(cudaMemcpy(values.data(), data() + first, count * sizeof(Element), cudaMemcpyDeviceToHost));
         return values;
     }
