@@ -39,6 +39,11 @@ need_header xxhash.h libxxhash-dev xxhash-devel xxhash
 if [ "$want" = test ]; then
     need_header gtest/gtest.h libgtest-dev gtest-devel gtest
     need_command perl perl perl perl
+    # Elsewhere Open MPI is no command until a module is loaded; without it the tests under mpirun are skipped.
+    if command -v apt-get >/dev/null; then
+        need_command mpicxx libopenmpi-dev openmpi-devel openmpi
+        need_command mpirun openmpi-bin openmpi openmpi
+    fi
 fi
 [ ${#missing[@]} -eq 0 ] && exit 0
 
