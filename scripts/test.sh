@@ -97,14 +97,12 @@ fi
 echo "== CUDA code"
 if [ $cuda = no ]; then
     skip cuda "asked not to (--no_cuda)"
-elif make -s found | grep -q 'no nvcc'; then
+elif [[ $(make -s found) == *'no nvcc'* ]]; then
     skip cuda "no nvcc here"
 else
-    # For this machine's GPU or, without one, sm_80 and sm_90a. The variants of dev/cuda then for the newer alone: what
-    # they have in common with the trainer has been compiled for both.
+    # For this machine's GPU or, without one, sm_80 and sm_90a.
     check build_cuda_trainer make -s -j"$(nproc)" train_gpt test_gpt
-    make -s found | grep -q 'no GPU here' && dev_arch="ARCH=90a" || dev_arch=""
-    check build_cuda_dev make -s -j"$(nproc)" $dev_arch dev
+    check build_cuda_dev make -s -j"$(nproc)" dev
     # The programs start without a GPU, and say in one sentence that they need one.
     check train_gpt_without_gpu bash dev/test/no_gpu.sh
 fi
