@@ -18,6 +18,8 @@ import statistics
 import subprocess
 import sys
 
+from plotting import pyplot
+
 # name: B, H, Hkv, D, lengths
 POWERS = [1024, 2048, 4096, 8192, 16384, 32768, 65536, 131072, 262144, 524288]
 SHAPES = {
@@ -127,13 +129,9 @@ def measure(programs, direction, shape, T, options):
 
 
 def plot(results, path):
-    try:
-        import matplotlib
-    except ImportError:
-        print("no matplotlib: no plot")
+    plt = pyplot("no matplotlib: no plot")
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     names = [name for name in results if len({row["T"] for row in results[name]}) > 2]
     if not names:
         return

@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 
+from plotting import pyplot
+
 MODEL = dict(num_layers=8, width=512, num_heads=8, num_kv_heads=8, head_dim=64, ffn_width=1408, vocab_size=258)
 TRAINING = dict(learning_rate="1.5e-3", schedule="cosine", final_learning_rate_fraction="0.1", weight_decay="0.1",
                 beta1="0.9", beta2="0.95", max_grad_norm="1.0")
@@ -124,13 +126,9 @@ def table(results):
 
 
 def plot(results, path):
-    try:
-        import matplotlib
-    except ImportError:
-        print("no matplotlib here: --from_json makes the plot on a machine that has it")
+    plt = pyplot("no matplotlib here: --from_json makes the plot on a machine that has it")
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True)
     for name, run in results["runs"].items():
         seconds = [sum(run["elapsed_ms"][:i + 1]) / 1e3 for i in range(len(run["elapsed_ms"]))]

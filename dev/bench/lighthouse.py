@@ -23,6 +23,8 @@ import subprocess
 import sys
 import time
 
+from plotting import pyplot
+
 # name: width, query heads, key/value heads, FFN width; head dim 128.
 BLOCKS = {
     "530M": (1024, 8, 8, 1536),
@@ -177,13 +179,9 @@ def tables(results):
 
 
 def plot(results, path):
-    try:
-        import matplotlib
-    except ImportError:
-        print("no matplotlib here: --from_json makes the plot on a machine that has it")
+    plt = pyplot("no matplotlib here: --from_json makes the plot on a machine that has it")
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
     for axis, index, title in ((axes[0], 0, "forward"), (axes[1], 1, "forward + backward")):
         for kind, label, style in (("layer", "Lighthouse", "o-"), ("dense", "dense", "s-"),

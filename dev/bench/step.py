@@ -18,6 +18,8 @@ import subprocess
 import sys
 import tempfile
 
+from plotting import pyplot
+
 LLAMA_530M = dict(num_layers=30, width=1024, num_heads=8, num_kv_heads=8, head_dim=128, ffn_width=1536,
                   tied_embeddings="false")
 LLAMA_124M = dict(num_layers=12, width=768, num_heads=12, num_kv_heads=12, head_dim=64, ffn_width=2048,
@@ -98,13 +100,9 @@ def attempt(function, *arguments):
 
 
 def plot(results, path):
-    try:
-        import matplotlib
-    except ImportError:
-        print("no matplotlib: no plot")
+    plt = pyplot("no matplotlib: no plot")
+    if plt is None:
         return
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
     names = [name for name in results if "ms" in results[name]["train_gpt"]]
     figure, axes = plt.subplots(1, 2, figsize=(13, 0.6 * len(names) + 2), sharey=True)
     for axis, key, label in ((axes[0], "tokens_per_second", "tokens/s"), (axes[1], "peak_gib", "peak memory, GiB")):
