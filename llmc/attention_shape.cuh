@@ -26,6 +26,16 @@ struct HeadView {
     }
 };
 
+// Where the gradient of k or of v goes: rounded to bf16, or in float32 where it is a part of a sum that is rounded later
+// (ring attention). One of the two has no data. dk and dv of a call are of one kind.
+struct KeyGradientView {
+    HeadView<bf16> rounded;
+    HeadView<float> whole;
+
+    KeyGradientView(HeadView<bf16> view) : rounded(view) {}
+    KeyGradientView(HeadView<float> view) : whole(view) {}
+};
+
 // Query row t sees key rows 0 .. t + causal_offset when causal (ring attention's chunks use the offset), all otherwise.
 // A query that sees no key gets out = 0, lse = -infinity, and no gradient.
 struct AttentionShape {

@@ -74,6 +74,7 @@ struct MmaForwardArguments {
 
 struct MmaBackwardArguments {
     HeadView<bf16> dq, dk, dv;
+    HeadView<float> dk_whole, dv_whole;  // where dk and dv go instead, if these have data
     HeadView<const bf16> dout, q, k, v;
     const float2* row_statistics;  // [B, H, Tq]: lse in powers of two, delta
     float* dq_accumulator;         // in fragment order, see dq_fragment; nullptr: do not compute dq
@@ -193,6 +194,32 @@ __device__ __forceinline__ void store_rows(bf16* first_row, int64_t stride_t, ui
         if (row < num_rows && chunk * 8 < D) {
             *reinterpret_cast<int4*>(first_row + row * stride_t + chunk * 8) =
                 load_shared_b128(tile + SwizzledTile<COLUMNS>::offset(row, chunk));
+        }
+    }
+}
+
+// Stores a warp's accumulators, times a factor for each row, as they are: chunks [first_chunk, first_chunk + N_TILES)
+// of the first num_rows rows and D columns.
+template <int M_TILES, int N_TILES>
+__device__ __forceinline__ void store_whole_fragments(float* first_row, int64_t stride_t,
+                                                      const float (&c)[M_TILES][N_TILES][4],
+                                                      const float (&factor)[M_TILES][2], int64_t num_rows, int D,
+                                                      int first_chunk) {
+    const int lane = threadIdx.x % WARP_SIZE;
+#pragma unroll
+    for (int m = 0; m < M_TILES; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = 16 * m + 8 * half + lane / 4;
+            float* const to = first_row + row * stride_t + lane % 4 * 2;
+#pragma unroll
+            for (int n = 0; n < N_TILES; ++n) {
+                const int column = (first_chunk + n) * 8;
+                if (row < num_rows && column < D) {
+                    *reinterpret_cast<float2*>(to + column) =
+                        make_float2(c[m][n][2 * half] * factor[m][half], c[m][n][2 * half + 1] * factor[m][half]);
+                }
+            }
         }
     }
 }
@@ -637,9 +664,10 @@ struct MmaBackwardTile {
     };
 };
 
+// WHOLE: dk and dv go to dk_whole and dv_whole.
 // Launch: D_SPLITS blocks a tile of BLOCK_N keys of one kv head, in TileOrder. Bound: tensor cores, closely followed by
 // shared memory.
-template <class Tile>
+template <class Tile, bool WHOLE>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     flash_attention_mma_backward_kernel(const __grid_constant__ MmaBackwardArguments args) {
     constexpr int D = Tile::D, D_OUT = Tile::D_OUT, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N;
@@ -772,21 +800,29 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
         }
     }
 
-    __syncthreads();  // every warp is done with k
     float dk_factor[KEY_TILES][2], dv_factor[KEY_TILES][2];
 #pragma unroll
     for (int i = 0; i < 2 * KEY_TILES; ++i) {
         dk_factor[i / 2][i % 2] = args.scale;
         dv_factor[i / 2][i % 2] = 1.0f;
     }
-    store_fragments<D>(k_tile + warp * WARP_BYTES, dk, dk_factor, first_chunk);
-    store_fragments<D>(v_tile + warp * WARP_BYTES, dv, dv_factor, first_chunk);
-    __syncwarp();
     const int64_t warp_key = first_key + warp * WARP_KEYS;
-    store_rows<D, WARP_KEYS, D_OUT / 8>(args.dk.row(b, warp_key, kv_head), args.dk.stride_t, k_tile + warp * WARP_BYTES,
-                                        args.Tk - warp_key, args.D, first_chunk);
-    store_rows<D, WARP_KEYS, D_OUT / 8>(args.dv.row(b, warp_key, kv_head), args.dv.stride_t, v_tile + warp * WARP_BYTES,
-                                        args.Tk - warp_key, args.D, first_chunk);
+    if constexpr (WHOLE) {
+        store_whole_fragments(args.dk_whole.row(b, warp_key, kv_head), args.dk_whole.stride_t, dk, dk_factor,
+                              args.Tk - warp_key, args.D, first_chunk);
+        store_whole_fragments(args.dv_whole.row(b, warp_key, kv_head), args.dv_whole.stride_t, dv, dv_factor,
+                              args.Tk - warp_key, args.D, first_chunk);
+    } else {
+        __syncthreads();  // every warp is done with k
+        const uint32_t dk_tile = k_tile + warp * WARP_BYTES, dv_tile = v_tile + warp * WARP_BYTES;
+        store_fragments<D>(dk_tile, dk, dk_factor, first_chunk);
+        store_fragments<D>(dv_tile, dv, dv_factor, first_chunk);
+        __syncwarp();
+        store_rows<D, WARP_KEYS, D_OUT / 8>(args.dk.row(b, warp_key, kv_head), args.dk.stride_t, dk_tile,
+                                            args.Tk - warp_key, args.D, first_chunk);
+        store_rows<D, WARP_KEYS, D_OUT / 8>(args.dv.row(b, warp_key, kv_head), args.dv.stride_t, dv_tile,
+                                            args.Tk - warp_key, args.D, first_chunk);
+    }
 }
 
 // ---- backward: dq in a fixed order -------------------------------------------------------------
@@ -909,11 +945,19 @@ inline void mma_check_shape(const AttentionShape& s) {
           "attention: H = %d query heads must be a multiple of Hkv = %d key/value heads", s.H, s.Hkv);
     CHECK(std::isfinite(s.scale) && s.scale > 0.0f, "attention: scale %g must be positive and finite", s.scale);
 }
-inline void mma_check_view(const char* name, const HeadView<const bf16>& view) {
+template <class Element>
+inline void mma_check_view(const char* name, const HeadView<Element>& view) {
     CHECK(reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride_b % 8 == 0 && view.stride_t % 8 == 0 &&
               view.stride_h % 8 == 0,
           "attention: rows of %s must be aligned to 16 bytes (strides %lld, %lld, %lld elements)", name,
           (long long)view.stride_b, (long long)view.stride_t, (long long)view.stride_h);
+}
+inline void mma_check_key_gradients(const KeyGradientView& dk, const KeyGradientView& dv) {
+    CHECK((dk.whole.data == nullptr) == (dv.whole.data == nullptr), "attention: dk and dv must be of one kind");
+    mma_check_view("dk", dk.rounded);
+    mma_check_view("dv", dv.rounded);
+    mma_check_view("dk", dk.whole);
+    mma_check_view("dv", dv.whole);
 }
 
 // num_tiles a head, of `heads` heads a sequence; the operands that blocks of one head share are head_bytes.
@@ -944,7 +988,9 @@ inline void mma_launch_backward(MmaBackwardArguments args, const AttentionShape&
     const int64_t row_bytes = shape.D * (2 * sizeof(bf16) + (args.dq_accumulator != nullptr ? sizeof(float) : 0));
     args.order = mma_tile_order(ceil_div<int64_t>(shape.Tk, Tile::BLOCK_N), shape.B, shape.Hkv, 1,
                                 shape.Tq * args.heads_per_kv_head * row_bytes);
-    mma_launch<Tile>(flash_attention_mma_backward_kernel<Tile>, args, Tile::D_SPLITS, stream);
+    mma_launch<Tile>(args.dk_whole.data != nullptr ? flash_attention_mma_backward_kernel<Tile, true>
+                                                   : flash_attention_mma_backward_kernel<Tile, false>,
+                     args, Tile::D_SPLITS, stream);
 }
 template <class Tile>
 inline void mma_launch_backward_query(MmaBackwardArguments args, const AttentionShape& shape, cudaStream_t stream) {
@@ -999,20 +1045,22 @@ inline size_t flash_attention_mma_backward_scratch_bytes(const AttentionShape& s
 }
 
 // What the backward does before the products: fills the statistics, zeroes dq's accumulator, checks the operands.
-inline MmaBackwardArguments mma_begin_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv,
+inline MmaBackwardArguments mma_begin_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
                                                HeadView<const bf16> dout, HeadView<const bf16> q,
                                                HeadView<const bf16> k, HeadView<const bf16> v, HeadView<const bf16> out,
                                                const float* lse, void* scratch, const AttentionShape& shape,
                                                bool deterministic, cudaStream_t stream) {
     mma_check_shape(shape);
-    const std::pair<const char*, HeadView<const bf16>> views[] = {{"dq", dq}, {"dk", dk}, {"dv", dv}, {"dout", dout},
-                                                                  {"q", q},   {"k", k},   {"v", v},   {"out", out}};
+    mma_check_key_gradients(dk, dv);
+    const std::pair<const char*, HeadView<const bf16>> views[] = {{"dq", dq}, {"dout", dout}, {"q", q},
+                                                                  {"k", k},   {"v", v},       {"out", out}};
     for (const auto& [name, view] : views) {
         mma_check_view(name, view);
     }
     CHECK(reinterpret_cast<uintptr_t>(scratch) % 16 == 0, "attention: scratch must be aligned to 16 bytes");
     MmaBackwardArguments args{};
-    args.dq = dq, args.dk = dk, args.dv = dv, args.dout = dout, args.q = q, args.k = k, args.v = v;
+    args.dq = dq, args.dk = dk.rounded, args.dv = dv.rounded, args.dout = dout, args.q = q, args.k = k, args.v = v;
+    args.dk_whole = dk.whole, args.dv_whole = dv.whole;
     args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = mma_key_offset(shape);
     args.H = shape.H, args.heads_per_kv_head = shape.H / shape.Hkv, args.D = shape.D;
     args.scale = shape.scale, args.scale_log2 = shape.scale * LOG2_E;
@@ -1048,7 +1096,7 @@ inline void mma_finish_dq(const MmaBackwardArguments& args, const AttentionShape
 // dq, dk, dv (=). out and lse are the forward's (or, of a chunk of keys, those of all keys together: the gradients are
 // then the chunk's share). scratch: flash_attention_mma_backward_scratch_bytes, aligned to 16 bytes, need not be zero.
 // dk and dv always repeat bit for bit; dq does when deterministic.
-inline void flash_attention_mma_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv,
+inline void flash_attention_mma_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
                                          HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
                                          HeadView<const bf16> v, HeadView<const bf16> out, const float* lse,
                                          void* scratch, const AttentionShape& shape, bool deterministic,
