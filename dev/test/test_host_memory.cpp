@@ -1,0 +1,84 @@
+// test_host_memory.cpp: what is left of the host's memory, from files as Linux writes them.
+#include <gtest/gtest.h>
+
+#include <filesystem>
+#include <fstream>
+
+#include "llmc/host_memory.h"
+
+namespace {
+
+constexpr uint64_t MIB = 1 << 20;
+
+// A root folder that is removed at the end.
+struct FakeRoot {
+    std::string path = testing::TempDir() + "llmc_host_memory_XXXXXX";
+    FakeRoot() {
+        EXPECT_NE(mkdtemp(path.data()), nullptr);
+        write("/proc/meminfo", "MemTotal:       16384000 kB\nMemFree:  1024 kB\nMemAvailable:    8192000 kB\n");
+    }
+    ~FakeRoot() { std::filesystem::remove_all(path); }
+    void write(const std::string& file, const std::string& text) const {
+        std::filesystem::create_directories(std::filesystem::path(path + file).parent_path());
+        std::ofstream(path + file) << text;
+    }
+};
+
+}  // namespace
+
+TEST(HostMemory, WithoutLimitsIsWhatLinuxSays) {
+    const FakeRoot root;
+    EXPECT_EQ(available_host_bytes(root.path), 8192000ull * 1024);
+    root.write("/proc/self/cgroup", "0::/\n");
+    root.write("/sys/fs/cgroup/memory.max", "max\n");
+    root.write("/sys/fs/cgroup/memory.current", "123456\n");
+    EXPECT_EQ(available_host_bytes(root.path), 8192000ull * 1024);
+}
+
+TEST(HostMemory, VersionTwoCountsDroppableCacheAsFree) {
+    const FakeRoot root;
+    root.write("/proc/self/cgroup", "0::/\n");
+    root.write("/sys/fs/cgroup/memory.max", std::to_string(1000 * MIB) + "\n");
+    root.write("/sys/fs/cgroup/memory.current", std::to_string(700 * MIB) + "\n");
+    EXPECT_EQ(available_host_bytes(root.path), 300 * MIB);
+    root.write("/sys/fs/cgroup/memory.stat", "anon 5\ninactive_file " + std::to_string(200 * MIB) + "\nslab 1\n");
+    EXPECT_EQ(available_host_bytes(root.path), 500 * MIB);
+    root.write("/sys/fs/cgroup/memory.current", std::to_string(1300 * MIB) + "\n");
+    EXPECT_EQ(available_host_bytes(root.path), 0u);
+}
+
+TEST(HostMemory, TheGroupsAboveCountToo) {
+    const FakeRoot root;
+    root.write("/proc/self/cgroup", "0::/job/step\n");
+    root.write("/sys/fs/cgroup/job/step/memory.max", std::to_string(900 * MIB) + "\n");
+    root.write("/sys/fs/cgroup/job/step/memory.current", std::to_string(100 * MIB) + "\n");
+    EXPECT_EQ(available_host_bytes(root.path), 800 * MIB);
+    root.write("/sys/fs/cgroup/job/memory.max", std::to_string(400 * MIB) + "\n");
+    root.write("/sys/fs/cgroup/job/memory.current", std::to_string(100 * MIB) + "\n");
+    EXPECT_EQ(available_host_bytes(root.path), 300 * MIB);
+}
+
+TEST(HostMemory, VersionOne) {
+    const FakeRoot root;
+    root.write("/proc/self/cgroup", "9:name=systemd:/\n4:cpu,memory:/box/one\n0::/\n");
+    root.write("/sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
+    root.write("/sys/fs/cgroup/memory/memory.usage_in_bytes", std::to_string(5000 * MIB) + "\n");
+    EXPECT_EQ(available_host_bytes(root.path), 8192000ull * 1024);
+    root.write("/sys/fs/cgroup/memory/box/one/memory.limit_in_bytes", std::to_string(2000 * MIB) + "\n");
+    root.write("/sys/fs/cgroup/memory/box/one/memory.usage_in_bytes", std::to_string(1500 * MIB) + "\n");
+    root.write("/sys/fs/cgroup/memory/box/one/memory.stat",
+               "inactive_file 7\ntotal_inactive_file " + std::to_string(250 * MIB) + "\n");
+    EXPECT_EQ(available_host_bytes(root.path), 750 * MIB);
+}
+
+TEST(HostMemory, NoProcIsAnError) {
+    const FakeRoot root;
+    std::filesystem::remove(root.path + "/proc/meminfo");
+    EXPECT_THROW(available_host_bytes(root.path), Error);
+}
+
+TEST(HostMemory, ThisMachine) {
+    const uint64_t available = available_host_bytes();
+    EXPECT_GT(available, 16 * MIB);
+    EXPECT_LT(available, (uint64_t)1 << 50);
+}

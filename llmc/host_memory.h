@@ -1,0 +1,84 @@
+// host_memory.h: how much memory this process can still take from the host before the system ends it: what --offload
+// is held against, as page-locked memory that is not there does not fail, it gets the process killed.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <fstream>
+#include <optional>
+#include <sstream>
+#include <string>
+
+#include "check.h"
+
+namespace host_memory_detail {
+// The number behind `key` in a file of "key number" lines ("key:" too); with no key the file's first word. Nothing when
+// it is not there, or no number ("max": no limit).
+inline std::optional<uint64_t> read_number(const std::string& path, const std::string& key = "") {
+    std::ifstream file(path);
+    std::string line;
+    while (std::getline(file, line)) {
+        std::istringstream words(line);
+        std::string first;
+        uint64_t number;
+        if (!key.empty() && (!(words >> first) || (first != key && first != key + ":"))) {
+            continue;
+        }
+        return words >> number ? std::optional<uint64_t>(number) : std::nullopt;
+    }
+    return std::nullopt;
+}
+
+// What a control group's limit leaves, file cache that can be dropped counted as free.
+inline std::optional<uint64_t> left_in_group(const std::string& folder, const char* limit_name, const char* used_name,
+                                             const char* cache_key) {
+    const std::optional<uint64_t> limit = read_number(folder + "/" + limit_name);
+    const std::optional<uint64_t> used = read_number(folder + "/" + used_name);
+    if (!limit || !used) {
+        return std::nullopt;
+    }
+    const uint64_t cache = read_number(folder + "/memory.stat", cache_key).value_or(0);
+    const uint64_t taken = *used > cache ? *used - cache : 0;
+    return *limit > taken ? *limit - taken : 0;
+}
+}  // namespace host_memory_detail
+
+// Bytes: the least of what Linux calls available and of what the limits of this process's control groups (of containers
+// and job schedulers; version 1 and 2, every group above it too) leave. `root` is put before every path, for tests.
+// Throws Error where there is no /proc/meminfo.
+inline uint64_t available_host_bytes(const std::string& root = "") {
+    using namespace host_memory_detail;
+    const std::optional<uint64_t> kib = read_number(root + "/proc/meminfo", "MemAvailable");
+    CHECK(kib, "%s/proc/meminfo: says nothing of MemAvailable, so it is not known how much host memory is left",
+          root.c_str());
+    uint64_t available = *kib * 1024;
+    auto consider = [&](const std::string& hierarchy, const std::string& group, const char* limit_name,
+                        const char* used_name, const char* cache_key) {
+        for (std::string folder = group;; folder.erase(folder.rfind('/'))) {
+            const auto left = left_in_group(hierarchy + folder, limit_name, used_name, cache_key);
+            available = std::min(available, left.value_or(available));
+            if (folder.empty()) {
+                return;
+            }
+        }
+    };
+    const std::string mount = root + "/sys/fs/cgroup";
+    std::ifstream groups(root + "/proc/self/cgroup");  // lines of "number:controllers:/path"
+    std::string line;
+    while (std::getline(groups, line)) {
+        const size_t first = line.find(':'), second = line.find(':', first + 1);
+        if (second == std::string::npos) {
+            continue;
+        }
+        const std::string controllers = "," + line.substr(first + 1, second - first - 1) + ",";
+        std::string path = line.substr(second + 1);
+        if (path.empty() || path.back() == '/') {
+            path.clear();
+        }
+        if (controllers == ",,") {
+            consider(mount, path, "memory.max", "memory.current", "inactive_file");
+        } else if (controllers.find(",memory,") != std::string::npos) {
+            consider(mount + "/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file");
+        }
+    }
+    return available;
+}
