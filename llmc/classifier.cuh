@@ -54,8 +54,9 @@ struct SoftmaxState {
 };
 
 // The state of all threads_per_row threads of a row, in each of them; fixed order. Every thread of the block calls it.
+template <int MAX_THREADS>
 __device__ inline SoftmaxState cross_entropy_row_state(SoftmaxState state, int threads_per_row) {
-    __shared__ float2 warp_states[CROSS_ENTROPY_MAX_THREADS / WARP_SIZE];
+    __shared__ float2 warp_states[MAX_THREADS / WARP_SIZE];
 #pragma unroll
     for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) {
         const float maximum = __shfl_xor_sync(FULL_WARP, state.maximum, offset);
@@ -80,7 +81,8 @@ __device__ inline SoftmaxState cross_entropy_row_state(SoftmaxState state, int t
 // Launch: threads_per_row threads a row (a power of two from 32 to the block), 1-D grid over rows; dynamic shared
 // memory holds cached_packs packs of each of the block's rows. Bound: bandwidth. A thread rereads only packs it read
 // itself.
-__global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
+template <int MAX_THREADS>
+__global__ void __launch_bounds__(MAX_THREADS)
     cross_entropy_kernel(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int V, int row_packs,
                          int cached_packs, int threads_per_row, float dloss, bool write_gradient) {
     extern __shared__ int4 cross_entropy_cache[];
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
             }
         }
     }
-    state = cross_entropy_row_state(state, threads_per_row);
+    state = cross_entropy_row_state<MAX_THREADS>(state, threads_per_row);
     if (!active) {
         return;
     }
@@ -167,17 +169,16 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
     }
 }
 
-// losses (=) [rows]; logits [rows, row_stride]: with write_gradient replaced by their gradient times dloss, and by 0 in
-// columns from V on. A target outside [0, V) gives the loss NaN. V from 1 to 2^30; row_stride a multiple of 8, >= V.
-inline void cross_entropy_forward_backward(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int64_t V,
-                                           int64_t row_stride, float dloss, bool write_gradient, cudaStream_t stream) {
-    NVTX_RANGE();
+// BLOCKS_PER_SM blocks of MAX_THREADS threads share a multiprocessor's shared memory.
+template <int MAX_THREADS, int BLOCKS_PER_SM>
+inline void launch_cross_entropy(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int64_t V,
+                                 int64_t row_stride, float dloss, bool write_gradient, cudaStream_t stream) {
     CHECK(rows >= 1 && V >= 1 && V <= row_stride && row_stride % 8 == 0 && row_stride <= (int64_t)1 << 30,
           "cross-entropy: %lld logits a row do not fit a row stride of %lld, which must be a multiple of 8 up to 2^30",
           (long long)V, (long long)row_stride);
     const int row_packs = (int)(row_stride / 8);
     int threads_per_row = WARP_SIZE;
-    while (threads_per_row < CROSS_ENTROPY_MAX_THREADS && threads_per_row * CROSS_ENTROPY_PACKS < row_packs) {
+    while (threads_per_row < MAX_THREADS && threads_per_row * CROSS_ENTROPY_PACKS < row_packs) {
         threads_per_row *= 2;
     }
     const int threads = std::max(threads_per_row, CROSS_ENTROPY_THREADS);
@@ -186,15 +187,24 @@ inline void cross_entropy_forward_backward(float* losses, bf16* logits, const in
     CUDA_CHECK(cudaGetDevice(&device));
     CUDA_CHECK(cudaDeviceGetAttribute(&shared_bytes_per_sm, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
     CUDA_CHECK(cudaDeviceGetAttribute(&reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock, device));
-    const int static_bytes = CROSS_ENTROPY_MAX_THREADS / WARP_SIZE * sizeof(float2);
-    const int max_shared_bytes = shared_bytes_per_sm / 2 - reserved_bytes - static_bytes;
+    const int static_bytes = MAX_THREADS / WARP_SIZE * sizeof(float2);
+    const int max_shared_bytes = shared_bytes_per_sm / BLOCKS_PER_SM - reserved_bytes - static_bytes;
     const int cached_packs = write_gradient ? std::min(row_packs, max_shared_bytes / 16 / rows_per_block) : 0;
     const int shared_bytes = cached_packs * rows_per_block * 16;
-    CUDA_CHECK(
-        cudaFuncSetAttribute(cross_entropy_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, max_shared_bytes));
-    cross_entropy_kernel<<<ceil_div<int64_t>(rows, rows_per_block), threads, shared_bytes, stream>>>(
+    CUDA_CHECK(cudaFuncSetAttribute(cross_entropy_kernel<MAX_THREADS>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                    max_shared_bytes));
+    cross_entropy_kernel<MAX_THREADS><<<ceil_div<int64_t>(rows, rows_per_block), threads, shared_bytes, stream>>>(
         losses, logits, targets, rows, (int)V, row_packs, cached_packs, threads_per_row, dloss, write_gradient);
     CUDA_CHECK_LAUNCH();
+}
+
+// losses (=) [rows]; logits [rows, row_stride]: with write_gradient replaced by their gradient times dloss, and by 0 in
+// columns from V on. A target outside [0, V) gives the loss NaN. V from 1 to 2^30; row_stride a multiple of 8, >= V.
+inline void cross_entropy_forward_backward(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int64_t V,
+                                           int64_t row_stride, float dloss, bool write_gradient, cudaStream_t stream) {
+    NVTX_RANGE();
+    launch_cross_entropy<CROSS_ENTROPY_MAX_THREADS, 2>(losses, logits, targets, rows, V, row_stride, dloss,
+                                                       write_gradient, stream);
 }
 
 // ---- mean of the losses ------------------------------------------------------------------------
@@ -274,7 +284,7 @@ inline void classifier_loss(float* losses, bf16* logits, const bf16* hidden, con
     const int64_t Vp = shape.padded_vocab();
     for (int64_t begin = 0; begin < shape.rows; begin += shape.chunk_rows) {
         const int64_t chunk = std::min(shape.chunk_rows, shape.rows - begin);
-        gemm.forward(logits, hidden + begin * shape.C, weight, chunk, Vp, shape.C, false, stream);
+        gemm.forward(logits, hidden + begin * shape.C, weight, nullptr, chunk, Vp, shape.C, stream);
         cross_entropy_forward_backward(losses + begin, logits, targets + begin, chunk, shape.V, Vp, 0.0f, false,
                                        stream);
     }
@@ -290,10 +300,10 @@ inline void classifier_forward_backward(float* losses, bf16* dhidden, float* dwe
     for (int64_t begin = 0; begin < shape.rows; begin += shape.chunk_rows) {
         const int64_t chunk = std::min(shape.chunk_rows, shape.rows - begin);
         const bf16* chunk_hidden = hidden + begin * shape.C;
-        gemm.forward(logits, chunk_hidden, weight, chunk, Vp, shape.C, false, stream);
+        gemm.forward(logits, chunk_hidden, weight, nullptr, chunk, Vp, shape.C, stream);
         cross_entropy_forward_backward(losses + begin, logits, targets + begin, chunk, shape.V, Vp, dloss, true,
                                        stream);
         gemm.backward_weight(dweight, logits, chunk_hidden, chunk, Vp, shape.C, true, stream);
-        gemm.backward_input(dhidden + begin * shape.C, logits, weight, chunk, Vp, shape.C, false, stream);
+        gemm.backward_input(dhidden + begin * shape.C, logits, weight, chunk, Vp, shape.C, stream);
     }
 }
