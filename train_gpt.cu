@@ -10,18 +10,29 @@
 #include "llmc/model.cuh"      // Llama forward, backward and update on it
 #include "llmc/train_loop.h"   // settings, data, steps, evaluation, checkpoints
 
-// The plan, and what else would fit; also of a run that does not.
-static void print_memory(const RunConfig& config, const GpuModelSettings& settings, const GpuDevice& gpu) {
-    std::string text = planned_memory(config.model, settings).table();
-    text += format_string("%.2f GiB are free; the longest --seq_len that fits", gpu.free_bytes / BYTES_PER_GIB);
-    for (const auto& [word, recompute] : choices(Recompute())) {
-        GpuModelSettings other = settings;
-        other.recompute = recompute;
-        text += format_string("%s %lld with --recompute %s", recompute == Recompute::none ? ":" : ",",
-                              (long long)longest_seq_len(config.model, other, gpu.free_bytes), word);
-    }
-    std::printf("%s\n", text.c_str());
+// --print_memory: the plan, and what else would fit; also of a run that does not. --fit: what would fit.
+static void print_memory(const RunConfig& config, const GpuModelSettings& settings, const FreeMemory& free) {
+    const std::string plan = config.print_memory ? planned_memory(config.model, settings).table() : "";
+    std::printf("%s%s", plan.c_str(), fit_table(config.model, settings, free).c_str());
     std::fflush(stdout);
+}
+
+// --fit asks for this machine's GPU, or for one with --gpu_memory: then there need not be one here.
+static void print_fit(const RunConfig& config, const GpuModelSettings& settings, int device) {
+    FreeMemory free = {settings.gpu_memory, settings.host_memory};
+    if (!has_gpu()) {
+        CHECK(settings.gpu_memory > 0,
+              "--fit: there is no NVIDIA GPU here; say with --gpu_memory how many GiB the GPU in question has free");
+        assumed_gpu() = H100_PROPERTIES;
+        std::printf("no GPU here: as for an H100\n");
+    } else {
+        const GpuDevice gpu = open_device(device);
+        free.gpu = settings.gpu_memory > 0 ? settings.gpu_memory : gpu.free_bytes;
+    }
+    if (settings.host_memory == 0) {
+        free.host = free_memory(settings, 0).host;
+    }
+    print_memory(config, settings, free);
 }
 
 static int train(int argc, char** argv) {
@@ -34,10 +45,18 @@ static int train(int argc, char** argv) {
     const bool alone = host->size() == 1;
     const RunRanks ranks(*host, parsed->config.context_parallel);
     const RunConfig config = resolve_run(*parsed, ranks);
+    GpuModelSettings settings = gpu_model_settings(config, ranks.mesh());
+    settings.ranks_on_host = local_rank(host->identity()).size;
+    if (config.fit) {
+        if (ranks.is_first()) {
+            print_fit(config, settings, config.device);
+        }
+        host->finish();
+        return 0;
+    }
     const GpuDevice gpu = open_device(alone ? config.device : choose_device(*host));
-    const GpuModelSettings settings = gpu_model_settings(config, ranks.mesh());
     if (config.print_memory && ranks.is_first()) {
-        print_memory(config, settings, gpu);
+        print_memory(config, settings, free_memory(settings, gpu.free_bytes));
     }
     std::optional<Communicators> comms;
     if (!alone) {

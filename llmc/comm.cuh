@@ -76,12 +76,6 @@ class CommStream {
     cudaStream_t stream_ = nullptr;
 };
 
-// `waiter` goes on only after what is on `stream` now.
-inline void wait_for(cudaStream_t waiter, cudaStream_t stream, CudaEvent& event) {
-    CUDA_CHECK(cudaEventRecord(event, stream));
-    CUDA_CHECK(cudaStreamWaitEvent(waiter, event));
-}
-
 // ---- through the host --------------------------------------------------------------------------
 class HostStagedComm : public Comm {
   public:

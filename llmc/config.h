@@ -16,6 +16,9 @@ enum class SaveDtype { automatic, fp32, bf16 };  // automatic: fp32 on the CPU, 
 // What the backward pass computes again rather than keep from the forward pass: nothing; all of a block but attention;
 // all of a block.
 enum class Recompute { none, all_but_attention, block };
+// What lives in page-locked host memory and visits the GPU when it is needed: nothing; the inputs of blocks that the
+// backward reads; the optimizer's state; both.
+enum class Offload { none, activations, optimizer, all };
 // Between GPUs: by NCCL, or staged through the host (for tests and debugging).
 enum class CommTransport { automatic, nccl, host };  // automatic: nccl
 // How keys come to the queries of the other ranks of a sequence (ring_attention.cuh).
@@ -47,6 +50,7 @@ struct RunConfig {
     uint64_t seed = 0;         // of initial weights and samples
     int64_t max_skipped = 10;  // steps in a row with a non-finite loss or gradient norm before the run stops
     Recompute recompute = Recompute::none;
+    Offload offload = Offload::none;
     bool deterministic = false;
 
     // ---- optimizer
@@ -84,6 +88,9 @@ struct RunConfig {
     int64_t classifier_chunk_rows =
         0;  // token rows whose logits exist at once on the GPU; 0: chosen from the vocabulary
     bool print_memory = false;
+    bool fit = false;              // print what would fit, and end
+    double gpu_memory = 0.0;       // GiB of the GPU that the run may use; 0: all that is free
+    double host_memory = 0.0;      // GiB of the host that --offload may use; 0: all that is available
     bool print_influence = false;  // with every evaluation under Lighthouse attention
     bool profile = false;
     bool plain = false;  // no progress bar on a terminal
@@ -163,9 +170,9 @@ inline void validate(const RunConfig& c) {
     const bool has_train_data = !c.train_data.empty(), has_val_data = !c.val_data.empty();
     CHECK(c.val_fraction >= 0.0 && c.val_fraction < 1.0, "--val_fraction %g: must be at least 0 and less than 1",
           c.val_fraction);
-    CHECK(c.max_steps == 0 || has_train_data,
+    CHECK(c.max_steps == 0 || has_train_data || c.fit,
           "--train_data: name the files to train on, e.g. --train_data 'corpus/*.txt' (--help lists all flags)");
-    CHECK(c.max_steps > 0 || has_val_data || (has_train_data && c.val_fraction > 0.0),
+    CHECK(c.max_steps > 0 || has_val_data || (has_train_data && c.val_fraction > 0.0) || c.fit,
           "--max_steps 0 only evaluates: name the data to evaluate with --val_data");
     CHECK(c.shuffle_seed < (uint64_t)1 << 63 && c.seed < (uint64_t)1 << 63,
           "--seed and --shuffle_seed: at most 2^63 - 1");
@@ -186,7 +193,13 @@ inline void validate(const RunConfig& c) {
     in_range("context_parallel", c.context_parallel, 1, 1 << 16);
     CHECK(c.comm_timeout > 0.0, "--comm_timeout %g: must be greater than 0 seconds", c.comm_timeout);
     const ContextPartition partition = make_context_partition(c.seq_len, c.context_parallel, 0);
+    CHECK(
+        c.context_parallel * c.data_parallel == 1 || (c.offload != Offload::optimizer && c.offload != Offload::all),
+        "--offload %s: with %d ranks it must be none or activations; each holds a shard of the optimizer's state only",
+        c.offload == Offload::all ? "all" : "optimizer", c.context_parallel * c.data_parallel);
     in_range("device", c.device, 0, 1 << 10);
+    real_in_range("gpu_memory", c.gpu_memory, 0.0, 1 << 20);
+    real_in_range("host_memory", c.host_memory, 0.0, 1 << 20);
     in_range("num_threads", c.num_threads, 0, 1 << 12);
     at_least("classifier_chunk_rows", c.classifier_chunk_rows, 0);
 

@@ -74,8 +74,8 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
 }
 
 // The rest of what is decided before a model exists: finds the checkpoint to start from and takes the model's shape
-// from it, chooses the output folder, checks all rules. Writes nothing. All ranks call it, and get the same. Throws
-// Error for anything that cannot be run as asked.
+// from it, chooses the output folder, checks all rules; with --fit data and output folder are not looked at. Writes
+// nothing. All ranks call it, and get the same. Throws Error for anything that cannot be run as asked.
 inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     RunConfig& config = parsed.config;
     config.data_parallel = ranks.mesh().data_parallel;
@@ -92,10 +92,16 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (config.max_steps == 0 && parsed.given.count("eval_batches") == 0) {
         config.eval_batches = 0;
     }
-    if (config.max_steps > 0 && config.output_dir.empty()) {
+    if (config.max_steps > 0 && config.output_dir.empty() && !config.fit) {
         config.output_dir = ranks.first_decides(new_output_dir, "choice of the output folder");
     }
+    if (config.fit && config.attention == AttentionMode::lighthouse && parsed.given.count("seq_len") == 0) {
+        config.seq_len = shortest_lighthouse_length(config.lighthouse);  // the default may not be a legal one
+    }
     validate(config);
+    if (config.fit) {
+        return config;
+    }
     CHECK(config.max_steps == 0 || config.resume || !holds_a_run(config.output_dir),
           "--output_dir %s already holds a run: give --resume to go on with it, or name another folder",
           config.output_dir.c_str());

@@ -11,6 +11,12 @@ struct GpuDevice {
     size_t free_bytes = 0;  // when it was opened
 };
 
+// Whether there is one that CUDA can use.
+inline bool has_gpu() {
+    int num_devices = 0;
+    return cudaGetDeviceCount(&num_devices) == cudaSuccess && num_devices > 0;
+}
+
 // Makes GPU `index` the current device. Throws one sentence when there is no driver, no GPU, no such GPU, or one too
 // old for bf16 tensor cores.
 inline GpuDevice open_device(int index) {

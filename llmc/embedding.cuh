@@ -9,6 +9,7 @@
 #include <cub/device/device_radix_sort.cuh>
 
 #include "cuda_common.cuh"
+#include "gpu_properties.cuh"
 
 // ---- constants ---------------------------------------------------------------------------------
 constexpr int EMBEDDING_THREADS = 256;
@@ -61,6 +62,18 @@ inline void embedding_forward(bf16* out, const int32_t* tokens, const bf16* weig
 }
 
 // ---- backward ----------------------------------------------------------------------------------
+// What cub's sort of (token, row) pairs asks for on the current device. Where there is none, an estimate from above: a
+// second copy of both arrays, and counts of 256 digits for every few thousand elements.
+inline size_t embedding_sort_bytes(int64_t rows, int token_bits) {
+    if (assumed_gpu()) {
+        return rows * (2 * sizeof(int32_t) + 1) + ((size_t)1 << 20);
+    }
+    size_t num_bytes = 0;
+    CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, num_bytes, (const uint32_t*)nullptr, (uint32_t*)nullptr,
+                                               (const int32_t*)nullptr, (int32_t*)nullptr, (int)rows, 0, token_bits));
+    return num_bytes;
+}
+
 // Where embedding_backward keeps what, in its scratch memory.
 struct EmbeddingBackwardPlan {
     int chunk;  // sorted positions a chunk
@@ -80,10 +93,7 @@ struct EmbeddingBackwardPlan {
         while (((int64_t)1 << token_bits) < V) {
             ++token_bits;
         }
-        sort_bytes = 0;
-        CUDA_CHECK(cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, (const uint32_t*)nullptr, (uint32_t*)nullptr,
-                                                   (const int32_t*)nullptr, (int32_t*)nullptr, (int)rows, 0,
-                                                   token_bits));
+        sort_bytes = embedding_sort_bytes(rows, token_bits);
         const size_t index_bytes = round_up<size_t>(rows * sizeof(int32_t), 256);
         sorted_tokens = round_up<size_t>(sort_bytes, 256);
         row_of = sorted_tokens + index_bytes;

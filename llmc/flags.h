@@ -42,6 +42,12 @@ inline Choices<Recompute> choices(Recompute) {
     return {
         {"none", Recompute::none}, {"all_but_attention", Recompute::all_but_attention}, {"block", Recompute::block}};
 }
+inline Choices<Offload> choices(Offload) {
+    return {{"none", Offload::none},
+            {"activations", Offload::activations},
+            {"optimizer", Offload::optimizer},
+            {"all", Offload::all}};
+}
 
 inline Choices<CommTransport> choices(CommTransport) {
     return {{"auto", CommTransport::automatic}, {"nccl", CommTransport::nccl}, {"host", CommTransport::host}};
@@ -266,6 +272,8 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("seed", c.seed, "of initial weights and samples");
     add("max_skipped", c.max_skipped, "steps in a row with a non-finite loss or gradient norm that stop the run");
     add("recompute", c.recompute, "what backward computes again to save memory; block: all from its input (GPU)");
+    add("offload", c.offload,
+        "to host memory: inputs of blocks (2 bytes a token and channel), AdamW's state (12 a parameter), both (GPU)");
     add("deterministic", c.deterministic, "every step repeats bit for bit (GPU; the CPU always does)");
 
     group = "Optimizer (AdamW)";
@@ -309,7 +317,10 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("classifier_chunk_rows", c.classifier_chunk_rows, "tokens whose logits exist at once on the GPU; 0: chosen");
     add_unsaved("print_influence", c.print_influence,
                 "at evaluations: how much later tokens change earlier losses through selection");
-    add("print_memory", c.print_memory, "print the plan of GPU memory, every buffer by name");
+    add("print_memory", c.print_memory, "print the plan of GPU and host memory, every buffer by name");
+    add_unsaved("fit", c.fit, "print the longest --seq_len for each --recompute and --offload, and end");
+    add("gpu_memory", c.gpu_memory, "GiB of GPU memory the run may use; 0: all that is free; --fit then needs no GPU");
+    add("host_memory", c.host_memory, "GiB of host memory --offload may use; 0: all that is available");
     add("profile", c.profile, "at the end, print where the GPU's time of a step went, by stage");
     add("plain", c.plain, "no progress bar on a terminal");
     return settings;

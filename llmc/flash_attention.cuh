@@ -6,17 +6,14 @@
 // gradient 0) and may be mixed: the forward of one with the backward of the other.
 #pragma once
 #include "flash_attention_mma.cuh"
+#include "gpu_properties.cuh"
 #if defined(LLMC_HOPPER) && __has_include("flash_attention_hopper.cuh")
 #include "flash_attention_hopper.cuh"  // defines LLMC_HOPPER_FORWARD and LLMC_HOPPER_BACKWARD for the passes it has
 #endif
 
 // Whether the current device and the shape are ones the Hopper kernels were written for.
 inline bool flash_attention_is_hopper(const AttentionShape& shape) {
-    int device, major, minor;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device));
-    return major == 9 && minor == 0 && (shape.D == 64 || shape.D == 128);
+    return gpu_properties().compute_capability == 90 && (shape.D == 64 || shape.D == 128);
 }
 
 // out (=), lse (=) float32 [B, H, Tq], the natural log-sum-exp of the scaled scores. Repeats bit for bit.

@@ -1,5 +1,5 @@
 // gemm.cuh: the three matrix products of a linear layer, by cuBLASLt: bf16 in, float32 accumulation.
-//   forward          out [M, N]     = in [M, K] weight [N, K]^T
+//   forward          out [M, N]     = in [M, K] weight [N, K]^T (+ addend [M, N])
 //   backward_input   din [M, K]     = dout [M, N] weight [N, K]
 //   backward_weight  dweight [N, K] = dout [M, N]^T in [M, K]       float32
 // All matrices are row-major without padding; M = rows = B * T, any up to several million; N and K multiples of 8.
@@ -50,39 +50,50 @@ class Gemm {
     Gemm& operator=(const Gemm&) = delete;
 
     // While on, the first product of each kind and shape times the best GEMM_SEARCH_CANDIDATES algorithms of cuBLASLt's
-    // list on its own operands, then runs with the fastest, which is kept. The result is that of one product: a sum is
-    // timed with a factor GEMM_SEARCH_ALPHA, which leaves it as it is. The host waits for the device. While off (the
-    // start), a product that was not searched for takes the first of the list, which depends on nothing but the shape:
-    // the choice of a deterministic run, as the search's depends on the clock.
+    // list on its own operands, then runs with the fastest, which is kept. The result is that of one product: what is
+    // added to itself is timed with a factor GEMM_SEARCH_ALPHA, which leaves it as it is. The host waits for the
+    // device. While off (the start), a product that was not searched for takes the first of the list, which depends on
+    // nothing but the shape: the choice of a deterministic run, as the search's depends on the clock.
     void set_search(bool on) { search_ = on; }
 
-    // out (= or, with accumulate, +=) [M, N] = in [M, K] weight [N, K]^T.
-    void forward(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K, bool accumulate,
+    // out (=) [M, N] = in [M, K] weight [N, K]^T plus addend [M, N], unless nullptr, rounded once. addend may be out.
+    void forward(bf16* out, const bf16* in, const bf16* weight, const bf16* addend, int64_t M, int64_t N, int64_t K,
                  cudaStream_t stream) {
         NvtxRange range("gemm_forward");
-        multiply({GemmOperation::forward, M, N, K, accumulate}, out, weight, in, stream);
+        multiply({GemmOperation::forward, M, N, K, added(addend, out)}, out, addend, weight, in, stream);
     }
-    // din (= or +=) [M, K] = dout [M, N] weight [N, K].
+    // din (=) [M, K] = dout [M, N] weight [N, K].
     void backward_input(bf16* din, const bf16* dout, const bf16* weight, int64_t M, int64_t N, int64_t K,
-                        bool accumulate, cudaStream_t stream) {
+                        cudaStream_t stream) {
         NvtxRange range("gemm_backward_input");
-        multiply({GemmOperation::backward_input, M, N, K, accumulate}, din, weight, dout, stream);
+        multiply({GemmOperation::backward_input, M, N, K, Addend::none}, din, nullptr, weight, dout, stream);
     }
-    // dweight (= or +=) [N, K], float32 = dout [M, N]^T in [M, K].
+    // dweight (= or, with accumulate, +=) [N, K], float32 = dout [M, N]^T in [M, K].
     void backward_weight(float* dweight, const bf16* dout, const bf16* in, int64_t M, int64_t N, int64_t K,
                          bool accumulate, cudaStream_t stream) {
         NvtxRange range("gemm_backward_weight");
-        multiply({GemmOperation::backward_weight, M, N, K, accumulate}, dweight, in, dout, stream);
+        const float* const addend = accumulate ? dweight : nullptr;
+        multiply({GemmOperation::backward_weight, M, N, K, added(addend, dweight)}, dweight, addend, in, dout, stream);
     }
 
   private:
+    // What is added to a product: nothing, what its result replaces, or another matrix.
+    enum class Addend { none, result, other };
+    static Addend added(const void* addend, const void* result) {
+        return addend == nullptr ? Addend::none : addend == result ? Addend::result : Addend::other;
+    }
     struct Problem {
         GemmOperation operation;
         int64_t M, N, K;
-        bool accumulate;
+        Addend addend;
+    };
+    // c: the addend, or nullptr.
+    struct Operands {
+        void* d;
+        const void *c, *a, *b;
     };
 
-    // cuBLASLt's description of one problem (column-major: d [rows, cols] = op(a) op(b), all ld = rows) and the
+    // cuBLASLt's description of one problem (column-major: d [rows, cols] = op(a) op(b) + c, all ld = rows) and the
     // algorithm chosen for it.
     struct Product {
         cublasLtMatmulDesc_t operation = nullptr;
@@ -127,38 +138,42 @@ class Gemm {
         }
     };
 
-    using Key = std::tuple<int, int64_t, int64_t, int64_t, bool, uint32_t, uint32_t, uint32_t>;
+    // The problem and the alignments of d and c, a, b.
+    using Key = std::tuple<GemmOperation, int64_t, int64_t, int64_t, Addend, uint32_t, uint32_t, uint32_t>;
 
-    void multiply(const Problem& p, void* d, const void* a, const void* b, cudaStream_t stream) {
+    void multiply(const Problem& p, void* d, const void* c, const void* a, const void* b, cudaStream_t stream) {
+        const Operands operands{d, c, a, b};
         CHECK(p.M >= 1 && p.N >= 8 && p.K >= 8 && p.N % 8 == 0 && p.K % 8 == 0,
               "matrix product of M %lld, N %lld, K %lld: N and K must be multiples of 8 and M positive", (long long)p.M,
               (long long)p.N, (long long)p.K);
-        const Key key{(int)p.operation, p.M, p.N, p.K, p.accumulate, alignment(d), alignment(a), alignment(b)};
+        const uint32_t d_alignment = std::min(alignment(d), c != nullptr ? alignment(c) : alignment(d));
+        const Key key{p.operation, p.M, p.N, p.K, p.addend, d_alignment, alignment(a), alignment(b)};
         auto found = products_.find(key);
         const bool is_new = found == products_.end();
         if (is_new || (search_ && !found->second.searched)) {
             found = is_new ? products_.try_emplace(key, p).first : found;
             try {
-                choose_algorithm(found->second, p, d, a, b, stream);
+                choose_algorithm(found->second, p, operands, d_alignment, stream);
             } catch (...) {
                 products_.erase(found);
                 throw;
             }
         }
-        run(found->second, found->second.algorithm, 1.0f, p.accumulate, d, a, b, stream);
+        run(found->second, found->second.algorithm, 1.0f, operands, stream);
     }
 
-    void run(const Product& product, const cublasLtMatmulAlgo_t& algorithm, float alpha, bool accumulate, void* d,
-             const void* a, const void* b, cudaStream_t stream) {
-        const float beta = accumulate ? 1.0f : 0.0f;
-        CUBLAS_CHECK(cublasLtMatmul(handle_, product.operation, &alpha, a, product.a, b, product.b, &beta, d, product.d,
-                                    d, product.d, &algorithm, workspace_, workspace_bytes_, stream));
+    void run(const Product& product, const cublasLtMatmulAlgo_t& algorithm, float alpha, const Operands& x,
+             cudaStream_t stream) {
+        const float beta = x.c != nullptr ? 1.0f : 0.0f;
+        CUBLAS_CHECK(cublasLtMatmul(handle_, product.operation, &alpha, x.a, product.a, x.b, product.b, &beta,
+                                    x.c != nullptr ? x.c : x.d, product.d, x.d, product.d, &algorithm, workspace_,
+                                    workspace_bytes_, stream));
     }
 
-    void choose_algorithm(Product& product, const Problem& p, void* d, const void* a, const void* b,
+    void choose_algorithm(Product& product, const Problem& p, const Operands& operands, uint32_t d_alignment,
                           cudaStream_t stream) {
         const std::vector<cublasLtMatmulHeuristicResult_t> candidates =
-            list_algorithms(product, p, alignment(d), alignment(a), alignment(b));
+            list_algorithms(product, p, d_alignment, alignment(operands.a), alignment(operands.b));
         product.algorithm = candidates[0].algo;
         product.searched = search_;
         if (!search_) {
@@ -166,7 +181,7 @@ class Gemm {
         }
         float best_ms = INFINITY;
         for (const cublasLtMatmulHeuristicResult_t& candidate : candidates) {
-            const float ms = time_algorithm(product, candidate.algo, p.accumulate, d, a, b, stream);
+            const float ms = time_algorithm(product, candidate.algo, p.addend, operands, stream);
             if (ms < best_ms) {
                 best_ms = ms;
                 product.algorithm = candidate.algo;
@@ -204,15 +219,15 @@ class Gemm {
     }
 
     // Milliseconds of the fastest of some runs; infinity when the algorithm refuses.
-    float time_algorithm(const Product& product, const cublasLtMatmulAlgo_t& algorithm, bool accumulate, void* d,
-                         const void* a, const void* b, cudaStream_t stream) {
-        const float alpha = accumulate ? GEMM_SEARCH_ALPHA : 1.0f;
+    float time_algorithm(const Product& product, const cublasLtMatmulAlgo_t& algorithm, Addend addend,
+                         const Operands& operands, cudaStream_t stream) {
+        const float alpha = addend == Addend::result ? GEMM_SEARCH_ALPHA : 1.0f;
         float best_ms = INFINITY, total_ms = 0.0f;
         try {
-            run(product, algorithm, alpha, accumulate, d, a, b, stream);  // loads the kernel
+            run(product, algorithm, alpha, operands, stream);  // loads the kernel
             for (int i = 0; i < GEMM_SEARCH_REPEATS && total_ms < GEMM_SEARCH_MS; ++i) {
                 CUDA_CHECK(cudaEventRecord(begin_, stream));
-                run(product, algorithm, alpha, accumulate, d, a, b, stream);
+                run(product, algorithm, alpha, operands, stream);
                 CUDA_CHECK(cudaEventRecord(end_, stream));
                 CUDA_CHECK(cudaEventSynchronize(end_));
                 float ms;

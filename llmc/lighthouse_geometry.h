@@ -5,6 +5,7 @@
 // topk / tile_budget tiles; in every tile and at every level above 0, tile_budget entries are selected and descend.
 // An entry's address in the pyramid is one number: the levels lie one after the other, level 0 first.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <string>
@@ -92,6 +93,15 @@ inline std::string nearest_lengths(int64_t T, int64_t unit, int64_t minimum) {
     return format_string("the nearest are %lld and %lld", (long long)below, (long long)above);
 }
 }  // namespace lighthouse_detail
+
+// The least T that has a geometry; for settings that no T has one for, a number that it refuses.
+inline int64_t shortest_lighthouse_length(const LighthouseConfig& config) {
+    int64_t T = std::max<int64_t>(config.topk, 1);
+    for (int l = 1; l < std::min(config.levels, LIGHTHOUSE_MAX_LEVELS); ++l) {
+        T = std::min<int64_t>(T * std::max(config.pool, 1), (int64_t)1 << 29);
+    }
+    return T;
+}
 
 // The geometry of a sequence of T tokens. Throws Error naming the first flag whose value breaks a rule, the rule and
 // the nearest values that work.

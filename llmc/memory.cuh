@@ -1,14 +1,17 @@
-// memory.cuh: device memory. One plan made at start-up names every buffer and gives it an address; it prints as a
-// table, is held against what the device has free before anything is allocated, and then becomes one allocation a use.
-// Nothing else here calls cudaMalloc, and nothing is allocated after start-up. Pointers and views never own; the owners
-// (device and pinned memory, stream, event) are below.
+// memory.cuh: device memory, and page-locked host memory. One plan made at start-up names every buffer and gives it an
+// address; it prints as a table, is held against what device and host have free before anything is allocated, and then
+// becomes one allocation a use. Nothing else here calls cudaMalloc, and nothing is allocated after start-up. Pointers
+// and views never own; the owners (device and pinned memory, stream, event) are below.
 #pragma once
 #include <array>
+#include <cstring>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "cuda_common.cuh"
+
+constexpr double BYTES_PER_GIB = 1024.0 * 1024.0 * 1024.0;
 
 // ---- owners ------------------------------------------------------------------------------------
 class DeviceMemory {
@@ -31,12 +34,21 @@ class DeviceMemory {
     void* data_ = nullptr;
 };
 
-// Page-locked host memory: the only kind that copies to the device without the host waiting.
+// Page-locked host memory: the only kind that copies to the device without the host waiting. Throws, naming `what` it
+// is for, when the host has not that much.
 template <class Element>
 class PinnedMemory {
   public:
     PinnedMemory() = default;
-    explicit PinnedMemory(size_t num_elements) { CUDA_CHECK(cudaMallocHost(&data_, num_elements * sizeof(Element))); }
+    explicit PinnedMemory(size_t num_elements, const char* what = "the GPU's inputs and results") {
+        if (num_elements == 0) {
+            return;
+        }
+        const size_t num_bytes = num_elements * sizeof(Element);
+        const cudaError_t status = cudaHostAlloc(&data_, num_bytes, cudaHostAllocDefault);
+        CHECK(status == cudaSuccess, "%s: %.2f GiB of page-locked host memory cannot be had: %s", what,
+              num_bytes / BYTES_PER_GIB, cudaGetErrorString(status));
+    }
     PinnedMemory(PinnedMemory&& other) noexcept : data_(std::exchange(other.data_, nullptr)) {}
     PinnedMemory& operator=(PinnedMemory&& other) noexcept {
         std::swap(data_, other.data_);
@@ -73,19 +85,34 @@ class CudaEvent {
     cudaEvent_t event_ = nullptr;
 };
 
-// ---- the plan ----------------------------------------------------------------------------------
-enum class MemoryUse { weights, optimizer, gradients, activations, workspace };
-constexpr int NUM_MEMORY_USES = 5;
-inline const char* memory_use_name(MemoryUse use) {
-    constexpr const char* names[NUM_MEMORY_USES] = {"weights", "optimizer", "gradients", "activations", "workspace"};
-    return names[(int)use];
+// `waiter` goes on only after what is on `stream` now.
+inline void wait_for(cudaStream_t waiter, cudaStream_t stream, CudaEvent& event) {
+    CUDA_CHECK(cudaEventRecord(event, stream));
+    CUDA_CHECK(cudaStreamWaitEvent(waiter, event));
 }
 
-constexpr double BYTES_PER_GIB = 1024.0 * 1024.0 * 1024.0;
+// ---- the plan ----------------------------------------------------------------------------------
+enum class MemoryUse { weights, optimizer, gradients, activations, workspace, host_optimizer, host_activations };
+constexpr int NUM_MEMORY_USES = 7;
+inline const char* memory_use_name(MemoryUse use) {
+    constexpr const char* names[NUM_MEMORY_USES] = {"weights",   "optimizer",      "gradients",       "activations",
+                                                    "workspace", "host optimizer", "host activations"};
+    return names[(int)use];
+}
+inline bool is_host_memory(MemoryUse use) {
+    return use == MemoryUse::host_optimizer || use == MemoryUse::host_activations;
+}
+inline bool lives_across_steps(MemoryUse use) {
+    return use == MemoryUse::weights || use == MemoryUse::optimizer || use == MemoryUse::gradients ||
+           use == MemoryUse::host_optimizer;
+}
+
 // Every buffer starts on this: TMA and 128-bit accesses ask for less, cuBLASLt's fastest kernels for no more.
 constexpr size_t BUFFER_ALIGNMENT = 256;
 // Left free on the device: kernels are loaded when first launched, cuBLASLt and the driver keep memory of their own.
 constexpr size_t DEVICE_MEMORY_RESERVE = (size_t)512 << 20;
+// Left to the host: a checkpoint's tensor on its way to the disk, and whatever else runs.
+constexpr size_t HOST_MEMORY_RESERVE = (size_t)2 << 30;
 
 class MemoryPlan {
   public:
@@ -131,30 +158,35 @@ class MemoryPlan {
     }
 
     size_t num_bytes(MemoryUse use) const { return ends_[(int)use]; }
-    size_t num_bytes() const {
-        size_t total = 0;
-        for (size_t end : ends_) {
-            total += end;
-        }
-        return total;
-    }
+    // Of the GPU, and of the host.
+    size_t num_bytes() const { return total(false); }
+    size_t num_host_bytes() const { return total(true); }
 
     // The table of --print_memory.
     std::string table() const {
-        std::string text = format_string("%-12s %-34s %-30s %6s %12s\n", "use", "buffer", "shape", "number", "GiB");
+        std::string text;
+        auto add_line = [&](const char* use, const std::string& name, const std::string& shape,
+                            const std::string& number, size_t num_bytes, bool shared) {
+            text += format_string("%-16s %-34s %-30s %6s %12.4f%s\n", use, name.c_str(), shape.c_str(), number.c_str(),
+                                  (double)num_bytes / BYTES_PER_GIB, shared ? " *" : "");
+        };
+        text += format_string("%-16s %-34s %-30s %6s %12s\n", "use", "buffer", "shape", "number", "GiB");
         for (int u = 0; u < NUM_MEMORY_USES; ++u) {
+            if (ends_[u] == 0) {
+                continue;
+            }
+            const char* const use = memory_use_name((MemoryUse)u);
             for (const Row& row : rows_) {
                 if ((int)row.use == u) {
-                    text += format_string("%-12s %-34s %-30s %6d %12.4f%s\n", memory_use_name(row.use),
-                                          row.name.c_str(), row.shape.c_str(), row.count,
-                                          (double)row.num_bytes / BYTES_PER_GIB, row.shared ? " *" : "");
+                    add_line(use, row.name, row.shape, std::to_string(row.count), row.num_bytes, row.shared);
                 }
             }
-            text += format_string("%-12s %-34s %-30s %6s %12.4f\n", memory_use_name((MemoryUse)u), "all", "", "",
-                                  (double)ends_[u] / BYTES_PER_GIB);
+            add_line(use, "all", "", "", ends_[u], false);
         }
-        text +=
-            format_string("%-12s %-34s %-30s %6s %12.4f\n", "total", "", "", "", (double)num_bytes() / BYTES_PER_GIB);
+        add_line("total", "", "", "", num_bytes(), false);
+        if (num_host_bytes() > 0) {
+            add_line("host total", "page-locked", "", "", num_host_bytes(), false);
+        }
         return text + "* shares memory with buffers that are never needed at the same time\n";
     }
 
@@ -162,19 +194,25 @@ class MemoryPlan {
     // state are written next). Activations and workspace are not trusted to be zero: LLMC_DEBUG and LLMC_POISON (of
     // tests) fill them with NaN.
     void allocate() {
-        for (int u = 0; u < NUM_MEMORY_USES; ++u) {
-            arenas_[u] = DeviceMemory(ends_[u]);
-            if (ends_[u] == 0) {
-                continue;
-            }
-            const bool lives_across_steps = u <= (int)MemoryUse::gradients;
 #if defined(LLMC_DEBUG) || defined(LLMC_POISON)
-            constexpr bool poison = true;
+        constexpr bool poison = true;
 #else
-            constexpr bool poison = false;
+        constexpr bool poison = false;
 #endif
-            if (lives_across_steps || poison) {
-                CUDA_CHECK(cudaMemset(arenas_[u].data(), lives_across_steps ? 0 : 0xff, ends_[u]));
+        for (int u = 0; u < NUM_MEMORY_USES; ++u) {
+            const bool on_host = is_host_memory((MemoryUse)u), lives = lives_across_steps((MemoryUse)u);
+            if (on_host) {
+                arenas_[u].host = PinnedMemory<std::byte>(ends_[u], "--offload");
+            } else {
+                arenas_[u].device = DeviceMemory(ends_[u]);
+            }
+            if (ends_[u] > 0 && (lives || poison)) {
+                const int value = lives ? 0 : 0xff;
+                if (on_host) {
+                    std::memset(arenas_[u].data(), value, ends_[u]);
+                } else {
+                    CUDA_CHECK(cudaMemset(arenas_[u].data(), value, ends_[u]));
+                }
             }
         }
         CUDA_CHECK(cudaDeviceSynchronize());
@@ -187,6 +225,11 @@ class MemoryPlan {
     }
 
   private:
+    struct Arena {  // one of the two
+        DeviceMemory device;
+        PinnedMemory<std::byte> host;
+        std::byte* data() const { return host.data() != nullptr ? host.data() : device.data(); }
+    };
     struct Buffer {
         void** pointer;
         MemoryUse use;
@@ -208,6 +251,13 @@ class MemoryPlan {
         size_t begin, furthest_end;
     };
 
+    size_t total(bool on_host) const {
+        size_t sum = 0;
+        for (int u = 0; u < NUM_MEMORY_USES; ++u) {
+            sum += is_host_memory((MemoryUse)u) == on_host ? ends_[u] : 0;
+        }
+        return sum;
+    }
     Row& row_of(MemoryUse use, const std::string& name, const std::string& shape) {
         for (Row& row : rows_) {
             if (row.use == use && row.name == name && row.shape == shape) {
@@ -219,7 +269,7 @@ class MemoryPlan {
     }
 
     std::array<size_t, NUM_MEMORY_USES> ends_{};
-    std::array<DeviceMemory, NUM_MEMORY_USES> arenas_;
+    std::array<Arena, NUM_MEMORY_USES> arenas_;
     std::vector<Buffer> buffers_;
     std::vector<Alias> aliases_;
     std::vector<Row> rows_;

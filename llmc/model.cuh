@@ -16,7 +16,9 @@
 #include <string>
 #include <vector>
 
+#include "fit.cuh"            // whether the plan fits
 #include "model_memory.cuh"   // settings, buffers, plan
+#include "offload.cuh"        // what lives in host memory
 #include "profile.cuh"        // times of the step's stages
 #include "rope.cuh"           // rotary positions
 #include "swiglu.cuh"         // feed-forward gate
@@ -72,8 +74,8 @@ class GpuModel : public TrainableModel {
     };
 
     Batch upload(const int32_t* tokens, int B, int64_t T, bool with_targets, bool shared);
-    void forward(const Batch& batch);
-    void forward_block(int l, const Batch& batch);
+    void forward(const Batch& batch, bool keeps_inputs);
+    void forward_block(int l, const Batch& batch, bf16* residual_out);
     void recompute_block(int l, const Batch& batch);
     void backward(const Batch& batch, double loss_weight);
     void backward_block(int l, const Batch& batch);
@@ -90,6 +92,7 @@ class GpuModel : public TrainableModel {
     void attention_backward(int l, const Batch& batch);
     void rotate(bf16* qkv, const Batch& batch, decltype(&rope_forward) rope);
     void reduce_gradients_after(int layer);
+    void update_parameters(AdamWArguments arguments, double weight_decay);
     std::string first_bad_tensor(double loss);
     bool is_bad_tensor(int tensor);
 
@@ -118,9 +121,11 @@ class GpuModel : public TrainableModel {
     ModelBuffers buffers_;
     MemoryPlan plan_;
     std::unique_ptr<Gemm> gemm_;
-    const Communicators* comms_;           // null: one rank
-    std::unique_ptr<ZeroOptimizer> zero_;  // of several ranks
-    std::unique_ptr<RingAttention> ring_;  // of several ranks that share sequences
+    std::unique_ptr<InputOffload> inputs_;              // with --offload of activations
+    std::unique_ptr<OptimizerOffload> host_optimizer_;  // with --offload of the optimizer
+    const Communicators* comms_;                        // null: one rank
+    std::unique_ptr<ZeroOptimizer> zero_;               // of several ranks
+    std::unique_ptr<RingAttention> ring_;               // of several ranks that share sequences
     std::unique_ptr<LighthouseContext> lighthouse_context_;
     AttentionMode attention_ = AttentionMode::dense;
     bool first_micro_batch_ = true;      // of the step: it writes the gradients of the blocks' matrices, later ones add
@@ -148,8 +153,15 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     plan_buffers(plan_, buffers_, config_, layout_, settings_);
     size_t free_bytes, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
-    check_fits(plan_, free_bytes, config_, settings_);
+    check_fits(plan_, free_memory(settings_, free_bytes), config_, settings_);
     plan_.allocate();
+    if (settings.offloads_inputs()) {
+        inputs_ = std::make_unique<InputOffload>(buffers_.input_slots, buffers_.host_inputs);
+    }
+    if (settings.offloads_optimizer()) {
+        host_optimizer_ = std::make_unique<OptimizerOffload>(buffers_.master, buffers_.exp_avg, buffers_.exp_avg_sq,
+                                                             buffers_.optimizer_chunks, layout_.num_elements);
+    }
     for (TokenStage& stage : stages_) {
         stage.tokens = PinnedMemory<int32_t>(2 * settings.max_rows());
     }
@@ -204,7 +216,7 @@ inline void GpuModel::accumulate_gradients(const int32_t* tokens, int B, int64_t
     // for the first time. Its choice depends on the clock, so a deterministic run goes without.
     gemm_->set_search(!settings_.deterministic);
     profiling_ = settings_.profile;
-    forward(batch);
+    forward(batch, true);
     // Sums over ranks are means: every rank has as many tokens of the step.
     backward(batch, loss_weight / settings_.mesh.size());
     stage(nullptr);
@@ -226,11 +238,6 @@ inline StepResult GpuModel::update(const AdamWSettings& settings) {
     arguments.max_grad_norm = (float)settings.max_grad_norm;
     arguments.beta1_correction = (float)(1.0 - std::pow(settings.beta1, (double)settings.adam_step));
     arguments.beta2_correction = (float)(1.0 - std::pow(settings.beta2, (double)settings.adam_step));
-    auto update_range = [&](int64_t begin, int64_t end, double weight_decay) {
-        arguments.weight_decay = (float)weight_decay;
-        adamw_update(m.master + begin, m.exp_avg + begin, m.exp_avg_sq + begin, m.weights + begin, m.gradients + begin,
-                     norm, step_loss, end - begin, arguments, stream_);
-    };
     profiling_ = settings_.profile;
     pass_ = StepPass::update;
     stage("gradient norm");
@@ -239,14 +246,11 @@ inline StepResult GpuModel::update(const AdamWSettings& settings) {
               (long long)micro_batches_left_);
         zero_->grad_norm(norm, step_loss, m.gradients, m.grad_norm_scratch, stream_);
         stage("AdamW and weights of all ranks");
-        zero_->update(m.weights, m.master, m.exp_avg, m.exp_avg_sq, m.gradients, norm, step_loss, arguments,
-                      settings.weight_decay, stream_);
     } else {
         grad_norm(norm, m.gradients, layout_.num_elements, m.grad_norm_scratch, stream_);
         stage("AdamW");
-        update_range(0, layout_.num_decayed, settings.weight_decay);
-        update_range(layout_.num_decayed, layout_.num_elements, 0.0);
     }
+    update_parameters(arguments, settings.weight_decay);
     stage(nullptr);
     profiling_ = false;
 
@@ -264,9 +268,33 @@ inline StepResult GpuModel::update(const AdamWSettings& settings) {
     return result;
 }
 
+inline void GpuModel::update_parameters(AdamWArguments arguments, double weight_decay) {
+    const ModelBuffers& m = buffers_;
+    const float *const loss = m.step_results, *const norm = m.step_results + 1;
+    if (zero_) {
+        zero_->update(m.weights, m.master, m.exp_avg, m.exp_avg_sq, m.gradients, norm, loss, arguments, weight_decay,
+                      stream_);
+        return;
+    }
+    if (host_optimizer_) {
+        host_optimizer_->update(m.weights, m.gradients, norm, loss, arguments, weight_decay, layout_.num_decayed,
+                                stream_);
+        return;
+    }
+    auto update_range = [&](int64_t begin, int64_t end) {
+        adamw_update(m.master + begin, m.exp_avg + begin, m.exp_avg_sq + begin, m.weights + begin, m.gradients + begin,
+                     norm, loss, end - begin, arguments, stream_);
+    };
+    arguments.weight_decay = (float)weight_decay;
+    update_range(0, layout_.num_decayed);
+    arguments.weight_decay = 0.0f;
+    update_range(layout_.num_decayed, layout_.num_elements);
+}
+
 // ---- forward -----------------------------------------------------------------------------------
-// Leaves the final norm's output, the hidden state of every token, in norm_out.
-inline void GpuModel::forward(const Batch& batch) {
+// Leaves the final norm's output, the hidden state of every token, in norm_out. keeps_inputs: a backward follows, which
+// reads what the blocks keep.
+inline void GpuModel::forward(const Batch& batch, bool keeps_inputs) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
     const int64_t rows = batch.rows();
@@ -274,26 +302,33 @@ inline void GpuModel::forward(const Batch& batch) {
     const float eps = (float)config_.norm_eps;
     pass_ = StepPass::forward;
     const BlockActivations& first = block_activations(0);
+    InputOffload* const offload = keeps_inputs ? inputs_.get() : nullptr;
     stage("embedding");
     embedding_forward(first.residual_in, m.tokens, weight(table_.embedding), rows, C, stream_);
     stage("norms");
     rmsnorm_forward(m.norm_out, first.attention_rstd, first.residual_in, weight(table_.layers[0].attention_norm), rows,
                     C, eps, stream_);
     for (int l = 0; l < config_.num_layers; ++l) {
-        forward_block(l, batch);
-        // What the block adds to the residual stream is added in the norm that follows.
         const bool last = l + 1 == config_.num_layers;
-        bf16* residual = last ? m.final_residual : block_activations(l + 1).residual_in;
-        float* rstd = last ? m.final_rstd : block_activations(l + 1).attention_rstd;
+        if (offload) {
+            offload->end_write(l, rows * C, stream_);
+        }
+        if (offload && !last) {
+            stage("wait for copies");
+            offload->begin_write(l + 1, stream_);
+        }
+        bf16* const residual_out = last ? m.final_residual : block_activations(l + 1).residual_in;
+        forward_block(l, batch, residual_out);
+        float* const rstd = last ? m.final_rstd : block_activations(l + 1).attention_rstd;
         const int norm = last ? table_.final_norm : table_.layers[l + 1].attention_norm;
         stage("norms");
-        residual_rmsnorm_forward(residual, m.norm_out, rstd, block_activations(l).residual_mid, m.delta, weight(norm),
-                                 rows, C, eps, stream_);
+        rmsnorm_forward(m.norm_out, rstd, residual_out, weight(norm), rows, C, eps, stream_);
     }
 }
 
-// From the attention norm's output in norm_out to what the feed-forward adds in delta.
-inline void GpuModel::forward_block(int l, const Batch& batch) {
+// residual_out (=) [rows, C], the block's output, from its input and the attention norm's output in norm_out. The
+// products that end attention and feed-forward add the residual stream to theirs.
+inline void GpuModel::forward_block(int l, const Batch& batch, bf16* residual_out) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
     const BlockActivations& block = block_activations(l);
@@ -301,22 +336,22 @@ inline void GpuModel::forward_block(int l, const Batch& batch) {
     const int64_t rows = batch.rows();
     const int C = config_.width, F = config_.ffn_width;
     stage("qkv product");
-    gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), rows, config_.qkv_width(), C, false, stream_);
+    gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), nullptr, rows, config_.qkv_width(), C, stream_);
     stage("rotation");
     rotate_forward(block.qkv, batch);
     attention_forward(l, batch);
     stage("output product");
-    gemm_->forward(m.delta, block.attention, weight(p.attention_out), rows, C, config_.attention_width(), false,
-                   stream_);
+    gemm_->forward(block.residual_mid, block.attention, weight(p.attention_out), block.residual_in, rows, C,
+                   config_.attention_width(), stream_);
     stage("norms");
-    residual_rmsnorm_forward(block.residual_mid, m.norm_out, block.ffn_rstd, block.residual_in, m.delta,
-                             weight(p.ffn_norm), rows, C, (float)config_.norm_eps, stream_);
+    rmsnorm_forward(m.norm_out, block.ffn_rstd, block.residual_mid, weight(p.ffn_norm), rows, C,
+                    (float)config_.norm_eps, stream_);
     stage("gate and up product");
-    gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), rows, 2 * F, C, false, stream_);
+    gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), nullptr, rows, 2 * F, C, stream_);
     stage("gate");
     swiglu_forward(m.swiglu, block.gate_up, rows, F, stream_);
     stage("down product");
-    gemm_->forward(m.delta, m.swiglu, weight(p.down), rows, C, F, false, stream_);
+    gemm_->forward(residual_out, m.swiglu, weight(p.down), block.residual_mid, rows, C, F, stream_);
 }
 
 // What the forward did not keep of a block, again from what it kept: the same kernels, so the same bits. Leaves the
@@ -338,7 +373,7 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
         rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C,
                           stream_);
         stage("qkv product");
-        gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), rows, config_.qkv_width(), C, false, stream_);
+        gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), nullptr, rows, config_.qkv_width(), C, stream_);
         stage("rotation");
         rotate_forward(block.qkv, batch);
     }
@@ -349,18 +384,18 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
     }
     if (!kept.residual_mid) {
         stage("output product");
-        gemm_->forward(m.delta, block.attention, weight(p.attention_out), rows, C, config_.attention_width(), false,
-                       stream_);
+        gemm_->forward(block.residual_mid, block.attention, weight(p.attention_out), block.residual_in, rows, C,
+                       config_.attention_width(), stream_);
         stage("norms");
-        residual_rmsnorm_forward(block.residual_mid, m.norm_out, block.ffn_rstd, block.residual_in, m.delta,
-                                 weight(p.ffn_norm), rows, C, (float)config_.norm_eps, stream_);
+        rmsnorm_forward(m.norm_out, block.ffn_rstd, block.residual_mid, weight(p.ffn_norm), rows, C,
+                        (float)config_.norm_eps, stream_);
     } else {
         stage("norms");
         rmsnorm_recompute(m.norm_out, block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, rows, C, stream_);
     }
     if (!kept.gate_up) {
         stage("gate and up product");
-        gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), rows, 2 * F, C, false, stream_);
+        gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), nullptr, rows, 2 * F, C, stream_);
     }
 }
 
@@ -381,8 +416,15 @@ inline void GpuModel::backward(const Batch& batch, double loss_weight) {
                      weight(table_.final_norm), m.final_rstd, m.rmsnorm_scratch, rows, C, stream_);
     reduce_gradients_after(config_.num_layers);
     for (int l = config_.num_layers - 1; l >= 0; --l) {
+        if (inputs_) {
+            stage("wait for copies");
+            inputs_->begin_read(l, stream_);
+        }
         recompute_block(l, batch);
         backward_block(l, batch);
+        if (inputs_) {
+            inputs_->end_read(l, rows * C, stream_);
+        }
         reduce_gradients_after(l);
     }
     stage("embedding");
@@ -411,7 +453,7 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
 
     pass_ = StepPass::backward;
     stage("down product");
-    gemm_->backward_input(m.dswiglu, m.dresidual, weight(p.down), rows, C, F, false, stream_);
+    gemm_->backward_input(m.dswiglu, m.dresidual, weight(p.down), rows, C, F, stream_);
     stage("gate");
     bf16 *const dgate_up = block.gate_up, *const swiglu = m.dswiglu;  // in place: what they replace is needed no more
     swiglu_backward(dgate_up, swiglu, m.dswiglu, block.gate_up, rows, F, stream_);
@@ -419,7 +461,7 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     gemm_->backward_weight(gradient(p.down), m.dresidual, swiglu, rows, C, F, add, stream_);
     stage("gate and up product");
     gemm_->backward_weight(gradient(p.gate_up), dgate_up, m.norm_out, rows, 2 * F, C, add, stream_);
-    gemm_->backward_input(m.dffn_norm_out, dgate_up, weight(p.gate_up), rows, 2 * F, C, false, stream_);
+    gemm_->backward_input(m.dffn_norm_out, dgate_up, weight(p.gate_up), rows, 2 * F, C, stream_);
     stage("norms");
     rmsnorm_backward(m.dresidual, gradient(p.ffn_norm), m.dresidual, m.dffn_norm_out, block.residual_mid,
                      weight(p.ffn_norm), block.ffn_rstd, m.rmsnorm_scratch, rows, C, stream_);
@@ -427,7 +469,7 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     stage("output product");
     gemm_->backward_weight(gradient(p.attention_out), m.dresidual, block.attention, rows, C, attention_width, add,
                            stream_);
-    gemm_->backward_input(m.dattention, m.dresidual, weight(p.attention_out), rows, C, attention_width, false, stream_);
+    gemm_->backward_input(m.dattention, m.dresidual, weight(p.attention_out), rows, C, attention_width, stream_);
     attention_backward(l, batch);
     stage("rotation");
     rotate_backward(m.dqkv, batch);
@@ -435,7 +477,7 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C, stream_);
     stage("qkv product");
     gemm_->backward_weight(gradient(p.qkv), m.dqkv, m.norm_out, rows, qkv_width, C, add, stream_);
-    gemm_->backward_input(m.dattention_norm_out, m.dqkv, weight(p.qkv), rows, qkv_width, C, false, stream_);
+    gemm_->backward_input(m.dattention_norm_out, m.dqkv, weight(p.qkv), rows, qkv_width, C, stream_);
     stage("norms");
     rmsnorm_backward(m.dresidual, gradient(p.attention_norm), m.dresidual, m.dattention_norm_out, block.residual_in,
                      weight(p.attention_norm), block.attention_rstd, m.rmsnorm_scratch, rows, C, stream_);
@@ -582,7 +624,7 @@ inline double GpuModel::evaluate(const int32_t* tokens, int B, int64_t T) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
     const Batch batch = upload(tokens, B, T, true, ring_ != nullptr);
-    forward(batch);
+    forward(batch, false);
     const int64_t rows = batch.rows();
     classifier_loss(m.losses, m.logits, m.norm_out, weight(table_.classifier), m.tokens + rows,
                     classifier_shape(config_, settings_, rows), *gemm_, stream_);
@@ -606,10 +648,10 @@ inline void GpuModel::next_token_logits(const int32_t* tokens, int64_t T, float*
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
     const Batch batch = upload(tokens, 1, T, false, false);
-    forward(batch);
+    forward(batch, false);
     const int64_t V = config_.vocab_size, C = config_.width;
-    gemm_->forward(m.logits, m.norm_out + (T - 1) * C, weight(table_.classifier), 1, classifier_padded_vocab(V), C,
-                   false, stream_);
+    gemm_->forward(m.logits, m.norm_out + (T - 1) * C, weight(table_.classifier), nullptr, 1,
+                   classifier_padded_vocab(V), C, stream_);
     std::vector<bf16> last_row(V);
     CUDA_CHECK(cudaMemcpyAsync(last_row.data(), m.logits, V * sizeof(bf16), cudaMemcpyDeviceToHost, stream_));
     wait();
@@ -670,10 +712,21 @@ inline void GpuModel::gather_state(StateKind kind) {
 }
 inline void GpuModel::read_state(StateKind kind, int tensor, float* out) {
     CHECK(!zero_ || gathered_ == kind, "the state of several ranks must be gathered before it is read");
-    read_floats(out, zero_ ? gradient(tensor) : state(kind, tensor, 0), table_.tensors[tensor].num_elements());
+    const int64_t num_elements = table_.tensors[tensor].num_elements();
+    if (zero_) {
+        read_floats(out, gradient(tensor), num_elements);
+    } else {
+        read_state_piece(kind, tensor, {0, num_elements}, out);
+    }
 }
 inline void GpuModel::read_state_piece(StateKind kind, int tensor, const StatePiece& piece, float* out) {
-    read_floats(out, state(kind, tensor, piece.begin), piece.num_elements);
+    const float* const from = state(kind, tensor, piece.begin);
+    if (host_optimizer_) {
+        host_optimizer_->wait();
+        std::copy(from, from + piece.num_elements, out);
+    } else {
+        read_floats(out, from, piece.num_elements);
+    }
 }
 inline void GpuModel::read_gradient(int tensor, float* out) {
     CHECK(!gathered_, "the gradients of this step are gone: their memory holds gathered state");
@@ -685,8 +738,13 @@ inline void GpuModel::read_gradient(int tensor, float* out) {
 }
 inline void GpuModel::write_state_piece(StateKind kind, int tensor, const StatePiece& piece, const float* in) {
     const int64_t num_elements = piece.num_elements;
-    CUDA_CHECK(cudaMemcpyAsync(state(kind, tensor, piece.begin), in, num_elements * sizeof(float),
-                               cudaMemcpyHostToDevice, stream_));
+    float* const to = state(kind, tensor, piece.begin);
+    if (host_optimizer_) {
+        host_optimizer_->wait();
+        std::copy(in, in + num_elements, to);
+    } else {
+        CUDA_CHECK(cudaMemcpyAsync(to, in, num_elements * sizeof(float), cudaMemcpyHostToDevice, stream_));
+    }
     std::vector<bf16> rounded;
     if (kind == StateKind::master) {
         rounded.resize(num_elements);

@@ -20,6 +20,7 @@
 #include "lighthouse_context.cuh"  // the same over several ranks
 #include "memory.cuh"              // the plan
 #include "model_config.h"          // the model's shape
+#include "offload.cuh"             // sizes of what stays on the GPU of what does not
 #include "parameters.h"            // the table of tensors
 #include "ring_attention.cuh"      // scratch sizes of attention over several ranks
 #include "rmsnorm.cuh"             // scratch size of the backward
@@ -30,6 +31,7 @@ struct GpuModelSettings {
     int max_batch_size = 1;      // B, sequences in a micro-batch
     int64_t max_seq_len = 1024;  // T
     Recompute recompute = Recompute::none;
+    Offload offload = Offload::none;
     bool deterministic = false;
     bool profile = false;               // time the stages of training steps
     int64_t classifier_chunk_rows = 0;  // rows whose logits exist at once; 0: as many as fit CLASSIFIER_CHUNK_BYTES
@@ -40,9 +42,14 @@ struct GpuModelSettings {
     // Several GPUs: this rank's place among them, and how keys reach the ranks that share a sequence.
     ParallelMesh mesh;
     ContextExchange context_exchange = ContextExchange::automatic;
+    // Bytes of GPU and host that this rank may use, of what is free; 0: all. Ranks of one host divide what it has.
+    size_t gpu_memory = 0, host_memory = 0;
+    int ranks_on_host = 1;
 
     int64_t local_seq_len() const { return max_seq_len / mesh.context_parallel; }
     int64_t max_rows() const { return max_batch_size * local_seq_len(); }
+    bool offloads_inputs() const { return offload == Offload::activations || offload == Offload::all; }
+    bool offloads_optimizer() const { return offload == Offload::optimizer || offload == Offload::all; }
 };
 inline GpuModelSettings gpu_model_settings(const RunConfig& c, const ParallelMesh& mesh = ParallelMesh()) {
     GpuModelSettings settings;
@@ -51,9 +58,12 @@ inline GpuModelSettings gpu_model_settings(const RunConfig& c, const ParallelMes
     settings.max_batch_size = c.batch_size;
     settings.max_seq_len = c.seq_len;
     settings.recompute = c.recompute;
+    settings.offload = c.offload;
     settings.deterministic = c.deterministic;
     settings.profile = c.profile;
     settings.classifier_chunk_rows = c.classifier_chunk_rows;
+    settings.gpu_memory = (size_t)(c.gpu_memory * BYTES_PER_GIB);
+    settings.host_memory = (size_t)(c.host_memory * BYTES_PER_GIB);
     if (c.attention == AttentionMode::lighthouse) {
         settings.lighthouse = c.lighthouse;
         settings.trains_dense = c.lighthouse_steps >= 0 && c.lighthouse_steps < c.max_steps;
@@ -157,8 +167,12 @@ struct BlockActivations {
 struct ModelBuffers {
     // live across steps: one element each of ParameterLayout
     bf16* weights;
-    float *master, *exp_avg, *exp_avg_sq;
+    float *master, *exp_avg, *exp_avg_sq;  // with --offload in host memory
     float* gradients;
+    // --offload: of the GPU the places where blocks' inputs are in turn, [rows, C] each, and the inputs of the first
+    // blocks in host memory; AdamW's state on its way, [2, 3, chunk]
+    std::vector<bf16*> input_slots, host_inputs;
+    float* optimizer_chunks;
     // kept from forward to backward, of each block: under dense attention, and under Lighthouse where it can switch
     std::vector<BlockActivations> dense_blocks, lighthouse_blocks;
     BlockActivations shared;  // what the blocks do not keep
@@ -176,7 +190,6 @@ struct ModelBuffers {
     bf16* norm_out;   // [rows, C] of whichever norm came last
     bf16* dresidual;  // [rows, C] gradient of the residual stream
     // workspace of the forward, and of recomputing
-    bf16* delta;   // [rows, C] what attention or feed-forward adds to the residual stream
     bf16* swiglu;  // [rows, F]
     std::byte* lighthouse_forward_scratch;
     std::byte* ring_forward_scratch;
@@ -290,9 +303,12 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
         lighthouse_backward_size = lighthouse_backward_scratch_bytes(*lighthouse, settings.deterministic);
     }
     plan.add(&m.weights, MemoryUse::weights, "weights", "[parameters] bf16", num_parameters);
-    plan.add(&m.master, MemoryUse::optimizer, "master weights", optimizer_shape, layout.state_elements());
-    plan.add(&m.exp_avg, MemoryUse::optimizer, "exp_avg", optimizer_shape, layout.state_elements());
-    plan.add(&m.exp_avg_sq, MemoryUse::optimizer, "exp_avg_sq", optimizer_shape, layout.state_elements());
+    const MemoryUse state_use = settings.offloads_optimizer() ? MemoryUse::host_optimizer : MemoryUse::optimizer;
+    plan.add(&m.master, state_use, "master weights", optimizer_shape, layout.state_elements());
+    plan.add(&m.exp_avg, state_use, "exp_avg", optimizer_shape, layout.state_elements());
+    plan.add(&m.exp_avg_sq, state_use, "exp_avg_sq", optimizer_shape, layout.state_elements());
+    plan.add(&m.optimizer_chunks, MemoryUse::optimizer, "optimizer state on its way", "[2, 3, chunk] float32",
+             settings.offloads_optimizer() ? optimizer_offload_elements(layout.state_elements()) : 0);
     plan.add(&m.gradients, MemoryUse::gradients, "gradients", "[parameters] float32", num_parameters);
 
     // Activations of the blocks.
@@ -310,6 +326,16 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     m.lighthouse_blocks.resize(config.num_layers);
     const KeptActivations dense_kept = kept_activations(settings.recompute, AttentionMode::dense);
     const KeptActivations lighthouse_kept = kept_activations(settings.recompute, AttentionMode::lighthouse);
+    if (settings.offloads_inputs()) {
+        m.input_slots.resize(num_input_slots(config.num_layers));
+        m.host_inputs.resize(config.num_layers - m.input_slots.size());
+    }
+    for (bf16*& slot : m.input_slots) {
+        plan.add(&slot, MemoryUse::activations, "block input, in turn", "[B T, C] bf16", rows * C);
+    }
+    for (bf16*& input : m.host_inputs) {
+        plan.add(&input, MemoryUse::host_activations, "block input", "[B T, C] bf16", rows * C);
+    }
     bool any_trains_dense = false;
     for (int l = 0; l < config.num_layers; ++l) {
         const bool can_switch = lighthouse && settings.lighthouse->applies_to(l, config.num_layers);
@@ -320,7 +346,12 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
                 plan.add_alias(&(switched.*activation.member), &(dense.*activation.member));
             }
         };
-        add_to_both(true, residual_in);
+        if (settings.offloads_inputs()) {
+            plan.add_alias(&dense.residual_in, &m.input_slots[l % m.input_slots.size()]);
+            plan.add_alias(&switched.residual_in, &dense.residual_in);
+        } else {
+            add_to_both(true, residual_in);
+        }
         add_to_both(true, attention_rstd);
         add_to_both(true, ffn_rstd);
         add_to_both(dense_kept.residual_mid, residual_mid);
@@ -373,8 +404,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     add_scratch(&m.lighthouse_forward_scratch, "lighthouse_forward scratch", lighthouse_forward_size);
     plan.next_alternative();
     add_scratch(&m.ring_forward_scratch, "ring attention scratch", ring ? ring->forward_scratch_bytes(dense_shape) : 0);
-    plan.next_alternative();  // what is added to the residual
-    plan.add(&m.delta, use, "delta", "[B T, C] bf16", rows * C);
+    plan.next_alternative();  // feed-forward
     plan.add(&m.swiglu, use, "swiglu", "[B T, F] bf16", rows * F);
     plan.next_alternative();  // the backward of feed-forward
     plan.add(&m.dswiglu, use, "dswiglu", "[B T, F] bf16", rows * F);
@@ -419,85 +449,4 @@ inline MemoryPlan planned_memory(const ModelConfig& config, const GpuModelSettin
     plan_buffers(plan, buffers, config, make_parameter_layout(make_parameter_table(config), settings.mesh.size()),
                  settings);
     return plan;
-}
-
-// ---- does it fit -------------------------------------------------------------------------------
-inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse, int context_parallel) {
-    try {
-        make_chunk_geometry(make_lighthouse_geometry(T, lighthouse), lighthouse, context_parallel);
-        return true;
-    } catch (const Error&) {
-        return false;
-    }
-}
-
-// What a plan may need where free_bytes are free.
-inline size_t usable_memory(size_t free_bytes) {
-    return free_bytes > DEVICE_MEMORY_RESERVE ? free_bytes - DEVICE_MEMORY_RESERVE : 0;
-}
-
-// The longest --seq_len that these settings leave room for, a multiple of 128 or of what the Lighthouse geometry asks;
-// 0: none.
-inline int64_t longest_seq_len(const ModelConfig& config, GpuModelSettings settings, size_t free_bytes) {
-    // units; of several ranks each holds two chunks
-    int64_t unit = 128 * ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks(), smallest = 1;
-    if (settings.lighthouse) {
-        const LighthouseGeometry g = make_lighthouse_geometry(settings.max_seq_len, *settings.lighthouse);
-        unit = g.tiles * g.window(g.levels - 1), smallest = LIGHTHOUSE_TILE_BUDGET;
-    }
-    auto fits = [&](int64_t units) {
-        settings.max_seq_len = units * unit;
-        return planned_memory(config, settings).num_bytes() <= usable_memory(free_bytes);
-    };
-    // Of the lengths that --seq_len and --batch_size may have.
-    int64_t fitting = smallest - 1,
-            beyond = std::min(((int64_t)1 << 24) / unit, (int64_t)INT32_MAX / settings.max_batch_size / unit) + 1;
-    while (beyond - fitting > 1) {
-        const int64_t middle = (fitting + beyond) / 2;
-        (fits(middle) ? fitting : beyond) = middle;
-    }
-    return fitting < smallest ? 0 : fitting * unit;
-}
-
-// Throws when the plan needs more than free_bytes less DEVICE_MEMORY_RESERVE, naming the settings that would fit.
-inline void check_fits(const MemoryPlan& plan, size_t free_bytes, const ModelConfig& config,
-                       const GpuModelSettings& settings) {
-    const size_t usable = usable_memory(free_bytes);
-    if (plan.num_bytes() <= usable) {
-        return;
-    }
-    std::string advice;
-    auto suggest = [&](const GpuModelSettings& other, const char* recompute) {
-        const size_t needed = planned_memory(config, other).num_bytes();
-        if (needed <= usable && advice.empty()) {
-            advice = format_string("; --recompute %s --batch_size %d --seq_len %lld would need %.2f GiB", recompute,
-                                   other.max_batch_size, (long long)other.max_seq_len, needed / BYTES_PER_GIB);
-        }
-    };
-    // Least loss first: recompute, then fewer sequences, then shorter ones.
-    GpuModelSettings other = settings;
-    if (settings.recompute == Recompute::none) {
-        other.recompute = Recompute::all_but_attention;
-        suggest(other, "all_but_attention");
-    }
-    other.recompute = Recompute::block;
-    suggest(other, "block");
-    while (advice.empty() && other.max_batch_size > 1) {
-        other.max_batch_size /= 2;
-        suggest(other, "block");
-    }
-    while (advice.empty() && other.max_seq_len > 1) {
-        other.max_seq_len /= 2;
-        const bool fills_chunks =
-            other.max_seq_len % ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks() == 0;
-        if (fills_chunks && (!settings.lighthouse || is_lighthouse_length(other.max_seq_len, *settings.lighthouse,
-                                                                          settings.mesh.context_parallel))) {
-            suggest(other, "block");
-        }
-    }
-    fail(
-        "not enough GPU memory: this run needs %.2f GiB and %.2f GiB are free (less %.2f GiB kept for the driver)%s; "
-        "--print_memory shows what needs how much",
-        plan.num_bytes() / BYTES_PER_GIB, free_bytes / BYTES_PER_GIB, DEVICE_MEMORY_RESERVE / BYTES_PER_GIB,
-        advice.empty() ? "; the model itself is too large for this GPU" : advice.c_str());
 }

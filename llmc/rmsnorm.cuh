@@ -11,6 +11,7 @@
 #include <algorithm>
 
 #include "cuda_common.cuh"
+#include "gpu_properties.cuh"
 
 // ---- constants ---------------------------------------------------------------------------------
 constexpr int RMSNORM_THREADS = 256;  // of a block, unless one row needs more
@@ -380,10 +381,7 @@ __global__ void __launch_bounds__(RMSNORM_DWEIGHT_COLUMNS* RMSNORM_DWEIGHT_SLICE
 
 // Blocks of rmsnorm_backward_kernel on the current device.
 inline int rmsnorm_backward_blocks(int64_t rows, const RmsnormGeometry& geometry) {
-    int device, num_sms;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-    return (int)std::min<int64_t>(num_sms * RMSNORM_BACKWARD_BLOCKS_PER_SM,
+    return (int)std::min<int64_t>(gpu_properties().num_sms * RMSNORM_BACKWARD_BLOCKS_PER_SM,
                                   ceil_div<int64_t>(rows, geometry.rows_per_block()));
 }
 

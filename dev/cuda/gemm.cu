@@ -45,10 +45,10 @@ static void gemm2(Gemm& gemm, GemmOperation operation, void* out, const bf16* a,
                   int64_t K, bool accumulate, cudaStream_t stream) {
     switch (operation) {
         case GemmOperation::forward:
-            gemm.forward((bf16*)out, a, b, M, N, K, accumulate, stream);
+            gemm.forward((bf16*)out, a, b, accumulate ? (bf16*)out : nullptr, M, N, K, stream);
             break;
         case GemmOperation::backward_input:
-            gemm.backward_input((bf16*)out, a, b, M, N, K, accumulate, stream);
+            gemm.backward_input((bf16*)out, a, b, M, N, K, stream);
             break;
         case GemmOperation::backward_weight:
             gemm.backward_weight((float*)out, a, b, M, N, K, accumulate, stream);
@@ -129,6 +129,27 @@ static void check_product(Harness& h, const Variant<Launcher>& variant, Gemm& ge
     h.compare_repeats(operation_name(operation), label, out, launch);
 }
 
+// The addend in memory of its own: it stays as it was.
+static void check_other_addend(Harness& h, const Variant<Launcher>& variant, Gemm& gemm, int64_t M, int64_t N,
+                               int64_t K) {
+    const std::string label =
+        format_string("M%lld N%lld K%lld other addend bf16", (long long)M, (long long)N, (long long)K);
+    const std::vector<bf16> in = random_vector<bf16>(M * K, h.seed), weight = random_vector<bf16>(N * K, h.seed + 1);
+    const std::vector<bf16> initial = random_vector<bf16>(M * N, h.seed + 2);
+    std::vector<double> expected = to_double(initial);
+    std::vector<float> plain = convert<float>(initial);
+    reference_product<double>(GemmOperation::forward, expected, to_double(in), to_double(weight), M, N, K, true);
+    reference_product<float>(GemmOperation::forward, plain, convert<float>(in), convert<float>(weight), M, N, K, true);
+    DeviceBuffer<bf16> in_device(in), weight_device(weight), addend(initial), out(M * N);
+    gemm.set_search(variant.number == SEARCH_VARIANT);
+    auto launch = [&] { gemm.forward(out, in_device, weight_device, addend, M, N, K, h.stream); };
+    launch();
+    const double limit = twice_plain_error<bf16>(plain, expected) + (double)K / 16 * 0x1p-23;
+    h.compare("forward", label, out, expected, limit, {M, N});
+    h.compare_exact("addend", label, addend, initial);
+    h.compare_repeats("forward", label, out, launch);
+}
+
 static void check(Harness& h, const Variant<Launcher>& variant) {
     DeviceBuffer<unsigned char> workspace(GEMM_WORKSPACE_BYTES);
     Gemm gemm(workspace, GEMM_WORKSPACE_BYTES);
@@ -142,8 +163,11 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         }
         for (bool accumulate : {false, true}) {
             check_product<bf16>(h, variant, gemm, GemmOperation::forward, c.M, c.N, c.K, accumulate);
-            check_product<bf16>(h, variant, gemm, GemmOperation::backward_input, c.M, c.N, c.K, accumulate);
             check_product<float>(h, variant, gemm, GemmOperation::backward_weight, c.M, c.N, c.K, accumulate);
+        }
+        check_product<bf16>(h, variant, gemm, GemmOperation::backward_input, c.M, c.N, c.K, false);
+        if (variant.number != 1) {
+            check_other_addend(h, variant, gemm, c.M, c.N, c.K);
         }
     }
     if (variant.number == 1 || h.small) {
@@ -155,14 +179,14 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     in.fill_random(h.seed);
     weight.fill_random(h.seed + 1);
     CUDA_CHECK(cudaDeviceSynchronize());
-    gemm.forward(out, in, weight, M, N, K, false, h.stream);
+    gemm.forward(out, in, weight, nullptr, M, N, K, h.stream);
     CUDA_CHECK(cudaStreamSynchronize(h.stream));
     std::vector<double> expected(tail * N);
     reference_product<double>(GemmOperation::forward, expected, to_double(in.download((M - tail) * K, tail * K)),
                               to_double(weight.download()), tail, N, K, false);
     h.compare("forward", format_string("M%lld N%lld K%lld last rows", (long long)M, (long long)N, (long long)K),
               out.download((M - tail) * N, tail * N), expected, unit_roundoff<bf16>() + 1e-5, {tail, N});
-    gemm.backward_input(in, out, weight, M, N, K, false, h.stream);
+    gemm.backward_input(in, out, weight, M, N, K, h.stream);
     CUDA_CHECK(cudaStreamSynchronize(h.stream));
     std::vector<double> expected_input(tail * K);
     reference_product<double>(GemmOperation::backward_input, expected_input,

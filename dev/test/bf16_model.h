@@ -90,10 +90,13 @@ class Bf16Model {
 
     // in [M, K] times weight [N, K]^T, rounded.
     Values product(const float* in, int tensor, int64_t M, int64_t N, int64_t K) const {
-        Values out(M * N);
-        gemm_forward(out.data(), in, weights_[tensor].data(), M, N, K, false);
-        round_to_bf16(out);
-        return out;
+        return sum_with_product(Values(M * N, 0.0f), in, tensor, M, N, K);
+    }
+    // The same plus x [M, N], rounded once.
+    Values sum_with_product(Values x, const float* in, int tensor, int64_t M, int64_t N, int64_t K) const {
+        gemm_forward(x.data(), in, weights_[tensor].data(), M, N, K, true);
+        round_to_bf16(x);
+        return x;
     }
     // dout [M, N] times weight [N, K], rounded; and the weight's gradient.
     Values product_backward(const Values& dout, const Values& in, int tensor, int64_t M, int64_t N, int64_t K) {
@@ -115,13 +118,6 @@ class Bf16Model {
                          x.data(), weights_[tensor].data(), rstd.data(), rows(), config_.width);
         round_to_bf16(dresidual_);
     }
-    Values sum(const Values& x, const Values& delta) const {
-        Values out(x.size());
-        for (size_t i = 0; i < x.size(); ++i) {
-            out[i] = round_to_bf16(x[i] + delta[i]);
-        }
-        return out;
-    }
 
     void forward() {
         const int C = config_.width, F = config_.ffn_width;
@@ -138,13 +134,13 @@ class Bf16Model {
             round_to_bf16(block.qkv);
             attend(l);
             block.residual_mid =
-                sum(x, product(block.attention.data(), p.attention_out, rows(), C, config_.attention_width()));
+                sum_with_product(x, block.attention.data(), p.attention_out, rows(), C, config_.attention_width());
             norm(block.ffn_norm_out, block.ffn_rstd, block.residual_mid, p.ffn_norm);
             block.gate_up = product(block.ffn_norm_out.data(), p.gate_up, rows(), 2 * F, C);
             block.swiglu.resize(rows() * F);
             swiglu_forward(block.swiglu.data(), block.gate_up.data(), rows(), F);
             round_to_bf16(block.swiglu);
-            x = sum(block.residual_mid, product(block.swiglu.data(), p.down, rows(), C, F));
+            x = sum_with_product(block.residual_mid, block.swiglu.data(), p.down, rows(), C, F);
         }
         final_residual_ = x;
         norm(hidden_, final_rstd_, x, table_.final_norm);

@@ -1,0 +1,149 @@
+// fit.cuh: whether a plan fits into the memory that is there, what would, and how long sequences may be (--fit).
+#pragma once
+#include <algorithm>
+#include <string>
+#include <vector>
+
+#include "flags.h"           // words of the modes
+#include "host_memory.h"     // what the host has left
+#include "model_memory.cuh"  // the plan
+
+// Bytes that are there to be taken.
+struct FreeMemory {
+    size_t gpu = 0, host = 0;
+
+    // Some of both is kept: by the GPU for the driver, by the host for checkpoints on their way and all else that runs.
+    size_t usable_gpu() const { return gpu > DEVICE_MEMORY_RESERVE ? gpu - DEVICE_MEMORY_RESERVE : 0; }
+    size_t usable_host() const { return host > HOST_MEMORY_RESERVE ? host - HOST_MEMORY_RESERVE : 0; }
+    bool holds(const MemoryPlan& plan) const {
+        return plan.num_bytes() <= usable_gpu() &&
+               (plan.num_host_bytes() == 0 || plan.num_host_bytes() <= usable_host());
+    }
+};
+
+// For a rank with these settings: gpu_bytes are free on its GPU.
+inline FreeMemory free_memory(const GpuModelSettings& settings, size_t gpu_bytes) {
+    auto limited = [](size_t bytes, size_t limit) { return limit > 0 ? std::min(bytes, limit) : bytes; };
+    return {limited(gpu_bytes, settings.gpu_memory),
+            limited(available_host_bytes() / settings.ranks_on_host, settings.host_memory)};
+}
+
+inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse, int context_parallel) {
+    try {
+        make_chunk_geometry(make_lighthouse_geometry(T, lighthouse), lighthouse, context_parallel);
+        return true;
+    } catch (const Error&) {
+        return false;
+    }
+}
+
+// The longest --seq_len that these settings leave room for, a multiple of 128 or of what the Lighthouse geometry asks;
+// 0: none.
+inline int64_t longest_seq_len(const ModelConfig& config, GpuModelSettings settings, const FreeMemory& free) {
+    // units; of several ranks each holds two chunks
+    int64_t unit = 128 * ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks(), smallest = 1;
+    if (settings.lighthouse) {
+        const LighthouseGeometry g = make_lighthouse_geometry(settings.max_seq_len, *settings.lighthouse);
+        unit = g.tiles * g.window(g.levels - 1), smallest = LIGHTHOUSE_TILE_BUDGET;
+    }
+    auto fits = [&](int64_t units) {
+        settings.max_seq_len = units * unit;
+        return free.holds(planned_memory(config, settings));
+    };
+    // Of the lengths that --seq_len and --batch_size may have.
+    int64_t fitting = smallest - 1,
+            beyond = std::min(((int64_t)1 << 24) / unit, (int64_t)INT32_MAX / settings.max_batch_size / unit) + 1;
+    while (beyond - fitting > 1) {
+        const int64_t middle = (fitting + beyond) / 2;
+        (fits(middle) ? fitting : beyond) = middle;
+    }
+    return fitting < smallest ? 0 : fitting * unit;
+}
+
+// The ways of offloading that these ranks have.
+inline std::vector<std::pair<const char*, Offload>> offload_choices(const ParallelMesh& mesh) {
+    std::vector<std::pair<const char*, Offload>> ways;
+    for (const auto& [word, offload] : choices(Offload())) {
+        GpuModelSettings settings;
+        settings.offload = offload;
+        if (mesh.size() == 1 || !settings.offloads_optimizer()) {
+            ways.push_back({word, offload});
+        }
+    }
+    return ways;
+}
+
+// The table of --fit: the longest sequence for each way to save memory, all else as in `settings`.
+inline std::string fit_table(const ModelConfig& config, const GpuModelSettings& settings, const FreeMemory& free) {
+    std::string text = format_string(
+        "the longest --seq_len with --batch_size %d in %.2f GiB of GPU memory and, for --offload, %.2f GiB of the "
+        "host's (of these %.2f and %.2f GiB stay free)\n%-28s",
+        settings.max_batch_size, free.gpu / BYTES_PER_GIB, free.host / BYTES_PER_GIB,
+        (free.gpu - free.usable_gpu()) / BYTES_PER_GIB, (free.host - free.usable_host()) / BYTES_PER_GIB, "");
+    const auto ways = offload_choices(settings.mesh);
+    for (const auto& way : ways) {
+        text += format_string(" %21s", format_string("--offload %s", way.first).c_str());
+    }
+    for (const auto& [word, recompute] : choices(Recompute())) {
+        text += format_string("\n%-28s", format_string("--recompute %s", word).c_str());
+        for (const auto& way : ways) {
+            GpuModelSettings other = settings;
+            other.recompute = recompute, other.offload = way.second;
+            const int64_t longest = longest_seq_len(config, other, free);
+            text += format_string(" %21s", longest == 0 ? "-" : std::to_string(longest).c_str());
+        }
+    }
+    return text + "\n";
+}
+
+// Throws when the plan needs more than there is, naming the settings that would fit.
+inline void check_fits(const MemoryPlan& plan, const FreeMemory& free, const ModelConfig& config,
+                       const GpuModelSettings& settings) {
+    if (free.holds(plan)) {
+        return;
+    }
+    std::string advice;
+    auto suggest = [&](const GpuModelSettings& other) {
+        const MemoryPlan needed = planned_memory(config, other);
+        if (advice.empty() && free.holds(needed)) {
+            advice = format_string("; --recompute %s --offload %s --batch_size %d --seq_len %lld would need %.2f GiB",
+                                   choice_name(other.recompute), choice_name(other.offload), other.max_batch_size,
+                                   (long long)other.max_seq_len, needed.num_bytes() / BYTES_PER_GIB);
+        }
+    };
+    // Least loss first: recompute, then offload, then fewer sequences, then shorter ones.
+    auto suggest_modes = [&](GpuModelSettings other) {
+        for (const auto& way : offload_choices(settings.mesh)) {
+            other.offload = way.second;
+            for (const auto& [word, recompute] : choices(Recompute())) {
+                other.recompute = recompute;
+                suggest(other);
+            }
+        }
+    };
+    GpuModelSettings other = settings;
+    suggest_modes(other);
+    while (advice.empty() && other.max_batch_size > 1) {
+        other.max_batch_size /= 2;
+        suggest_modes(other);
+    }
+    while (advice.empty() && other.max_seq_len > 1) {
+        other.max_seq_len /= 2;
+        const bool fills_chunks =
+            other.max_seq_len % ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks() == 0;
+        if (fills_chunks && (!settings.lighthouse || is_lighthouse_length(other.max_seq_len, *settings.lighthouse,
+                                                                          settings.mesh.context_parallel))) {
+            suggest_modes(other);
+        }
+    }
+    const bool host = plan.num_bytes() <= free.usable_gpu();
+    const size_t needed = host ? plan.num_host_bytes() : plan.num_bytes();
+    const size_t there = host ? free.host : free.gpu, usable = host ? free.usable_host() : free.usable_gpu();
+    fail(
+        "not enough %s memory%s: this run needs %.2f GiB and %.2f GiB are free (less %.2f GiB kept for %s)%s; "
+        "--print_memory shows what needs how much, --fit what would fit",
+        host ? "host" : "GPU", host ? format_string(" for --offload %s", choice_name(settings.offload)).c_str() : "",
+        needed / BYTES_PER_GIB, there / BYTES_PER_GIB, (there - usable) / BYTES_PER_GIB,
+        host ? "other uses" : "the driver",
+        advice.empty() ? "; the model itself is too large for this GPU" : advice.c_str());
+}
