@@ -10,8 +10,12 @@
 // each. Scores are computed transposed, so that P^T and dS^T, once rounded, are register operands of the products that
 // make dv and dk. dS also goes to shared memory, once, for dq, which needs both warpgroups' keys. A producer warp loads
 // q, dout and statistics two tiles ahead; a writer warp adds the finished tiles of dq to a float32 accumulator in
-// scratch by bulk reductions, whose order, and so the last bits of dq, vary. Deterministic calls go to the mma.sync
-// kernels (flash_attention_mma.cuh), at a bit less than half the speed.
+// scratch by bulk reductions, whose order, and so the last bits of dq, vary.
+//
+// Deterministic calls fix that order: a query tile's sum takes the blocks of keys from the last that it sees to the
+// first, each writer waiting until the one before has said that its part is in memory. Blocks start in that order too:
+// causal, a block then reaches a query tile one tile later than the block of the keys after its own, and waits for
+// nobody once under way. The price: the longest items start last, and the end of the kernel is less even.
 //
 // Products of a query tile, a warpgroup, D = 128 (64 queries) and D = 64 (128 queries):
 //   S^T  = k q^T     m64n64, 8 steps    m64n128, 4    both in shared memory, contraction along the rows' columns
@@ -44,11 +48,12 @@ enum class DvStart { AFTER_DS, BEFORE_DS };
 // ONE_AN_ITEM: the GPU starts a block when another is over. ONE_AN_SM: blocks take items until there are none; an
 // item's first loads overlap the end of the one before. It wins where items are short: H100, D = 64, TFLOP/s at B = 32,
 // T = 1024: 260 instead of 240; not at D = 128.
+// Deterministic blocks wait for each other's items, and take theirs in the order in which they run: ONE_AN_SM.
 enum class BackwardBlocks { ONE_AN_ITEM, ONE_AN_SM };
-inline BackwardBlocks hopper_backward_blocks(const AttentionShape& s) {
+inline BackwardBlocks hopper_backward_blocks(const AttentionShape& s, bool deterministic) {
     constexpr int64_t SHORT_ITEM_QUERIES = 8192;
-    return s.D == 64 && s.Tq * (s.H / s.Hkv) <= SHORT_ITEM_QUERIES ? BackwardBlocks::ONE_AN_SM
-                                                                   : BackwardBlocks::ONE_AN_ITEM;
+    return deterministic || (s.D == 64 && s.Tq * (s.H / s.Hkv) <= SHORT_ITEM_QUERIES) ? BackwardBlocks::ONE_AN_SM
+                                                                                      : BackwardBlocks::ONE_AN_ITEM;
 }
 
 // An item of work: BLOCK_N keys of a kv head and, for every query head of its group, the query tiles [first_tile,
@@ -60,10 +65,12 @@ struct KeyBlock {
 
 // TILES_A_TURN: query tiles in a body of the loop without masks (1, 2 or 4); all but the last start the scores of the
 // next. ptxas serialises every wgmma (C7514, C7515) when one is in flight across the loop's end, so one of them drains.
-template <int D_, DvStart DV_START_ = DvStart::AFTER_DS, int TILES_A_TURN_ = 2>
+// DETERMINISTIC: the sums of dq are made in a fixed order.
+template <int D_, bool DETERMINISTIC_ = false, DvStart DV_START_ = DvStart::AFTER_DS, int TILES_A_TURN_ = 2>
 struct HopperBackwardTile {
     static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
     static constexpr int D = D_;
+    static constexpr bool DETERMINISTIC = DETERMINISTIC_;
     static constexpr DvStart DV_START = DV_START_;
     static constexpr int TILES_A_TURN = TILES_A_TURN_;
     static constexpr int BLOCK_M = D == 128 ? 64 : 128;  // queries a tile: 8192 elements of q
@@ -100,26 +107,29 @@ struct HopperBackwardArguments {
     CUtensorMap dk, dv;       // of 64 rows
     const float* statistics;  // [B * H][query tiles][2][BLOCK_M], see hopper_backward_prepare_kernel
     float* dq_accumulator;    // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_dq_kernel
-    int* next_item;           // the first that no block has taken; each block starts with that of its number
+    int* next_item;           // the first that no block has taken; see backward_load
+    int* dq_parts;            // deterministic: [B * H][query tiles], blocks of keys whose part of dq is in memory
     int64_t Tq, Tk, key_offset;
     int H, heads_per_kv_head, num_query_tiles, num_items, num_blocks;
     float scale, scale_log2;
     TileOrder order;
+    // Where dk and dv go instead when these have data.
+    HeadView<float> dk_whole, dv_whole;
 };
 
 // ---- before and after --------------------------------------------------------------------------
 constexpr int HOPPER_ROWS_THREADS = 256;
 constexpr int HOPPER_STATISTICS_LANES = 8;  // threads a row: 128 bytes of a row at a time
 
-// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator (=) 0, next_item (=)
-// num_blocks. A row that sees no key, and rows of the last tile that do not exist, get lse +infinity, which makes their
-// P zero, and the latter delta 0. Launch: 8 threads a row, flat grid over the rows of all tiles. Bound: bandwidth, 4D
-// bytes read and 4D written a row.
+// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator (=) 0, dq_parts (=) 0
+// unless nullptr, next_item (=) first_free_item. A row that sees no key, and rows of the last tile that do not exist,
+// get lse +infinity, which makes their P zero, and the latter delta 0. Launch: 8 threads a row, flat grid over the rows
+// of all tiles. Bound: bandwidth, 4D bytes read and 4D written a row.
 template <int D, int BLOCK_M>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
-    hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, int* next_item, int num_blocks,
-                                   HeadView<const bf16> dout, HeadView<const bf16> out, const float* lse,
-                                   int64_t num_tile_rows, int64_t Tq, int64_t padded_Tq, int H) {
+    hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, int* dq_parts, int* next_item,
+                                   int first_free_item, HeadView<const bf16> dout, HeadView<const bf16> out,
+                                   const float* lse, int64_t num_tile_rows, int64_t Tq, int64_t padded_Tq, int H) {
     start_next_kernel();
     const int64_t row = ((int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x) / HOPPER_STATISTICS_LANES;
     const int lane = threadIdx.x % HOPPER_STATISTICS_LANES;
@@ -146,7 +156,10 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
         return;
     }
     if (row == 0 && lane == 0) {
-        *next_item = num_blocks;
+        *next_item = first_free_item;
+    }
+    if (dq_parts != nullptr && row % BLOCK_M == 0 && lane == 0) {
+        dq_parts[row / BLOCK_M] = 0;
     }
     if (lane == 0) {
         const float row_lse = exists ? lse[head * Tq + t] : -INFINITY;
@@ -210,7 +223,9 @@ __device__ __forceinline__ void find_key_block(KeyBlock& block, const HopperBack
     const int num_kv_heads = args.H / args.heads_per_kv_head;
     block.b = place.head / num_kv_heads;
     block.kv_head = place.head % num_kv_heads;
-    const int first_key = place.tile * Tile::BLOCK_N;  // the first keys are seen by most queries: they start first
+    // The first keys are seen by most queries: they start first, unless the order of the sums asks for the reverse.
+    const int key_block = Tile::DETERMINISTIC ? args.order.num_tiles - 1 - place.tile : place.tile;
+    const int first_key = key_block * Tile::BLOCK_N;
     block.first_key = first_key;
     const int end_tile = args.num_query_tiles, key_offset = (int)args.key_offset;
     block.end_tile = end_tile;
@@ -224,14 +239,15 @@ __device__ __forceinline__ void find_key_block(KeyBlock& block, const HopperBack
 }
 
 // Loads, item after item, k and v, and q, dout and the statistics of every query tile. The first item is the block's
-// number, the others are those that nobody has taken yet. An item's first query tile comes before its k and v, which
-// must wait until the item before is done with its own. One thread.
+// number, the others are those that nobody has taken yet; deterministic, the first is too: an item waits for earlier
+// ones alone, so the earliest that is not over is always in a block that runs, and waits for nobody. An item's first
+// query tile comes before its k and v, which must wait until the item before is done with its own. One thread.
 template <class Tile>
 __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
     constexpr int TILE_BYTES = sizeof(shared.q[0]), STATISTICS_BYTES = sizeof(shared.statistics[0]);
     const uint32_t kv_full = shared_address(&shared.kv_full), kv_empty = shared_address(&shared.kv_empty);
     PipelineState<Tile::STAGES> state;
-    int item = blockIdx.x, slot = 0;
+    int item = Tile::DETERMINISTIC ? atomicAdd(args.next_item, 1) : blockIdx.x, slot = 0;
 #pragma unroll 1
     for (; item < args.num_items; slot ^= 1) {
         // The item two before, which had this slot, is over: the one before could not have been started otherwise.
@@ -278,12 +294,28 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
     mbarrier_arrive(kv_full);
 }
 
+// The last block of keys that queries of this tile see.
+template <class Tile>
+__device__ __forceinline__ int last_key_block(const HopperBackwardArguments& args, int tile) {
+    const int last_query = min((tile + 1) * Tile::BLOCK_M, (int)args.Tq) - 1;
+    return min((int)args.Tk - 1, last_query + (int)args.key_offset) / Tile::BLOCK_N;
+}
+
 // Moves what the consumers put into shared.out to global memory: their parts of dq, tile after tile, then dv, then dk.
 // One warp.
 template <class Tile>
 __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
     constexpr int THREADS = WARPGROUP_SIZE + WARP_SIZE;
     const bool leader = threadIdx.x % WARP_SIZE == 0;
+    int unfinished = -1;  // deterministic: the query tile whose parts of dq were started last
+    auto count_part = [&] {
+        if (Tile::DETERMINISTIC && leader && unfinished >= 0) {
+            bulk_wait<0>();
+            fence_async_global();  // the reductions before the count
+            add_release(args.dq_parts + unfinished, 1);
+            unfinished = -1;
+        }
+    };
     // start(w): by the leader, for each warpgroup w once it has filled its part.
     auto write = [&](auto start) {
         // The last two groups are the two parts before these: their memory is free once they have read it.
@@ -297,6 +329,7 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
         }
         __syncwarp();
         named_barrier_arrive(OUT_EMPTY + 1, THREADS);
+        count_part();
 #pragma unroll 1
         for (int w = 0; w < Tile::CONSUMERS; ++w) {
             named_barrier_sync(OUT_FULL + w, THREADS);
@@ -319,16 +352,26 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
         }
 #pragma unroll 1
         for (int i = 0; i < args.heads_per_kv_head; ++i) {
-            const int64_t head = (int64_t)block.b * args.H + block.kv_head * args.heads_per_kv_head + i;
-            float* part = args.dq_accumulator +
-                          (head * args.num_query_tiles + block.first_tile) * (Tile::CONSUMERS * Tile::DQ_ELEMENTS);
+            const int head = block.b * args.H + block.kv_head * args.heads_per_kv_head + i;
 #pragma unroll 1
             for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
                 write([&](int w) {
-                    bulk_reduce_add_f32(part, shared_address(shared.out[w]), sizeof(shared.out[w]));
-                    part += Tile::DQ_ELEMENTS;
+                    const int query_tile = head * args.num_query_tiles + tile;
+                    if (Tile::DETERMINISTIC && w == 0) {
+                        const int parts_before = last_key_block<Tile>(args, tile) - block.first_key / Tile::BLOCK_N;
+                        wait_for_count(args.dq_parts + query_tile, parts_before);
+                        fence_async_global();
+                        unfinished = query_tile;
+                    }
+                    bulk_reduce_add_f32(
+                        args.dq_accumulator + ((int64_t)query_tile * Tile::CONSUMERS + w) * Tile::DQ_ELEMENTS,
+                        shared_address(shared.out[w]), sizeof(shared.out[w]));
                 });
             }
+        }
+        if (args.dk_whole.data != nullptr) {  // the consumers store them
+            count_part();
+            continue;
         }
         write([&](int w) {
             tma_store(&args.dv, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
@@ -474,6 +517,25 @@ __device__ __forceinline__ void store_key_gradient(uint32_t tile, const float (&
         stmatrix_x4(tile + step / 4 * (64 * 128) + row * 128 + (chunk ^ row % 8) * 16, fragment);
     }
 }
+// rows (=) factor * sum of this warpgroup's 64 keys, as they are: 32 bytes of each of 8 rows at a time.
+template <class Tile>
+__device__ __forceinline__ void store_whole_key_gradient(const HeadView<float>& rows, const float (&sum)[Tile::D / 2],
+                                                         float factor, const KeyBlock& block, int warpgroup,
+                                                         int64_t Tk) {
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int key = block.first_key + 64 * warpgroup + 16 * warp + 8 * half + lane / 4;
+        if (key < Tk) {
+            float* const row = rows.row(block.b, key, block.kv_head) + 2 * (lane % 4);
+#pragma unroll
+            for (int j = 0; j < Tile::D / 8; ++j) {
+                *reinterpret_cast<float2*>(row + 8 * j) =
+                    make_float2(factor * sum[4 * j + 2 * half], factor * sum[4 * j + 2 * half + 1]);
+            }
+        }
+    }
+}
 // Gives this warpgroup's part of shared.out, which fill() fills, to the writer warp.
 template <class Tile, class Fill>
 __device__ __forceinline__ void give_to_writer(int warpgroup, Fill fill) {
@@ -612,8 +674,17 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
         }
         wgmma_pin(dk);
         wgmma_pin(dv);
+        const bool whole = args.dk_whole.data != nullptr;
+        if (whole) {  // before `block` may change
+            store_whole_key_gradient<Tile>(args.dv_whole, dv, 1.0f, block, warpgroup, args.Tk);
+            store_whole_key_gradient<Tile>(args.dk_whole, dk, args.scale, block, warpgroup, args.Tk);
+            __syncwarp();
+        }
         if (threadIdx.x % WARP_SIZE == 0) {
             mbarrier_arrive(shared_address(&shared.kv_empty));
+        }
+        if (whole) {
+            continue;
         }
         const uint32_t out = shared_address(shared.out[warpgroup]);
         give_to_writer<Tile>(warpgroup, [&] { store_key_gradient<Tile>(out, dv, 1.0f); });
@@ -622,8 +693,8 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
 }
 #endif
 
-// Launch: a block of one producer and two consumer warpgroups for each 128 keys of a kv head, in TileOrder; one block
-// an SM. Bound: see the head of this file.
+// Launch: blocks of one producer and two consumer warpgroups, as BackwardBlocks says: one for each 128 keys of a kv
+// head, in TileOrder, or one an SM; an SM holds one at a time. Bound: see the head of this file.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, 1)
     flash_attention_hopper_backward_kernel(const __grid_constant__ HopperBackwardArguments args) {
@@ -666,19 +737,17 @@ constexpr size_t HOPPER_NEXT_ITEM_BYTES = 256;  // keeps the rest aligned to cac
 inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
     return (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * 2 * sizeof(float);
 }
-// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic:
-// flash_attention_mma.cuh's.
+// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic: and 4 a tile.
 inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic) {
-    if (deterministic) {
-        return flash_attention_mma_backward_scratch_bytes(s, true);
-    }
-    return HOPPER_NEXT_ITEM_BYTES + hopper_backward_statistics_bytes(s) +
-           (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * s.D * sizeof(float);
+    const int block_m = hopper_backward_block_m(s.D);
+    const size_t num_tiles = (size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, block_m);
+    return HOPPER_NEXT_ITEM_BYTES + hopper_backward_statistics_bytes(s) + num_tiles * block_m * s.D * sizeof(float) +
+           (deterministic ? num_tiles * sizeof(int) : 0);
 }
 
 // Checks the operands, fills the statistics and zeroes dq's accumulator.
 template <class Tile>
-inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv,
+inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
                                                      HeadView<const bf16> dout, HeadView<const bf16> q,
                                                      HeadView<const bf16> k, HeadView<const bf16> v,
                                                      HeadView<const bf16> out, const float* lse, void* scratch,
@@ -690,10 +759,12 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView
           "attention on Hopper: Tq = %lld, Tk = %lld must be below 2^29", (long long)s.Tq, (long long)s.Tk);
     mma_check_view("dq", dq);
     mma_check_view("out", out);
-    const std::pair<const char*, HeadView<const bf16>> mapped[] = {{"dk", dk}, {"dv", dv}, {"dout", dout},
-                                                                   {"q", q},   {"k", k},   {"v", v}};
-    for (int i = 0; i < 6; ++i) {
-        const bool of_queries = i == 2 || i == 3;
+    mma_check_key_gradients(dk, dv);
+    const bool whole = dk.whole.data != nullptr;
+    const std::pair<const char*, HeadView<const bf16>> mapped[] = {
+        {"dout", dout}, {"q", q}, {"k", k}, {"v", v}, {"dk", dk.rounded}, {"dv", dv.rounded}};
+    for (int i = 0; i < (whole ? 4 : 6); ++i) {
+        const bool of_queries = i < 2;
         CHECK(tma_can_map(mapped[i].second, s.B, of_queries ? s.Tq : s.Tk, of_queries ? s.H : s.Hkv),
               "attention on Hopper: rows of %s must be aligned to 16 bytes and its strides (%lld, %lld, %lld elements) "
               "be positive",
@@ -710,8 +781,12 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView
     args.dout = head_tensor_map(dout, s.B, s.Tq, s.H, s.D, Tile::BLOCK_M);
     args.k = head_tensor_map(k, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
     args.v = head_tensor_map(v, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
-    args.dk = head_tensor_map(dk, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
-    args.dv = head_tensor_map(dv, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
+    if (whole) {
+        args.dk_whole = dk.whole, args.dv_whole = dv.whole;
+    } else {
+        args.dk = head_tensor_map(dk.rounded, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
+        args.dv = head_tensor_map(dv.rounded, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
+    }
     args.Tq = s.Tq, args.Tk = s.Tk, args.key_offset = mma_key_offset(s);
     args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
     args.num_query_tiles = (int)num_query_tiles;
@@ -730,12 +805,15 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, HeadView
     args.statistics = statistics;
     args.dq_accumulator = statistics + hopper_backward_statistics_bytes(s) / sizeof(float);
     const int64_t padded_Tq = (int64_t)args.num_query_tiles * Tile::BLOCK_M, num_tile_rows = s.B * s.H * padded_Tq;
+    if (Tile::DETERMINISTIC) {
+        args.dq_parts = reinterpret_cast<int*>(args.dq_accumulator + num_tile_rows * s.D);
+    }
     const int64_t num_row_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / HOPPER_STATISTICS_LANES);
     CHECK(num_row_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds",
           (long long)num_tile_rows);
     hopper_backward_prepare_kernel<Tile::D, Tile::BLOCK_M><<<num_row_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
-        statistics, args.dq_accumulator, args.next_item, args.num_blocks, dout, out, lse, num_tile_rows, s.Tq,
-        padded_Tq, s.H);
+        statistics, args.dq_accumulator, args.dq_parts, args.next_item, Tile::DETERMINISTIC ? 0 : args.num_blocks, dout,
+        out, lse, num_tile_rows, s.Tq, padded_Tq, s.H);
     CUDA_CHECK_LAUNCH();
     return args;
 }
@@ -751,7 +829,7 @@ inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& a
     CUDA_CHECK_LAUNCH();
 }
 template <class Tile>
-inline void hopper_launch_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
+inline void hopper_launch_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv, HeadView<const bf16> dout,
                                    HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
                                    HeadView<const bf16> out, const float* lse, void* scratch,
                                    const AttentionShape& shape, BackwardBlocks blocks, cudaStream_t stream) {
@@ -775,19 +853,18 @@ inline void hopper_launch_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadVie
 // dq, dk, dv (=), D = 64 or 128. out and lse are the forward's (or, of a chunk of keys, those of all keys together: the
 // gradients are then the chunk's share). scratch: flash_attention_hopper_backward_scratch_bytes, aligned to 16 bytes,
 // need not be zero. dk and dv always repeat bit for bit; dq does when deterministic.
-inline void flash_attention_hopper_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv,
+inline void flash_attention_hopper_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
                                             HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
                                             HeadView<const bf16> v, HeadView<const bf16> out, const float* lse,
                                             void* scratch, const AttentionShape& shape, bool deterministic,
                                             cudaStream_t stream) {
     NVTX_RANGE();
-    if (deterministic) {
-        flash_attention_mma_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, true, stream);
-    } else if (shape.D == 64) {
-        hopper_launch_backward<HopperBackwardTile<64>>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape,
-                                                       hopper_backward_blocks(shape), stream);
-    } else {
-        hopper_launch_backward<HopperBackwardTile<128>>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape,
-                                                        hopper_backward_blocks(shape), stream);
-    }
+    const BackwardBlocks blocks = hopper_backward_blocks(shape, deterministic);
+    auto launch = [&](auto tile) {
+        hopper_launch_backward<decltype(tile)>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, blocks, stream);
+    };
+    // clang-format off
+    if (shape.D == 64) { deterministic ? launch(HopperBackwardTile<64, true>())  : launch(HopperBackwardTile<64>()); }
+    else               { deterministic ? launch(HopperBackwardTile<128, true>()) : launch(HopperBackwardTile<128>()); }
+    // clang-format on
 }

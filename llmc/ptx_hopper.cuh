@@ -124,22 +124,31 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t par
         : "memory");
     return done != 0;
 }
-// Waits for the phase of that parity. With LLMC_WATCHDOG or LLMC_DEBUG a wait of more than 2^31 clocks, about a second,
-// ends the kernel with a store to address 0: a deadlock becomes an error. (With a trap ptxas no longer counts on
-// setmaxnreg, spills the accumulators and serialises every wgmma.)
+// With LLMC_WATCHDOG or LLMC_DEBUG a wait of more than 2^31 clocks, about a second, ends the kernel with a store to
+// address 0: a deadlock becomes an error. (With a trap ptxas no longer counts on setmaxnreg, spills the accumulators
+// and serialises every wgmma.)
+#if defined(LLMC_WATCHDOG) || defined(LLMC_DEBUG)
+struct Watchdog {
+    uint32_t begin = (uint32_t)clock();
+    __device__ __forceinline__ void check() const {
+        if ((uint32_t)clock() - begin > 1u << 31) {
+            asm volatile("st.global.u32 [%0], 0;" ::"l"(0ull) : "memory");
+        }
+    }
+};
+#else
+struct Watchdog {
+    __device__ __forceinline__ void check() const {}
+};
+#endif
+// Waits for the phase of that parity.
 __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity) {
     if (mbarrier_try_wait(barrier, parity)) {
         return;
     }
-#if defined(LLMC_WATCHDOG) || defined(LLMC_DEBUG)
-    const uint32_t begin = (uint32_t)clock();
-#endif
+    const Watchdog watchdog{};
     while (!mbarrier_try_wait(barrier, parity)) {
-#if defined(LLMC_WATCHDOG) || defined(LLMC_DEBUG)
-        if ((uint32_t)clock() - begin > 1u << 31) {
-            asm volatile("st.global.u32 [%0], 0;" ::"l"(0ull) : "memory");
-        }
-#endif
+        watchdog.check();
     }
 }
 // Where a ring of `stages` buffers stands; the parity flips each time round.
@@ -223,6 +232,24 @@ __device__ __forceinline__ void bulk_wait() {
 // Makes this thread's ordinary writes to shared memory (stmatrix too) visible to TMA and wgmma. By every thread that
 // wrote, before the barrier after which they read.
 __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// Orders this thread's accesses of global memory by TMA and bulk copies with its ordinary ones.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
+// A count in global memory that blocks wait on: what a thread did before add_release is seen by those whose
+// wait_for_count returns after it.
+__device__ __forceinline__ void add_release(int* count, int value) {
+    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(count), "r"(value) : "memory");
+}
+__device__ __forceinline__ void wait_for_count(const int* count, int value) {
+    const Watchdog watchdog{};
+    for (int seen;; watchdog.check()) {
+        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
+        if (seen == value) {
+            return;
+        }
+    }
+}
+
 // How long what is loaded should stay in the L2 cache.
 __device__ __forceinline__ uint64_t l2_policy_evict_first() {
     uint64_t policy;

@@ -252,9 +252,9 @@ static void flash_attention_backward_wgmma(const BackwardOperands& x, const Atte
                                                blocks, stream);
     };
     if (shape.D == 64) {
-        launch(HopperBackwardTile<64, DV_START, TILES_A_TURN>());
+        launch(HopperBackwardTile<64, false, DV_START, TILES_A_TURN>());
     } else {
-        launch(HopperBackwardTile<128, DV_START, TILES_A_TURN>());
+        launch(HopperBackwardTile<128, false, DV_START, TILES_A_TURN>());
     }
 }
 static size_t hopper_scratch(const AttentionShape& shape) {
