@@ -101,9 +101,14 @@ class Peer:
         return [event_ms(gradients) for _ in range(runs + 1)][1:]
 
 
+HOLD_CLOCKS = 2_000_000  # about 1 ms: Python's launches take that long
+
+
 def event_ms(run):
+    """Time on the GPU alone: it is held busy until the launches are queued."""
     import torch
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda._sleep(HOLD_CLOCKS)
     begin.record()
     result = run()
     end.record()
