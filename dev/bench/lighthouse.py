@@ -79,12 +79,11 @@ class Peer:
         return begin.elapsed_time(end)
 
     def time_ms(self, launch, max_runs=11, budget_ms=200.0):
-        """The first launch, which also loads and compiles, counts only when it takes a second: then it is the only one."""
-        times = [self.once_ms(launch)]
-        if times[0] < 1000.0:
-            times = []
-            while not times or (len(times) < max_runs and sum(times) < budget_ms):
-                times.append(self.once_ms(launch))
+        """A median. The first launch, which also loads and compiles, does not count."""
+        self.once_ms(launch)
+        times = []
+        while not times or (len(times) < max_runs and sum(times) < budget_ms):
+            times.append(self.once_ms(launch))
         return statistics.median(times)
 
     def dense(self, T, heads, kv_heads):
