@@ -37,11 +37,11 @@ inline size_t flash_attention_backward_scratch_bytes(const AttentionShape& shape
     return flash_attention_mma_backward_scratch_bytes(shape, deterministic);
 }
 
-// dq, dk, dv (=) from dout and the forward's operands, out and lse. deterministic: all three repeat bit for bit;
-// otherwise dq is summed in an order that varies. scratch need not be zero.
-inline void flash_attention_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
-                                     HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
-                                     HeadView<const bf16> out, const float* lse, void* scratch,
+// dq, dk, dv (=) from dout and the forward's operands, out and lse; dk and dv are bf16 or float32 views. deterministic:
+// all three repeat bit for bit; otherwise dq is summed in an order that varies. scratch need not be zero.
+inline void flash_attention_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
+                                     HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
+                                     HeadView<const bf16> v, HeadView<const bf16> out, const float* lse, void* scratch,
                                      const AttentionShape& shape, bool deterministic, cudaStream_t stream) {
 #ifdef LLMC_HOPPER_BACKWARD
     if (flash_attention_is_hopper(shape)) {

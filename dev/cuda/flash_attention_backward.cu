@@ -5,7 +5,8 @@
 #include "llmc/flash_attention.cuh"
 
 struct BackwardOperands {
-    HeadView<bf16> dq, dk, dv;
+    HeadView<bf16> dq;
+    KeyGradientView dk, dv;
     HeadView<const bf16> dout, q, k, v, out;
     const float* lse;
     void* scratch;
@@ -17,6 +18,7 @@ struct Launcher {
     bool only_64_and_128;     // head dims it exists for
     int64_t longest_to_time;  // sequences
     bool only_hopper = false;
+    bool takes_float32 = false;  // views of dk and dv
 
     bool runs(const AttentionShape& s) const {
         return (!only_64_and_128 || s.D == 64 || s.D == 128) && (!only_hopper || flash_attention_is_hopper(s));
@@ -301,10 +303,10 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
       false, true, 32768}},
     {5,
      "the best of these for each D (llmc/flash_attention_mma.cuh)",
-     {flash_attention_backward_mma<false>, mma_scratch<false>, false, false, 131072}},
+     {flash_attention_backward_mma<false>, mma_scratch<false>, false, false, 131072, false, true}},
     {6,
      "the same, deterministic: dq by a second kernel that owns query rows",
-     {flash_attention_backward_mma<true>, mma_scratch<true>, true, false, 131072}},
+     {flash_attention_backward_mma<true>, mma_scratch<true>, true, false, 131072, false, true}},
 #ifdef LLMC_HOPPER_BACKWARD
     {7,
      "wgmma and TMA, every operand in shared memory, nothing overlaps",
@@ -328,8 +330,10 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
 #endif
     {20,
      "what this GPU gets (llmc/flash_attention.cuh)",
-     {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072}},
-    {21, "the same, deterministic", {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072}},
+     {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072, false, true}},
+    {21,
+     "the same, deterministic",
+     {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072, false, true}},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
@@ -365,6 +369,24 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         compare("dv", d.v, s.Tk, s.Hkv, c.exact.dv, c.rounded.dv);
         if (!gradients.guards_intact() || !scratch.guards_intact() || !rest_untouched(buffer, read)) {
             h.expect(false, "dq dk dv", label, "stray write");
+        }
+        if (variant.launch.takes_float32) {  // the same sums before they are rounded
+            const int64_t num_elements = s.B * s.Tk * s.Hkv * s.D;
+            DeviceBuffer<float> whole(2 * num_elements);
+            const auto view = [&](int64_t first) {
+                return HeadView<float>(whole + first, s.Tk * s.Hkv * s.D, (int64_t)s.Hkv * s.D, s.D);
+            };
+            variant.launch.launch(
+                {d.q, view(0), view(num_elements), c.dout_view(), in.q, in.k, in.v, out_view, lse, scratch}, s,
+                h.stream);
+            CUDA_CHECK(cudaStreamSynchronize(h.stream));
+            std::vector<bf16> expected = read_view(buffer, gradients, d.k, s.B, s.Tk, s.Hkv, s.D, &read);
+            const std::vector<bf16> dv = read_view(buffer, gradients, d.v, s.B, s.Tk, s.Hkv, s.D, &read);
+            expected.insert(expected.end(), dv.begin(), dv.end());
+            const std::vector<bf16> rounded = convert<bf16>(whole.download());
+            const bool same = std::memcmp(rounded.data(), expected.data(), expected.size() * sizeof(bf16)) == 0;
+            h.expect(same && whole.guards_intact(), "dk dv float32", label,
+                     same ? "rounded, the bits of dk and dv" : "rounded, other bits than dk and dv");
         }
         if (variant.launch.dq_repeats) {
             h.compare_repeats("dq dk dv", label, gradients, launch, s.Tk == 1000 ? 50 : 2);
