@@ -4,15 +4,16 @@
 // ring    W steps; at each the local queries meet one rank's keys while the next rank's are on their way: sends and
 //         receives run on a stream of their own into two buffers in turn. Partial outputs merge by log-sum-exp:
 //           lse = log(exp(lse_a) + exp(lse_b)),   out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
-//         Backward, the gradients of a step's keys go back to their owner while the next step computes. With lse and
-//         out of all keys, a step's gradients are its share of the whole ones: they only add up.
+//         Backward, the gradients of a step's keys go back to their owner in float32 while the next step computes. With
+//         lse and out of all keys, a step's gradients are its share of the whole ones: they only add up.
 // gather  for short shards, where a step's computation could not hide what it costs to start one: all keys first, then
-//         one attention for each half of the queries, exactly as on one GPU; backward, one sum over all ranks.
+//         one attention for each half of the queries, exactly as on one GPU; backward, one sum over all ranks, float32.
 //
-// Precision: flash attention rounds each partial result to bf16; running sums are float32, and each output is rounded
-// once more at the end. The weights of the partial outputs add up to 1, so out is within two bf16 roundings of the
-// largest of them. Sums run in the order of steps (gather: of ranks), so results repeat bit for bit wherever flash
-// attention's do, whatever the timing.
+// Precision: all sums are float32, and each output is rounded once at the end. Flash attention rounds partial results
+// of out and dq to bf16: the weights of the partial outputs add up to 1, so out is within two bf16 roundings of the
+// largest of them, and a query's shares of dq are as many as ranks. dk and dv of a key are shares of all ranks that may
+// be large and cancel: they are float32 from the registers of the kernel to the sum. Sums run in the order of steps
+// (gather: of ranks), so results repeat bit for bit wherever flash attention's do, whatever the timing.
 // Shapes: the local rows of each sequence, head chunk then tail chunk: q, out [B, 2n, H, D]; k, v [B, 2n, Hkv, D], each
 // a HeadView; lse [B, H, 2n]. n: rows of a chunk. Checked by dev/cuda/ring_attention.cu.
 #pragma once
@@ -99,15 +100,16 @@ inline void ring_merge(const RingSum& sum, float* lse, int64_t lse_stride, HeadV
 }
 
 // Launch: as above. Adds num_parts partial results, part_stride elements apart, in their order. Bound: bandwidth.
+template <class Part>
 __global__ void __launch_bounds__(ROW_THREADS)
-    ring_add_kernel(RingSum s, HeadView<const bf16> parts, int64_t part_stride, int num_parts, RowBlock rows) {
+    ring_add_kernel(RingSum s, HeadView<const Part> parts, int64_t part_stride, int num_parts, RowBlock rows) {
     const RowPlace place(rows);
     if (!place.active) {
         return;
     }
     EightFloats row = s.first ? load_eight(s.base.row(place.b, place.t, place.h) + place.d)
                               : load_eight(s.sum.row(place.b, place.t, place.h) + place.d);
-    const bf16* part = parts.row(place.b, place.t, place.h) + place.d;
+    const Part* part = parts.row(place.b, place.t, place.h) + place.d;
     for (int p = 0; p < num_parts; ++p, part += part_stride) {
         const EightFloats other = load_eight(part);
 #pragma unroll
@@ -121,9 +123,10 @@ __global__ void __launch_bounds__(ROW_THREADS)
         store_eight(s.sum.row(place.b, place.t, place.h) + place.d, row);
     }
 }
-inline void ring_add(const RingSum& sum, HeadView<const bf16> parts, int64_t part_stride, int num_parts,
-                     const RowBlock& rows, cudaStream_t stream) {
-    ring_add_kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(sum, parts, part_stride, num_parts, rows);
+template <class Part>
+void ring_add(const RingSum& sum, HeadView<Part> parts, int64_t part_stride, int num_parts, const RowBlock& rows,
+              cudaStream_t stream) {
+    ring_add_kernel<Part><<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(sum, parts, part_stride, num_parts, rows);
     CUDA_CHECK_LAUNCH();
 }
 
@@ -188,14 +191,14 @@ class RingAttentionPlan {
         return area.num_bytes();
     }
 
-    // Bytes that this rank receives in one forward; each layer's backward receives the same again, and as many bytes of
-    // gradients.
+    // Bytes that this rank receives in one forward, and in one backward: the keys again, and float32 gradients of its
+    // own keys from all who see them. What it sends is the same with keys and their readers exchanged, so over all
+    // ranks as much.
     int64_t forward_bytes_received(const AttentionShape& local) const {
-        int64_t rows = 0;
-        for (size_t s = 1; s < steps_.size(); ++s) {
-            rows += steps_[s].keys.num_rows(local.Tq / HALVES);
-        }
-        return local.B * rows * 2 * local.Hkv * local.D * (int64_t)sizeof(bf16);
+        return row_elements(&RingStep::keys, local) * (int64_t)sizeof(bf16);
+    }
+    int64_t backward_bytes_received(const AttentionShape& local) const {
+        return forward_bytes_received(local) + row_elements(&RingStep::keys_sent, local) * (int64_t)sizeof(float);
     }
 
   protected:
@@ -215,10 +218,19 @@ class RingAttentionPlan {
     Sizes sizes(const AttentionShape& local) const {
         return {W_, rank_, local.B, local.H, local.Hkv, local.D, local.Tq / HALVES};
     }
-    // Keys and values as they travel: [B, rows, 2 Hkv, D], the heads of k, then those of v.
+    // Elements of k and v in what all steps after the first take or give.
+    int64_t row_elements(HalfRange RingStep::*halves, const AttentionShape& local) const {
+        int64_t rows = 0;
+        for (size_t s = 1; s < steps_.size(); ++s) {
+            rows += (steps_[s].*halves).num_rows(local.Tq / HALVES);
+        }
+        return rows * local.B * sizes(local).kv_width();
+    }
+    // Keys and values, or their gradients, as they travel: [B, rows, 2 Hkv, D], the heads of k, then those of v.
+    template <class Element>
     struct KeyBuffer {
-        bf16* data;
-        KeyBuffer(ScratchArea& area, int64_t num_elements) : data(area.take<bf16>(num_elements)) {}
+        Element* data;
+        KeyBuffer(ScratchArea& area, int64_t num_elements) : data(area.take<Element>(num_elements)) {}
     };
     // Running sums; two partial results need none.
     static float* take_sum(ScratchArea& area, const Sizes& s, int64_t num_elements) {
@@ -226,7 +238,7 @@ class RingAttentionPlan {
     }
 
     struct RingForward {
-        KeyBuffer own, in[2];
+        KeyBuffer<bf16> own, in[2];
         bf16* part;       // [B, up to 2n, H, D]
         float* part_lse;  // [B, H, up to 2n]
         float* sum;       // [B, 2n, H, D]
@@ -238,35 +250,36 @@ class RingAttentionPlan {
               sum(take_sum(area, s, s.q_elements())) {}
     };
     struct RingBackward {
-        KeyBuffer own, in[2];
-        KeyBuffer gradients_out[2], gradients_in;
-        float* kv_sum;    // [B, 2n, 2 Hkv, D]
-        bf16* dq_part;    // [B, up to 2n, H, D]
-        float* dq_sum;    // [B, 2n, H, D]
-        float* tail_lse;  // [B, H, n]
+        KeyBuffer<bf16> own, in[2];
+        KeyBuffer<float> gradients_out[2], gradients_in;
+        KeyBuffer<float> sum;  // of the local keys' gradients, [B, 2n, 2 Hkv, D]
+        bf16* dq_part;         // [B, up to 2n, H, D]
+        float* dq_sum;         // [B, 2n, H, D]
+        float* tail_lse;       // [B, H, n]
         std::byte* attention;
         RingBackward(ScratchArea& area, const Sizes& s, size_t attention_bytes)
             : own(area, s.kv_elements()),
               in{{area, s.kv_elements()}, {area, s.kv_elements()}},
               gradients_out{{area, s.kv_elements()}, {area, s.kv_elements()}},
               gradients_in(area, s.kv_elements()),
-              kv_sum(take_sum(area, s, s.kv_elements())),
+              sum(area, s.kv_elements()),
               dq_part(area.take<bf16>(s.q_elements())),
               dq_sum(take_sum(area, s, s.q_elements())),
               tail_lse(area.take<float>(s.half_rows())),
               attention(area.take<std::byte>((int64_t)attention_bytes)) {}
     };
     struct GatherForward {
-        KeyBuffer all;    // in the order of the sequence, [B, T, 2 Hkv, D]
-        float* half_lse;  // [B, H, n]
+        KeyBuffer<bf16> all;  // in the order of the sequence, [B, T, 2 Hkv, D]
+        float* half_lse;      // [B, H, n]
         GatherForward(ScratchArea& area, const Sizes& s)
             : all(area, s.W * s.kv_elements()), half_lse(area.take<float>(s.half_rows())) {}
     };
     struct GatherBackward {
-        KeyBuffer all, gradients;  // [B, T, 2 Hkv, D]; gradients: of what the tail sees, then of all local queries
-        KeyBuffer head_gradients;  // [B, T / 2, 2 Hkv, D]
-        KeyBuffer gradients_in;    // [W - 1] x [B, 2n, 2 Hkv, D], from the other ranks in their order
-        float* half_lse;           // [B, H, n]
+        KeyBuffer<bf16> all;              // [B, T, 2 Hkv, D]
+        KeyBuffer<float> gradients;       // [B, T, 2 Hkv, D], of what the tail sees, then of all local queries
+        KeyBuffer<float> head_gradients;  // [B, T / 2, 2 Hkv, D]
+        KeyBuffer<float> gradients_in;    // [W - 1] x [B, 2n, 2 Hkv, D], from the other ranks in their order
+        float* half_lse;                  // [B, H, n]
         std::byte* attention;
         GatherBackward(ScratchArea& area, const Sizes& s, size_t attention_bytes)
             : all(area, s.W * s.kv_elements()),
@@ -372,14 +385,17 @@ class RingAttention : public RingAttentionPlan {
               (long long)s.Tq, (long long)s.Tk);
     }
 
+    template <class Element>
     struct KeyViews {
-        HeadView<bf16> k, v;
+        HeadView<Element> k, v;
     };
     // num_rows: of each sequence in the buffer.
-    static HeadView<bf16> key_heads(bf16* kv, int64_t num_rows, const Sizes& s) {
+    template <class Element>
+    static HeadView<Element> key_heads(Element* kv, int64_t num_rows, const Sizes& s) {
         return {kv, num_rows * s.kv_width(), s.kv_width(), s.D};
     }
-    static KeyViews key_views(bf16* kv, int64_t num_rows, const Sizes& s) {
+    template <class Element>
+    static KeyViews<Element> key_views(Element* kv, int64_t num_rows, const Sizes& s) {
         return {key_heads(kv, num_rows, s), key_heads(kv + (int64_t)s.Hkv * s.D, num_rows, s)};
     }
     template <class Element>
@@ -406,38 +422,37 @@ class RingAttention : public RingAttentionPlan {
         std::vector<DeviceSend> sends;
         std::vector<DeviceReceive> receives;
     };
-    // `halves` of [B, 2n, 2 Hkv, D], as one piece where they lie together.
+    // piece(offset, number of elements) of `halves` of [B, 2n, 2 Hkv, D], as one piece where they lie together.
     template <class Piece>
     static void for_each_piece(HalfRange halves, const Sizes& s, Piece piece) {
         const int64_t sequence = HALVES * s.n * s.kv_width();
         if (halves == BOTH_HALVES) {
-            piece(0, (size_t)(s.B * sequence) * sizeof(bf16));
+            piece(0, s.B * sequence);
             return;
         }
         for (int64_t b = 0; b < s.B; ++b) {
-            piece(b * sequence + halves.first_row(s.n) * s.kv_width(),
-                  (size_t)(halves.num_rows(s.n) * s.kv_width()) * sizeof(bf16));
+            piece(b * sequence + halves.first_row(s.n) * s.kv_width(), halves.num_rows(s.n) * s.kv_width());
         }
     }
     // The keys of step `step`, from own to its reader and from its source to `in`, which they fill without gaps.
     static void add_keys(Transfers& transfers, const bf16* own, bf16* in, const RingStep& step, const Sizes& s) {
-        for_each_piece(step.keys_sent, s, [&](int64_t offset, size_t num_bytes) {
-            transfers.sends.push_back({step.reader, own + offset, num_bytes});
+        for_each_piece(step.keys_sent, s, [&](int64_t offset, int64_t num_elements) {
+            transfers.sends.push_back({step.reader, own + offset, num_elements * sizeof(bf16)});
         });
-        for_each_piece(step.keys, s, [&](int64_t, size_t num_bytes) {
-            transfers.receives.push_back({step.source, in, num_bytes});
-            in += num_bytes / sizeof(bf16);
+        for_each_piece(step.keys, s, [&](int64_t, int64_t num_elements) {
+            transfers.receives.push_back({step.source, in, num_elements * sizeof(bf16)});
+            in += num_elements;
         });
     }
     // The gradients of step `step`'s keys, back to their source; and what its reader found, to `in`.
-    static void add_gradients(Transfers& transfers, const bf16* out, bf16* in, const RingStep& step, const Sizes& s) {
-        for_each_piece(step.keys, s, [&](int64_t, size_t num_bytes) {
-            transfers.sends.push_back({step.source, out, num_bytes});
-            out += num_bytes / sizeof(bf16);
+    static void add_gradients(Transfers& transfers, const float* out, float* in, const RingStep& step, const Sizes& s) {
+        for_each_piece(step.keys, s, [&](int64_t, int64_t num_elements) {
+            transfers.sends.push_back({step.source, out, num_elements * sizeof(float)});
+            out += num_elements;
         });
-        for_each_piece(step.keys_sent, s, [&](int64_t, size_t num_bytes) {
-            transfers.receives.push_back({step.reader, in, num_bytes});
-            in += num_bytes / sizeof(bf16);
+        for_each_piece(step.keys_sent, s, [&](int64_t, int64_t num_elements) {
+            transfers.receives.push_back({step.reader, in, num_elements * sizeof(float)});
+            in += num_elements;
         });
     }
 
@@ -479,7 +494,7 @@ class RingAttention : public RingAttentionPlan {
             send_keys_of(s + 1);
             wait_for_round(s - 1, stream);
             const AttentionShape shape = step_shape(local, step);
-            const KeyViews keys = key_views(m.in[s % 2].data, shape.Tk, size);
+            const KeyViews<bf16> keys = key_views(m.in[s % 2].data, shape.Tk, size);
             const HeadView<bf16> part = query_view(m.part, shape.Tq, size);
             flash_attention_forward(part, m.part_lse, rows_from(q, step.queries.first_row(n)), keys.k, keys.v, shape,
                                     stream);
@@ -507,26 +522,34 @@ class RingAttention : public RingAttentionPlan {
         const float* lse;
     };
 
-    // What reader s found for the local keys, in `in`, added to dk and dv.
-    void add_to_keys(const Gradients& gradients, bf16* in, float* kv_sum, const RingStep& step, const Sizes& size,
-                     cudaStream_t stream) const {
-        const int64_t n = size.n;
-        const KeyViews parts = key_views(in, step.keys_sent.num_rows(n), size);
-        const HeadView<float> k_sum = {kv_sum, HALVES * n * size.kv_width(), size.kv_width(), size.D};
-        HeadView<float> v_sum = k_sum;
-        v_sum.data += kv_sum == nullptr ? 0 : (int64_t)size.Hkv * size.D;
+    // Parts of the gradients of one half of the local keys, added to their sum, and with the last of them dk and dv
+    // (=).
+    void add_to_half(const Gradients& gradients, float* sum, const KeyViews<const float>& parts, int num_parts,
+                     int half, bool last, const Sizes& size, cudaStream_t stream) const {
+        const int64_t row = half * size.n;
+        const KeyViews<float> sums = key_views(sum, HALVES * size.n, size);
+        const RowBlock rows(size.B, size.n, size.Hkv, size.D);
+        ring_add({{}, rows_from(sums.k, row), rows_from(gradients.dk, row), false, last}, parts.k, 0, num_parts, rows,
+                 stream);
+        ring_add({{}, rows_from(sums.v, row), rows_from(gradients.dv, row), false, last}, parts.v, 0, num_parts, rows,
+                 stream);
+    }
+    // What the reader of a step found for the local keys, in `in`.
+    void add_returned(const Gradients& gradients, float* sum, const float* in, const RingStep& step, const Sizes& size,
+                      cudaStream_t stream) const {
+        const KeyViews<const float> parts = key_views(in, step.keys_sent.num_rows(size.n), size);
         for (int half = 0; half < HALVES; ++half) {
             const Contribution c = step.to_keys[half];
             if (c.any) {
-                const int64_t row = half * n, part_row = row - step.keys_sent.first_row(n);
-                const RowBlock rows(size.B, n, size.Hkv, size.D);
-                const HeadView<bf16> dk = rows_from(gradients.dk, row), dv = rows_from(gradients.dv, row);
-                ring_add({dk, rows_from(k_sum, row), dk, c.first, c.last}, rows_from(parts.k, part_row), 0, 1, rows,
-                         stream);
-                ring_add({dv, rows_from(v_sum, row), dv, c.first, c.last}, rows_from(parts.v, part_row), 0, 1, rows,
-                         stream);
+                const int64_t row = half * size.n - step.keys_sent.first_row(size.n);
+                add_to_half(gradients, sum, {rows_from(parts.k, row), rows_from(parts.v, row)}, 1, half, c.last, size,
+                            stream);
             }
         }
+    }
+    // Whether other ranks see this half of the local keys.
+    bool is_seen_elsewhere(int half) const {
+        return std::any_of(steps_.begin(), steps_.end(), [&](const RingStep& step) { return step.to_keys[half].any; });
     }
 
     void ring_backward(const Gradients& gradients, const Saved& saved, void* scratch, const AttentionShape& local,
@@ -547,9 +570,9 @@ class RingAttention : public RingAttentionPlan {
             }
             run_round(s, transfers, "ring attention: keys and their gradients");
         };
-        const auto add_returned = [&](int s) {
+        const auto add_returned_of = [&](int s) {
             if (s >= 1) {
-                add_to_keys(gradients, m.gradients_in.data, m.kv_sum, steps_[s], size, stream);
+                add_returned(gradients, m.sum.data, m.gradients_in.data, steps_[s], size, stream);
             }
         };
 
@@ -558,8 +581,14 @@ class RingAttention : public RingAttentionPlan {
                   stream_);
         round(0);
         take_half_lse(m.tail_lse, saved.lse, 1, size, stream);
-        flash_attention_backward(gradients.dq, gradients.dk, gradients.dv, saved.dout, saved.q, saved.k, saved.v,
-                                 saved.out, saved.lse, m.attention, local, deterministic, stream);
+        const KeyViews<float> sum = key_views(m.sum.data, HALVES * n, size);
+        flash_attention_backward(gradients.dq, sum.k, sum.v, saved.dout, saved.q, saved.k, saved.v, saved.out,
+                                 saved.lse, m.attention, local, deterministic, stream);
+        for (int half = 0; half < HALVES; ++half) {
+            if (!is_seen_elsewhere(half)) {
+                add_to_half(gradients, m.sum.data, {}, 0, half, true, size, stream);
+            }
+        }
         end_step(0, stream);
         for (int s = 1; s < W; ++s) {
             const RingStep& step = steps_[s];
@@ -567,8 +596,8 @@ class RingAttention : public RingAttentionPlan {
             wait_for_round(s - 1, stream);
             const AttentionShape shape = step_shape(local, step);
             const int64_t first = step.queries.first_row(n);
-            const KeyViews keys = key_views(m.in[s % 2].data, shape.Tk, size);
-            const KeyViews dkeys = key_views(m.gradients_out[s % 2].data, shape.Tk, size);
+            const KeyViews<bf16> keys = key_views(m.in[s % 2].data, shape.Tk, size);
+            const KeyViews<float> dkeys = key_views(m.gradients_out[s % 2].data, shape.Tk, size);
             const HeadView<bf16> part = query_view(m.dq_part, shape.Tq, size);
             flash_attention_backward(part, dkeys.k, dkeys.v, rows_from(saved.dout, first), rows_from(saved.q, first),
                                      keys.k, keys.v, rows_from(saved.out, first),
@@ -579,18 +608,18 @@ class RingAttention : public RingAttentionPlan {
                 if (c.any) {
                     const int64_t row = half * n;
                     const HeadView<bf16> dq = rows_from(gradients.dq, row);
-                    const HeadView<float> sum = rows_from(query_view(m.dq_sum, HALVES * n, size), row);
-                    ring_add({dq, sum, dq, c.first, c.last}, rows_from(part, row - first), 0, 1,
+                    const HeadView<float> dq_sum = rows_from(query_view(m.dq_sum, HALVES * n, size), row);
+                    ring_add({dq, dq_sum, dq, c.first, c.last}, rows_from(part, row - first), 0, 1,
                              {size.B, n, size.H, size.D}, stream);
                 }
             }
             wait_for_round(s, stream);
-            add_returned(s - 1);
+            add_returned_of(s - 1);
             end_step(s, stream);
         }
         round(W);
         wait_for_round(W, stream);
-        add_returned(W - 1);
+        add_returned_of(W - 1);
     }
 
     // ---- gather
@@ -638,7 +667,7 @@ class RingAttention : public RingAttentionPlan {
         ScratchArea area(scratch);
         const GatherForward m(area, size);
         gather_keys(m.all.data, k, v, size, stream);
-        const KeyViews keys = key_views(m.all.data, size.T(), size);
+        const KeyViews<bf16> keys = key_views(m.all.data, size.T(), size);
         for (int half = 0; half < HALVES; ++half) {
             flash_attention_forward(rows_from(out, half * size.n), m.half_lse, rows_from(q, half * size.n), keys.k,
                                     keys.v, half_shape(local, half), stream);
@@ -654,24 +683,24 @@ class RingAttention : public RingAttentionPlan {
         const ContextPartition p = size.partition();
         const int64_t n = size.n;
         gather_keys(m.all.data, saved.k, saved.v, size, stream);
-        const KeyViews keys = key_views(m.all.data, size.T(), size);
+        const KeyViews<bf16> keys = key_views(m.all.data, size.T(), size);
         for (int half = 0; half < HALVES; ++half) {
             const int64_t row = half * n;
-            const KeyViews dkeys = half == 0 ? key_views(m.head_gradients.data, size.T() / HALVES, size)
-                                             : key_views(m.gradients.data, size.T(), size);
+            const KeyViews<float> dkeys = half == 0 ? key_views(m.head_gradients.data, size.T() / HALVES, size)
+                                                    : key_views(m.gradients.data, size.T(), size);
             take_half_lse(m.half_lse, saved.lse, half, size, stream);
             flash_attention_backward(rows_from(gradients.dq, row), dkeys.k, dkeys.v, rows_from(saved.dout, row),
                                      rows_from(saved.q, row), keys.k, keys.v, rows_from(saved.out, row), m.half_lse,
                                      m.attention, half_shape(local, half), deterministic, stream);
         }
         // The tail sees all that the head sees.
-        const HeadView<bf16> found = key_heads(m.gradients.data, size.T(), size);
-        ring_add({found, {}, found, true, true}, key_heads(m.head_gradients.data, size.T() / HALVES, size), 0, 1,
+        const HeadView<float> found = key_heads(m.gradients.data, size.T(), size);
+        ring_add({{}, found, {}, false, false}, key_heads(m.head_gradients.data, size.T() / HALVES, size), 0, 1,
                  {size.B, chunks_seen(p, 0) * n, 2 * size.Hkv, size.D}, stream);
 
         Transfers transfers;
-        const size_t chunk_bytes = n * size.kv_width() * sizeof(bf16);
-        bf16* in = m.gradients_in.data;
+        const size_t chunk_bytes = n * size.kv_width() * sizeof(float);
+        float* in = m.gradients_in.data;
         for_each_peer(size, [&](int peer) {
             for (int half = 0; half < HALVES; ++half) {
                 for (int64_t b = 0; b < size.B; ++b) {
@@ -688,16 +717,16 @@ class RingAttention : public RingAttentionPlan {
         });
         comm_.exchange(transfers.sends, transfers.receives, "attention: gradients of gathered keys", stream);
 
-        const KeyViews own = key_views(m.gradients.data, size.T(), size);
-        const KeyViews parts = key_views(m.gradients_in.data, HALVES * n, size);
+        const KeyViews<float> own = key_views(m.gradients.data, size.T(), size);
+        const KeyViews<float> parts = key_views(m.gradients_in.data, HALVES * n, size);
         for (int half = 0; half < HALVES; ++half) {
             // All other ranks see a head, those before this one also its tail.
             const int num_parts = half == 0 ? size.W - 1 : size.rank;
             const int64_t row = half * n, position = p.first_position(half);
             const RowBlock rows(size.B, n, size.Hkv, size.D);
-            ring_add({rows_from(own.k, position), {}, rows_from(gradients.dk, row), true, true},
+            ring_add({{}, rows_from(own.k, position), rows_from(gradients.dk, row), false, true},
                      rows_from(parts.k, row), size.kv_elements(), num_parts, rows, stream);
-            ring_add({rows_from(own.v, position), {}, rows_from(gradients.dv, row), true, true},
+            ring_add({{}, rows_from(own.v, position), rows_from(gradients.dv, row), false, true},
                      rows_from(parts.v, row), size.kv_elements(), num_parts, rows, stream);
         }
     }

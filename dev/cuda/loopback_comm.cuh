@@ -25,8 +25,6 @@ class LoopbackHub {
   public:
     explicit LoopbackHub(int size) : size_(size) {}
     int size() const { return size_; }
-    int64_t num_bytes() const { return num_bytes_; }  // received by all ranks so far, from others
-
     // A rank has failed: nobody waits for it.
     void give_up() {
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -74,7 +72,6 @@ class LoopbackHub {
     std::map<Ends, std::queue<Message>> messages_;
     std::map<Ends, std::queue<cudaEvent_t>> received_;  // acknowledged to the sender
     std::vector<std::unique_ptr<CudaEvent>> events_;
-    int64_t num_bytes_ = 0;
 };
 
 class LoopbackComm : public Comm {
@@ -82,6 +79,7 @@ class LoopbackComm : public Comm {
     // delay_cycles: before the data is taken, on the receiver's stream.
     LoopbackComm(LoopbackHub& hub, int rank, int64_t delay_cycles)
         : Comm(rank, hub.size()), hub_(hub), delay_cycles_(delay_cycles) {}
+    int64_t bytes_received() const { return bytes_received_; }  // from other ranks, by the calls so far
 
     void exchange(const std::vector<DeviceSend>& sends, const std::vector<DeviceReceive>& receives,
                   const char* operation, cudaStream_t stream) override {
@@ -99,10 +97,7 @@ class LoopbackComm : public Comm {
             CUDA_CHECK(cudaStreamWaitEvent(stream, message.ready));
             CUDA_CHECK(cudaMemcpyAsync(r.data, message.data, r.num_bytes, cudaMemcpyDeviceToDevice, stream));
             hub_.push(hub_.received_, {rank(), r.peer}, hub_.record(stream));
-            if (r.peer != rank()) {
-                const std::lock_guard<std::mutex> lock(hub_.mutex_);
-                hub_.num_bytes_ += (int64_t)r.num_bytes;
-            }
+            bytes_received_ += r.peer == rank() ? 0 : (int64_t)r.num_bytes;
         }
         for (const DeviceSend& s : sends) {
             CUDA_CHECK(cudaStreamWaitEvent(stream, hub_.pop(hub_.received_, {s.peer, rank()})));
@@ -182,7 +177,40 @@ class LoopbackComm : public Comm {
 
     LoopbackHub& hub_;
     int64_t delay_cycles_;
+    int64_t bytes_received_ = 0;
 };
+
+// What the ranks of one sequence must send each other at least, counted row by row: a rank needs every key before its
+// last query that it does not hold, and whoever holds a key needs a float32 gradient of it from every rank that saw it.
+struct LeastExchange {
+    int64_t rows = 0;  // of a sequence, over all ranks
+
+    LeastExchange(int W, int64_t T) {
+        for (int rank = 0; rank < W; ++rank) {
+            const ContextPartition p = make_context_partition(T, W, rank);
+            const int64_t last_query = p.position(p.local_rows() - 1);
+            for (int64_t key = 0; key <= last_query; ++key) {
+                rows += !p.local_row(key);
+            }
+        }
+    }
+    int64_t forward_bytes(int B, int Hkv, int D) const { return B * rows * 2 * Hkv * D * (int64_t)sizeof(bf16); }
+    int64_t backward_bytes(int B, int Hkv, int D) const {
+        return forward_bytes(B, Hkv, D) + B * rows * 2 * Hkv * D * (int64_t)sizeof(float);
+    }
+};
+// Bytes that all ranks received in a layer's forward and backward.
+struct ExchangedBytes {
+    int64_t forward = 0, backward = 0;
+};
+// One check: no more than the least, in either pass; and no less, which would be a miscount.
+inline void expect_least_bytes(Harness& h, const std::string& label, const ExchangedBytes& found,
+                               const ExchangedBytes& least) {
+    h.expect(found.forward == least.forward && found.backward == least.backward, "bytes a layer", label,
+             format_string("forward %lld, backward %lld: %.4f and %.4f of the least", (long long)found.forward,
+                           (long long)found.backward, (double)found.forward / (double)least.forward,
+                           (double)found.backward / (double)least.backward));
+}
 
 // Runs body(comm) of every rank in a thread of its own; throws what the first of them threw.
 inline void run_loopback_ranks(LoopbackHub& hub, int64_t delay_cycles, const std::function<void(LoopbackComm&)>& body) {

@@ -3,8 +3,9 @@
 // (loopback_comm.cuh).
 //
 // The limit of an output: what flash attention itself may be off (flash_attention_cases.cuh), and twice what rounding
-// every rank's partial results to bf16 costs, found by the same schedule in double with that rounding and nothing else
-// (dev/test/ring_emulation.h). Gathering is held to the same limits, though it rounds less.
+// every rank's partial results of out and dq to bf16 costs, found by the same schedule in double with that rounding and
+// nothing else (dev/test/ring_emulation.h). Gathering is held to the same limits, though it rounds less.
+// Both ways must send the least that any way can (loopback_comm.cuh).
 #include "dev/test/ring_emulation.h"
 #include "flash_attention_cases.cuh"
 #include "llmc/ring_attention.cuh"
@@ -58,7 +59,7 @@ struct WholeRows {  // of the sequence
 };
 static Rows empty_like(const Rows& rows) { return Rows(rows.B, rows.rows, rows.heads, rows.D); }
 
-// The ring in double with bf16 between its steps.
+// The ring in double, with the partial results of out and dq in bf16.
 static WholeRows emulate(const WholeRows& in, int W) {
     WholeRows whole = in;
     whole.out = empty_like(in.q), whole.dq = empty_like(in.q);
@@ -112,7 +113,7 @@ static std::vector<bf16> pack_local(const WholeRows& in, const ContextPartition&
 
 struct RingOutputs {
     WholeRows rows;
-    int64_t bytes_received = 0, bytes_expected = 0;
+    ExchangedBytes bytes, planned_bytes;
     bool guards_intact = true;
 };
 
@@ -142,6 +143,7 @@ static RingOutputs run_ring(const WholeRows& in, const AttentionShape& whole_sha
             return HeadView<bf16>(data, local.Tq * local.H * local.D, (int64_t)local.H * local.D, local.D);
         };
         ring.forward(rows(out), lse, operands.q, operands.k, operands.v, forward_scratch, local, stream);
+        const int64_t forward_bytes = comm.bytes_received();
         if (delay_cycles > 0) {
             delay_kernel<<<1, 1, 0, stream>>>(3 * delay_cycles * comm.rank());
         }
@@ -163,12 +165,14 @@ static RingOutputs run_ring(const WholeRows& in, const AttentionShape& whole_sha
         put_local_rows(result.rows.dk, gradient(gradients.k, local.Hkv), p);
         put_local_rows(result.rows.dv, gradient(gradients.v, local.Hkv), p);
         put_local_rows(result.rows.lse, local_lse, p);
-        result.bytes_expected += 3 * ring.forward_bytes_received(local);  // keys twice, gradients once
+        result.bytes.forward += forward_bytes;
+        result.bytes.backward += comm.bytes_received() - forward_bytes;
+        result.planned_bytes.forward += ring.forward_bytes_received(local);
+        result.planned_bytes.backward += ring.backward_bytes_received(local);
         result.guards_intact = result.guards_intact && out.guards_intact() && dqkv.guards_intact() &&
                                lse.guards_intact() && forward_scratch.guards_intact() &&
                                backward_scratch.guards_intact();
     });
-    result.bytes_received = hub.num_bytes();
     return result;
 }
 static bool same_rows(const Rows& a, const Rows& b) {
@@ -208,9 +212,13 @@ static void check_case(Harness& h, const RingCase& ring, ContextExchange exchang
     h.compare("lse", label, convert<float>(found.rows.lse.values), c.exact.lse, c.max_score * 0x1p-22 + 16 * 0x1p-24,
               {s.B, s.H, s.Tq}, 1.0);
     h.expect(found.guards_intact, "guards", label, found.guards_intact ? "intact" : "stray write");
-    h.expect(found.bytes_received == found.bytes_expected, "bytes", label,
-             format_string("received %lld, the schedule's least %lld", (long long)found.bytes_received,
-                           (long long)found.bytes_expected));
+    const LeastExchange least(W, s.Tq);
+    expect_least_bytes(h, label, found.bytes,
+                       {least.forward_bytes(s.B, s.Hkv, s.D), least.backward_bytes(s.B, s.Hkv, s.D)});
+    h.expect(
+        found.planned_bytes.forward == found.bytes.forward && found.planned_bytes.backward == found.bytes.backward,
+        "planned bytes", label,
+        format_string("%lld, %lld", (long long)found.planned_bytes.forward, (long long)found.planned_bytes.backward));
 
     // Other timing, the same bits: transfers slowed down, and ranks that lag.
     for (const int64_t delay : {(int64_t)0, (int64_t)200000}) {
@@ -309,8 +317,10 @@ static void measure_shape(Harness& h, const Variant<Launcher>& variant, int W, i
     local.Tq = local.Tk = T / W;
     constexpr int RUNS = 5;
     std::vector<double> times[2];
+    int64_t bytes[2] = {};  // received by all ranks in one forward, one backward
     ThreadBarrier barrier(W);
     LoopbackHub hub(W);
+    std::mutex mutex;
     run_loopback_ranks(hub, 0, [&](LoopbackComm& comm) {
         CudaStream stream;
         RingAttention ring(comm, variant.launch);
@@ -320,6 +330,7 @@ static void measure_shape(Harness& h, const Variant<Launcher>& variant, int W, i
         for (int run = 0; run < 2 * (1 + RUNS); ++run) {  // forward and backward in turn; the first ones warm up
             CUDA_CHECK(cudaDeviceSynchronize());
             barrier.wait();
+            const int64_t bytes_before = comm.bytes_received();
             const auto start = std::chrono::steady_clock::now();
             if (run % 2 == 0) {
                 ring.forward(a.rows(a.out), a.lse, a.in.q, a.in.k, a.in.v, scratch, local, stream);
@@ -329,6 +340,10 @@ static void measure_shape(Harness& h, const Variant<Launcher>& variant, int W, i
             }
             CUDA_CHECK(cudaStreamSynchronize(stream));
             barrier.wait();
+            if (run < 2) {
+                const std::lock_guard<std::mutex> lock(mutex);
+                bytes[run] += comm.bytes_received() - bytes_before;
+            }
             if (comm.rank() == 0 && run >= 2) {
                 const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
                 times[run % 2].push_back(1e3 * seconds);
@@ -338,9 +353,15 @@ static void measure_shape(Harness& h, const Variant<Launcher>& variant, int W, i
     for (int i = 0; i < 2; ++i) {
         std::nth_element(times[i].begin(), times[i].begin() + RUNS / 2, times[i].end());
         const double ms = times[i][RUNS / 2];
-        std::printf("time ring_attention %d  W%d T%lld H%d D%d %s  %.3f ms, on one rank %.3f ms: %+.1f %%  (%s)\n",
-                    variant.number, W, (long long)T, whole.H, whole.D, i == 0 ? "forward" : "backward", ms,
-                    one_rank_ms[i], 100.0 * (ms / one_rank_ms[i] - 1.0), variant.idea);
+        const LeastExchange least(W, T);
+        const int64_t least_bytes =
+            i == 0 ? least.forward_bytes(1, whole.Hkv, whole.D) : least.backward_bytes(1, whole.Hkv, whole.D);
+        std::printf(
+            "time ring_attention %d  W%d T%lld H%d D%d %s  %.3f ms, on one rank %.3f ms: %+.1f %%, %.2f MiB a rank, "
+            "%.4f of the least  (%s)\n",
+            variant.number, W, (long long)T, whole.H, whole.D, i == 0 ? "forward" : "backward", ms, one_rank_ms[i],
+            100.0 * (ms / one_rank_ms[i] - 1.0), (double)bytes[i] / W / (1 << 20),
+            (double)bytes[i] / (double)least_bytes, variant.idea);
     }
 }
 static void measure(Harness& h, const Variant<Launcher>& variant) {

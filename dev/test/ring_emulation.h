@@ -2,6 +2,7 @@
 // what llmc/ring_attention.cuh does with kernels and streams. How keys come from their owners and gradients go home is
 // the caller's: arrays of one process, or messages between several.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <functional>
 #include <limits>
@@ -68,7 +69,7 @@ class RingEmulation {
     Rows out, dq;
     KeyRows dkv;
     std::vector<double> lse;  // [B, H, local rows]
-    // What becomes of every result of one step, and of every output: a kernel's rounding.
+    // What becomes of out and dq of one step, and of every output: a kernel's rounding.
     std::function<double(double)> round = [](double value) { return value; };
 
     RingEmulation(const ContextPartition& partition, Rows q, KeyRows kv)
@@ -111,6 +112,12 @@ class RingEmulation {
             attend_backward(step.queries, fetch(s), false, part, gradients);
             add(dq, sum, part, step.queries, step.to_queries);
             take(s, gradients);
+        }
+        for (int half = 0; half < HALVES; ++half) {
+            if (std::none_of(steps_.begin(), steps_.end(), [&](const RingStep& s) { return s.to_keys[half].any; })) {
+                round_half(dkv.k, half);
+                round_half(dkv.v, half);
+            }
         }
     }
     // What the reader of step s found for this rank's keys; in the order of steps.
@@ -182,8 +189,11 @@ class RingEmulation {
                                               q.view(), kv.k.view(), kv.v.view(), o.view(), part_lse.data(),
                                               shape(q, kv.k, causal));
         round_all(dq_part);
-        round_all(dkv_part.k);
-        round_all(dkv_part.v);
+    }
+    void round_half(Rows& rows, int half) const {
+        Rows part = rows.slice(half * p_.chunk_rows(), p_.chunk_rows());
+        round_all(part);
+        rows.set(half * p_.chunk_rows(), part);
     }
     // part: rows of `halves`, added to the halves that take a contribution.
     void add(Rows& result, Rows& sum, const Rows& part, HalfRange halves,
