@@ -26,6 +26,12 @@ struct RowBlock {  // the rows [B, num_rows, heads, D] that a launch works on
         return (unsigned)blocks;
     }
 };
+// Launches kernel(arguments..., rows), a row's lanes side by side.
+template <class Kernel, class... Arguments>
+void launch_rows(Kernel kernel, const RowBlock& rows, cudaStream_t stream, const Arguments&... arguments) {
+    kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(arguments..., rows);
+    CUDA_CHECK_LAUNCH();
+}
 // Where this thread stands in it.
 struct RowPlace {
     int64_t b, t;
@@ -58,6 +64,15 @@ __device__ inline EightFloats load_eight(const bf16* address) {
         row.value[i] = __bfloat162float(packed[i]);
     }
     return row;
+}
+// sum (+=) what is there.
+template <class Element>
+__device__ inline void add_eight(EightFloats& sum, const Element* address) {
+    const EightFloats row = load_eight(address);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        sum.value[i] += row.value[i];
+    }
 }
 __device__ inline void store_eight(float* address, const EightFloats& row) {
     store128(address, load128(row.value));

@@ -11,6 +11,7 @@
 #include "lighthouse_pool.cuh"     // scores and coarsest means
 #include "lighthouse_scatter.cuh"  // sub-sequence to tokens
 #include "lighthouse_select.cuh"   // which entries, in which order
+#include "memory.cuh"              // pieces of an area
 
 inline LighthouseShape make_lighthouse_shape(const LighthouseGeometry& geometry, const LighthouseConfig& config, int B,
                                              int H, int Hkv, int D, float scale) {
@@ -24,23 +25,6 @@ inline LighthouseShape make_lighthouse_shape(const LighthouseGeometry& geometry,
 }
 
 // ---- memory --------------------------------------------------------------------------------------
-// Hands out pieces of one area in order, each 256-byte aligned. With no area it only adds up their sizes.
-class LighthouseArea {
-  public:
-    explicit LighthouseArea(void* begin) : begin_(static_cast<unsigned char*>(begin)) {}
-    template <class Element>
-    Element* take(int64_t num_elements) {
-        unsigned char* const piece = begin_ == nullptr ? nullptr : begin_ + num_bytes_;
-        num_bytes_ += round_up<size_t>((size_t)num_elements * sizeof(Element), 256);
-        return reinterpret_cast<Element*>(piece);
-    }
-    size_t num_bytes() const { return num_bytes_; }
-
-  private:
-    unsigned char* begin_;
-    size_t num_bytes_ = 0;
-};
-
 // What forward leaves for backward, in the area `saved`.
 struct LighthouseSaved {
     int32_t* entries;    // [B, Hkv, S] pyramid address of each gathered row
@@ -51,7 +35,7 @@ struct LighthouseSaved {
     bf16* out;           // [B, S, H, D], the inner attention's
     float* lse;          // [B, H, S]
 
-    LighthouseSaved(LighthouseArea& area, const LighthouseShape& shape) {
+    LighthouseSaved(MemoryArea& area, const LighthouseShape& shape) {
         const LighthouseGeometry& g = shape.geometry;
         const int64_t q_elements = shape.B * g.S * shape.H * shape.D, k_elements = shape.B * g.S * shape.Hkv * shape.D;
         entries = area.take<int32_t>(shape.num_selections() * g.S);
@@ -73,7 +57,7 @@ struct LighthouseForwardScratch {
     bf16* dilated_out;   // [T, H, D], one sequence at a time
     float* dilated_lse;  // [dilation, H, T / dilation]
 
-    LighthouseForwardScratch(LighthouseArea& area, const LighthouseShape& shape) {
+    LighthouseForwardScratch(MemoryArea& area, const LighthouseShape& shape) {
         const LighthouseGeometry& g = shape.geometry;
         const bool dilated = shape.scorer == LighthouseScorer::dilated;
         const int64_t num_coarsest = g.level_size(g.levels - 1), B = shape.B, H = shape.H;
@@ -119,7 +103,7 @@ struct LighthouseBackwardScratch {
     bf16* dv;    // [B, S, Hkv, D]
     void* attention_scratch;
 
-    LighthouseBackwardScratch(LighthouseArea& area, const LighthouseShape& shape, bool deterministic) {
+    LighthouseBackwardScratch(MemoryArea& area, const LighthouseShape& shape, bool deterministic) {
         const int64_t rows = shape.B * shape.geometry.S;
         dout = area.take<bf16>(rows * shape.H * shape.D);
         dq = area.take<bf16>(rows * shape.H * shape.D);
@@ -132,17 +116,17 @@ struct LighthouseBackwardScratch {
 
 // Bytes of the three areas: kept from forward to backward, and scratch of one call.
 inline size_t lighthouse_saved_bytes(const LighthouseShape& shape) {
-    LighthouseArea area(nullptr);
+    MemoryArea area(nullptr);
     LighthouseSaved saved(area, shape);
     return area.num_bytes();
 }
 inline size_t lighthouse_forward_scratch_bytes(const LighthouseShape& shape) {
-    LighthouseArea area(nullptr);
+    MemoryArea area(nullptr);
     LighthouseForwardScratch scratch(area, shape);
     return area.num_bytes();
 }
 inline size_t lighthouse_backward_scratch_bytes(const LighthouseShape& shape, bool deterministic) {
-    LighthouseArea area(nullptr);
+    MemoryArea area(nullptr);
     LighthouseBackwardScratch scratch(area, shape, deterministic);
     return area.num_bytes();
 }
@@ -226,7 +210,7 @@ inline void lighthouse_forward(HeadView<bf16> out, void* saved, HeadView<const b
                                HeadView<const bf16> v, void* scratch, const LighthouseShape& shape,
                                cudaStream_t stream) {
     NVTX_RANGE();
-    LighthouseArea saved_area(saved), scratch_area(scratch);
+    MemoryArea saved_area(saved), scratch_area(scratch);
     const LighthouseSaved s(saved_area, shape);
     lighthouse_gather_forward(s, LighthouseForwardScratch(scratch_area, shape), {q, k, v}, shape, stream);
     const HeadView<bf16> inner_out = lighthouse_gathered_view(s.out, shape.H, shape);
@@ -240,7 +224,7 @@ inline void lighthouse_forward(HeadView<bf16> out, void* saved, HeadView<const b
 inline void lighthouse_output_again(HeadView<bf16> out, void* saved, const LighthouseShape& shape,
                                     cudaStream_t stream) {
     NVTX_RANGE();
-    LighthouseArea saved_area(saved);
+    MemoryArea saved_area(saved);
     const LighthouseSaved s(saved_area, shape);
     lighthouse_scatter(out, lighthouse_gathered_view(s.out, shape.H, shape), s.positions, shape, stream);
 }
@@ -253,7 +237,7 @@ inline void lighthouse_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<b
                                 void* saved, void* scratch, const LighthouseShape& shape, bool deterministic,
                                 cudaStream_t stream) {
     NVTX_RANGE();
-    LighthouseArea saved_area(saved), scratch_area(scratch);
+    MemoryArea saved_area(saved), scratch_area(scratch);
     const LighthouseSaved s(saved_area, shape);
     const LighthouseBackwardScratch d(scratch_area, shape, deterministic);
     const auto q_view = [&](bf16* rows) { return lighthouse_gathered_view(rows, shape.H, shape); };

@@ -31,8 +31,11 @@ __device__ inline int64_t lighthouse_border_offset(const LighthouseShape& shape,
                                                    int d) {
     return ((b * (shape.geometry.levels - 1) + level - 1) * shape.H + head) * shape.D + d;
 }
+inline RowBlock lighthouse_border_rows(const LighthouseShape& shape) {
+    return {shape.B, shape.geometry.levels - 1, shape.H, shape.D};
+}
 inline int64_t lighthouse_border_elements(const LighthouseShape& shape) {
-    return (int64_t)shape.B * (shape.geometry.levels - 1) * shape.H * shape.D;
+    return lighthouse_border_rows(shape).count() * shape.D;
 }
 
 // ---- forward -----------------------------------------------------------------------------------
@@ -51,10 +54,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
 inline void lighthouse_border(bf16* border, HeadView<const bf16> x, const int32_t* positions,
                               const LighthouseShape& shape, cudaStream_t stream) {
     NVTX_RANGE();
-    const RowBlock rows(shape.B, shape.geometry.levels - 1, shape.H, shape.D);
-    lighthouse_border_kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(border, {{}, x, {}, positions, shape},
-                                                                            rows);
-    CUDA_CHECK_LAUNCH();
+    launch_rows(lighthouse_border_kernel, lighthouse_border_rows(shape), stream, border,
+                LighthouseBorderArguments{{}, x, {}, positions, shape});
 }
 
 // Launch: one row a (chunk, token of the first c - 1 of the coarsest level, head). In the order of lighthouse_scatter,
@@ -68,23 +69,16 @@ __global__ void __launch_bounds__(ROW_THREADS)
     }
     const LighthouseGeometry& g = a.shape.geometry;
     EightFloats sum{};
-    const auto add = [&](const bf16* address) {
-        const EightFloats row = load_eight(address);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            sum.value[i] += row.value[i];
-        }
-    };
     for (int l = 1; l <= g.levels; ++l) {
         const int level = l % g.levels;  // level 0 comes last
         const int64_t index = ((place.t + 1) >> g.window_bits(level)) - 1;
         if (index < 0) {
-            add(before + lighthouse_border_offset(a.shape, place.b, level, place.h, place.d));
+            add_eight(sum, before + lighthouse_border_offset(a.shape, place.b, level, place.h, place.d));
             continue;
         }
         const int32_t n = lighthouse_border_row(a, place.b, place.h, level, index);
         if (n >= 0) {
-            add(a.entries.row(place.b, n, place.h) + place.d);
+            add_eight(sum, a.entries.row(place.b, n, place.h) + place.d);
         }
     }
     store_eight(a.out.row(place.b, place.t, place.h) + place.d, sum);
@@ -96,9 +90,8 @@ inline void lighthouse_border_scatter(HeadView<bf16> out, HeadView<const bf16> x
     NVTX_RANGE();
     const LighthouseGeometry& g = shape.geometry;
     const RowBlock rows(shape.B, g.window(g.levels - 1) - 1, shape.H, shape.D);
-    lighthouse_border_scatter_kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>({{}, x, out, positions, shape},
-                                                                                    before, rows);
-    CUDA_CHECK_LAUNCH();
+    launch_rows(lighthouse_border_scatter_kernel, rows, stream, LighthouseBorderArguments{{}, x, out, positions, shape},
+                before);
 }
 
 // ---- backward ----------------------------------------------------------------------------------
@@ -113,11 +106,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
     const int level = 1 + (int)place.t;
     EightFloats sum{};
     for (int64_t t = 0; t < a.shape.geometry.window(level) - 1; ++t) {
-        const EightFloats row = load_eight(a.tokens.row(place.b, t, place.h) + place.d);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            sum.value[i] += row.value[i];
-        }
+        add_eight(sum, a.tokens.row(place.b, t, place.h) + place.d);
     }
     store_eight(dborder + lighthouse_border_offset(a.shape, place.b, level, place.h, place.d), sum);
 }
@@ -125,10 +114,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
 inline void lighthouse_border_backward(float* dborder, HeadView<const bf16> dout, const LighthouseShape& shape,
                                        cudaStream_t stream) {
     NVTX_RANGE();
-    const RowBlock rows(shape.B, shape.geometry.levels - 1, shape.H, shape.D);
-    lighthouse_border_backward_kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(
-        dborder, {dout, {}, {}, nullptr, shape}, rows);
-    CUDA_CHECK_LAUNCH();
+    launch_rows(lighthouse_border_backward_kernel, lighthouse_border_rows(shape), stream, dborder,
+                LighthouseBorderArguments{dout, {}, {}, nullptr, shape});
 }
 
 // Launch: one row a (chunk, level above 0, head).
@@ -146,11 +133,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
         return;
     }
     EightFloats sum = load_eight(a.tokens.row(place.b, g.T - 1, place.h) + place.d);
-    const EightFloats other = load_eight(after + lighthouse_border_offset(a.shape, place.b, level, place.h, place.d));
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        sum.value[i] += other.value[i];
-    }
+    add_eight(sum, after + lighthouse_border_offset(a.shape, place.b, level, place.h, place.d));
     store_eight(a.out.row(place.b, n, place.h) + place.d, sum);
 }
 // dx (=) the rows of the last entries of every chunk, from its last token and what the chunk after sends back: `after`,
@@ -158,10 +141,8 @@ __global__ void __launch_bounds__(ROW_THREADS)
 inline void lighthouse_border_scatter_backward(HeadView<bf16> dx, HeadView<const bf16> dout, const int32_t* positions,
                                                const float* after, const LighthouseShape& shape, cudaStream_t stream) {
     NVTX_RANGE();
-    const RowBlock rows(shape.B, shape.geometry.levels - 1, shape.H, shape.D);
-    lighthouse_border_scatter_backward_kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(
-        {dout, {}, dx, positions, shape}, after, rows);
-    CUDA_CHECK_LAUNCH();
+    launch_rows(lighthouse_border_scatter_backward_kernel, lighthouse_border_rows(shape), stream,
+                LighthouseBorderArguments{dout, {}, dx, positions, shape}, after);
 }
 
 // ---- the exchange ------------------------------------------------------------------------------

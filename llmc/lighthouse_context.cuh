@@ -46,13 +46,13 @@ HeadView<Element> lighthouse_chunk_view(HeadView<Element> rows, const Lighthouse
 struct LighthouseContextSaved {
     LighthouseSaved chunks;
     bf16* before;  // [2 B, L - 1, H, D]: rows from the chunks before
-    LighthouseContextSaved(LighthouseArea& area, const LighthouseShape& shape)
+    LighthouseContextSaved(MemoryArea& area, const LighthouseShape& shape)
         : chunks(area, shape), before(area.take<bf16>(lighthouse_border_elements(shape))) {}
 };
 struct LighthouseContextForwardScratch {
     bf16* border;            // [2 B, L - 1, H, D]: what goes to the chunks after
     unsigned char* in_turn;  // of the gather, then of the inner attention
-    LighthouseContextForwardScratch(LighthouseArea& area, const RingAttentionPlan& ring, const LighthouseShape& shape)
+    LighthouseContextForwardScratch(MemoryArea& area, const RingAttentionPlan& ring, const LighthouseShape& shape)
         : border(area.take<bf16>(lighthouse_border_elements(shape))),
           in_turn(area.take<unsigned char>(
               (int64_t)std::max(lighthouse_forward_scratch_bytes(shape),
@@ -63,7 +63,7 @@ struct LighthouseContextBackwardScratch {
     bf16 *dout, *dq;        // [2 B, S, H, D]
     bf16 *dk, *dv;          // [2 B, S, Hkv, D]
     unsigned char* attention;
-    LighthouseContextBackwardScratch(LighthouseArea& area, const RingAttentionPlan& ring, const LighthouseShape& shape,
+    LighthouseContextBackwardScratch(MemoryArea& area, const RingAttentionPlan& ring, const LighthouseShape& shape,
                                      bool deterministic) {
         const int64_t rows = shape.B * shape.geometry.S;
         border = area.take<float>(lighthouse_border_elements(shape));
@@ -79,18 +79,18 @@ struct LighthouseContextBackwardScratch {
 
 // Bytes of the three areas. ring: of the same ranks and exchange as LighthouseContext.
 inline size_t lighthouse_context_saved_bytes(const LighthouseShape& chunks) {
-    LighthouseArea area(nullptr);
+    MemoryArea area(nullptr);
     LighthouseContextSaved saved(area, chunks);
     return area.num_bytes();
 }
 inline size_t lighthouse_context_forward_scratch_bytes(const RingAttentionPlan& ring, const LighthouseShape& chunks) {
-    LighthouseArea area(nullptr);
+    MemoryArea area(nullptr);
     LighthouseContextForwardScratch scratch(area, ring, chunks);
     return area.num_bytes();
 }
 inline size_t lighthouse_context_backward_scratch_bytes(const RingAttentionPlan& ring, const LighthouseShape& chunks,
                                                         bool deterministic) {
-    LighthouseArea area(nullptr);
+    MemoryArea area(nullptr);
     LighthouseContextBackwardScratch scratch(area, ring, chunks, deterministic);
     return area.num_bytes();
 }
@@ -106,11 +106,11 @@ class LighthouseContext {
     void forward(HeadView<bf16> out, void* saved, HeadView<const bf16> q, HeadView<const bf16> k,
                  HeadView<const bf16> v, void* scratch, const LighthouseShape& chunks, cudaStream_t stream) {
         NVTX_RANGE();
-        LighthouseArea saved_area(saved), scratch_area(scratch);
+        MemoryArea saved_area(saved), scratch_area(scratch);
         const LighthouseContextSaved m(saved_area, chunks);
         const LighthouseSaved& s = m.chunks;
         const LighthouseContextForwardScratch t(scratch_area, ring_, chunks);
-        LighthouseArea gather_area(t.in_turn);
+        MemoryArea gather_area(t.in_turn);
         const QkvHeads<const bf16> qkv = {lighthouse_chunk_view(q, chunks), lighthouse_chunk_view(k, chunks),
                                           lighthouse_chunk_view(v, chunks)};
         lighthouse_gather_forward(s, LighthouseForwardScratch(gather_area, chunks), qkv, chunks, stream);
@@ -126,7 +126,7 @@ class LighthouseContext {
     // out (=) what the forward that left `saved` gave, bit for bit. Nothing is sent.
     void output_again(HeadView<bf16> out, void* saved, const LighthouseShape& chunks, cudaStream_t stream) const {
         NVTX_RANGE();
-        LighthouseArea saved_area(saved);
+        MemoryArea saved_area(saved);
         scatter(out, LighthouseContextSaved(saved_area, chunks), chunks, stream);
     }
 
@@ -134,7 +134,7 @@ class LighthouseContext {
     void backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout, void* saved,
                   void* scratch, const LighthouseShape& chunks, bool deterministic, cudaStream_t stream) {
         NVTX_RANGE();
-        LighthouseArea saved_area(saved), scratch_area(scratch);
+        MemoryArea saved_area(saved), scratch_area(scratch);
         const LighthouseContextSaved m(saved_area, chunks);
         const LighthouseSaved& s = m.chunks;
         const LighthouseContextBackwardScratch d(scratch_area, ring_, chunks, deterministic);

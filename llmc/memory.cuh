@@ -114,6 +114,24 @@ constexpr size_t DEVICE_MEMORY_RESERVE = (size_t)512 << 20;
 // Left to the host: a checkpoint's tensor on its way to the disk, and whatever else runs.
 constexpr size_t HOST_MEMORY_RESERVE = (size_t)2 << 30;
 
+// Hands out pieces of one area, planned elsewhere, in order, each aligned to BUFFER_ALIGNMENT. With no area it only
+// adds up their sizes: what takes its pieces from one in its constructor also says how large the area must be.
+class MemoryArea {
+  public:
+    explicit MemoryArea(void* begin) : begin_(static_cast<std::byte*>(begin)) {}
+    template <class Element>
+    Element* take(int64_t num_elements) {
+        std::byte* const piece = begin_ == nullptr ? nullptr : begin_ + num_bytes_;
+        num_bytes_ += round_up<size_t>((size_t)num_elements * sizeof(Element), BUFFER_ALIGNMENT);
+        return reinterpret_cast<Element*>(piece);
+    }
+    size_t num_bytes() const { return num_bytes_; }
+
+  private:
+    std::byte* begin_;
+    size_t num_bytes_ = 0;
+};
+
 class MemoryPlan {
   public:
     // Names a buffer; allocate() sets *pointer, which must live until then. Buffers of one name (one a layer) are one

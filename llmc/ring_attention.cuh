@@ -44,8 +44,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
 }
 inline void ring_pack(HeadView<bf16> kv, HeadView<const bf16> k, HeadView<const bf16> v, const RowBlock& rows,
                       cudaStream_t stream) {
-    ring_pack_kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(kv, k, v, rows);
-    CUDA_CHECK_LAUNCH();
+    launch_rows(ring_pack_kernel, rows, stream, kv, k, v);
 }
 
 // What a partial result is added to, and where the sum goes.
@@ -94,9 +93,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
 }
 inline void ring_merge(const RingSum& sum, float* lse, int64_t lse_stride, HeadView<const bf16> part,
                        const float* part_lse, int64_t part_lse_stride, const RowBlock& rows, cudaStream_t stream) {
-    ring_merge_kernel<<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(sum, lse, lse_stride, part, part_lse,
-                                                                     part_lse_stride, rows);
-    CUDA_CHECK_LAUNCH();
+    launch_rows(ring_merge_kernel, rows, stream, sum, lse, lse_stride, part, part_lse, part_lse_stride);
 }
 
 // Launch: as above. Adds num_parts partial results, part_stride elements apart, in their order. Bound: bandwidth.
@@ -111,11 +108,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
                               : load_eight(s.sum.row(place.b, place.t, place.h) + place.d);
     const Part* part = parts.row(place.b, place.t, place.h) + place.d;
     for (int p = 0; p < num_parts; ++p, part += part_stride) {
-        const EightFloats other = load_eight(part);
-#pragma unroll
-        for (int i = 0; i < 8; ++i) {
-            row.value[i] += other.value[i];
-        }
+        add_eight(row, part);
     }
     if (s.last) {
         store_eight(s.out.row(place.b, place.t, place.h) + place.d, row);
@@ -126,8 +119,7 @@ __global__ void __launch_bounds__(ROW_THREADS)
 template <class Part>
 void ring_add(const RingSum& sum, HeadView<Part> parts, int64_t part_stride, int num_parts, const RowBlock& rows,
               cudaStream_t stream) {
-    ring_add_kernel<Part><<<rows.num_blocks(), ROW_THREADS, 0, stream>>>(sum, parts, part_stride, num_parts, rows);
-    CUDA_CHECK_LAUNCH();
+    launch_rows(ring_add_kernel<std::remove_const_t<Part>>, rows, stream, sum, parts, part_stride, num_parts);
 }
 
 // ---- ring or gather ----------------------------------------------------------------------------
@@ -146,24 +138,6 @@ inline ContextExchange choose_context_exchange(const AttentionShape& local) {
     return hidden_seconds < RING_STEP_SECONDS ? ContextExchange::gather : ContextExchange::ring;
 }
 
-// ---- memory ------------------------------------------------------------------------------------
-// Hands out pieces of one area in order, each aligned to BUFFER_ALIGNMENT. With no area it only adds up their sizes.
-class ScratchArea {
-  public:
-    explicit ScratchArea(void* begin) : begin_(static_cast<std::byte*>(begin)) {}
-    template <class Element>
-    Element* take(int64_t num_elements) {
-        std::byte* const piece = begin_ == nullptr ? nullptr : begin_ + num_bytes_;
-        num_bytes_ += round_up<size_t>((size_t)num_elements * sizeof(Element), BUFFER_ALIGNMENT);
-        return reinterpret_cast<Element*>(piece);
-    }
-    size_t num_bytes() const { return num_bytes_; }
-
-  private:
-    std::byte* begin_;
-    size_t num_bytes_ = 0;
-};
-
 // ---- sizes -------------------------------------------------------------------------------------
 // What one rank's attention needs, known before there are other ranks: to plan memory.
 class RingAttentionPlan {
@@ -178,12 +152,12 @@ class RingAttentionPlan {
 
     // `local`: the shape of the local rows on each other: Tq = Tk = 2n, causal, no offset.
     size_t forward_scratch_bytes(const AttentionShape& local) const {
-        ScratchArea area(nullptr);
+        MemoryArea area(nullptr);
         gathers(local) ? (void)GatherForward(area, sizes(local)) : (void)RingForward(area, sizes(local));
         return area.num_bytes();
     }
     size_t backward_scratch_bytes(const AttentionShape& local, bool deterministic) const {
-        ScratchArea area(nullptr);
+        MemoryArea area(nullptr);
         const Sizes size = sizes(local);
         const size_t attention_bytes = attention_scratch_bytes(local, deterministic);
         gathers(local) ? (void)GatherBackward(area, size, attention_bytes)
@@ -230,10 +204,10 @@ class RingAttentionPlan {
     template <class Element>
     struct KeyBuffer {
         Element* data;
-        KeyBuffer(ScratchArea& area, int64_t num_elements) : data(area.take<Element>(num_elements)) {}
+        KeyBuffer(MemoryArea& area, int64_t num_elements) : data(area.take<Element>(num_elements)) {}
     };
     // Running sums; two partial results need none.
-    static float* take_sum(ScratchArea& area, const Sizes& s, int64_t num_elements) {
+    static float* take_sum(MemoryArea& area, const Sizes& s, int64_t num_elements) {
         return s.W > 2 ? area.take<float>(num_elements) : nullptr;
     }
 
@@ -242,7 +216,7 @@ class RingAttentionPlan {
         bf16* part;       // [B, up to 2n, H, D]
         float* part_lse;  // [B, H, up to 2n]
         float* sum;       // [B, 2n, H, D]
-        RingForward(ScratchArea& area, const Sizes& s)
+        RingForward(MemoryArea& area, const Sizes& s)
             : own(area, s.kv_elements()),
               in{{area, s.kv_elements()}, {area, s.kv_elements()}},
               part(area.take<bf16>(s.q_elements())),
@@ -257,7 +231,7 @@ class RingAttentionPlan {
         float* dq_sum;         // [B, 2n, H, D]
         float* tail_lse;       // [B, H, n]
         std::byte* attention;
-        RingBackward(ScratchArea& area, const Sizes& s, size_t attention_bytes)
+        RingBackward(MemoryArea& area, const Sizes& s, size_t attention_bytes)
             : own(area, s.kv_elements()),
               in{{area, s.kv_elements()}, {area, s.kv_elements()}},
               gradients_out{{area, s.kv_elements()}, {area, s.kv_elements()}},
@@ -271,7 +245,7 @@ class RingAttentionPlan {
     struct GatherForward {
         KeyBuffer<bf16> all;  // in the order of the sequence, [B, T, 2 Hkv, D]
         float* half_lse;      // [B, H, n]
-        GatherForward(ScratchArea& area, const Sizes& s)
+        GatherForward(MemoryArea& area, const Sizes& s)
             : all(area, s.W * s.kv_elements()), half_lse(area.take<float>(s.half_rows())) {}
     };
     struct GatherBackward {
@@ -281,7 +255,7 @@ class RingAttentionPlan {
         KeyBuffer<float> gradients_in;    // [W - 1] x [B, 2n, 2 Hkv, D], from the other ranks in their order
         float* half_lse;                  // [B, H, n]
         std::byte* attention;
-        GatherBackward(ScratchArea& area, const Sizes& s, size_t attention_bytes)
+        GatherBackward(MemoryArea& area, const Sizes& s, size_t attention_bytes)
             : all(area, s.W * s.kv_elements()),
               gradients(area, s.W * s.kv_elements()),
               head_gradients(area, s.W * s.kv_elements() / HALVES),
@@ -472,7 +446,7 @@ class RingAttention : public RingAttentionPlan {
     void ring_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                       HeadView<const bf16> v, void* scratch, const AttentionShape& local, cudaStream_t stream) {
         const Sizes size = sizes(local);
-        ScratchArea area(scratch);
+        MemoryArea area(scratch);
         const RingForward m(area, size);
         const int W = size.W;
         const int64_t n = size.n;
@@ -555,7 +529,7 @@ class RingAttention : public RingAttentionPlan {
     void ring_backward(const Gradients& gradients, const Saved& saved, void* scratch, const AttentionShape& local,
                        bool deterministic, cudaStream_t stream) {
         const Sizes size = sizes(local);
-        ScratchArea area(scratch);
+        MemoryArea area(scratch);
         const RingBackward m(area, size, attention_scratch_bytes(local, deterministic));
         const int W = size.W;
         const int64_t n = size.n;
@@ -664,7 +638,7 @@ class RingAttention : public RingAttentionPlan {
     void gather_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                         HeadView<const bf16> v, void* scratch, const AttentionShape& local, cudaStream_t stream) {
         const Sizes size = sizes(local);
-        ScratchArea area(scratch);
+        MemoryArea area(scratch);
         const GatherForward m(area, size);
         gather_keys(m.all.data, k, v, size, stream);
         const KeyViews<bf16> keys = key_views(m.all.data, size.T(), size);
@@ -678,7 +652,7 @@ class RingAttention : public RingAttentionPlan {
     void gather_backward(const Gradients& gradients, const Saved& saved, void* scratch, const AttentionShape& local,
                          bool deterministic, cudaStream_t stream) {
         const Sizes size = sizes(local);
-        ScratchArea area(scratch);
+        MemoryArea area(scratch);
         const GatherBackward m(area, size, attention_scratch_bytes(local, deterministic));
         const ContextPartition p = size.partition();
         const int64_t n = size.n;

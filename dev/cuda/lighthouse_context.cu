@@ -56,7 +56,7 @@ static LayerResults run_one_gpu(const std::vector<bf16>& qkv_rows, const std::ve
     CUDA_CHECK(cudaStreamSynchronize(stream));
     LayerResults result;
     result.out = out.download(), result.dqkv = dqkv.download();
-    LighthouseArea area(saved.data());
+    MemoryArea area(saved.data());
     const LighthouseSaved s(area, shape);
     result.entries.resize(shape.num_selections() * shape.geometry.S);
     CUDA_CHECK(
@@ -130,7 +130,7 @@ static LayerResults run_ranks(const std::vector<bf16>& qkv_rows, const std::vect
                        true, stream);
         CUDA_CHECK(cudaStreamSynchronize(stream));
 
-        LighthouseArea area(saved.data());
+        MemoryArea area(saved.data());
         const LighthouseContextSaved s(area, chunks);
         const int64_t S = chunks.geometry.S;
         std::vector<int32_t> entries(chunks.num_selections() * S);

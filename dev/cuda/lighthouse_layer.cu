@@ -44,7 +44,7 @@ struct DeviceLayer {
                             shape, deterministic, stream);
     }
     LighthouseSaved saved_parts() const {
-        LighthouseArea area(saved.data());
+        MemoryArea area(saved.data());
         return LighthouseSaved(area, shape);
     }
     template <class Element>
@@ -172,7 +172,7 @@ static void check_case(Harness& h, const LighthouseCase& c, LighthouseScorer sco
     const LighthouseSaved saved = layer.saved_parts();
     const auto entries = layer.download(saved.entries, shape.num_selections() * g.S);
     const auto positions = layer.download(saved.positions, shape.num_selections() * g.num_slots);
-    LighthouseArea area(layer.forward_scratch.data());
+    MemoryArea area(layer.forward_scratch.data());
     const LighthouseForwardScratch scratch(area, shape);
     const bool dilated = scorer == LighthouseScorer::dilated;
     const int k_heads = dilated ? c.H : c.Hkv;
@@ -318,7 +318,7 @@ static void check_large(Harness& h, const LighthouseCase& c) {
              "large guards", c.label());
 
     const LighthouseSaved s = layer.saved_parts();
-    LighthouseArea backward_area(layer.backward_scratch.data());
+    MemoryArea backward_area(layer.backward_scratch.data());
     const LighthouseBackwardScratch d(backward_area, shape, false);
     const auto gathered = [&](bf16* rows, int heads) { return lighthouse_gathered_view(rows, heads, shape); };
     const auto row_of = [&](const HeadView<const bf16>& view, int64_t b, int64_t row, int head) {
@@ -495,7 +495,7 @@ static void measure_shape(Harness& h, const LighthouseCase& c, LighthouseScorer 
         std::fflush(stdout);
     };
     const LighthouseSaved s = layer.saved_parts();
-    LighthouseArea area(layer.forward_scratch.data()), backward_area(layer.backward_scratch.data());
+    MemoryArea area(layer.forward_scratch.data()), backward_area(layer.backward_scratch.data());
     const LighthouseForwardScratch scratch(area, shape);
     const LighthouseBackwardScratch d(backward_area, shape, false);
     const auto q_view = [&](bf16* rows) { return lighthouse_gathered_view(rows, c.H, shape); };
