@@ -1,6 +1,7 @@
 // test_gpt.cu: the whole model on the GPU against the CPU reference: loss and every parameter's gradient, ten AdamW
-// steps, saving and resuming, over shapes that hurt; what must agree bit for bit: recompute modes, repetition, dense
-// attention with and without room for Lighthouse; and steps that must not be applied.
+// steps, saving and resuming, over shapes that hurt; what must agree bit for bit: recompute modes, offload to the host,
+// repetition, dense attention with and without room for Lighthouse; steps that must not be applied; and the plan of
+// memory against what is then used.
 //
 // The truth is reference/model.h in double on weights rounded to bf16. How far bf16 storage must be from it is measured
 // on the same data by a plain implementation, dev/test/bf16_model.h: the GPU's error, relative to the truth's 2-norm,
@@ -35,10 +36,11 @@ struct Case {
     std::optional<LighthouseConfig> lighthouse = {};
 
     AttentionMode attention() const { return lighthouse ? AttentionMode::lighthouse : AttentionMode::dense; }
-    GpuModelSettings settings(Recompute recompute, bool deterministic) const {
+    GpuModelSettings settings(Recompute recompute, bool deterministic, Offload offload = Offload::none) const {
         GpuModelSettings s;
         s.max_batch_size = B, s.max_seq_len = T;
-        s.recompute = recompute, s.deterministic = deterministic;
+        s.recompute = recompute, s.deterministic = deterministic, s.offload = offload;
+        s.optimizer_chunk_elements = 4096;  // several, in models as small as these
         s.classifier_chunk_rows = classifier_chunk_rows;
         s.lighthouse = lighthouse;
         return s;
@@ -101,6 +103,12 @@ static std::vector<Case> selecting_cases(bool small) {
         cases.push_back(dilated);
     }
     return cases;
+}
+
+// Blocks whose inputs come and go, more than there are places for them on the GPU; dense.
+static Case many_blocks_case(bool small) {
+    return {"seven blocks, two micro-batches",
+            model_config(101, 7, small ? 32 : 256, 2, 1, small ? 16 : 128, 64, false), 2, small ? 40 : 1500, 2};
 }
 
 // ---- checks ------------------------------------------------------------------------------------
@@ -187,8 +195,9 @@ static std::vector<std::vector<int32_t>> random_batches(const Case& c, uint64_t 
 
 // ---- the GPU's side ----------------------------------------------------------------------------
 static std::unique_ptr<GpuModel> make_model(const Case& c, Recompute recompute, bool deterministic,
-                                            const std::vector<std::vector<float>>& weights) {
-    auto model = std::make_unique<GpuModel>(c.config, c.settings(recompute, deterministic));
+                                            const std::vector<std::vector<float>>& weights,
+                                            Offload offload = Offload::none) {
+    auto model = std::make_unique<GpuModel>(c.config, c.settings(recompute, deterministic, offload));
     model->set_attention(c.attention());
     for (size_t i = 0; i < weights.size(); ++i) {
         model->write_state(StateKind::master, (int)i, weights[i].data());
@@ -477,6 +486,47 @@ static void test_bits(Checks& checks, const Case& c) {
     }
 }
 
+// Three steps, each after an evaluation, which leaves other inputs on the GPU: their losses and norms, the gradients of
+// the last, and where they lead.
+static std::pair<std::vector<double>, Tensors> three_steps(GpuModel& model, const Case& c, uint64_t seed) {
+    std::vector<double> numbers;
+    Tensors tensors;
+    for (int64_t step = 1; step <= 3; ++step) {
+        const auto batches = random_batches(c, seed + step);
+        numbers.push_back(model.evaluate(batches[0].data(), c.B, c.T));
+        accumulate(model, c, batches);
+        if (step == 3) {
+            tensors = gradients_of(model);
+        }
+        const StepResult result = model.update(adamw_settings(step));
+        numbers.push_back(result.loss), numbers.push_back(result.grad_norm);
+    }
+    for (std::vector<double>& tensor : whole_state(model)) {
+        tensors.push_back(std::move(tensor));
+    }
+    return {numbers, tensors};
+}
+
+// What lies in host memory between its uses must be the same bits as what stays.
+static void test_offload(Checks& checks, const Case& c) {
+    const auto weights = random_weights(c, checks.seed);
+    for (const auto& [recompute_name, recompute] : choices(Recompute())) {
+        const auto model = make_model(c, recompute, true, weights);
+        const auto [numbers, tensors] = three_steps(*model, c, checks.seed);
+        for (const auto& [name, offload] : choices(Offload())) {
+            if (offload == Offload::none) {
+                continue;
+            }
+            const std::string what = format_string("--offload %s --recompute %s", name, recompute_name);
+            const auto other = make_model(c, recompute, true, weights, offload);
+            const auto [other_numbers, other_tensors] = three_steps(*other, c, checks.seed);
+            checks.expect(other_numbers == numbers, what + ", losses and norms", c.name,
+                          format_string("the last %.9g and %.9g", other_numbers.back(), numbers.back()));
+            expect_equal(checks, what + ", gradients and state", c.name, other_tensors, tensors);
+        }
+    }
+}
+
 // AdamW, tensor by tensor, against the reference on the gradients that the GPU found; and where the steps lead, against
 // the truth. AdamW divides by the gradient's size, so a single weight whose gradient is all rounding may go anywhere:
 // where the steps lead is compared over all weights together.
@@ -533,7 +583,7 @@ static void test_steps(Checks& checks, const Case& c, int num_steps) {
 }
 
 // A run that was saved and resumed ends with the bits of one that was not.
-static void test_resume(Checks& checks, const Case& c) {
+static void test_resume(Checks& checks, const Case& c, Offload offload) {
     namespace fs = std::filesystem;
     const fs::path folder = fs::temp_directory_path() / format_string("test_gpt-%d", (int)getpid());
     const auto weights = random_weights(c, checks.seed);
@@ -542,7 +592,7 @@ static void test_resume(Checks& checks, const Case& c) {
         train_step(*straight, c, checks.seed, step);
     }
     for (const bool weights_bf16 : {false, true}) {
-        const auto first = make_model(c, Recompute::none, true, weights);
+        const auto first = make_model(c, Recompute::none, true, weights, offload);
         for (int64_t step = 1; step <= 2; ++step) {
             train_step(*first, c, checks.seed, step);
         }
@@ -551,21 +601,23 @@ static void test_resume(Checks& checks, const Case& c) {
         TrainingState state;
         state.step = state.adam_step = 2;
         const std::string saved = save_checkpoint(*first, state, run, weights_bf16, folder.string());
-        const auto second = make_model(c, Recompute::none, true, random_weights(c, checks.seed + 50));
+        const auto second = make_model(c, Recompute::none, true, random_weights(c, checks.seed + 50), offload);
         const TrainingState loaded = load_checkpoint(*second, saved);
         for (int64_t step = loaded.adam_step + 1; step <= 4; ++step) {
             train_step(*second, c, checks.seed, step);
         }
-        expect_equal(checks, format_string("resumed, %s weights", weights_bf16 ? "bf16" : "float32"), c.name,
-                     whole_state(*second), whole_state(*straight));
+        expect_equal(
+            checks,
+            format_string("resumed, %s weights, --offload %s", weights_bf16 ? "bf16" : "float32", choice_name(offload)),
+            c.name, whole_state(*second), whole_state(*straight));
         fs::remove_all(folder);
     }
 }
 
 // Steps that must change nothing: the loss is not a number; the loss is one, but a gradient is not.
-static void test_skipped_steps(Checks& checks, const Case& c) {
+static void test_skipped_steps(Checks& checks, const Case& c, Offload offload) {
     const auto weights = random_weights(c, checks.seed);
-    const auto model = make_model(c, Recompute::none, true, weights);
+    const auto model = make_model(c, Recompute::none, true, weights, offload);
     const LayerParameters& layer = model->parameters().layers[0];
     train_step(*model, c, checks.seed, 1);
     const Tensors before = whole_state(*model);
@@ -627,6 +679,16 @@ static void test_refusals(Checks& checks) {
         settings.max_seq_len = (int64_t)1 << 29;
         GpuModel too_large(c.config, settings);
     });
+    refuses("more than --gpu_memory", "not enough GPU memory", [&] {
+        GpuModelSettings settings = c.settings(Recompute::none, false);
+        settings.gpu_memory = DEVICE_MEMORY_RESERVE + 1000;
+        GpuModel too_large(c.config, settings);
+    });
+    refuses("more than --host_memory", "not enough host memory for --offload optimizer", [&] {
+        GpuModelSettings settings = c.settings(Recompute::none, false, Offload::optimizer);
+        settings.host_memory = HOST_MEMORY_RESERVE + 1000;
+        GpuModel too_large(c.config, settings);
+    });
 }
 
 static void run_tests(Checks& checks, bool small) {
@@ -637,12 +699,16 @@ static void run_tests(Checks& checks, bool small) {
     }
     for (const Case& c : selecting_cases(small)) {
         test_bits(checks, c);
+        test_offload(checks, c);
     }
+    test_offload(checks, many_blocks_case(small));
     const std::vector<Case> cases = compared_cases(small);
     for (size_t i = 0; i < cases.size(); i += small ? 1 : 3) {
         test_steps(checks, cases[i], small ? 2 : 10);
-        test_resume(checks, cases[i]);
-        test_skipped_steps(checks, cases[i]);
+        for (const Offload offload : {Offload::none, Offload::all}) {
+            test_resume(checks, cases[i], offload);
+            test_skipped_steps(checks, cases[i], offload);
+        }
     }
     test_refusals(checks);
 }

@@ -272,8 +272,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("seed", c.seed, "of initial weights and samples");
     add("max_skipped", c.max_skipped, "steps in a row with a non-finite loss or gradient norm that stop the run");
     add("recompute", c.recompute, "what backward computes again to save memory; block: all from its input (GPU)");
-    add("offload", c.offload,
-        "to host memory: inputs of blocks (2 bytes a token and channel), AdamW's state (12 a parameter), both (GPU)");
+    add("offload", c.offload, "in host memory: inputs of blocks, AdamW's 12 bytes a parameter, or both (GPU)");
     add("deterministic", c.deterministic, "every step repeats bit for bit (GPU; the CPU always does)");
 
     group = "Optimizer (AdamW)";

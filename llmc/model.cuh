@@ -160,7 +160,8 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     }
     if (settings.offloads_optimizer()) {
         host_optimizer_ = std::make_unique<OptimizerOffload>(buffers_.master, buffers_.exp_avg, buffers_.exp_avg_sq,
-                                                             buffers_.optimizer_chunks, layout_.num_elements);
+                                                             buffers_.optimizer_chunks, layout_.num_elements,
+                                                             settings.optimizer_chunk_elements);
     }
     for (TokenStage& stage : stages_) {
         stage.tokens = PinnedMemory<int32_t>(2 * settings.max_rows());

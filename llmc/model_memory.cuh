@@ -32,6 +32,7 @@ struct GpuModelSettings {
     int64_t max_seq_len = 1024;  // T
     Recompute recompute = Recompute::none;
     Offload offload = Offload::none;
+    int64_t optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;  // of AdamW's state offloaded, at a time on the GPU
     bool deterministic = false;
     bool profile = false;               // time the stages of training steps
     int64_t classifier_chunk_rows = 0;  // rows whose logits exist at once; 0: as many as fit CLASSIFIER_CHUNK_BYTES
@@ -308,7 +309,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     plan.add(&m.exp_avg, state_use, "exp_avg", optimizer_shape, layout.state_elements());
     plan.add(&m.exp_avg_sq, state_use, "exp_avg_sq", optimizer_shape, layout.state_elements());
     plan.add(&m.optimizer_chunks, MemoryUse::optimizer, "optimizer state on its way", "[2, 3, chunk] float32",
-             settings.offloads_optimizer() ? optimizer_offload_elements(layout.state_elements()) : 0);
+             settings.offloads_optimizer() ? optimizer_offload_elements(settings.optimizer_chunk_elements) : 0);
     plan.add(&m.gradients, MemoryUse::gradients, "gradients", "[parameters] float32", num_parameters);
 
     // Activations of the blocks.

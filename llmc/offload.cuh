@@ -79,21 +79,18 @@ class InputOffload {
 constexpr int OPTIMIZER_SLOTS = 2;  // one comes while the other goes
 constexpr int64_t OPTIMIZER_CHUNK_ELEMENTS = (int64_t)1
                                              << 22;  // 16 MiB a copy: well past where the bus is at its fastest
-// Elements of each of a slot's three arrays, and of all slots together.
-inline int64_t optimizer_chunk_elements(int64_t num_elements) {
-    return std::min(OPTIMIZER_CHUNK_ELEMENTS, round_up<int64_t>(num_elements, BUFFER_ALIGNMENT / sizeof(float)));
-}
-inline int64_t optimizer_offload_elements(int64_t num_elements) {
-    return OPTIMIZER_SLOTS * 3 * optimizer_chunk_elements(num_elements);
-}
+// Of all slots' arrays together.
+inline int64_t optimizer_offload_elements(int64_t chunk_elements) { return OPTIMIZER_SLOTS * 3 * chunk_elements; }
 
 class OptimizerOffload {
   public:
-    // master, exp_avg, exp_avg_sq: host [num_elements]; chunks: device [optimizer_offload_elements(num_elements)]. All
-    // outlive this.
-    OptimizerOffload(float* master, float* exp_avg, float* exp_avg_sq, float* chunks, int64_t num_elements)
-        : host_{master, exp_avg, exp_avg_sq}, num_elements_(num_elements) {
-        chunk_elements_ = optimizer_chunk_elements(num_elements);
+    // master, exp_avg, exp_avg_sq: host [num_elements]; chunks: device [optimizer_offload_elements(chunk_elements)].
+    // chunk_elements: a multiple of 64. All outlive this.
+    OptimizerOffload(float* master, float* exp_avg, float* exp_avg_sq, float* chunks, int64_t num_elements,
+                     int64_t chunk_elements)
+        : host_{master, exp_avg, exp_avg_sq}, num_elements_(num_elements), chunk_elements_(chunk_elements) {
+        CHECK(chunk_elements >= 64 && chunk_elements % 64 == 0,
+              "offload of the optimizer: chunks of %lld elements: must be a multiple of 64", (long long)chunk_elements);
         for (Slot& slot : slots_) {
             for (float*& array : slot.arrays) {
                 array = chunks;

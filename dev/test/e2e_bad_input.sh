@@ -88,6 +88,7 @@ else
 fi
 
 # ---- flags that cannot be
+refused "what would fit a GPU, asked of the CPU" "--fit: .*train_gpt" --fit
 refused "unknown flag" "nearest is --seq_len" "${data[@]}" --seq_length 5
 refused "unknown setting in a file" "x.toml line 1: .*nearest is 'seq_len'" --config <(echo) --config "$(echo 'seq_length = 5' >"$work/x.toml" && echo "$work/x.toml")"
 refused "heads that do not divide" "--num_kv_heads 3" "${data[@]}" --num_kv_heads 3

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The GPU programs on a machine without a GPU: --help works, and a run ends with one sentence and a non-zero status.
+# The GPU programs on a machine without a GPU: --help works, a run ends with one sentence and a
+# non-zero status, and --fit says what would fit a GPU of a given size.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
@@ -22,3 +23,41 @@ echo "ok   train_gpt without a GPU: $(cat "$work/err")"
 status=0
 ./test_gpt >"$work/out" 2>"$work/err" || status=$?
 [ $status -ne 0 ] || { echo "test_gpt without a GPU exited 0"; exit 1; }
+[ "$(wc -l <"$work/err")" -eq 1 ] || { echo "expected one line on stderr:"; cat "$work/err"; exit 1; }
+echo "ok   test_gpt without a GPU: $(cat "$work/err")"
+
+# ---- --fit answers without a GPU, for one with so much memory, and what it says is true
+fit() { ./train_gpt --fit --model lighthouse-530m --host_memory 100 "$@"; }
+status=0
+fit >"$work/out" 2>"$work/err" || status=$?
+[ $status -ne 0 ] && grep -q -- '--gpu_memory' "$work/err" || { echo "--fit alone: exit $status"; cat "$work/out" "$work/err"; exit 1; }
+echo "ok   --fit without a GPU: $(cat "$work/err")"
+
+lighthouse=(--batch_size 1 --attention lighthouse --lighthouse_levels 4 --lighthouse_pool 4 --lighthouse_topk 1024)
+# Of the table: the row of a --recompute, the column of an --offload.
+cell() { awk -v row="$1" -v column="$2" '$1 == "--recompute" && $2 == row { print $(column + 2) }' "$work/table"; }
+# total TABLE: GiB that the plan needs.
+total() { awk -v what="$2" '$0 ~ "^" what { print $(NF) }' "$1"; }
+check_fit() { # check_fit NAME UNIT GPU_GIB FLAG...
+    local name=$1 unit=$2 gpu=$3 column=0
+    shift 3
+    fit --gpu_memory "$gpu" "$@" >"$work/table"
+    for offload in none activations optimizer all; do
+        column=$((column + 1))
+        for recompute in none all_but_attention block; do
+            local T
+            T=$(cell $recompute $column)
+            [[ $T =~ ^[0-9]+$ && $((T % unit)) -eq 0 ]] || { echo "$name: no length in row $recompute, column $offload"; cat "$work/table"; exit 1; }
+            for length in "$T" $((T + unit)); do
+                fit --gpu_memory "$gpu" "$@" --print_memory --recompute $recompute --offload $offload --seq_len "$length" >"$work/plan"
+                local fits=0
+                awk -v gpu="$(total "$work/plan" 'total ')" -v host="$(total "$work/plan" 'host total ')" -v gpu_free="$gpu" \
+                    'BEGIN { exit !(gpu <= gpu_free - 0.5 + 1e-4 && host <= 98 + 1e-4) }' && fits=1
+                [ $fits -eq $((length == T)) ] || { echo "$name: $length tokens with $recompute, $offload: fits is $fits"; cat "$work/table" "$work/plan"; exit 1; }
+            done
+        done
+    done
+    echo "ok   $name: 12 longest lengths fit, one step more does not: $(tail -1 "$work/table" | tr -s ' ')"
+}
+check_fit "--fit, dense" 128 40 --batch_size 2
+check_fit "--fit, Lighthouse" 512 79 "${lighthouse[@]}"

@@ -299,6 +299,52 @@ TEST(Flags, ModelShapeComesFromTheCheckpoint) {
     }
 }
 
+TEST(Memory, OffloadIsOneOfFour) {
+    EXPECT_EQ(parse_line({"--train_data", "x"}).config.offload, Offload::none);
+    for (const auto& [word, offload] : choices(Offload())) {
+        EXPECT_EQ(parse_line({"--offload", word}).config.offload, offload);
+    }
+    expect_refused({"--train_data", "x", "--offload", "weights"}, "--offload 'weights': must be none or activations");
+    expect_refused({"--train_data", "x", "--gpu_memory", "-1"}, "--gpu_memory -1");
+    expect_refused({"--train_data", "x", "--host_memory", "-1"}, "--host_memory -1");
+}
+
+TEST(Memory, RanksShardTheOptimizerRatherThanOffloadIt) {
+    for (const auto& [word, offload] : choices(Offload())) {
+        RunConfig c = parse_line({"--train_data", "x", "--offload", word}).config;
+        c.data_parallel = 2;
+        const bool refused = offload == Offload::optimizer || offload == Offload::all;
+        try {
+            validate(c);
+            EXPECT_FALSE(refused) << word;
+        } catch (const Error& error) {
+            EXPECT_TRUE(refused) << error.what();
+            EXPECT_EQ(std::string(error.what()).find(format_string("--offload %s: with 2 ranks", word)), 0u);
+        }
+    }
+}
+
+TEST(Memory, FitNeedsNoData) {
+    EXPECT_EQ(refusal({"--fit"}), "");
+    EXPECT_EQ(refusal({"--fit", "--max_steps", "0"}), "");
+    expect_refused({"--fit", "--num_heads", "3", "--num_kv_heads", "2"}, "--num_kv_heads");
+}
+
+TEST(Memory, TheShortestLighthouseLengthIsTheShortest) {
+    for (const int levels : {2, 3, 4}) {
+        for (const int pool : {2, 4, 8}) {
+            LighthouseConfig lighthouse;
+            lighthouse.levels = levels, lighthouse.pool = pool, lighthouse.topk = 256;
+            const int64_t T = shortest_lighthouse_length(lighthouse);
+            const LighthouseGeometry g = make_lighthouse_geometry(T, lighthouse);
+            EXPECT_THROW(make_lighthouse_geometry(T - g.tiles * g.window(levels - 1), lighthouse), Error);
+        }
+    }
+    LighthouseConfig wrong;
+    wrong.levels = 1000, wrong.pool = -7, wrong.topk = -5;
+    EXPECT_GE(shortest_lighthouse_length(wrong), 1);
+}
+
 TEST(Mfu, FormulaByHand) {
     ModelConfig m;  // 4 layers, C 128, H 4, Hkv 2, D 32, F 384, V 258
     const double block = 128.0 * 256 + 128.0 * 128 + 3.0 * 128 * 384;
