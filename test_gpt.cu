@@ -1,13 +1,13 @@
 // test_gpt.cu: the whole model on the GPU against the CPU reference: loss and every parameter's gradient, ten AdamW
 // steps, saving and resuming, over shapes that hurt; what must agree bit for bit: recompute modes, offload to the host,
-// repetition, dense attention with and without room for Lighthouse; steps that must not be applied; and the plan of
-// memory against what is then used.
+// repetition, dense attention with and without room for Lighthouse; and steps that must not be applied.
 //
 // The truth is reference/model.h in double on weights rounded to bf16. How far bf16 storage must be from it is measured
 // on the same data by a plain implementation, dev/test/bf16_model.h: the GPU's error, relative to the truth's 2-norm,
 // may be twice that, or twice one rounding of bf16; the largest error of an element, as the luck of single elements
 // differs more, four times.
 //   test_gpt [--small] [--seed N]     --small: for compute-sanitizer
+//   test_gpt --memory                 the plan of memory alone; nothing else may use the GPU meanwhile
 #define LLMC_POISON  // activations and workspace start as NaN
 #include <cstdio>
 #include <filesystem>
@@ -691,6 +691,50 @@ static void test_refusals(Checks& checks) {
     });
 }
 
+// The plan against what is then used, as the driver counts it: within 3 %, CUDA's context left out, kernels and what
+// cuBLASLt keeps for itself included. And the plan made for an H100 where there is no GPU, against that on one.
+static void test_memory(Checks& checks) {
+    Case c{"eight blocks, 1024 wide", model_config(32000, 8, 1024, 8, 8, 128, 1536, false), 1, 32768};
+    for (const bool with_lighthouse : {false, true}) {
+        c.lighthouse.reset();
+        if (with_lighthouse) {
+            c.lighthouse = lighthouse_config(3, 4, 1024, {0, -1});
+        }
+        for (const auto& [recompute_name, recompute] : choices(Recompute())) {
+            for (const Offload offload : {Offload::none, Offload::all}) {
+                GpuModelSettings settings = c.settings(recompute, false, offload);
+                settings.optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;
+                const std::string label =
+                    format_string("%s, %s, --recompute %s --offload %s", c.name.c_str(), choice_name(c.attention()),
+                                  recompute_name, choice_name(offload));
+                size_t before, built, trained, total;
+                CUDA_CHECK(cudaMemGetInfo(&before, &total));
+                GpuModel model(c.config, settings);
+                CUDA_CHECK(cudaMemGetInfo(&built, &total));
+                model.set_attention(c.attention());
+                accumulate(model, c, random_batches(c, checks.seed));
+                model.update(adamw_settings(1));
+                CUDA_CHECK(cudaMemGetInfo(&trained, &total));
+                const double planned = model.peak_memory_gib();
+                const double allocated = ((double)before - (double)built) / BYTES_PER_GIB;
+                const double used = ((double)before - (double)trained) / BYTES_PER_GIB;
+                auto agrees = [&](double gib) { return std::abs(gib - planned) <= 0.03 * planned; };
+                checks.expect(agrees(allocated) && agrees(used) && !agrees(1.04 * planned), "plan of memory", label,
+                              format_string("%.3f GiB planned, %.3f allocated, %.3f used after a step", planned,
+                                            allocated, used));
+                const GpuProperties here = gpu_properties();
+                if (here.compute_capability == H100_PROPERTIES.compute_capability) {
+                    assumed_gpu() = H100_PROPERTIES;
+                    const double elsewhere = planned_memory(c.config, settings).num_bytes() / BYTES_PER_GIB;
+                    assumed_gpu().reset();
+                    checks.expect(std::abs(elsewhere - planned) <= 1e-3 * planned, "plan without a GPU", label,
+                                  format_string("%.4f GiB and %.4f", elsewhere, planned));
+                }
+            }
+        }
+    }
+}
+
 static void run_tests(Checks& checks, bool small) {
     for (const Case& c : compared_cases(small)) {
         test_gradients(checks, c);
@@ -716,20 +760,26 @@ static void run_tests(Checks& checks, bool small) {
 int main(int argc, char** argv) {
     try {
         Checks checks;
-        bool small = false;
+        bool small = false, memory = false;
         for (int i = 1; i < argc; ++i) {
             const std::string option = argv[i];
             if (option == "--small") {
                 small = true;
+            } else if (option == "--memory") {
+                memory = true;
             } else if (option == "--seed" && i + 1 < argc) {
                 checks.seed = std::strtoull(argv[++i], nullptr, 10);
             } else {
-                fail("%s: no such option; there are --small and --seed N", option.c_str());
+                fail("%s: no such option; there are --small, --memory and --seed N", option.c_str());
             }
         }
         const GpuDevice device = open_device(0);
         std::printf("test_gpt on %s\n", device.name.c_str());
-        run_tests(checks, small);
+        if (memory) {
+            test_memory(checks);
+        } else {
+            run_tests(checks, small);
+        }
         std::printf("%d passed, %d failed\n", checks.num_passed, checks.num_failed);
         return checks.num_failed == 0 ? 0 : 1;
     } catch (const std::exception& error) {

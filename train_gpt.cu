@@ -35,6 +35,16 @@ static void print_fit(const RunConfig& config, const GpuModelSettings& settings,
     print_memory(config, settings, free);
 }
 
+// What the run has taken of the GPU beside its plan: kernels, cuBLASLt, CUDA's own. Other processes that came meanwhile
+// count too.
+static std::string used_memory(const GpuModel& model, const GpuDevice& gpu) {
+    size_t free_bytes, total_bytes;
+    CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
+    const double used = gpu.free_bytes / BYTES_PER_GIB - free_bytes / BYTES_PER_GIB;
+    return format_string("GPU memory: %.3f GiB planned, %.3f GiB more in use than at the start\n",
+                         model.peak_memory_gib(), used);
+}
+
 static int train(int argc, char** argv) {
     const std::optional<ParsedFlags> parsed = read_command_line(argc, argv);
     if (!parsed) {
@@ -72,6 +82,9 @@ static int train(int argc, char** argv) {
         status = run_training(model, config, device, ranks);
         if (ranks.is_first()) {
             std::printf("%s", model.profile_table().c_str());
+            if (config.profile || config.print_memory) {
+                std::printf("%s", used_memory(model, gpu).c_str());
+            }
         }
     }
     if (!alone) {

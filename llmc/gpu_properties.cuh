@@ -12,7 +12,7 @@ struct GpuProperties {
 
 constexpr GpuProperties H100_PROPERTIES{90, 132};
 
-// Set at most once, before anything is planned, and never in a process that launches kernels.
+// Unset wherever kernels are launched.
 inline std::optional<GpuProperties>& assumed_gpu() {
     static std::optional<GpuProperties> properties;
     return properties;

@@ -65,6 +65,7 @@ class GpuModel : public TrainableModel {
         int64_t T;
         bool shared;                 // with other ranks: T tokens of each sequence are here
         ContextPartition partition;  // of a sequence
+        bool keeps_inputs = false;   // a backward follows, which reads the inputs of blocks
         int64_t rows() const { return B * T; }
     };
     // Token copies: the host fills one of two while the other is on its way.
@@ -74,7 +75,7 @@ class GpuModel : public TrainableModel {
     };
 
     Batch upload(const int32_t* tokens, int B, int64_t T, bool with_targets, bool shared);
-    void forward(const Batch& batch, bool keeps_inputs);
+    void forward(const Batch& batch);
     void forward_block(int l, const Batch& batch, bf16* residual_out);
     void recompute_block(int l, const Batch& batch);
     void backward(const Batch& batch, double loss_weight);
@@ -211,13 +212,14 @@ inline void GpuModel::begin_step(int64_t num_micro_batches) {
 
 inline void GpuModel::accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) {
     NVTX_RANGE();
-    const Batch batch = upload(tokens, B, T, true, ring_ != nullptr);
+    Batch batch = upload(tokens, B, T, true, ring_ != nullptr);
+    batch.keeps_inputs = true;
     micro_batches_left_ -= 1;
     // A training batch's shape comes again and again, so its products are worth a search: it happens when they are met
     // for the first time. Its choice depends on the clock, so a deterministic run goes without.
     gemm_->set_search(!settings_.deterministic);
     profiling_ = settings_.profile;
-    forward(batch, true);
+    forward(batch);
     // Sums over ranks are means: every rank has as many tokens of the step.
     backward(batch, loss_weight / settings_.mesh.size());
     stage(nullptr);
@@ -293,9 +295,8 @@ inline void GpuModel::update_parameters(AdamWArguments arguments, double weight_
 }
 
 // ---- forward -----------------------------------------------------------------------------------
-// Leaves the final norm's output, the hidden state of every token, in norm_out. keeps_inputs: a backward follows, which
-// reads what the blocks keep.
-inline void GpuModel::forward(const Batch& batch, bool keeps_inputs) {
+// Leaves the final norm's output, the hidden state of every token, in norm_out.
+inline void GpuModel::forward(const Batch& batch) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
     const int64_t rows = batch.rows();
@@ -303,7 +304,6 @@ inline void GpuModel::forward(const Batch& batch, bool keeps_inputs) {
     const float eps = (float)config_.norm_eps;
     pass_ = StepPass::forward;
     const BlockActivations& first = block_activations(0);
-    InputOffload* const offload = keeps_inputs ? inputs_.get() : nullptr;
     stage("embedding");
     embedding_forward(first.residual_in, m.tokens, weight(table_.embedding), rows, C, stream_);
     stage("norms");
@@ -311,12 +311,8 @@ inline void GpuModel::forward(const Batch& batch, bool keeps_inputs) {
                     C, eps, stream_);
     for (int l = 0; l < config_.num_layers; ++l) {
         const bool last = l + 1 == config_.num_layers;
-        if (offload) {
-            offload->end_write(l, rows * C, stream_);
-        }
-        if (offload && !last) {
-            stage("wait for copies");
-            offload->begin_write(l + 1, stream_);
+        if (inputs_ && batch.keeps_inputs) {
+            inputs_->end_write(l, rows * C, stream_);
         }
         bf16* const residual_out = last ? m.final_residual : block_activations(l + 1).residual_in;
         forward_block(l, batch, residual_out);
@@ -351,6 +347,10 @@ inline void GpuModel::forward_block(int l, const Batch& batch, bf16* residual_ou
     gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), nullptr, rows, 2 * F, C, stream_);
     stage("gate");
     swiglu_forward(m.swiglu, block.gate_up, rows, F, stream_);
+    if (inputs_ && batch.keeps_inputs) {
+        stage("wait for copies");
+        inputs_->begin_write(l + 1, stream_);
+    }
     stage("down product");
     gemm_->forward(residual_out, m.swiglu, weight(p.down), block.residual_mid, rows, C, F, stream_);
 }
@@ -625,7 +625,7 @@ inline double GpuModel::evaluate(const int32_t* tokens, int B, int64_t T) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
     const Batch batch = upload(tokens, B, T, true, ring_ != nullptr);
-    forward(batch, false);
+    forward(batch);
     const int64_t rows = batch.rows();
     classifier_loss(m.losses, m.logits, m.norm_out, weight(table_.classifier), m.tokens + rows,
                     classifier_shape(config_, settings_, rows), *gemm_, stream_);
@@ -649,7 +649,7 @@ inline void GpuModel::next_token_logits(const int32_t* tokens, int64_t T, float*
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
     const Batch batch = upload(tokens, 1, T, false, false);
-    forward(batch, false);
+    forward(batch);
     const int64_t V = config_.vocab_size, C = config_.width;
     gemm_->forward(m.logits, m.norm_out + (T - 1) * C, weight(table_.classifier), nullptr, 1,
                    classifier_padded_vocab(V), C, stream_);

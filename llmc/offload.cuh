@@ -24,9 +24,10 @@ constexpr int INPUT_SLOTS = 2;  // one is read and written by kernels while the 
 inline int num_input_slots(int num_blocks) { return std::min(num_blocks, INPUT_SLOTS); }
 
 // Block l's input is in slot l % slots from begin_write(l) on until block l + slots is written, and again from
-// begin_read(l) to end_read(l). `compute` is the stream of the kernels. Calls of a forward: begin_write, end_write of
-// blocks 0, 1, ...; of a backward: begin_read, end_read from the last block to the first. A forward that no backward
-// follows makes none of these calls, and its kernels write the slots as they like.
+// begin_read(l) to end_read(l); behind the last block there is nothing to do. `compute` is the stream of the kernels.
+// Calls of a forward: begin_write, end_write of blocks 0, 1, ...; of a backward: begin_read, end_read from the last
+// block to the first. A forward that no backward follows makes none of these calls, and its kernels write the slots as
+// they like.
 class InputOffload {
   public:
     // slots: of the GPU; host: an input each of the blocks but the last slots.size(). All outlive this.
@@ -38,7 +39,7 @@ class InputOffload {
     ~InputOffload() { cudaStreamSynchronize(stream_); }  // before the memory goes
 
     void begin_write(int block, cudaStream_t compute) {
-        if (block >= num_slots()) {  // the slot's last input must have left
+        if (block >= num_slots() && block < num_blocks()) {  // the slot's last input must have left
             CUDA_CHECK(cudaStreamWaitEvent(compute, copied(block)));
         }
     }
@@ -61,6 +62,7 @@ class InputOffload {
 
   private:
     int num_slots() const { return (int)slots_.size(); }
+    int num_blocks() const { return num_slots() + (int)host_.size(); }
     bool is_offloaded(int block) const { return block < (int)host_.size(); }
     CudaEvent& copied(int block) { return copied_[block % num_slots()]; }
     void copy(bf16* to, const bf16* from, int64_t num_elements, int block, cudaMemcpyKind kind, cudaStream_t compute) {

@@ -102,6 +102,8 @@ for part in $parts; do
     if [ "$part" = checks ]; then
         jobs=${JOBS:-4}  # some take 10 GiB of the GPU's memory
         export OMP_NUM_THREADS=$((cores / jobs > 0 ? cores / jobs : 1))
+        start_check test_gpt_memory 100 "$test_gpt" --memory
+        wait # it looks at what the whole GPU has free
         start_check test_gpt 500 "$test_gpt"
         for program in $(program_list); do
             start_check "$(basename "$program")" 300 "$program" --check_only
