@@ -100,6 +100,8 @@ inline size_t lighthouse_context_backward_scratch_bytes(const RingAttentionPlan&
 class LighthouseContext {
   public:
     LighthouseContext(Comm& context, ContextExchange exchange) : comm_(context), ring_(context, exchange) {}
+    // As of ring attention, on the sub-sequence: the few rows that go over borders are not in it.
+    void set_profile(TransferProfile* profile, const std::string& name) { ring_.set_profile(profile, name); }
 
     // out (=), saved (=) as lighthouse_forward. chunks: of make_lighthouse_chunk_shape. Areas aligned to 256 bytes, of
     // any content.

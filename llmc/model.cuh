@@ -22,6 +22,7 @@
 #include "profile.cuh"        // times of the step's stages
 #include "rope.cuh"           // rotary positions
 #include "swiglu.cuh"         // feed-forward gate
+#include "transfer_profile.cuh"  // transfers between ranks, and what hides them
 #include "trainable_model.h"  // the interface of the training loop
 
 class GpuModel : public TrainableModel {
@@ -39,7 +40,7 @@ class GpuModel : public TrainableModel {
     double peak_memory_gib() const override { return plan_.num_bytes() / BYTES_PER_GIB; }
     const MemoryPlan& memory_plan() const { return plan_; }
     // Times of the training steps so far, with settings.profile; else empty.
-    std::string profile_table() const { return settings_.profile ? profile_.table() : ""; }
+    std::string profile_table() const { return settings_.profile ? profile_.table() + transfers_.table() : ""; }
     void set_attention(AttentionMode mode) override;
 
     void begin_step(int64_t num_micro_batches = 1) override;
@@ -80,6 +81,10 @@ class GpuModel : public TrainableModel {
     void recompute_block(int l, const Batch& batch);
     void backward(const Batch& batch, double loss_weight);
     void backward_block(int l, const Batch& batch);
+    void set_profiling(bool on) {
+        profiling_ = on;
+        transfers_.record(on);
+    }
     // With settings.profile: what is enqueued from here on belongs to this stage of the step.
     void stage(const char* name) {
         if (profiling_) {
@@ -134,6 +139,7 @@ class GpuModel : public TrainableModel {
     std::optional<StateKind> gathered_;  // what the arena of gradients holds between two steps instead of them
     bool gradients_are_whole_ = false;   // rather than this rank's slices of their sum
     StepProfile profile_;
+    TransferProfile transfers_;  // of several ranks
     bool profiling_ = false;  // inside a training step with settings.profile
     StepPass pass_ = StepPass::forward;
     std::array<TokenStage, 2> stages_;
@@ -183,6 +189,17 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
                 std::make_unique<LighthouseContext>(comms->context(), ring_attention_plan(settings, inner).exchange());
         }
     }
+    if (settings.profile) {
+        if (zero_) {
+            zero_->set_profile(&transfers_);
+        }
+        if (ring_) {
+            ring_->set_profile(&transfers_, "dense attention");
+        }
+        if (lighthouse_context_) {
+            lighthouse_context_->set_profile(&transfers_, "Lighthouse attention");
+        }
+    }
 }
 
 inline void GpuModel::set_attention(AttentionMode mode) {
@@ -218,12 +235,12 @@ inline void GpuModel::accumulate_gradients(const int32_t* tokens, int B, int64_t
     // A training batch's shape comes again and again, so its products are worth a search: it happens when they are met
     // for the first time. Its choice depends on the clock, so a deterministic run goes without.
     gemm_->set_search(!settings_.deterministic);
-    profiling_ = settings_.profile;
+    set_profiling(settings_.profile);
     forward(batch);
     // Sums over ranks are means: every rank has as many tokens of the step.
     backward(batch, loss_weight / settings_.mesh.size());
     stage(nullptr);
-    profiling_ = false;
+    set_profiling(false);
     gemm_->set_search(false);
     first_micro_batch_ = false;
 }
@@ -241,7 +258,7 @@ inline StepResult GpuModel::update(const AdamWSettings& settings) {
     arguments.max_grad_norm = (float)settings.max_grad_norm;
     arguments.beta1_correction = (float)(1.0 - std::pow(settings.beta1, (double)settings.adam_step));
     arguments.beta2_correction = (float)(1.0 - std::pow(settings.beta2, (double)settings.adam_step));
-    profiling_ = settings_.profile;
+    set_profiling(settings_.profile);
     pass_ = StepPass::update;
     stage("gradient norm");
     if (zero_) {
@@ -255,11 +272,12 @@ inline StepResult GpuModel::update(const AdamWSettings& settings) {
     }
     update_parameters(arguments, settings.weight_decay);
     stage(nullptr);
-    profiling_ = false;
+    set_profiling(false);
 
     read_floats(results_.data(), m.step_results, 2);
     if (settings_.profile) {
         profile_.end_step();
+        transfers_.end_step();
     }
     StepResult result;
     result.loss = results_.data()[0];

@@ -17,9 +17,10 @@
 // Shapes: the local rows of each sequence, head chunk then tail chunk: q, out [B, 2n, H, D]; k, v [B, 2n, Hkv, D], each
 // a HeadView; lse [B, H, 2n]. n: rows of a chunk. Checked by dev/cuda/ring_attention.cu.
 #pragma once
-#include "comm.cuh"             // ranks
-#include "context_rows.cuh"     // rows in launches
-#include "flash_attention.cuh"  // the attention of two chunks on each other
+#include "comm.cuh"              // ranks
+#include "context_rows.cuh"      // rows in launches
+#include "flash_attention.cuh"   // the attention of two chunks on each other
+#include "transfer_profile.cuh"  // what is hidden
 
 // ---- rows --------------------------------------------------------------------------------------
 // The view from row t on.
@@ -321,12 +322,16 @@ class RingAttention : public RingAttentionPlan {
     explicit RingAttention(Comm& context, ContextExchange exchange = ContextExchange::automatic)
         : RingAttentionPlan(context.size(), context.rank(), exchange), comm_(context) {}
 
+    // From here on `profile`, which must outlive this, sees every call: as operations called `name`, and the pass.
+    void set_profile(TransferProfile* profile, const std::string& name) { probe_.attach(profile, name); }
+
     // out (=), lse (=) of the local queries over all keys of the sequence. scratch: forward_scratch_bytes, aligned to
     // BUFFER_ALIGNMENT, of any content. out must not overlap q, k, v.
     void forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
                  void* scratch, const AttentionShape& local, cudaStream_t stream) {
         NVTX_RANGE();
         check_shape(local);
+        probe_.begin_operation("forward");
         if (gathers(local)) {
             gather_forward(out, lse, q, k, v, scratch, local, stream);
         } else {
@@ -344,6 +349,7 @@ class RingAttention : public RingAttentionPlan {
         check_shape(local);
         const Gradients gradients = {dq, dk, dv};
         const Saved saved = {dout, q, k, v, out, lse};
+        probe_.begin_operation("backward");
         if (gathers(local)) {
             gather_backward(gradients, saved, scratch, local, deterministic, stream);
         } else {
@@ -437,11 +443,23 @@ class RingAttention : public RingAttentionPlan {
         if (s > 0) {
             CUDA_CHECK(cudaStreamWaitEvent(stream_, computed_[(s - 1) % 2]));
         }
-        comm_.exchange(transfers.sends, transfers.receives, operation, stream_);
+        if (!transfers.sends.empty() || !transfers.receives.empty()) {
+            probe_.begin(TransferLane::transfers, s, stream_);
+            comm_.exchange(transfers.sends, transfers.receives, operation, stream_);
+            probe_.end(TransferLane::transfers, stream_);
+        }
         CUDA_CHECK(cudaEventRecord(arrived_[s % 2], stream_));
     }
-    void wait_for_round(int s, cudaStream_t stream) { CUDA_CHECK(cudaStreamWaitEvent(stream, arrived_[s % 2])); }
-    void end_step(int s, cudaStream_t stream) { CUDA_CHECK(cudaEventRecord(computed_[s % 2], stream)); }
+    void wait_for_round(int s, cudaStream_t stream) {
+        probe_.begin(TransferLane::waits, s, stream);
+        CUDA_CHECK(cudaStreamWaitEvent(stream, arrived_[s % 2]));
+        probe_.end(TransferLane::waits, stream);
+    }
+    void begin_step(int s, cudaStream_t stream) { probe_.begin(TransferLane::computation, s, stream); }
+    void end_step(int s, cudaStream_t stream) {
+        probe_.end(TransferLane::computation, stream);
+        CUDA_CHECK(cudaEventRecord(computed_[s % 2], stream));
+    }
 
     void ring_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                       HeadView<const bf16> v, void* scratch, const AttentionShape& local, cudaStream_t stream) {
@@ -461,12 +479,14 @@ class RingAttention : public RingAttentionPlan {
         begin_rounds(stream);
         ring_pack(key_heads(m.own.data, HALVES * n, size), k, v, {size.B, HALVES * n, 2 * size.Hkv, size.D}, stream_);
         send_keys_of(1);
+        begin_step(0, stream);
         flash_attention_forward(out, lse, q, k, v, local, stream);
         end_step(0, stream);
         for (int s = 1; s < W; ++s) {
             const RingStep& step = steps_[s];
             send_keys_of(s + 1);
             wait_for_round(s - 1, stream);
+            begin_step(s, stream);
             const AttentionShape shape = step_shape(local, step);
             const KeyViews<bf16> keys = key_views(m.in[s % 2].data, shape.Tk, size);
             const HeadView<bf16> part = query_view(m.part, shape.Tq, size);
@@ -554,6 +574,7 @@ class RingAttention : public RingAttentionPlan {
         ring_pack(key_heads(m.own.data, HALVES * n, size), saved.k, saved.v, {size.B, HALVES * n, 2 * size.Hkv, size.D},
                   stream_);
         round(0);
+        begin_step(0, stream);
         take_half_lse(m.tail_lse, saved.lse, 1, size, stream);
         const KeyViews<float> sum = key_views(m.sum.data, HALVES * n, size);
         flash_attention_backward(gradients.dq, sum.k, sum.v, saved.dout, saved.q, saved.k, saved.v, saved.out,
@@ -568,6 +589,7 @@ class RingAttention : public RingAttentionPlan {
             const RingStep& step = steps_[s];
             round(s);
             wait_for_round(s - 1, stream);
+            begin_step(s, stream);
             const AttentionShape shape = step_shape(local, step);
             const int64_t first = step.queries.first_row(n);
             const KeyViews<bf16> keys = key_views(m.in[s % 2].data, shape.Tk, size);
@@ -587,7 +609,9 @@ class RingAttention : public RingAttentionPlan {
                              {size.B, n, size.H, size.D}, stream);
                 }
             }
+            probe_.end(TransferLane::computation, stream);
             wait_for_round(s, stream);
+            begin_step(s, stream);
             add_returned_of(s - 1);
             end_step(s, stream);
         }
@@ -624,7 +648,15 @@ class RingAttention : public RingAttentionPlan {
                 }
             }
         });
-        comm_.exchange(transfers.sends, transfers.receives, "attention: gathering keys", stream);
+        exchange_now(0, transfers, "attention: gathering keys", stream);
+    }
+    // On the stream of the computation, which waits.
+    void exchange_now(int s, const Transfers& transfers, const char* operation, cudaStream_t stream) {
+        probe_.begin(TransferLane::transfers, s, stream);
+        probe_.begin(TransferLane::waits, s, stream);
+        comm_.exchange(transfers.sends, transfers.receives, operation, stream);
+        probe_.end(TransferLane::waits, stream);
+        probe_.end(TransferLane::transfers, stream);
     }
     template <class Visit>
     static void for_each_peer(const Sizes& size, Visit visit) {
@@ -641,12 +673,14 @@ class RingAttention : public RingAttentionPlan {
         MemoryArea area(scratch);
         const GatherForward m(area, size);
         gather_keys(m.all.data, k, v, size, stream);
+        begin_step(0, stream);
         const KeyViews<bf16> keys = key_views(m.all.data, size.T(), size);
         for (int half = 0; half < HALVES; ++half) {
             flash_attention_forward(rows_from(out, half * size.n), m.half_lse, rows_from(q, half * size.n), keys.k,
                                     keys.v, half_shape(local, half), stream);
             put_half_lse(lse, m.half_lse, half, size, stream);
         }
+        probe_.end(TransferLane::computation, stream);
     }
 
     void gather_backward(const Gradients& gradients, const Saved& saved, void* scratch, const AttentionShape& local,
@@ -657,6 +691,7 @@ class RingAttention : public RingAttentionPlan {
         const ContextPartition p = size.partition();
         const int64_t n = size.n;
         gather_keys(m.all.data, saved.k, saved.v, size, stream);
+        begin_step(0, stream);
         const KeyViews<bf16> keys = key_views(m.all.data, size.T(), size);
         for (int half = 0; half < HALVES; ++half) {
             const int64_t row = half * n;
@@ -689,7 +724,8 @@ class RingAttention : public RingAttentionPlan {
             }
             in += size.kv_elements();
         });
-        comm_.exchange(transfers.sends, transfers.receives, "attention: gradients of gathered keys", stream);
+        probe_.end(TransferLane::computation, stream);
+        exchange_now(1, transfers, "attention: gradients of gathered keys", stream);
 
         const KeyViews<float> own = key_views(m.gradients.data, size.T(), size);
         const KeyViews<float> parts = key_views(m.gradients_in.data, HALVES * n, size);
@@ -708,4 +744,5 @@ class RingAttention : public RingAttentionPlan {
     Comm& comm_;
     CommStream stream_;  // of transfers
     CudaEvent start_, computed_[2], arrived_[2];
+    TransferProbe probe_;
 };

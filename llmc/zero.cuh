@@ -10,10 +10,11 @@
 // every data x context mesh. Loss and norm are the same bits on all ranks: they skip the same steps.
 // The flat arrays of weights and gradients are whole on every rank; master weights and running means are shards.
 #pragma once
-#include "adamw.cuh"      // the update
-#include "comm.cuh"       // ranks
-#include "grad_norm.cuh"  // sums of squares
-#include "zero_layout.h"  // buckets and slices
+#include "adamw.cuh"             // the update
+#include "comm.cuh"              // ranks
+#include "grad_norm.cuh"         // sums of squares
+#include "transfer_profile.cuh"  // what is hidden
+#include "zero_layout.h"         // buckets and slices
 
 // ---- kernels -----------------------------------------------------------------------------------
 // Launch: one block. sum (=) [1] of partials [num_partials], in a fixed order.
@@ -46,6 +47,8 @@ class ZeroOptimizer {
     const ZeroLayout& layout() const { return layout_; }
 
     size_t scratch_bytes() const { return zero_scratch_bytes(layout_); }
+    // From here on `profile`, which must outlive this, sees every transfer of gradients and weights.
+    void set_profile(TransferProfile* profile) { probe_.attach(profile, "optimizer"); }
 
     // During the last micro-batch's backward, after each layer of ZeroTensor::final_after: begins to sum the buckets
     // that are final now. gradients: the flat array; of each bucket this rank's slice (=) its sum over ranks, and the
@@ -57,10 +60,13 @@ class ZeroOptimizer {
                 if (!waited) {
                     wait_for(stream_, stream, backward_);
                     waited = true;
+                    probe_.begin_operation(GRADIENTS);
                 }
+                probe_.begin(TransferLane::transfers, 0, stream_);
                 comm_.reduce_scatter_sum(gradients + layout_.slice_begin(bucket, comm_.rank()),
                                          gradients + bucket.begin, layout_.slice_elements(bucket), "sum of gradients",
                                          stream_);
+                probe_.end(TransferLane::transfers, stream_);
             }
         }
     }
@@ -69,7 +75,8 @@ class ZeroOptimizer {
     // `stream` goes on when all sums are done.
     void grad_norm(float* norm, float* loss, const float* gradients, void* scratch, cudaStream_t stream) {
         NVTX_RANGE();
-        wait_for(stream, stream_, reduced_);
+        probe_.begin_operation(GRADIENTS);
+        wait_for_transfers(stream, reduced_);
         double* const sum = static_cast<double*>(scratch);
         double* const partials = sum + 1;
         for (size_t b = 0; b < layout_.buckets.size(); ++b) {
@@ -95,16 +102,19 @@ class ZeroOptimizer {
                 const float* norm, const float* loss, AdamWArguments arguments, double weight_decay,
                 cudaStream_t stream) {
         NVTX_RANGE();
+        probe_.begin_operation("weights of all ranks");
         for (const ZeroBucket& bucket : layout_.buckets) {
             const int64_t slice = layout_.slice_begin(bucket, comm_.rank()), shard = bucket.shard_begin;
             arguments.weight_decay = bucket.decay ? (float)weight_decay : 0.0f;
             adamw_update(master + shard, exp_avg + shard, exp_avg_sq + shard, weights + slice, gradients + slice, norm,
                          loss, layout_.slice_elements(bucket), arguments, stream);
             wait_for(stream_, stream, updated_);
+            probe_.begin(TransferLane::transfers, 0, stream_);
             comm_.all_gather(weights + bucket.begin, weights + slice, layout_.slice_elements(bucket) * sizeof(bf16),
                              "weights of all ranks", stream_);
+            probe_.end(TransferLane::transfers, stream_);
         }
-        wait_for(stream, stream_, gathered_);
+        wait_for_transfers(stream, gathered_);
     }
 
     // whole (=) [num_elements]: the shards of all ranks, each slice in its place. All ranks call it.
@@ -126,8 +136,16 @@ class ZeroOptimizer {
     }
 
   private:
+    static constexpr const char* GRADIENTS = "sum of gradients";
+    void wait_for_transfers(cudaStream_t stream, CudaEvent& event) {
+        probe_.begin(TransferLane::waits, 0, stream);
+        wait_for(stream, stream_, event);
+        probe_.end(TransferLane::waits, stream);
+    }
+
     Comm& comm_;
     ZeroLayout layout_;
+    TransferProbe probe_;
     CommStream stream_;  // of transfers
     CudaEvent backward_, reduced_, updated_, gathered_;
 };

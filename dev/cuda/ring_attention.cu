@@ -238,7 +238,45 @@ static void check_case(Harness& h, const RingCase& ring, ContextExchange exchang
     h.expect(fast.guards_intact, "guards_fast", label, fast.guards_intact ? "intact" : "stray write");
 }
 
+// The profile of transfers on work of known length, on two streams: a transfer half as long as what it runs beside, one
+// that is LONGER times as long, and one that nothing runs beside.
+static void check_profile(Harness& h) {
+    constexpr int64_t CYCLES = 4000000;  // some milliseconds: far above what launches take
+    constexpr int LONGER = 3;
+    CudaStream stream, transfers;
+    CudaEvent event;
+    TransferProfile profile;
+    profile.record(true);
+    const auto operation = [&](const char* name, int64_t computation_cycles, int64_t transfer_cycles) {
+        profile.begin_operation(name);
+        wait_for(transfers, stream, event);
+        profile.begin_span(TransferLane::transfers, 0, transfers);
+        delay_kernel<<<1, 1, 0, transfers>>>(transfer_cycles);
+        profile.end_span(TransferLane::transfers, transfers);
+        profile.begin_span(TransferLane::computation, 0, stream);
+        delay_kernel<<<1, 1, 0, stream>>>(computation_cycles);
+        profile.end_span(TransferLane::computation, stream);
+        profile.begin_span(TransferLane::waits, 0, stream);
+        wait_for(stream, transfers, event);
+        profile.end_span(TransferLane::waits, stream);
+    };
+    for (int step = 0; step < 3; ++step) {
+        operation("shorter", 2 * CYCLES, CYCLES);
+        operation("longer", CYCLES, LONGER * CYCLES);
+        operation("alone", 1, CYCLES);
+        CUDA_CHECK_LAUNCH();
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        profile.end_step();
+    }
+    const double shorter = profile.hidden("shorter"), longer = profile.hidden("longer"),
+                 alone = profile.hidden("alone");
+    h.expect(std::abs(shorter - 1.0) < 0.1 && std::abs(longer - 1.0 / LONGER) < 0.1 && alone < 0.1, "profile",
+             "transfers of known length",
+             format_string("hidden %.3f, %.3f and %.3f where 1, 1/%d and 0 are", shorter, longer, alone, LONGER));
+}
+
 static void check(Harness& h, const Variant<Launcher>& variant) {
+    check_profile(h);
     for (const RingCase& c : ring_cases(h.small)) {
         check_case(h, c, variant.launch);
     }
