@@ -16,14 +16,14 @@
 #include <string>
 #include <vector>
 
-#include "fit.cuh"            // whether the plan fits
-#include "model_memory.cuh"   // settings, buffers, plan
-#include "offload.cuh"        // what lives in host memory
-#include "profile.cuh"        // times of the step's stages
-#include "rope.cuh"           // rotary positions
-#include "swiglu.cuh"         // feed-forward gate
+#include "fit.cuh"               // whether the plan fits
+#include "model_memory.cuh"      // settings, buffers, plan
+#include "offload.cuh"           // what lives in host memory
+#include "profile.cuh"           // times of the step's stages
+#include "rope.cuh"              // rotary positions
+#include "swiglu.cuh"            // feed-forward gate
 #include "transfer_profile.cuh"  // transfers between ranks, and what hides them
-#include "trainable_model.h"  // the interface of the training loop
+#include "trainable_model.h"     // the interface of the training loop
 
 class GpuModel : public TrainableModel {
   public:
@@ -140,7 +140,7 @@ class GpuModel : public TrainableModel {
     bool gradients_are_whole_ = false;   // rather than this rank's slices of their sum
     StepProfile profile_;
     TransferProfile transfers_;  // of several ranks
-    bool profiling_ = false;  // inside a training step with settings.profile
+    bool profiling_ = false;     // inside a training step with settings.profile
     StepPass pass_ = StepPass::forward;
     std::array<TokenStage, 2> stages_;
     int next_stage_ = 0;
