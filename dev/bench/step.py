@@ -7,6 +7,9 @@ a shard in llm.c's format is written first, so both programs see data of the sam
     make train_gpt && python3 dev/bench/step.py                 every row
     python3 dev/bench/step.py --rows 124m_1k,530m_8k_v256       some rows
     python3 dev/bench/step.py --list                            what there is
+
+From 262144 tokens on a step takes seconds to minutes: there one step warms up and two are timed, unless --steps says
+otherwise. What has been measured when --time_limit ends a run counts, with a word about it.
 """
 import argparse
 import json
@@ -27,6 +30,7 @@ LLAMA_124M = dict(num_layers=12, width=768, num_heads=12, num_kv_heads=12, head_
 LIGHTHOUSE = ["--attention", "lighthouse", "--lighthouse_pool", "4", "--lighthouse_dense_layers", "0,1,-2,-1"]
 LIGHTHOUSE_98K = LIGHTHOUSE + ["--lighthouse_levels", "3", "--lighthouse_topk", "1536"]
 LIGHTHOUSE_LONG = LIGHTHOUSE + ["--lighthouse_levels", "4", "--lighthouse_topk", "4096"]
+ALL_BUT_ATTENTION = ["--recompute", "all_but_attention"]
 
 # name: model, T, B, V, further flags of train_gpt, whether the peer (always dense) can run it.
 ROWS = {
@@ -36,9 +40,19 @@ ROWS = {
     "530m_98k_dense": (LLAMA_530M, 98304, 1, 256, [], True),
     "530m_98k_lighthouse": (LLAMA_530M, 98304, 1, 256, LIGHTHOUSE_98K, True),
     "530m_98k_lighthouse_v128k": (LLAMA_530M, 98304, 1, 128256, LIGHTHOUSE_98K, False),
-    "530m_512k_lighthouse": (LLAMA_530M, 524288, 1, 256, LIGHTHOUSE_LONG + ["--recompute", "block"], False),
-    "530m_1m_lighthouse": (LLAMA_530M, 1048576, 1, 128256, LIGHTHOUSE_LONG + ["--recompute", "block"], False),
+    "530m_256k_dense": (LLAMA_530M, 262144, 1, 256, ALL_BUT_ATTENTION, False),
+    "530m_256k_lighthouse": (LLAMA_530M, 262144, 1, 256, LIGHTHOUSE_LONG + ALL_BUT_ATTENTION, False),
+    "530m_512k_lighthouse": (LLAMA_530M, 524288, 1, 256, LIGHTHOUSE_LONG + ALL_BUT_ATTENTION, False),
+    # 63 GiB of the GPU and 56 of the host; without offload 119 of the GPU.
+    "530m_1m_lighthouse": (LLAMA_530M, 1048576, 1, 128256,
+                           LIGHTHOUSE_LONG + ALL_BUT_ATTENTION + ["--offload", "activations"], False),
+    # 72 GiB of the GPU and 112 of the host.
+    "530m_2m_lighthouse": (LLAMA_530M, 2097152, 1, 128256,
+                           LIGHTHOUSE_LONG + ["--recompute", "block", "--offload", "activations"], False),
 }
+# A step of two million tokens takes minutes, so it is asked for by name.
+DEFAULT_ROWS = [name for name in ROWS if name != "530m_2m_lighthouse"]
+LONG = 262144  # tokens of a sequence from which steps are few
 
 
 def write_random_shard(path, num_tokens, vocab_size):
@@ -63,23 +77,41 @@ def model_flags(model, T, B, V):
 
 
 def run_trainer(binary, model, T, B, V, extra, steps, limit):
-    # In memory where there is such a folder: a run ends with a checkpoint, which goes with the folder.
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+    # In memory where there is such a folder: a run ends with a checkpoint, which goes with the folder. Not where the
+    # run wants the host's memory for itself.
+    in_memory = os.path.isdir("/dev/shm") and "--offload" not in extra
+    warm_up = 3 if T < LONG else 1
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if in_memory else None) as folder:
         shard = os.path.join(folder, "random.bin")
         write_random_shard(shard, max(4 * T * B, 2 * T * B + 4096) + 1, V)
         out = os.path.join(folder, "run")
         command = [binary, *model_flags(model, T, B, V), "--train_data", shard, "--data_format", "shards",
-                   "--val_fraction", "0", "--eval_every", "0", "--sample_tokens", "0", "--max_steps", str(steps + 3),
+                   "--val_fraction", "0", "--eval_every", "0", "--sample_tokens", "0", "--max_steps", str(warm_up + steps),
                    "--warmup_steps", "0", "--learning_rate", "1e-4", "--output_dir", out, "--plain", *extra]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        if done.returncode != 0:
-            return {"error": (done.stderr.strip() or done.stdout.strip()).splitlines()[-1][:200]}
-        with open(os.path.join(out, "metrics.jsonl")) as file:
-            lines = [json.loads(line) for line in file]
-    timed = [line for line in lines if line["event"] == "step"][3:]
+        note = ""
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
+            if done.returncode != 0:
+                return {"error": (done.stderr.strip() or done.stdout.strip() or "?").splitlines()[-1][:300]}
+        except subprocess.TimeoutExpired:
+            note = f"ended after {limit:.0f} s"
+        timed = timed_steps(os.path.join(out, "metrics.jsonl"), warm_up)
+    if not timed:
+        return {"error": f"{note}, before a step could be timed"}
     ms = statistics.median(line["elapsed_ms"] for line in timed)
     return {"tokens_per_second": 1e3 * B * T / ms, "ms": ms, "peak_gib": max(line["memory_gib"] for line in timed),
-            "mfu": timed[-1].get("mfu"), "last_loss": timed[-1]["loss"]}
+            "mfu": timed[-1].get("mfu"), "last_loss": timed[-1]["loss"], "steps": len(timed), "note": note}
+
+
+def timed_steps(path, warm_up):
+    """The steps of metrics.jsonl after the first warm_up; its last line may be cut off."""
+    steps = []
+    if os.path.exists(path):
+        with open(path) as file:
+            for line in file:
+                if line.endswith("\n"):
+                    steps.append(json.loads(line))
+    return [line for line in steps if line["event"] == "step"][warm_up:]
 
 
 def run_peer(model, T, B, V, steps, limit):
@@ -124,11 +156,11 @@ def cell(result, key, form):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS), help="names with commas between them")
+    parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help="names with commas between them")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
-    parser.add_argument("--steps", type=int, default=5, help="timed steps; the median counts")
-    parser.add_argument("--time_limit", type=float, default=600, help="seconds a program may take")
+    parser.add_argument("--steps", type=int, help="timed steps; the median counts [5, of long sequences 2]")
+    parser.add_argument("--time_limit", type=float, default=600, help="seconds a program may take [600]")
     parser.add_argument("--only", choices=("both", "train_gpt", "pytorch"), default="both")
     parser.add_argument("--out", default=".", help="folder for step.json and step.png")
     options = parser.parse_args()
@@ -147,10 +179,11 @@ def main():
     for name in options.rows.split(","):
         model, T, B, V, extra, has_peer = ROWS[name]
         ours, peer = None, None
+        steps = options.steps or (5 if T < LONG else 2)
         if options.only != "pytorch":
-            ours = attempt(run_trainer, options.train_gpt, model, T, B, V, extra, options.steps, options.time_limit)
+            ours = attempt(run_trainer, options.train_gpt, model, T, B, V, extra, steps, options.time_limit)
         if options.only != "train_gpt" and has_peer:
-            peer = attempt(run_peer, model, T, B, V, options.steps, options.time_limit)
+            peer = attempt(run_peer, model, T, B, V, steps, options.time_limit)
         results[name] = {"train_gpt": ours or {}, "pytorch": peer}
         both = ours and peer and "ms" in ours and "ms" in peer
         ratio = f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}" if both else "-"
@@ -162,6 +195,8 @@ def main():
             if result and "error" in result:
                 failed = failed or program == "train_gpt"
                 print(f"    {program}: {result['error']}", flush=True)
+            elif result and result.get("note"):
+                print(f"    {program}: {result['note']}, {result['steps']} steps timed", flush=True)
         with open(os.path.join(options.out, "step.json"), "w") as file:
             json.dump(results, file, indent=1)
     plot(results, os.path.join(options.out, "step.png"))
