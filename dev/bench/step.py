@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import statistics
 import struct
 import subprocess
@@ -76,31 +77,57 @@ def model_flags(model, T, B, V):
     return flags
 
 
-def run_trainer(binary, model, T, B, V, extra, steps, limit):
+def run_limited(command, limit):
+    """Status and output of a command; status None: after `limit` seconds it was ended with all that it had started."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
+    try:
+        stdout, stderr = process.communicate(timeout=limit)
+        return process.returncode, stdout, stderr
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        return None, *process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+
+
+def run_trainer(launch, model, T, B, V, extra, steps, limit, data_parallel=1):
+    """launch: the trainer, or what starts its ranks, as a list; data_parallel: sequences that they train on side by
+    side, for each of B."""
     # In memory where there is such a folder: a run ends with a checkpoint, which goes with the folder. Not where the
     # run wants the host's memory for itself.
     in_memory = os.path.isdir("/dev/shm") and "--offload" not in extra
     warm_up = 3 if T < LONG else 1
     with tempfile.TemporaryDirectory(dir="/dev/shm" if in_memory else None) as folder:
         shard = os.path.join(folder, "random.bin")
-        write_random_shard(shard, max(4 * T * B, 2 * T * B + 4096) + 1, V)
+        tokens = T * B * data_parallel
+        write_random_shard(shard, max(4 * tokens, 2 * tokens + 4096) + 1, V)
         out = os.path.join(folder, "run")
-        command = [binary, *model_flags(model, T, B, V), "--train_data", shard, "--data_format", "shards",
-                   "--val_fraction", "0", "--eval_every", "0", "--sample_tokens", "0", "--max_steps", str(warm_up + steps),
-                   "--warmup_steps", "0", "--learning_rate", "1e-4", "--output_dir", out, "--plain", *extra]
+        command = [*launch, *model_flags(model, T, B, V), "--train_data", shard, "--data_format", "shards",
+                   "--val_fraction", "0", "--eval_every", "0", "--sample_tokens", "0", "--max_steps",
+                   str(warm_up + steps), "--warmup_steps", "0", "--learning_rate", "1e-4", "--output_dir", out,
+                   "--plain", *extra]
         note = ""
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-            if done.returncode != 0:
-                return {"error": (done.stderr.strip() or done.stdout.strip() or "?").splitlines()[-1][:300]}
-        except subprocess.TimeoutExpired:
+        status, stdout, stderr = run_limited(command, limit)
+        if status is None:
             note = f"ended after {limit:.0f} s"
+        elif status != 0:
+            return {"error": error_line(stderr.strip() or stdout.strip())}
         timed = timed_steps(os.path.join(out, "metrics.jsonl"), warm_up)
     if not timed:
         return {"error": f"{note}, before a step could be timed"}
     ms = statistics.median(line["elapsed_ms"] for line in timed)
-    return {"tokens_per_second": 1e3 * B * T / ms, "ms": ms, "peak_gib": max(line["memory_gib"] for line in timed),
-            "mfu": timed[-1].get("mfu"), "last_loss": timed[-1]["loss"], "steps": len(timed), "note": note}
+    return {"tokens_per_second": 1e3 * tokens / ms, "ms": ms, "peak_gib": max(line["memory_gib"] for line in timed),
+            "mfu": timed[-1].get("mfu"), "last_loss": timed[-1]["loss"], "steps": len(timed), "note": note,
+            "output": stdout}
+
+
+def error_line(output):
+    """The line that says what went wrong: the first that calls itself an error, of several ranks' words about it; else
+    the last."""
+    lines = output.splitlines() or ["?"]
+    return next((line for line in lines if "error" in line.lower()), lines[-1])[:300]
 
 
 def timed_steps(path, warm_up):
@@ -181,7 +208,8 @@ def main():
         ours, peer = None, None
         steps = options.steps or (5 if T < LONG else 2)
         if options.only != "pytorch":
-            ours = attempt(run_trainer, options.train_gpt, model, T, B, V, extra, steps, options.time_limit)
+            ours = run_trainer([options.train_gpt], model, T, B, V, extra, steps, options.time_limit)
+            ours.pop("output", None)
         if options.only != "train_gpt" and has_peer:
             peer = attempt(run_peer, model, T, B, V, steps, options.time_limit)
         results[name] = {"train_gpt": ours or {}, "pytorch": peer}
