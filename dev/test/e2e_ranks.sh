@@ -1,16 +1,22 @@
 #!/usr/bin/env bash
 # ./train_gpt on several ranks, from end to end: every mesh of data x context parallel gives the losses and gradient norms
 # of one GPU, dense and Lighthouse; a rank that is killed ends the job, and its checkpoints go on on other numbers of ranks.
-# With the host transport all ranks share the GPUs there are, so one GPU is enough; where there are two, two ranks also
-# train by NCCL. Needs a GPU; about three minutes.
-#   dev/test/e2e_ranks.sh [TRAINER]        PARTS="meshes lighthouse nccl failures" chooses
+# With the host transport all ranks share the GPUs there are, so one GPU is enough; where there are 2, 4 or 8, as many
+# ranks also train by NCCL, and one of two is killed or stands still. Needs a GPU; about three minutes, four with NCCL.
+#   dev/test/e2e_ranks.sh [TRAINER]
+#   GPUS=2 PARTS="nccl nccl_failures" dev/test/e2e_ranks.sh build/train_gpt    the first 2 GPUs, some parts
+# PARTS: of meshes, lighthouse, failures (host transport), nccl, nccl_failures; all of them unless set.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 trainer=${1:-./train_gpt}
-parts=${PARTS:-meshes lighthouse nccl failures}
+parts=" ${PARTS:-meshes lighthouse failures nccl nccl_failures} "
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
-gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
-[ "$gpus" -gt 0 ] || { echo "no NVIDIA GPU here" >&2; exit 1; }
+found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
+[ "$found" -gt 0 ] || { echo "no NVIDIA GPU here" >&2; exit 1; }
+gpus=${GPUS:-$found}
+[ "$gpus" -ge 1 ] && [ "$gpus" -le "$found" ] || { echo "GPUS=$gpus: there are $found" >&2; exit 1; }
+[ -n "${GPUS:-}" ] && export CUDA_VISIBLE_DEVICES && CUDA_VISIBLE_DEVICES=$(seq -s, 0 $((gpus - 1)))
+export NCCL_NVLS_ENABLE=${NCCL_NVLS_ENABLE:-0} # multicast over NVLink needs rights that a container may lack
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
@@ -84,14 +90,14 @@ for name in dense lighthouse; do
     [ $name = lighthouse ] && flags=("${lighthouse[@]}" --lighthouse_topk 512)
     train $name 1 --batch_size 2 "${flags[@]}" || { bad "$name on one GPU"; tail -5 "$work/$name.out"; }
 done
-if [[ $parts = *meshes* ]]; then
+if [[ $parts = *' meshes '* ]]; then
     mesh data2 dense 2 "${host[@]}" --batch_size 2
     mesh ring2 dense 2 "${host[@]}" --batch_size 2 --context_parallel 2 --context_exchange ring
     mesh gather2 dense 2 "${host[@]}" --batch_size 4 --context_parallel 2 --context_exchange gather
     mesh ring4 dense 4 "${host[@]}" --batch_size 1 --context_parallel 4 --context_exchange ring --recompute block
     mesh data2_ring2 dense 4 "${host[@]}" --batch_size 1 --context_parallel 2 --context_exchange ring
 fi
-if [[ $parts = *lighthouse* ]]; then
+if [[ $parts = *' lighthouse '* ]]; then
     mesh lighthouse2 lighthouse 2 "${host[@]}" --batch_size 2 --context_parallel 2 "${lighthouse[@]}" \
         --lighthouse_topk 512
     mesh lighthouse2_recompute lighthouse 2 "${host[@]}" --batch_size 2 --context_parallel 2 "${lighthouse[@]}" \
@@ -99,13 +105,29 @@ if [[ $parts = *lighthouse* ]]; then
     mesh data2_lighthouse2 lighthouse 4 "${host[@]}" --batch_size 1 --context_parallel 2 "${lighthouse[@]}" \
         --lighthouse_topk 512
 fi
-if [[ $parts = *nccl* ]]; then
+if [[ $parts = *' nccl '* ]]; then
     if [ "$gpus" -ge 2 ]; then
         mesh nccl_data2 dense 2 --comm_transport nccl --batch_size 2
         mesh nccl_ring2 dense 2 --comm_transport nccl --batch_size 2 --context_parallel 2 --context_exchange ring
         mesh nccl_gather2 dense 2 --comm_transport nccl --batch_size 2 --context_parallel 2 --context_exchange gather
         mesh nccl_lighthouse2 lighthouse 2 --comm_transport nccl --batch_size 2 --context_parallel 2 \
             "${lighthouse[@]}" --lighthouse_topk 512
+        mesh nccl_lighthouse2_ring lighthouse 2 --comm_transport nccl --batch_size 2 --context_parallel 2 \
+            "${lighthouse[@]}" --lighthouse_topk 512 --context_exchange ring
+        for ranks in 4 8; do
+            [ "$gpus" -ge $ranks ] || continue
+            # Chunks of whole tiles: a longer sequence, and its own run on one GPU.
+            longer=(--seq_len $((1024 * ranks)) --global_batch 2)
+            tiles=("${lighthouse[@]}" --lighthouse_topk $((256 * ranks)))
+            train dense_for$ranks 1 "${longer[@]}" --batch_size 2 || bad "dense_for$ranks"
+            train lighthouse_for$ranks 1 "${longer[@]}" --batch_size 2 "${tiles[@]}" || bad "lighthouse_for$ranks"
+            mesh nccl_ring$ranks dense_for$ranks $ranks --comm_transport nccl "${longer[@]}" --batch_size 2 \
+                --context_parallel $ranks --context_exchange ring
+            mesh nccl_data2_ring$((ranks / 2)) dense_for$ranks $ranks --comm_transport nccl "${longer[@]}" \
+                --batch_size 1 --context_parallel $((ranks / 2)) --context_exchange ring
+            mesh nccl_lighthouse$ranks lighthouse_for$ranks $ranks --comm_transport nccl "${longer[@]}" --batch_size 2 \
+                --context_parallel $ranks "${tiles[@]}"
+        done
     else
         echo "not run: NCCL between two GPUs (one here)"
         # Ranks that would share a GPU are refused in clear words.
@@ -117,12 +139,12 @@ if [[ $parts = *nccl* ]]; then
     fi
 fi
 
-# kill_rank RANK: of the job that `start` began, by SIGKILL.
+# kill_rank RANK [SIGNAL]: of the job that `start` began, by SIGKILL unless another is named.
 kill_rank() {
     local pid
     for pid in $(pgrep -P "$job"); do
         if tr '\0' '\n' <"/proc/$pid/environ" 2>/dev/null | grep -qx "LLMC_RANK=$1"; then
-            kill -9 "$pid"
+            kill "-${2:-KILL}" "$pid"
             return
         fi
     done
@@ -159,7 +181,7 @@ wait_for_step() {
     return 1
 }
 
-if [[ $parts = *failures* ]]; then
+if [[ $parts = *' failures '* ]]; then
     context2=("${host[@]}" --batch_size 2 --context_parallel 2)
     # In the middle of training, with checkpoints of two ranks; gone on with on one rank, then on four.
     start killed 2 "${context2[@]}" --checkpoint_every 1 --keep_checkpoints 0 --max_steps 100000
@@ -197,6 +219,24 @@ if [[ $parts = *failures* ]]; then
         if [ "$step" -ge 3 ] && train saving$round 1 --resume --batch_size 2 --context_parallel 1 --comm_transport auto --max_steps $((step + 1)) &&
             ! compgen -G "$work/saving$round/.partial-*" >/dev/null; then ok "goes on after step $step"; else
             bad "saving$round: $(tail -3 "$work/saving$round.out")"
+        fi
+    done
+fi
+if [[ $parts = *' nccl_failures '* ]] && [ "$gpus" -ge 2 ]; then
+    context2=(--comm_transport nccl --batch_size 2 --context_parallel 2)
+    # Killed: the other rank's transfer never ends. Standing still: the same, and the launcher has to kill it.
+    for signal in KILL STOP; do
+        start nccl_$signal 2 "${context2[@]}" --checkpoint_every 1 --keep_checkpoints 0 --max_steps 100000
+        if wait_for_step nccl_$signal 5 && kill_rank 1 $signal; then
+            ends nccl_$signal $((timeout + 40))
+            grep -q 'rank 0 .*step' "$work/nccl_$signal.out" && ok "nccl_$signal: the error names rank and step" ||
+                bad "nccl_$signal: the error: $(tail -3 "$work/nccl_$signal.out")"
+            for folder in "$work/nccl_$signal"/step*; do
+                [ "$folder" \> "$work/nccl_$signal/step00000005" ] && rm -rf "$folder"
+            done
+            mesh nccl_$signal dense 2 --resume "${context2[@]}" --max_steps 20
+        else
+            bad "nccl_$signal: $(tail -3 "$work/nccl_$signal.out")"
         fi
     done
 fi
