@@ -241,7 +241,7 @@ static void check_case(Harness& h, const RingCase& ring, ContextExchange exchang
 // The profile of transfers on work of known length, on two streams: a transfer half as long as what it runs beside, one
 // that is LONGER times as long, and one that nothing runs beside.
 static void check_profile(Harness& h) {
-    constexpr int64_t CYCLES = 4000000;  // some milliseconds: far above what launches take
+    constexpr int64_t CYCLES = 40000000;  // 20 ms: far above what launches take, and other programs on this GPU
     constexpr int LONGER = 3;
     CudaStream stream, transfers;
     CudaEvent event;
@@ -270,7 +270,7 @@ static void check_profile(Harness& h) {
     }
     const double shorter = profile.hidden("shorter"), longer = profile.hidden("longer"),
                  alone = profile.hidden("alone");
-    h.expect(std::abs(shorter - 1.0) < 0.1 && std::abs(longer - 1.0 / LONGER) < 0.1 && alone < 0.1, "profile",
+    h.expect(std::abs(shorter - 1.0) < 0.15 && std::abs(longer - 1.0 / LONGER) < 0.15 && alone < 0.15, "profile",
              "transfers of known length",
              format_string("hidden %.3f, %.3f and %.3f where 1, 1/%d and 0 are", shorter, longer, alone, LONGER));
 }
