@@ -89,14 +89,17 @@ static double dot(const float* a, const float* b, int D) {
     }
     return sum;
 }
+static double norm(const float* a, int D) { return std::sqrt(dot(a, a, D)); }
 
 // A query head with everything that its rows and gradients depend on.
 struct HostHead {
     std::vector<float> q, k, v, out, dout, lse;  // [T, D]; out and lse as the forward left them
 };
 
-// Rows of the forward and of dq. Errors: probabilities, ds and results are rounded to bf16, one relative rounding each;
-// sums are float32, whose error is far below; twice that is allowed.
+// Rows of the forward and of dq. Errors: probabilities, ds and results are rounded to bf16, one relative rounding each,
+// and twice that is allowed; sums are float32, whose error is far below, but for dp - delta, which may cancel.
+constexpr double CANCELLED =
+    1e-3;  // roundings of bf16, of the vectors' sizes: more than a dot product in float32 is off
 static void query_rows(const HostHead& head, const std::vector<int64_t>& rows, int D, double scale, BoundedRows& out,
                        BoundedRows& dq, std::vector<double>& lse) {
 #pragma omp parallel for schedule(dynamic)
@@ -113,15 +116,17 @@ static void query_rows(const HostHead& head, const std::vector<int64_t>& rows, i
             sum += std::exp(scores[j] - largest);
         }
         lse[i] = largest + std::log(sum);
-        const double delta = dot(dout, &head.out[t * D], D);
+        const double delta = dot(dout, &head.out[t * D], D), dout_size = norm(dout, D);
+        const double out_size = norm(&head.out[t * D], D);
         std::vector<double> o(D), o_sizes(D), g(D), g_sizes(D);
         for (int64_t j = 0; j <= t; ++j) {
             const float *const k = &head.k[j * D], *const v = &head.v[j * D];
             const double p = std::exp(scores[j] - lse[i]), ds = scale * p * (dot(dout, v, D) - delta);
+            const double ds_size = std::abs(ds) + CANCELLED * scale * p * dout_size * (norm(v, D) + out_size);
 #pragma omp simd
             for (int d = 0; d < D; ++d) {
                 o[d] += p * v[d], o_sizes[d] += std::abs(p * v[d]);
-                g[d] += ds * k[d], g_sizes[d] += std::abs(ds * k[d]);
+                g[d] += ds * k[d], g_sizes[d] += ds_size * std::abs(k[d]);
             }
         }
         for (int d = 0; d < D; ++d) {
@@ -135,22 +140,26 @@ static void query_rows(const HostHead& head, const std::vector<int64_t>& rows, i
 static void key_rows(const std::vector<HostHead>& heads, const std::vector<int64_t>& rows, int64_t T, int D,
                      double scale, BoundedRows& dk, BoundedRows& dv) {
     for (const HostHead& head : heads) {
-        std::vector<double> delta(T);
+        std::vector<double> delta(T), cancelled(T);
 #pragma omp parallel for
         for (int64_t t = 0; t < T; ++t) {
-            delta[t] = dot(&head.dout[t * D], &head.out[t * D], D);
+            const float *const dout = &head.dout[t * D], *const out = &head.out[t * D];
+            delta[t] = dot(dout, out, D);
+            cancelled[t] = CANCELLED * norm(dout, D);
         }
 #pragma omp parallel for schedule(dynamic)
         for (size_t i = 0; i < rows.size(); ++i) {
             const float *const k = &head.k[rows[i] * D], *const v = &head.v[rows[i] * D];
+            const double v_size = norm(v, D);
             std::vector<double> sizes(2 * D);
             for (int64_t t = rows[i]; t < T; ++t) {
                 const float *const q = &head.q[t * D], *const dout = &head.dout[t * D];
                 const double p = std::exp(scale * dot(q, k, D) - head.lse[t]);
                 const double ds = scale * p * (dot(dout, v, D) - delta[t]);
+                const double ds_size = std::abs(ds) + cancelled[t] * scale * p * (v_size + norm(&head.out[t * D], D));
 #pragma omp simd
                 for (int d = 0; d < D; ++d) {
-                    dk.values[i * D + d] += ds * q[d], sizes[d] += std::abs(ds * q[d]);
+                    dk.values[i * D + d] += ds * q[d], sizes[d] += ds_size * std::abs(q[d]);
                     dv.values[i * D + d] += p * dout[d], sizes[D + d] += std::abs(p * dout[d]);
                 }
             }
