@@ -108,6 +108,10 @@ class GpuModel : public TrainableModel {
     const BlockActivations& block_activations(int l) const {
         return uses_lighthouse(l) ? buffers_.lighthouse_blocks[l] : buffers_.dense_blocks[l];
     }
+    KeptActivations kept_activations_of(int l) const {
+        return kept_activations(settings_.recompute,
+                                uses_lighthouse(l) ? AttentionMode::lighthouse : AttentionMode::dense);
+    }
     LighthouseShape lighthouse_shape_of(const Batch& batch) const {
         return lighthouse_shape(config_, *settings_.lighthouse, settings_.mesh, batch.B, batch.partition.T);
     }
@@ -373,8 +377,8 @@ inline void GpuModel::forward_block(int l, const Batch& batch, bf16* residual_ou
     gemm_->forward(residual_out, m.swiglu, weight(p.down), block.residual_mid, rows, C, F, stream_);
 }
 
-// What the forward did not keep of a block, again from what it kept: the same kernels, so the same bits. Leaves the
-// feed-forward norm's output in norm_out.
+// What the forward did not keep of a block, again from what it kept: the same kernels, so the same bits. Where that
+// includes feed-forward, its norm's output is left in norm_out.
 inline void GpuModel::recompute_block(int l, const Batch& batch) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
@@ -383,10 +387,8 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
     const int64_t rows = batch.rows();
     const int C = config_.width, F = config_.ffn_width;
     pass_ = StepPass::recompute;
-    const bool lighthouse = uses_lighthouse(l);
-    const KeptActivations kept =
-        kept_activations(settings_.recompute, lighthouse ? AttentionMode::lighthouse : AttentionMode::dense);
-    const bool needs_qkv = !lighthouse || !kept.attention_state;
+    const KeptActivations kept = kept_activations_of(l);
+    const bool needs_qkv = !uses_lighthouse(l) || !kept.attention_state;
     if (needs_qkv && !kept.qkv) {
         stage("norms");
         rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C,
@@ -401,18 +403,13 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
     } else if (!kept.attention) {
         attention_output_again(l, batch);
     }
-    if (!kept.residual_mid) {
+    if (!kept.feed_forward) {
         stage("output product");
         gemm_->forward(block.residual_mid, block.attention, weight(p.attention_out), block.residual_in, rows, C,
                        config_.attention_width(), stream_);
         stage("norms");
         rmsnorm_forward(m.norm_out, block.ffn_rstd, block.residual_mid, weight(p.ffn_norm), rows, C,
                         (float)config_.norm_eps, stream_);
-    } else {
-        stage("norms");
-        rmsnorm_recompute(m.norm_out, block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, rows, C, stream_);
-    }
-    if (!kept.gate_up) {
         stage("gate and up product");
         gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), nullptr, rows, 2 * F, C, stream_);
     }
@@ -431,7 +428,7 @@ inline void GpuModel::backward(const Batch& batch, double loss_weight) {
                                 (float)(loss_weight / (double)rows), *gemm_, stream_);
     mean_loss(m.step_results, m.losses, rows, (float)loss_weight, m.mean_loss_scratch, stream_);
     stage("norms");
-    rmsnorm_backward(m.dresidual, gradient(table_.final_norm), nullptr, m.dhidden, m.final_residual,
+    rmsnorm_backward(m.dresidual, gradient(table_.final_norm), nullptr, nullptr, m.dhidden, m.final_residual,
                      weight(table_.final_norm), m.final_rstd, m.rmsnorm_scratch, rows, C, stream_);
     reduce_gradients_after(config_.num_layers);
     for (int l = config_.num_layers - 1; l >= 0; --l) {
@@ -459,7 +456,9 @@ inline void GpuModel::reduce_gradients_after(int layer) {
     }
 }
 
-// dresidual: from the gradient of the block's output to that of its input. recompute_block has been called.
+// dresidual: from the gradient of the block's output to that of its input. recompute_block has been called. A norm's
+// backward comes between the two products behind the norm: it writes the norm's output again, which the weight's
+// gradient reads.
 inline void GpuModel::backward_block(int l, const Batch& batch) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
@@ -479,11 +478,13 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     stage("down product");
     gemm_->backward_weight(gradient(p.down), m.dresidual, swiglu, rows, C, F, add, stream_);
     stage("gate and up product");
-    gemm_->backward_weight(gradient(p.gate_up), dgate_up, m.norm_out, rows, 2 * F, C, add, stream_);
     gemm_->backward_input(m.dffn_norm_out, dgate_up, weight(p.gate_up), rows, 2 * F, C, stream_);
     stage("norms");
-    rmsnorm_backward(m.dresidual, gradient(p.ffn_norm), m.dresidual, m.dffn_norm_out, block.residual_mid,
-                     weight(p.ffn_norm), block.ffn_rstd, m.rmsnorm_scratch, rows, C, stream_);
+    bf16* const missing_norm_out = kept_activations_of(l).feed_forward ? m.norm_out : nullptr;
+    rmsnorm_backward(m.dresidual, gradient(p.ffn_norm), missing_norm_out, m.dresidual, m.dffn_norm_out,
+                     block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, m.rmsnorm_scratch, rows, C, stream_);
+    stage("gate and up product");
+    gemm_->backward_weight(gradient(p.gate_up), dgate_up, m.norm_out, rows, 2 * F, C, add, stream_);
 
     stage("output product");
     gemm_->backward_weight(gradient(p.attention_out), m.dresidual, block.attention, rows, C, attention_width, add,
@@ -492,14 +493,14 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     attention_backward(l, batch);
     stage("rotation");
     rotate_backward(m.dqkv, batch);
-    stage("norms");
-    rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C, stream_);
     stage("qkv product");
-    gemm_->backward_weight(gradient(p.qkv), m.dqkv, m.norm_out, rows, qkv_width, C, add, stream_);
     gemm_->backward_input(m.dattention_norm_out, m.dqkv, weight(p.qkv), rows, qkv_width, C, stream_);
     stage("norms");
-    rmsnorm_backward(m.dresidual, gradient(p.attention_norm), m.dresidual, m.dattention_norm_out, block.residual_in,
-                     weight(p.attention_norm), block.attention_rstd, m.rmsnorm_scratch, rows, C, stream_);
+    rmsnorm_backward(m.dresidual, gradient(p.attention_norm), m.norm_out, m.dresidual, m.dattention_norm_out,
+                     block.residual_in, weight(p.attention_norm), block.attention_rstd, m.rmsnorm_scratch, rows, C,
+                     stream_);
+    stage("qkv product");
+    gemm_->backward_weight(gradient(p.qkv), m.dqkv, m.norm_out, rows, qkv_width, C, add, stream_);
 }
 
 // ---- attention ---------------------------------------------------------------------------------

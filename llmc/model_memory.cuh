@@ -78,14 +78,13 @@ struct KeptActivations {
     bool qkv;
     bool attention_state;  // dense: the log-sum-exp; Lighthouse: its saved area
     bool attention;        // attention's output
-    bool residual_mid;     // between attention and feed-forward
-    bool gate_up;
+    bool feed_forward;     // residual_mid, its input, and gate_up
 };
 // The backward of a Lighthouse layer reads its saved area and no q, k, v; its output is one cheap pass over that area.
 inline KeptActivations kept_activations(Recompute mode, AttentionMode attention) {
     const bool dense = attention == AttentionMode::dense, all = mode == Recompute::none;
     const bool attention_result = mode != Recompute::block;
-    return {all && dense, attention_result, dense ? attention_result : all, all, all};
+    return {all && dense, attention_result, dense ? attention_result : all, all};
 }
 
 // ---- parameters --------------------------------------------------------------------------------
@@ -355,8 +354,8 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
         }
         add_to_both(true, attention_rstd);
         add_to_both(true, ffn_rstd);
-        add_to_both(dense_kept.residual_mid, residual_mid);
-        add_to_both(dense_kept.gate_up, gate_up);
+        add_to_both(dense_kept.feed_forward, residual_mid);
+        add_to_both(dense_kept.feed_forward, gate_up);
 
         const bool trains_dense = !can_switch || settings.trains_dense;
         any_trains_dense = any_trains_dense || trains_dense;

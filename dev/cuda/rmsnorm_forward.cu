@@ -1,82 +1,58 @@
-// rmsnorm_forward.cu: out = x * rstd * weight, alone and fused with the residual addition. Bound: bandwidth, 2C
-// elements a row (4C bytes), with the residual 4C (8C bytes).
+// rmsnorm_forward.cu: out = x * rstd * weight. Bound: bandwidth, 2C elements a row (4C bytes).
 #include "dev/cuda/harness.cuh"
 #include "llmc/reference/rmsnorm.h"
 #include "llmc/rmsnorm.cuh"
 
-// delta == nullptr: normalise x; otherwise residual = x + delta and normalise that.
-using Launcher = void (*)(bf16* residual, bf16* out, float* rstd, const bf16* x, const bf16* delta, const bf16* weight,
-                          int64_t rows, int C, float eps, cudaStream_t stream);
+using Launcher = void (*)(bf16* out, float* rstd, const bf16* x, const bf16* weight, int64_t rows, int C, float eps,
+                          cudaStream_t stream);
 
 // ---- 1: one thread a row -----------------------------------------------------------------------
-__global__ void rmsnorm_forward_kernel1(bf16* residual, bf16* out, float* rstd, const bf16* x, const bf16* delta,
-                                        const bf16* weight, int64_t rows, int C, float eps) {
+__global__ void rmsnorm_forward_kernel1(bf16* out, float* rstd, const bf16* x, const bf16* weight, int64_t rows, int C,
+                                        float eps) {
     const int64_t row = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (row >= rows) {
         return;
     }
     float sum = 0.0f;
     for (int64_t i = row * C; i < (row + 1) * C; ++i) {
-        bf16 value = x[i];
-        if (delta != nullptr) {
-            value = residual[i] = (bf16)((float)value + (float)delta[i]);
-        }
-        sum += (float)value * (float)value;
+        sum += (float)x[i] * (float)x[i];
     }
     rstd[row] = 1.0f / sqrtf(sum / C + eps);
-    const bf16* normalised = delta != nullptr ? residual : x;
     for (int64_t i = row * C; i < (row + 1) * C; ++i) {
-        out[i] = (bf16)((float)normalised[i] * rstd[row] * (float)weight[i - row * C]);
+        out[i] = (bf16)((float)x[i] * rstd[row] * (float)weight[i - row * C]);
     }
 }
-static void rmsnorm_forward1(bf16* residual, bf16* out, float* rstd, const bf16* x, const bf16* delta,
-                             const bf16* weight, int64_t rows, int C, float eps, cudaStream_t stream) {
-    rmsnorm_forward_kernel1<<<ceil_div<int64_t>(rows, 128), 128, 0, stream>>>(residual, out, rstd, x, delta, weight,
-                                                                              rows, C, eps);
+static void rmsnorm_forward1(bf16* out, float* rstd, const bf16* x, const bf16* weight, int64_t rows, int C, float eps,
+                             cudaStream_t stream) {
+    rmsnorm_forward_kernel1<<<ceil_div<int64_t>(rows, 128), 128, 0, stream>>>(out, rstd, x, weight, rows, C, eps);
     CUDA_CHECK_LAUNCH();
 }
 
 // ---- 2: one block a row, two passes, 2 bytes an access -----------------------------------------
-__global__ void rmsnorm_forward_kernel2(bf16* residual, bf16* out, float* rstd, const bf16* x, const bf16* delta,
-                                        const bf16* weight, int C, float eps) {
+__global__ void rmsnorm_forward_kernel2(bf16* out, float* rstd, const bf16* x, const bf16* weight, int C, float eps) {
     const int64_t begin = (int64_t)blockIdx.x * C;
     float sum = 0.0f;
     for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        bf16 value = x[begin + c];
-        if (delta != nullptr) {
-            value = residual[begin + c] = (bf16)((float)value + (float)delta[begin + c]);
-        }
-        sum += (float)value * (float)value;
+        sum += (float)x[begin + c] * (float)x[begin + c];
     }
     const float row_rstd = 1.0f / sqrtf(block_sum(sum) / C + eps);
     if (threadIdx.x == 0) {
         rstd[blockIdx.x] = row_rstd;
     }
-    const bf16* normalised = delta != nullptr ? residual : x;
     for (int c = threadIdx.x; c < C; c += blockDim.x) {
-        out[begin + c] = (bf16)((float)normalised[begin + c] * row_rstd * (float)weight[c]);
+        out[begin + c] = (bf16)((float)x[begin + c] * row_rstd * (float)weight[c]);
     }
 }
-static void rmsnorm_forward2(bf16* residual, bf16* out, float* rstd, const bf16* x, const bf16* delta,
-                             const bf16* weight, int64_t rows, int C, float eps, cudaStream_t stream) {
-    rmsnorm_forward_kernel2<<<rows, 256, 0, stream>>>(residual, out, rstd, x, delta, weight, C, eps);
+static void rmsnorm_forward2(bf16* out, float* rstd, const bf16* x, const bf16* weight, int64_t rows, int C, float eps,
+                             cudaStream_t stream) {
+    rmsnorm_forward_kernel2<<<rows, 256, 0, stream>>>(out, rstd, x, weight, C, eps);
     CUDA_CHECK_LAUNCH();
-}
-
-// ---- 3: what ships -----------------------------------------------------------------------------
-static void rmsnorm_forward3(bf16* residual, bf16* out, float* rstd, const bf16* x, const bf16* delta,
-                             const bf16* weight, int64_t rows, int C, float eps, cudaStream_t stream) {
-    if (delta == nullptr) {
-        rmsnorm_forward(out, rstd, x, weight, rows, C, eps, stream);
-    } else {
-        residual_rmsnorm_forward(residual, out, rstd, x, delta, weight, rows, C, eps, stream);
-    }
 }
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one thread a row", rmsnorm_forward1},
     {2, "one block a row, two passes", rmsnorm_forward2},
-    {3, "16 bytes an access, the row in registers, a warp for rows up to 1024 (llmc/rmsnorm.cuh)", rmsnorm_forward3},
+    {3, "16 bytes an access, the row in registers, a warp for rows up to 1024 (llmc/rmsnorm.cuh)", rmsnorm_forward},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
@@ -93,42 +69,26 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             continue;
         }
         const std::vector<bf16> x = random_vector<bf16>(c.rows * c.C, h.seed, c.scale);
-        const std::vector<bf16> delta = random_vector<bf16>(c.rows * c.C, h.seed + 1, c.scale);
-        const std::vector<bf16> weight = random_vector<bf16>(c.C, h.seed + 2);
-        DeviceBuffer<bf16> x_device(x), delta_device(delta), weight_device(weight);
-        for (bool with_residual : {false, true}) {
-            const std::string label = format_string("rows%lld C%d scale %g%s bf16", (long long)c.rows, c.C, c.scale,
-                                                    with_residual ? " with residual" : "");
-            std::vector<bf16> normalised = x;
-            for (size_t i = 0; with_residual && i < x.size(); ++i) {
-                normalised[i] = __float2bfloat16(__bfloat162float(x[i]) + __bfloat162float(delta[i]));
-            }
-            std::vector<double> expected(x.size()), expected_rstd(c.rows);
-            reference::rmsnorm_forward<double>(expected.data(), expected_rstd.data(), to_double(normalised).data(),
-                                               to_double(weight).data(), c.rows, c.C, c.eps);
-            DeviceBuffer<bf16> residual(c.rows * c.C), out(c.rows * c.C);
-            DeviceBuffer<float> rstd(c.rows);
-            auto launch = [&] {
-                variant.launch(residual, out, rstd, x_device, with_residual ? delta_device.data() : nullptr,
-                               weight_device, c.rows, c.C, c.eps, h.stream);
-            };
-            launch();
-            // A sum of C squares by up to 512 threads, then a reciprocal square root good to 2 units in the last place:
-            // 1e-6 covers both; variant 1 adds the squares one by one, each addition off by 2^-24 of the sum, which the
-            // root halves. out is rounded to bf16 once.
-            const double rstd_limit = 1e-6 + (variant.number == 1 ? c.C * 0x1p-25 : 0.0);
-            h.compare("rstd", label, rstd, expected_rstd, rstd_limit, {c.rows}, 0.0);
-            h.compare("out", label, out, expected, unit_roundoff<bf16>() + rstd_limit + 1e-6, {c.rows, c.C}, 1e-30);
-            if (with_residual) {
-                h.compare_exact("residual", label, residual, normalised);
-            }
-            h.compare_repeats("out", label, out, launch);
-            if (variant.number == VARIANTS.back().number) {
-                DeviceBuffer<bf16> again(c.rows * c.C);
-                rmsnorm_recompute(again, with_residual ? residual : x_device, weight_device, rstd, c.rows, c.C,
-                                  h.stream);
-                h.compare_exact("rmsnorm_recompute", label, again, out.download());
-            }
+        const std::vector<bf16> weight = random_vector<bf16>(c.C, h.seed + 1);
+        const std::string label = format_string("rows%lld C%d scale %g bf16", (long long)c.rows, c.C, c.scale);
+        std::vector<double> expected(x.size()), expected_rstd(c.rows);
+        reference::rmsnorm_forward<double>(expected.data(), expected_rstd.data(), to_double(x).data(),
+                                           to_double(weight).data(), c.rows, c.C, c.eps);
+        DeviceBuffer<bf16> x_device(x), weight_device(weight), out(c.rows * c.C);
+        DeviceBuffer<float> rstd(c.rows);
+        auto launch = [&] { variant.launch(out, rstd, x_device, weight_device, c.rows, c.C, c.eps, h.stream); };
+        launch();
+        // A sum of C squares by up to 512 threads, then a reciprocal square root good to 2 units in the last place:
+        // 1e-6 covers both; variant 1 adds the squares one by one, each addition off by 2^-24 of the sum, which the
+        // root halves. out is rounded to bf16 once.
+        const double rstd_limit = 1e-6 + (variant.number == 1 ? c.C * 0x1p-25 : 0.0);
+        h.compare("rstd", label, rstd, expected_rstd, rstd_limit, {c.rows}, 0.0);
+        h.compare("out", label, out, expected, unit_roundoff<bf16>() + rstd_limit + 1e-6, {c.rows, c.C}, 1e-30);
+        h.compare_repeats("out", label, out, launch);
+        if (variant.number == VARIANTS.back().number) {
+            DeviceBuffer<bf16> again(c.rows * c.C);
+            rmsnorm_recompute(again, x_device, weight_device, rstd, c.rows, c.C, h.stream);
+            h.compare_exact("rmsnorm_recompute", label, again, out.download());
         }
     }
     if (h.small) {
@@ -142,7 +102,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     x.fill_random(h.seed);
     weight.fill_random(h.seed + 1);
     CUDA_CHECK(cudaDeviceSynchronize());
-    variant.launch(nullptr, out, rstd, x, nullptr, weight, rows, C, 1e-5f, h.stream);
+    variant.launch(out, rstd, x, weight, rows, C, 1e-5f, h.stream);
     CUDA_CHECK(cudaStreamSynchronize(h.stream));
     std::vector<double> expected(tail * C), expected_rstd(tail);
     reference::rmsnorm_forward<double>(expected.data(), expected_rstd.data(),
@@ -158,19 +118,13 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         int C;
     };
     for (const auto [rows, C] : {Shape{98304, 1024}, Shape{65536, 768}, Shape{65536, 4096}, Shape{16384, 16384}}) {
-        DeviceBuffer<bf16> x(rows * C), delta(rows * C), weight(C), residual(rows * C), out(rows * C);
+        DeviceBuffer<bf16> x(rows * C), weight(C), out(rows * C);
         DeviceBuffer<float> rstd(rows);
         x.fill_random(h.seed);
-        delta.fill_random(h.seed + 1);
-        weight.fill_random(h.seed + 2);
-        for (bool with_residual : {false, true}) {
-            const std::string label =
-                format_string("rows%lld C%d%s", (long long)rows, C, with_residual ? " with residual" : "");
-            h.measure_bandwidth(label, (with_residual ? 8.0 : 4.0) * rows * C, variant.idea, [&, rows = rows, C = C] {
-                variant.launch(residual, out, rstd, x, with_residual ? delta.data() : nullptr, weight, rows, C, 1e-5f,
-                               h.stream);
-            });
-        }
+        weight.fill_random(h.seed + 1);
+        h.measure_bandwidth(
+            format_string("rows%lld C%d", (long long)rows, C), 4.0 * rows * C, variant.idea,
+            [&, rows = rows, C = C] { variant.launch(out, rstd, x, weight, rows, C, 1e-5f, h.stream); });
         if (variant.number == VARIANTS.back().number) {
             h.measure_bandwidth(
                 format_string("rows%lld C%d rmsnorm_recompute", (long long)rows, C), 4.0 * rows * C, variant.idea,

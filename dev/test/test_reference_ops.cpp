@@ -179,21 +179,6 @@ TEST(RmsNorm, GradientEqualsFiniteDifferences) {
     }
 }
 
-TEST(RmsNorm, ResidualIsAddedFirst) {
-    const int64_t rows = 4;
-    const int C = 16;
-    const Values x = random_values(rows * C, 1.0, 1), delta = random_values(rows * C, 1.0, 2);
-    const Values weight = random_values(C, 1.0, 3);
-    Values residual(rows * C), out(rows * C), rstd(rows), expected(rows * C), rstd_expected(rows);
-    reference::residual_rmsnorm_forward(residual.data(), out.data(), rstd.data(), x.data(), delta.data(), weight.data(),
-                                        rows, C, 1e-5);
-    for (size_t i = 0; i < x.size(); ++i) {
-        EXPECT_EQ(residual[i], x[i] + delta[i]);
-    }
-    reference::rmsnorm_forward(expected.data(), rstd_expected.data(), residual.data(), weight.data(), rows, C, 1e-5);
-    EXPECT_TRUE(same_bits(out, expected) && same_bits(rstd, rstd_expected));
-}
-
 TEST(RmsNorm, SameBitsForAnyThreads) {
     const int64_t rows = 333;
     const int C = 72;

@@ -1,8 +1,8 @@
 // reference/rmsnorm.h: out = x * rstd * weight with rstd = 1 / sqrt(mean(x^2) + eps) (Zhang & Sennrich 2019), and its
 // backward.
-//   with n = x * rstd and g = dout * weight:   dx = dresidual + rstd * (g - n * mean(g * n)),   dweight += sum(dout *
-//   n)
-// Shapes: x, out, residual, their gradients [rows, C]; weight [C]; rstd [rows]; rows = B * T.
+//   with n = x * rstd and g = dout * weight:
+//   dx = dresidual + rstd * (g - n * mean(g * n)),   dweight += sum over rows of dout * n
+// Shapes: x, out, their gradients [rows, C]; weight [C]; rstd [rows]; rows = B * T.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -30,19 +30,6 @@ void rmsnorm_forward(Real* out, Real* rstd, const Real* x, const Real* weight, i
             out_row[c] = x_row[c] * r * weight[c];
         }
     }
-}
-
-// residual (=) x + delta, then rmsnorm_forward of it; all [rows, C]. residual may be x or delta.
-template <class Real>
-void residual_rmsnorm_forward(Real* residual, Real* out, Real* rstd, const Real* x, const Real* delta,
-                              const Real* weight, int64_t rows, int C, double eps) {
-#pragma omp parallel for schedule(static)
-    for (int64_t row = 0; row < rows; ++row) {
-        for (int64_t i = row * C; i < (row + 1) * C; ++i) {
-            residual[i] = x[i] + delta[i];
-        }
-    }
-    rmsnorm_forward(out, rstd, residual, weight, rows, C, eps);
 }
 
 // out (=) [rows, C]: the norm's output again, from x and the rstd that forward left.
