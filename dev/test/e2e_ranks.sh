@@ -94,14 +94,15 @@ if [[ $parts = *' meshes '* ]]; then
     mesh data2 dense 2 "${host[@]}" --batch_size 2
     mesh ring2 dense 2 "${host[@]}" --batch_size 2 --context_parallel 2 --context_exchange ring
     mesh gather2 dense 2 "${host[@]}" --batch_size 4 --context_parallel 2 --context_exchange gather
-    mesh ring4 dense 4 "${host[@]}" --batch_size 1 --context_parallel 4 --context_exchange ring --recompute block
+    mesh ring4 dense 4 "${host[@]}" --batch_size 1 --context_parallel 4 --context_exchange ring --recompute block \
+        --offload activations
     mesh data2_ring2 dense 4 "${host[@]}" --batch_size 1 --context_parallel 2 --context_exchange ring
 fi
 if [[ $parts = *' lighthouse '* ]]; then
     mesh lighthouse2 lighthouse 2 "${host[@]}" --batch_size 2 --context_parallel 2 "${lighthouse[@]}" \
         --lighthouse_topk 512
     mesh lighthouse2_recompute lighthouse 2 "${host[@]}" --batch_size 2 --context_parallel 2 "${lighthouse[@]}" \
-        --lighthouse_topk 512 --recompute block --context_exchange ring
+        --lighthouse_topk 512 --recompute block --offload activations --context_exchange ring
     mesh data2_lighthouse2 lighthouse 4 "${host[@]}" --batch_size 1 --context_parallel 2 "${lighthouse[@]}" \
         --lighthouse_topk 512
 fi
