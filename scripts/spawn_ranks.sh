@@ -3,7 +3,7 @@
 #   scripts/spawn_ranks.sh N PROGRAM [ARGUMENT...]
 #   scripts/spawn_ranks.sh 2 ./train_gpt --context_parallel 2 --comm_transport host ...
 # Ends with the status of the first rank that failed, or 0. Ranks that do not end when they are told to are killed after
-# half a minute: one that hangs may be why another failed. For several machines: scripts/slurm_train.sh.
+# SPAWN_GRACE seconds (30): one that hangs may be why another failed. For several machines: scripts/slurm_train.sh.
 set -uo pipefail
 case ${1:-} in
 '' | -h | --help | *[!0-9]*) sed -n 's/^#   //p' "$0"; exit 2 ;;
@@ -30,7 +30,7 @@ for ((left = size; left > 0; --left)); do
         echo "spawn_ranks: a rank ended with status $ended; ending the others" >&2
         sleep 1 # for their own words about it
         end_all
-        for ((i = 0; i < 300; ++i)); do
+        for ((i = 0; i < 10 * ${SPAWN_GRACE:-30}; ++i)); do
             kill -0 -- "${ranks[@]}" 2>/dev/null || break
             sleep 0.1
         done
