@@ -1,7 +1,6 @@
 // comm.cuh: tensors between the GPUs of ranks that train together: one small interface, and what opens it.
 //   nccl   comm_nccl.cuh: in production, one GPU a rank (compiled in with LLMC_NCCL)
-//   host   here: every call staged through page-locked host memory and the ranks' host transport (comm.h), so that
-//   several
+//   host   here: every call staged through page-locked host memory and the ranks' host transport (comm.h): several
 //          ranks can share one GPU or run where NCCL is absent. For tests and debugging: the host waits in every call.
 // Calls are enqueued on a stream like kernels: they start when what was enqueued before is done. Sums are float32 or
 // double; with `host` they are added in the order of ranks, with `nccl` in an order fixed by NCCL's topology.
@@ -225,8 +224,7 @@ class Communicators {
         context_ = nccl_->split(mesh.data_rank(), mesh.context_rank());
 #else
         fail(
-            "--comm_transport nccl: built without NCCL; install it (Debian, Ubuntu: libnccl-dev) and build again, or "
-            "use "
+            "--comm_transport nccl: built without NCCL; install it (Debian, Ubuntu: libnccl-dev) and build again, or use "
             "--comm_transport host, which is slow and for tests");
 #endif
     }

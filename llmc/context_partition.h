@@ -114,8 +114,7 @@ inline LighthouseGeometry make_chunk_geometry(const LighthouseGeometry& whole, c
                        : format_string("the nearest are %lld and %lld", (long long)below, (long long)above);
         fail(
             "--lighthouse_topk %lld: with --context_parallel %d its %lld tiles must fill %lld equal chunks, so it must "
-            "be "
-            "a multiple of %lld; %s",
+            "be a multiple of %lld; %s",
             (long long)whole.topk, W, (long long)whole.tiles, (long long)chunks, (long long)unit, nearest.c_str());
     }
     LighthouseConfig share = config;

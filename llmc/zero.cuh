@@ -1,8 +1,7 @@
 // zero.cuh: the optimizer's state sharded over all ranks (ZeRO-1), by the layout of zero_layout.h.
-//   backward   as soon as a bucket's gradients are final, their sum over ranks goes to each slice's owner
-//   (reduce-scatter of
-//              float32), on a stream of its own beside the rest of the backward pass. With several micro-batches only
-//              during the last: until then they add up locally.
+//   backward   as soon as a bucket's gradients are final, their sum over ranks goes to each slice's owner (a
+//              reduce-scatter of float32), on a stream of its own beside the rest of the backward pass. With several
+//              micro-batches only during the last: until then they add up locally.
 //   norm       every rank's share of the sum of squares, added up in double
 //   update     every rank its slices (AdamW), then the bf16 weights of all (all-gather), each bucket's beside the next
 //              one's update
