@@ -224,8 +224,8 @@ class Communicators {
         context_ = nccl_->split(mesh.data_rank(), mesh.context_rank());
 #else
         fail(
-            "--comm_transport nccl: built without NCCL; install it (Debian, Ubuntu: libnccl-dev) and build again, or use "
-            "--comm_transport host, which is slow and for tests");
+            "--comm_transport nccl: built without NCCL; install it (Debian, Ubuntu: libnccl-dev) and build again, or "
+            "use --comm_transport host, which is slow and for tests");
 #endif
     }
 
