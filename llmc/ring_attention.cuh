@@ -5,7 +5,9 @@
 //         receives run on a stream of their own into two buffers in turn. Partial outputs merge by log-sum-exp:
 //           lse = log(exp(lse_a) + exp(lse_b)),   out = exp(lse_a - lse) out_a + exp(lse_b - lse) out_b
 //         Backward, the gradients of a step's keys go back to their owner in float32 while the next step computes. With
-//         lse and out of all keys, a step's gradients are its share of the whole ones: they only add up.
+//         lse and out of all keys, a step's gradients are its share of the whole ones: they only add up. Step 0, which
+//         waits for nobody, is split: the tail's queries come first, beside the first keys, the head's come last,
+//         beside the last gradients.
 // gather  for short shards, where a step's computation could not hide what it costs to start one: all keys first, then
 //         one attention for each half of the queries, exactly as on one GPU; backward, one sum over all ranks, float32.
 //
@@ -207,22 +209,18 @@ class RingAttentionPlan {
         Element* data;
         KeyBuffer(MemoryArea& area, int64_t num_elements) : data(area.take<Element>(num_elements)) {}
     };
-    // Running sums; two partial results need none.
-    static float* take_sum(MemoryArea& area, const Sizes& s, int64_t num_elements) {
-        return s.W > 2 ? area.take<float>(num_elements) : nullptr;
-    }
 
     struct RingForward {
         KeyBuffer<bf16> own, in[2];
         bf16* part;       // [B, up to 2n, H, D]
         float* part_lse;  // [B, H, up to 2n]
-        float* sum;       // [B, 2n, H, D]
+        float* sum;       // [B, 2n, H, D]; two partial results need none
         RingForward(MemoryArea& area, const Sizes& s)
             : own(area, s.kv_elements()),
               in{{area, s.kv_elements()}, {area, s.kv_elements()}},
               part(area.take<bf16>(s.q_elements())),
               part_lse(area.take<float>(HALVES * s.half_rows())),
-              sum(take_sum(area, s, s.q_elements())) {}
+              sum(s.W > 2 ? area.take<float>(s.q_elements()) : nullptr) {}
     };
     struct RingBackward {
         KeyBuffer<bf16> own, in[2];
@@ -230,7 +228,7 @@ class RingAttentionPlan {
         KeyBuffer<float> sum;  // of the local keys' gradients, [B, 2n, 2 Hkv, D]
         bf16* dq_part;         // [B, up to 2n, H, D]
         float* dq_sum;         // [B, 2n, H, D]
-        float* tail_lse;       // [B, H, n]
+        float* half_lse;       // [B, H, n], of the tail until the head's part of step 0
         std::byte* attention;
         RingBackward(MemoryArea& area, const Sizes& s, size_t attention_bytes)
             : own(area, s.kv_elements()),
@@ -239,8 +237,8 @@ class RingAttentionPlan {
               gradients_in(area, s.kv_elements()),
               sum(area, s.kv_elements()),
               dq_part(area.take<bf16>(s.q_elements())),
-              dq_sum(take_sum(area, s, s.q_elements())),
-              tail_lse(area.take<float>(s.half_rows())),
+              dq_sum(area.take<float>(s.q_elements())),
+              half_lse(area.take<float>(s.half_rows())),
               attention(area.take<std::byte>((int64_t)attention_bytes)) {}
     };
     struct GatherForward {
@@ -283,6 +281,14 @@ class RingAttentionPlan {
         const int64_t n = local.Tq / HALVES;
         return full_shape(local, step.queries.num_rows(n), step.keys.num_rows(n));
     }
+    // Of one half of the queries on the rank's own keys that they see: step 0's.
+    AttentionShape own_shape(const AttentionShape& local, int half) const {
+        const int64_t n = local.Tq / HALVES;
+        AttentionShape shape = full_shape(local, n, (half + 1) * n);
+        shape.causal = true;
+        shape.causal_offset = half * n;
+        return shape;
+    }
     // Of one half of the queries on all keys from the start of the sequence to its own last.
     AttentionShape half_shape(const AttentionShape& local, int half) const {
         const Sizes s = sizes(local);
@@ -301,7 +307,8 @@ class RingAttentionPlan {
             include(half_shape(local, 0));
             include(half_shape(local, 1));
         } else {
-            include(local);
+            include(own_shape(local, 0));
+            include(own_shape(local, 1));
             for (size_t s = 1; s < steps_.size(); ++s) {
                 include(step_shape(local, steps_[s]));
             }
@@ -545,6 +552,11 @@ class RingAttention : public RingAttentionPlan {
     bool is_seen_elsewhere(int half) const {
         return std::any_of(steps_.begin(), steps_.end(), [&](const RingStep& step) { return step.to_keys[half].any; });
     }
+    // Whether this half of the local queries sees keys of other ranks.
+    bool sees_others(int half) const {
+        return std::any_of(steps_.begin(), steps_.end(),
+                           [&](const RingStep& step) { return step.to_queries[half].any; });
+    }
 
     void ring_backward(const Gradients& gradients, const Saved& saved, void* scratch, const AttentionShape& local,
                        bool deterministic, cudaStream_t stream) {
@@ -564,6 +576,15 @@ class RingAttention : public RingAttentionPlan {
             }
             run_round(s, transfers, "ring attention: keys and their gradients");
         };
+        // Of the queries of a half on the local keys that they see: dq (=) at its place, gradients of keys (=).
+        const auto backward_of_half = [&](int half, HeadView<bf16> dq, const KeyViews<float>& dkeys) {
+            const int64_t row = half * n;
+            take_half_lse(m.half_lse, saved.lse, half, size, stream);
+            flash_attention_backward(rows_from(dq, row), dkeys.k, dkeys.v, rows_from(saved.dout, row),
+                                     rows_from(saved.q, row), saved.k, saved.v, rows_from(saved.out, row), m.half_lse,
+                                     m.attention, own_shape(local, half), deterministic, stream);
+        };
+        const HeadView<float> dq_sum = query_view(m.dq_sum, HALVES * n, size);
         const auto add_returned_of = [&](int s) {
             if (s >= 1) {
                 add_returned(gradients, m.sum.data, m.gradients_in.data, steps_[s], size, stream);
@@ -575,14 +596,10 @@ class RingAttention : public RingAttentionPlan {
                   stream_);
         round(0);
         begin_step(0, stream);
-        take_half_lse(m.tail_lse, saved.lse, 1, size, stream);
         const KeyViews<float> sum = key_views(m.sum.data, HALVES * n, size);
-        flash_attention_backward(gradients.dq, sum.k, sum.v, saved.dout, saved.q, saved.k, saved.v, saved.out,
-                                 saved.lse, m.attention, local, deterministic, stream);
-        for (int half = 0; half < HALVES; ++half) {
-            if (!is_seen_elsewhere(half)) {
-                add_to_half(gradients, m.sum.data, {}, 0, half, true, size, stream);
-            }
+        backward_of_half(1, gradients.dq, sum);
+        if (!is_seen_elsewhere(1)) {
+            add_to_half(gradients, m.sum.data, {}, 0, 1, true, size, stream);
         }
         end_step(0, stream);
         for (int s = 1; s < W; ++s) {
@@ -597,17 +614,16 @@ class RingAttention : public RingAttentionPlan {
             const HeadView<bf16> part = query_view(m.dq_part, shape.Tq, size);
             flash_attention_backward(part, dkeys.k, dkeys.v, rows_from(saved.dout, first), rows_from(saved.q, first),
                                      keys.k, keys.v, rows_from(saved.out, first),
-                                     step.queries == TAIL ? m.tail_lse : saved.lse, m.attention, shape, deterministic,
+                                     step.queries == TAIL ? m.half_lse : saved.lse, m.attention, shape, deterministic,
                                      stream);
-            for (int half = 0; half < HALVES; ++half) {
-                const Contribution c = step.to_queries[half];
-                if (c.any) {
-                    const int64_t row = half * n;
-                    const HeadView<bf16> dq = rows_from(gradients.dq, row);
-                    const HeadView<float> dq_sum = rows_from(query_view(m.dq_sum, HALVES * n, size), row);
-                    ring_add({dq, dq_sum, dq, c.first, c.last}, rows_from(part, row - first), 0, 1,
-                             {size.B, n, size.H, size.D}, stream);
-                }
+            const RowBlock rows(size.B, n, size.H, size.D);
+            if (const Contribution c = step.to_queries[0]; c.any) {  // the part of step 0 comes last
+                ring_add({part, dq_sum, {}, c.first, false}, part, 0, c.first ? 0 : 1, rows, stream);
+            }
+            if (const Contribution c = step.to_queries[1]; c.any) {
+                const HeadView<bf16> dq = rows_from(gradients.dq, n);
+                ring_add({dq, rows_from(dq_sum, n), dq, c.first, c.last}, rows_from(part, n - first), 0, 1, rows,
+                         stream);
             }
             probe_.end(TransferLane::computation, stream);
             wait_for_round(s, stream);
@@ -616,6 +632,15 @@ class RingAttention : public RingAttentionPlan {
             end_step(s, stream);
         }
         round(W);
+        begin_step(W, stream);
+        const KeyViews<float> own = key_views(m.gradients_out[W % 2].data, n, size);  // sent two rounds ago
+        backward_of_half(0, gradients.dq, own);
+        add_to_half(gradients, m.sum.data, {own.k, own.v}, 1, 0, false, size, stream);
+        if (sees_others(0)) {
+            ring_add<float>({gradients.dq, {}, gradients.dq, true, true}, dq_sum, 0, 1, {size.B, n, size.H, size.D},
+                            stream);
+        }
+        probe_.end(TransferLane::computation, stream);
         wait_for_round(W, stream);
         add_returned_of(W - 1);
     }

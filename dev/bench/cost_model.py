@@ -98,7 +98,9 @@ def attention(machine, model, rows, W):
     # queries in the mean; backward, statistics, dq's accumulator and sum, and the gradients of keys written and added.
     merge = (1.5 * n * width * 12 / machine.memory, 1.5 * n * (width * 26 + kv_width * 16) / machine.memory)
     ring = [W * compute[i] + (W - 1) * merge[i] + (W - 1) * max(0.0, transfer[i] - compute[i]) for i in range(2)]
-    ring[1] += gradients + machine.latency  # of the last step: nothing runs beside them
+    # Backward, the first keys come beside three quarters of step 0, the last gradients beside the other quarter.
+    ring[1] += (max(0.0, keys + machine.latency - 0.75 * compute[1]) - max(0.0, transfer[1] - compute[1]) +
+                max(0.0, gradients + machine.latency - 0.25 * compute[1]))
     gather = [W * compute[i] + a_bytes / link + machine.latency * (1 + i)
               for i, a_bytes in enumerate((2 * a.forward_bytes / 1.5, 2 * a.backward_bytes / 1.5))]
     gathers = min(compute[0], keys) < machine.latency  # the trainer's rule, choose_context_exchange()
