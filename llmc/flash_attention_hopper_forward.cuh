@@ -108,7 +108,7 @@ struct HopperForwardTile {
 
     static constexpr bool PING_PONG = true;   // consumers issue products in turn
     static constexpr bool LAZY = true;        // rescale only when a row's maximum moves by more than a threshold
-    static constexpr bool PERSISTENT = true;  // one block an SM; otherwise one a tile
+    static constexpr bool PERSISTENT = true;  // one block an SM unless the shape yields; otherwise one a tile
 };
 
 struct HopperForwardArguments {
@@ -682,7 +682,7 @@ inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const
     constexpr int num_bytes = (int)sizeof(typename Tile::Shared);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
     int num_blocks = args.order.num_tiles * args.order.num_heads;
-    if (Tile::PERSISTENT) {
+    if (Tile::PERSISTENT && !shape.yields) {
         int device, num_sms;
         CUDA_CHECK(cudaGetDevice(&device));
         CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));

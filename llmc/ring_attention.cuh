@@ -279,7 +279,11 @@ class RingAttentionPlan {
     // Of the ring's step s.
     AttentionShape step_shape(const AttentionShape& local, const RingStep& step) const {
         const int64_t n = local.Tq / HALVES;
-        return full_shape(local, step.queries.num_rows(n), step.keys.num_rows(n));
+        return beside_transfers(full_shape(local, step.queries.num_rows(n), step.keys.num_rows(n)));
+    }
+    static AttentionShape beside_transfers(AttentionShape shape) {
+        shape.yields = true;
+        return shape;
     }
     // Of one half of the queries on the rank's own keys that they see: step 0's.
     AttentionShape own_shape(const AttentionShape& local, int half) const {
@@ -287,7 +291,7 @@ class RingAttentionPlan {
         AttentionShape shape = full_shape(local, n, (half + 1) * n);
         shape.causal = true;
         shape.causal_offset = half * n;
-        return shape;
+        return beside_transfers(shape);
     }
     // Of one half of the queries on all keys from the start of the sequence to its own last.
     AttentionShape half_shape(const AttentionShape& local, int half) const {
@@ -487,7 +491,7 @@ class RingAttention : public RingAttentionPlan {
         ring_pack(key_heads(m.own.data, HALVES * n, size), k, v, {size.B, HALVES * n, 2 * size.Hkv, size.D}, stream_);
         send_keys_of(1);
         begin_step(0, stream);
-        flash_attention_forward(out, lse, q, k, v, local, stream);
+        flash_attention_forward(out, lse, q, k, v, beside_transfers(local), stream);
         end_step(0, stream);
         for (int s = 1; s < W; ++s) {
             const RingStep& step = steps_[s];
