@@ -26,8 +26,8 @@ struct HeadView {
     }
 };
 
-// Where the gradient of k or of v goes: rounded to bf16, or in float32 where it is a part of a sum that is rounded later
-// (ring attention). One of the two has no data. dk and dv of a call are of one kind.
+// Where the gradient of k or of v goes: rounded to bf16, or in float32 where it is a part of a sum that is rounded
+// later (ring attention). One of the two has no data. dk and dv of a call are of one kind.
 struct KeyGradientView {
     HeadView<bf16> rounded;
     HeadView<float> whole;
