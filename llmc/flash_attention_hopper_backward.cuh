@@ -13,7 +13,7 @@
 // scratch by bulk reductions, whose order, and so the last bits of dq, vary.
 //
 // Deterministic calls fix that order: a query tile's sum takes the blocks of keys from the last that it sees to the
-// first, each writer waiting until the one before has said that its part is in memory. Blocks start in that order too:
+// first, a writer waiting until the one before has said that its part is in memory. Blocks start in that order too:
 // causal, a block then reaches a query tile one tile later than the block of the keys after its own, and waits for
 // nobody once under way. The price: the longest items start last, and the end of the kernel is less even.
 //
@@ -73,10 +73,11 @@ struct HopperBackwardTile {
     static constexpr bool DETERMINISTIC = DETERMINISTIC_;
     static constexpr DvStart DV_START = DV_START_;
     static constexpr int TILES_A_TURN = TILES_A_TURN_;
-    static constexpr int BLOCK_M = D == 128 ? 64 : 128;  // queries a tile: 8192 elements of q
-    static constexpr int BLOCK_N = 128;                  // keys a block, 64 a consumer warpgroup
-    static constexpr int STAGES = 2;                     // tiles of q, dout and dS in flight
-    static constexpr int CONSUMERS = 2;                  // warpgroups
+    static constexpr int BLOCK_M = D == 128 ? 64 : 128;    // queries a tile: 8192 elements of q
+    static constexpr int BLOCK_N = 128;                    // keys a block, 64 a consumer warpgroup
+    static constexpr int STAGES = 2;                       // tiles of q, dout and dS in flight
+    static constexpr int CONSUMERS = 2;                    // warpgroups
+    static constexpr int WRITERS = DETERMINISTIC ? 2 : 1;  // warps
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP_SIZE;
     // At launch all threads have the same, 65536 / THREADS rounded down to a multiple of 8: consumers that ask for more
     // than the producer's warpgroup gives up would wait for ever.
@@ -213,8 +214,9 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
 // ---- backward ----------------------------------------------------------------------------------
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // device code below: sm_90a alone
 
-// Named barriers. OUT_FULL and OUT_EMPTY: one a consumer warpgroup, between it and the writer warp.
-enum HopperBackwardBarrier { DS_WRITTEN = 1, OUT_FULL = 2, OUT_EMPTY = 4 };
+// Named barriers. OUT_FULL and OUT_EMPTY: one a consumer warpgroup, between it and the writer whose turn it is.
+// WRITER_DUE: one a writer warp, its turn.
+enum HopperBackwardBarrier { DS_WRITTEN = 1, OUT_FULL = 2, OUT_EMPTY = 4, WRITER_DUE = 6 };
 
 // block (=) the item's; in shared memory, where it need not fit the loading thread's registers.
 template <class Tile>
@@ -302,23 +304,33 @@ __device__ __forceinline__ int last_key_block(const HopperBackwardArguments& arg
 }
 
 // Moves what the consumers put into shared.out to global memory: their parts of dq, tile after tile, then dv, then dk.
-// One warp.
+// WRITERS warps in turn, of which this is number `writer`. Deterministic there are two: while one waits until its part
+// of dq is in memory, to say so, the other looks whether the next is due.
 template <class Tile>
-__device__ __forceinline__ void backward_write(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
+__device__ __forceinline__ void backward_write(typename Tile::Shared& shared, const HopperBackwardArguments& args,
+                                               int writer) {
     constexpr int THREADS = WARPGROUP_SIZE + WARP_SIZE;
     const bool leader = threadIdx.x % WARP_SIZE == 0;
-    int unfinished = -1;  // deterministic: the query tile whose parts of dq were started last
-    auto count_part = [&] {
-        if (Tile::DETERMINISTIC && leader && unfinished >= 0) {
-            bulk_wait<0>();
-            fence_async_global();  // the reductions before the count
-            add_release(args.dq_parts + unfinished, 1);
-            unfinished = -1;
+    bool due = writer == 0;
+    // start(w): by the leader, for each warpgroup w once it has filled its part. finish: by the leader, when both are
+    // on their way and their memory is free again.
+    auto write = [&](auto start, auto finish) {
+        if (Tile::WRITERS > 1) {
+            due = !due;
+            if (due) {
+                return;  // next time
+            }
+            named_barrier_sync(WRITER_DUE + writer, Tile::WRITERS * WARP_SIZE);
         }
-    };
-    // start(w): by the leader, for each warpgroup w once it has filled its part.
-    auto write = [&](auto start) {
-        // The last two groups are the two parts before these: their memory is free once they have read it.
+#pragma unroll 1
+        for (int w = 0; w < Tile::CONSUMERS; ++w) {
+            named_barrier_sync(OUT_FULL + w, THREADS);
+            if (leader) {
+                start(w);
+                bulk_commit();
+            }
+            __syncwarp();
+        }
         if (leader) {
             bulk_wait_read<1>();
         }
@@ -329,17 +341,20 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
         }
         __syncwarp();
         named_barrier_arrive(OUT_EMPTY + 1, THREADS);
-        count_part();
-#pragma unroll 1
-        for (int w = 0; w < Tile::CONSUMERS; ++w) {
-            named_barrier_sync(OUT_FULL + w, THREADS);
-            if (leader) {
-                start(w);
-                bulk_commit();
-            }
-            __syncwarp();
+        if (Tile::WRITERS > 1) {
+            named_barrier_arrive(WRITER_DUE + (writer ^ 1), Tile::WRITERS * WARP_SIZE);
         }
+        if (leader) {
+            finish();
+        }
+        __syncwarp();
     };
+    if (writer == 0) {
+        named_barrier_arrive(OUT_EMPTY, THREADS);
+        named_barrier_arrive(OUT_EMPTY + 1, THREADS);
+    } else {
+        named_barrier_arrive(WRITER_DUE, Tile::WRITERS * WARP_SIZE);
+    }
 #pragma unroll 1
     for (int slot = 0;; slot ^= 1) {
         mbarrier_wait(shared_address(&shared.kv_full), slot);
@@ -347,38 +362,46 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
         if (block.b < 0) {
             break;
         }
+        __syncwarp();
         if (leader) {
             mbarrier_arrive(shared_address(&shared.kv_empty));
         }
 #pragma unroll 1
         for (int i = 0; i < args.heads_per_kv_head; ++i) {
-            const int head = block.b * args.H + block.kv_head * args.heads_per_kv_head + i;
 #pragma unroll 1
             for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
-                write([&](int w) {
-                    const int query_tile = head * args.num_query_tiles + tile;
-                    if (Tile::DETERMINISTIC && w == 0) {
-                        const int parts_before = last_key_block<Tile>(args, tile) - block.first_key / Tile::BLOCK_N;
-                        wait_for_count(args.dq_parts + query_tile, parts_before);
-                        fence_async_global();
-                        unfinished = query_tile;
-                    }
-                    bulk_reduce_add_f32(
-                        args.dq_accumulator + ((int64_t)query_tile * Tile::CONSUMERS + w) * Tile::DQ_ELEMENTS,
-                        shared_address(shared.out[w]), sizeof(shared.out[w]));
-                });
+                const int head = block.b * args.H + block.kv_head * args.heads_per_kv_head + i;
+                const int query_tile = opaque(head) * args.num_query_tiles + tile;  // computed anew: 24 registers
+                write(
+                    [&](int w) {
+                        if (Tile::DETERMINISTIC && w == 0) {
+                            wait_for_count(args.dq_parts + query_tile,
+                                           last_key_block<Tile>(args, tile) - block.first_key / Tile::BLOCK_N);
+                            fence_async_global();
+                        }
+                        bulk_reduce_add_f32(
+                            args.dq_accumulator + ((int64_t)query_tile * Tile::CONSUMERS + w) * Tile::DQ_ELEMENTS,
+                            shared_address(shared.out[w]), sizeof(shared.out[w]));
+                    },
+                    [&] {
+                        if (Tile::DETERMINISTIC) {
+                            bulk_wait<0>();
+                            fence_async_global();  // the reductions before the count
+                            add_release(args.dq_parts + query_tile, 1);
+                        }
+                    });
             }
         }
-        if (args.dk_whole.data != nullptr) {  // the consumers store them
-            count_part();
-            continue;
-        }
-        write([&](int w) {
-            tma_store(&args.dv, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
-        });
-        write([&](int w) {
-            tma_store(&args.dk, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
-        });
+        write(
+            [&](int w) {
+                tma_store(&args.dv, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
+            },
+            [] {});
+        write(
+            [&](int w) {
+                tma_store(&args.dk, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
+            },
+            [] {});
     }
     if (leader) {
         bulk_wait<0>();  // the block's shared memory must outlive its reading
@@ -704,7 +727,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     if (threadIdx.x == 0) {
         constexpr int CONSUMER_WARPS = Tile::CONSUMERS * WARPGROUP_SIZE / WARP_SIZE;
         mbarrier_init(shared_address(&shared.kv_full), 1);
-        mbarrier_init(shared_address(&shared.kv_empty), CONSUMER_WARPS + 1);  // and the writer warp
+        mbarrier_init(shared_address(&shared.kv_empty), CONSUMER_WARPS + Tile::WRITERS);
         for (int stage = 0; stage < Tile::STAGES; ++stage) {
             mbarrier_init(shared_address(&shared.q_full[stage]), 1);
             mbarrier_init(shared_address(&shared.dout_full[stage]), 1);
@@ -719,8 +742,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         registers_decrease<Tile::PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             backward_load<Tile>(shared, args);
-        } else if (threadIdx.x / WARP_SIZE == 1) {
-            backward_write<Tile>(shared, args);
+        } else if (const int writer = (int)threadIdx.x / WARP_SIZE - 1; writer >= 0 && writer < Tile::WRITERS) {
+            backward_write<Tile>(shared, args, writer);
         }
     } else {
         registers_increase<Tile::CONSUMER_REGISTERS>();
