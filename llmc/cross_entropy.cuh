@@ -321,8 +321,9 @@ inline void launch_cross_entropy_long_rows(float* losses, bf16* logits, const in
     CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
     CUDA_CHECK(cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
     CUDA_CHECK(cudaDeviceGetAttribute(&reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock, device));
-    const int static_bytes = 2 * WARP_SIZE * sizeof(float2);
-    const int most_bytes = sm_bytes - reserved_bytes - static_bytes;
+    cudaFuncAttributes attributes;  // static memory is rounded up to what other kernels of the program align theirs to
+    CUDA_CHECK(cudaFuncGetAttributes(&attributes, cross_entropy_long_rows_kernel));
+    const int static_bytes = (int)attributes.sharedSizeBytes, most_bytes = sm_bytes - reserved_bytes - static_bytes;
     // A row of which half a multiprocessor's shared memory holds all leaves room for other blocks.
     int threads = CROSS_ENTROPY_MAX_THREADS;
     if (row_packs * 16 <= sm_bytes / 2 - reserved_bytes - static_bytes) {

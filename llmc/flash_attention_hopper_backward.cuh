@@ -392,6 +392,9 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
                     });
             }
         }
+        if (args.dk_whole.data != nullptr) {
+            continue;  // the consumers store them
+        }
         write(
             [&](int w) {
                 tma_store(&args.dv, shared_address(shared.out[w]), block.first_key + 64 * w, block.kv_head, block.b);
