@@ -1,11 +1,13 @@
 // flash_attention.cuh: softmax attention, forward and backward: which kernels run where.
-//   flash_attention_hopper.cuh  sm_90a (compute capability 9.0 exactly), D = 64 and 128, and views that TMA can read
-//                               and write: strides positive and below 2^40 bytes (tma_can_map)
-//   flash_attention_mma.cuh     everything else: sm_80 and up, any D that is a multiple of 8 up to 256
+//   sm_90a (compute capability 9.0 exactly), D = 64 and 128, views that TMA can read and write (tma_can_map: strides
+//   positive and below 2^40 bytes): flash_attention_hopper_forward.cuh, flash_attention_hopper_backward.cuh;
+//   all else, sm_80 and up, any D that is a multiple of 8 up to 256: flash_attention_mma_forward.cuh,
+//   flash_attention_mma_backward.cuh.
 // Both take the same operands, keep the same conventions (lse natural, a row that sees no key: out 0, lse -infinity,
 // gradient 0) and may be mixed: the forward of one with the backward of the other.
 #pragma once
-#include "flash_attention_mma.cuh"
+#include "flash_attention_mma_backward.cuh"
+#include "flash_attention_mma_forward.cuh"
 #include "gpu_properties.cuh"
 #if defined(LLMC_HOPPER) && __has_include("flash_attention_hopper.cuh")
 #include "flash_attention_hopper.cuh"  // defines LLMC_HOPPER_FORWARD and LLMC_HOPPER_BACKWARD for the passes it has

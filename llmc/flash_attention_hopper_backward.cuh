@@ -37,7 +37,7 @@
 #include <cmath>
 #include <utility>
 
-#include "flash_attention_mma.cuh"
+#include "flash_attention_launch.cuh"
 #include "ptx_hopper.cuh"
 
 // ---- constants ---------------------------------------------------------------------------------

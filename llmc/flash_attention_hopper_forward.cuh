@@ -17,7 +17,7 @@
 #pragma once
 #include <climits>
 
-#include "flash_attention_mma.cuh"  // what both share: TileOrder, the causal offset, checks of shapes
+#include "flash_attention_launch.cuh"
 #include "ptx_hopper.cuh"
 
 // ---- what a block works through ----------------------------------------------------------------

@@ -302,7 +302,7 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      {flash_attention_backward_tile<MmaBackwardTile<64, 8, 1, 64>, MmaBackwardTile<128, 8, 1, 64>>, mma_scratch<false>,
       false, true, 32768}},
     {5,
-     "the best of these for each D (llmc/flash_attention_mma.cuh)",
+     "the best of these for each D (llmc/flash_attention_mma_backward.cuh)",
      {flash_attention_backward_mma<false>, mma_scratch<false>, false, false, 131072, false, true}},
     {6,
      "the same, deterministic: dq by a second kernel that owns query rows",

@@ -204,7 +204,9 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      {flash_attention_forward_tile<2, 32, 1>, true, 32768}},
     {4, "two stages of k and v, one barrier a tile", {flash_attention_forward_tile<2, 32, 2>, true, 32768}},
     {5, "48 keys", {flash_attention_forward_tile<2, 48, 2>, true, 32768}},
-    {6, "the best of these for each D (llmc/flash_attention_mma.cuh)", {flash_attention_mma_forward, false, 131072}},
+    {6,
+     "the best of these for each D (llmc/flash_attention_mma_forward.cuh)",
+     {flash_attention_mma_forward, false, 131072}},
 #ifdef LLMC_HOPPER
     {7, "wgmma and TMA, one thing after the other", {flash_attention_forward7, true, 131072}},
     {8,

@@ -1,76 +1,25 @@
-// flash_attention_mma.cuh: attention without a T x T matrix, for every GPU with bf16 tensor cores (sm_80 and up).
-//   forward   out = softmax(scale q k^T + mask) v,  lse = log of the softmax's denominator
-//   backward  P = exp(scale q k^T - lse),  dP = dout v^T,  dS = P (dP - delta),  delta = rowsum(dout out)
-//             dv = P^T dout,  dk = scale dS^T q,  dq = scale dS k
+// flash_attention_mma_backward.cuh: the gradients of attention without a T x T matrix, for every GPU with bf16 tensor
+// cores (sm_80 and up):
+//   P = exp(scale q k^T - lse),  dP = dout v^T,  dS = P (dP - delta),  delta = rowsum(dout out)
+//   dv = P^T dout,  dk = scale dS^T q,  dq = scale dS k
 // Shapes: q, out, dout, dq [B, Tq, H, D]; k, v, dk, dv [B, Tk, Hkv, D], each a HeadView (any strides, rows aligned to
 // 16 bytes); lse [B, H, Tq]. D is a multiple of 8 up to 256: 64 and 128 are the fast ones, others are padded with zeros
 // in shared memory to the next instantiation. Storage bf16, products on mma.sync m16n8k16 with float32 accumulation,
 // statistics float32.
 //
-// Forward: a block owns BLOCK_M query rows and walks over key tiles; a warp owns 16 or 32 of those rows, so scores,
-// their softmax and the output never leave its registers. Backward: a block owns a key tile and walks over the query
-// tiles of every query head of its group, so dk and dv are sums in one block, in a fixed order; the warp owns keys
-// (scores transposed), and P^T and dS^T go from accumulators to operands in registers. Only dS crosses warps, through
-// shared memory, for dq, which is summed over blocks: by float32 atomics in scratch (fast; the order, so the last bits,
-// vary), or, when deterministic, by a second kernel that owns query rows and computes scores and dP again (7 products
-// instead of 5, and no scratch of the size of dq in float32).
+// A block owns a key tile and walks over the query tiles of every query head of its group, so dk and dv are sums in one
+// block, in a fixed order; the warp owns keys (scores transposed), and P^T and dS^T go from accumulators to operands in
+// registers. Only dS crosses warps, through shared memory, for dq, which is summed over blocks: by float32 atomics in
+// scratch (fast; the order, so the last bits, vary), or, when deterministic, by a second kernel that owns query rows
+// and computes scores and dP again (7 products instead of 5, and no scratch of the size of dq in float32).
 //
 // Bound: tensor cores, of which mma.sync reaches about 62 % on Hopper; then shared memory, because every warp reads
-// every tile. 4 Tq Tk D H / 2 operations forward when causal, 2.5 times that backward. Reference:
-// reference/attention.h. Variants: dev/cuda/flash_attention_forward.cu, dev/cuda/flash_attention_backward.cu.
+// every tile. 10 Tq Tk D H operations, half of them when causal. Reference: reference/attention.h. Variants:
+// dev/cuda/flash_attention_backward.cu.
 #pragma once
-#include <algorithm>
-#include <cmath>
 #include <utility>
 
-#include "attention_shape.cuh"
-#include "ptx.cuh"
-
-// ---- constants ---------------------------------------------------------------------------------
-constexpr float LN_2 = 0.6931471805599453f;
-// The softmax's reference maximum of a row follows the true one only when it falls this far behind, in powers of two: P
-// then reaches 2^8 at most, which costs no precision, and almost no tile rescales the output.
-constexpr float RESCALE_THRESHOLD_LOG2 = 8.0f;
-// What one group of heads may keep in the L2 cache while the blocks of a launch walk over it. Half of an H100's, less
-// than an A100's.
-constexpr int64_t L2_GROUP_BYTES = 32 << 20;
-
-// ---- what a launch works through ---------------------------------------------------------------
-// A flat grid over (tile, head), B * heads heads in all. The heads are taken in groups that fit the L2 cache together;
-// within a group all heads' longest tiles come first, so that the short ones fill the gaps at the end.
-struct TileOrder {
-    int num_tiles;
-    int num_heads;
-    int heads_per_group;
-
-    struct Place {
-        int tile;  // 0: the first to start
-        int head;  // b * heads + h
-    };
-    __device__ Place place(int block) const {
-        const int first_head = block / (num_tiles * heads_per_group) * heads_per_group;
-        const int heads = min(heads_per_group, num_heads - first_head);
-        const int within = block - num_tiles * first_head;
-        return {within / heads, first_head + within % heads};
-    }
-};
-
-// Causality as one number: query t sees keys below min(Tk, t + 1 + key_offset). Full attention is an offset of Tk, and
-// no offset need be larger, or smaller than -Tq, so the sum cannot overflow.
-inline int64_t mma_key_offset(const AttentionShape& shape) {
-    return shape.causal ? std::clamp(shape.causal_offset, -shape.Tq, shape.Tk) : shape.Tk;
-}
-
-struct MmaForwardArguments {
-    HeadView<bf16> out;
-    float* lse;
-    HeadView<const bf16> q, k, v;
-    int64_t Tq, Tk, key_offset;
-    int H, heads_per_kv_head, D;
-    float scale_log2;         // scale * log2(e): 2^(scale_log2 q.k) is what the softmax adds up
-    float rescale_threshold;  // RESCALE_THRESHOLD_LOG2 in units of q.k
-    TileOrder order;
-};
+#include "flash_attention_mma_tiles.cuh"
 
 struct MmaBackwardArguments {
     HeadView<bf16> dq, dk, dv;
@@ -84,120 +33,7 @@ struct MmaBackwardArguments {
     TileOrder order;
 };
 
-// ---- tiles in shared memory --------------------------------------------------------------------
-// A [rows][COLUMNS] bf16 tile whose 16-byte chunks are permuted within a row so that a column of chunks of eight
-// consecutive rows covers all banks: ldmatrix, the copies in and the fragment stores have no conflicts.
-template <int COLUMNS>
-struct SwizzledTile {
-    static_assert(COLUMNS % 16 == 0, "ldmatrix takes 16 columns at a time");
-    static constexpr int NUM_CHUNKS = COLUMNS / 8;
-    static constexpr int ROW_BYTES = 2 * COLUMNS;
-    static constexpr int PERMUTED = COLUMNS % 64 == 0 ? 8 : COLUMNS % 32 == 0 ? 4 : 2;  // chunks, in aligned groups
-
-    __device__ static int key(int row) { return row / (8 / PERMUTED) % PERMUTED; }
-    // Byte offset of a chunk.
-    __device__ static uint32_t offset(int row, int chunk) { return row * ROW_BYTES + (chunk ^ key(row)) * 16; }
-};
-
-// The addresses one lane gives to ldmatrix for four 8 x 8 matrices of a tile: 16 rows and two chunks. `row` is a
-// multiple of 16, `chunk` of 2; when they are constants the address is one register and an immediate.
-template <int COLUMNS>
-struct FragmentReader {
-    using Tile = SwizzledTile<COLUMNS>;
-    uint32_t base;
-
-    // tile: aligned to 128 bytes, so that a chunk's number is permuted by flipping bits of the whole address.
-    __device__ __forceinline__ FragmentReader(uint32_t tile, int lane_row, int lane_chunk)
-        : base(tile + Tile::offset(lane_row, lane_chunk)) {}
-    // Matrices in the order (rows 0-7, chunk 0), (rows 8-15, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 1): A
-    // from rows; B from a tile whose rows are the contraction, transposed.
-    __device__ __forceinline__ static FragmentReader rows_first(uint32_t tile, int lane) {
-        return FragmentReader(tile, lane % 16, lane / 16);
-    }
-    // (rows 0-7, chunk 0), (rows 0-7, chunk 1), (rows 8-15, chunk 0), (rows 8-15, chunk 1): B from a tile whose columns
-    // are the contraction; A from a tile whose rows are, transposed.
-    __device__ __forceinline__ static FragmentReader chunks_first(uint32_t tile, int lane) {
-        return FragmentReader(tile, lane % 8 + lane / 16 * 8, lane / 8 % 2);
-    }
-    __device__ __forceinline__ uint32_t address(int row, int chunk) const {
-        return (base ^ chunk % Tile::PERMUTED * 16) + row * Tile::ROW_BYTES +
-               chunk / Tile::PERMUTED * Tile::PERMUTED * 16;
-    }
-};
-
-// Where this thread starts in a tile that begins with first_row: load_tile's threads stand side by side on a row.
-template <int COLUMNS>
-__device__ __forceinline__ const bf16* tile_position(const bf16* first_row, int64_t stride_t) {
-    constexpr int WIDTH = SwizzledTile<COLUMNS>::PERMUTED;
-    return first_row + threadIdx.x / WIDTH * stride_t + threadIdx.x % WIDTH * 8;
-}
-// Starts copying ROWS rows of D columns into a tile, by THREADS threads, each from its tile_position; rows from
-// num_rows on and columns from D on become zero. The pointer is stepped, not indexed: offsets of every copy would be
-// hoisted out of the caller's loop and take the accumulators' registers.
-template <int ROWS, int COLUMNS, int THREADS>
-__device__ __forceinline__ void load_tile(uint32_t tile, const bf16* position, int64_t stride_t, int64_t num_rows,
-                                          int D) {
-    using Tile = SwizzledTile<COLUMNS>;
-    constexpr int ROWS_PER_PASS = THREADS / Tile::PERMUTED;
-    static_assert(ROWS % ROWS_PER_PASS == 0 && ROWS_PER_PASS % 8 == 0, "whole passes, of whole swizzle patterns");
-    const int row = threadIdx.x / Tile::PERMUTED, chunk = threadIdx.x % Tile::PERMUTED;
-    const uint32_t shared = tile + Tile::offset(row, chunk);
-    const bool whole = num_rows >= ROWS && D == COLUMNS;
-    const int rows_left = (int)min(num_rows, (int64_t)ROWS) - row, columns_left = D - chunk * 8;
-#pragma unroll
-    for (int pass_row = 0; pass_row < ROWS; pass_row += ROWS_PER_PASS) {
-#pragma unroll
-        for (int group = 0; group < COLUMNS; group += Tile::PERMUTED * 8) {
-            cp_async_16(shared + pass_row * Tile::ROW_BYTES + group * 2, position + group,
-                        whole || (pass_row < rows_left && group < columns_left));
-        }
-        position += ROWS_PER_PASS * stride_t;
-    }
-}
-// The same from the first row's address.
-template <int ROWS, int COLUMNS, int THREADS>
-__device__ __forceinline__ void load_rows(uint32_t tile, const bf16* first_row, int64_t stride_t, int64_t num_rows,
-                                          int D) {
-    load_tile<ROWS, COLUMNS, THREADS>(tile, tile_position<COLUMNS>(first_row, stride_t), stride_t, num_rows, D);
-}
-
-// Rounds a warp's accumulators, times a factor for each row, into its rows of a tile; `tile` is the address of the
-// first.
-template <int COLUMNS, int M_TILES, int N_TILES>
-__device__ __forceinline__ void store_fragments(uint32_t tile, const float (&c)[M_TILES][N_TILES][4],
-                                                const float (&factor)[M_TILES][2], int first_chunk) {
-    const int lane = threadIdx.x % WARP_SIZE;
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m) {
-#pragma unroll
-        for (int n = 0; n < N_TILES; ++n) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                const int row = 16 * m + 8 * half + lane / 4;
-                const uint32_t address =
-                    tile + SwizzledTile<COLUMNS>::offset(row, first_chunk + n) + lane % 4 * sizeof(uint32_t);
-                store_shared_b32(
-                    address, pack_bf16x2(c[m][n][2 * half] * factor[m][half], c[m][n][2 * half + 1] * factor[m][half]));
-            }
-        }
-    }
-}
-// Copies ROWS rows of a tile, of one warp's, to memory: chunks [first_chunk, first_chunk + NUM_CHUNKS) of the first
-// num_rows rows and D columns.
-template <int COLUMNS, int ROWS, int NUM_CHUNKS>
-__device__ __forceinline__ void store_rows(bf16* first_row, int64_t stride_t, uint32_t tile, int64_t num_rows, int D,
-                                           int first_chunk) {
-    const int lane = threadIdx.x % WARP_SIZE;
-#pragma unroll
-    for (int index = lane; index < ROWS * NUM_CHUNKS; index += WARP_SIZE) {
-        const int row = index / NUM_CHUNKS, chunk = first_chunk + index % NUM_CHUNKS;
-        if (row < num_rows && chunk * 8 < D) {
-            *reinterpret_cast<int4*>(first_row + row * stride_t + chunk * 8) =
-                load_shared_b128(tile + SwizzledTile<COLUMNS>::offset(row, chunk));
-        }
-    }
-}
-
+// ---- tiles --------------------------------------------------------------------------------------
 // Stores a warp's accumulators, times a factor for each row, as they are: chunks [first_chunk, first_chunk + N_TILES)
 // of the first num_rows rows and D columns.
 template <int M_TILES, int N_TILES>
@@ -224,119 +60,6 @@ __device__ __forceinline__ void store_whole_fragments(float* first_row, int64_t 
     }
 }
 
-// ---- products ----------------------------------------------------------------------------------
-template <int M_TILES, int N_TILES>
-__device__ __forceinline__ void set_zero(float (&c)[M_TILES][N_TILES][4]) {
-#pragma unroll
-    for (int i = 0; i < M_TILES * N_TILES * 4; ++i) {
-        c[i / (4 * N_TILES)][i / 4 % N_TILES][i % 4] = 0.0f;
-    }
-}
-// c = rows of a times rows of b, contracted over their columns: M_TILES * 16 rows of a, N_TILES * 8 of b from b_row on.
-template <int COLUMNS, int M_TILES, int N_TILES>
-__device__ __forceinline__ void multiply_rows(float (&c)[M_TILES][N_TILES][4], const FragmentReader<COLUMNS>& a,
-                                              const FragmentReader<COLUMNS>& b, int b_row) {
-    set_zero(c);
-#pragma unroll
-    for (int k = 0; k < COLUMNS / 16; ++k) {
-        uint32_t a_fragment[M_TILES][4];
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m) {
-            ldmatrix_x4(a_fragment[m], a.address(16 * m, 2 * k));
-        }
-#pragma unroll
-        for (int n = 0; n < N_TILES; n += 2) {
-            uint32_t b_fragment[4];
-            ldmatrix_x4(b_fragment, b.address(b_row + 8 * n, 2 * k));
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m) {
-                mma_m16n8k16(c[m][n], a_fragment[m], b_fragment[0], b_fragment[1]);
-                mma_m16n8k16(c[m][n + 1], a_fragment[m], b_fragment[2], b_fragment[3]);
-            }
-        }
-    }
-}
-// Accumulators, rounded, as the A operand of the next product.
-template <int M_TILES, int N_TILES>
-__device__ __forceinline__ void pack_operand(uint32_t (&a)[M_TILES][N_TILES / 2][4],
-                                             const float (&c)[M_TILES][N_TILES][4]) {
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m) {
-#pragma unroll
-        for (int n = 0; n < N_TILES; ++n) {
-            a[m][n / 2][n % 2 * 2] = pack_bf16x2(c[m][n][0], c[m][n][1]);
-            a[m][n / 2][n % 2 * 2 + 1] = pack_bf16x2(c[m][n][2], c[m][n][3]);
-        }
-    }
-}
-// c (+=) a b: the contraction runs over rows [b_row, b_row + 16 K_TILES) of b; columns of c are the chunks of b from
-// b_chunk on.
-template <int COLUMNS, int M_TILES, int K_TILES, int N_TILES>
-__device__ __forceinline__ void multiply_add(float (&c)[M_TILES][N_TILES][4], const uint32_t (&a)[M_TILES][K_TILES][4],
-                                             const FragmentReader<COLUMNS>& b, int b_row, int b_chunk) {
-#pragma unroll
-    for (int k = 0; k < K_TILES; ++k) {
-#pragma unroll
-        for (int n = 0; n < N_TILES; n += 2) {
-            uint32_t b_fragment[4];
-            ldmatrix_x4_trans(b_fragment, b.address(b_row + 16 * k, b_chunk + n));
-#pragma unroll
-            for (int m = 0; m < M_TILES; ++m) {
-                mma_m16n8k16(c[m][n], a[m][k], b_fragment[0], b_fragment[1]);
-                mma_m16n8k16(c[m][n + 1], a[m][k], b_fragment[2], b_fragment[3]);
-            }
-        }
-    }
-}
-
-// What a block that owns query rows works on. Arguments: forward's or backward's.
-template <class Tile>
-struct QueryBlock {
-    int b, h, kv_head, head;  // head: b * H + h
-    int64_t first_row;
-    int64_t warp_row;    // the first of this warp's rows
-    int64_t first_seen;  // keys that the first row sees: every row does
-    int64_t last_seen;   // keys that the last row sees: no row sees more
-
-    template <class Arguments>
-    __device__ __forceinline__ QueryBlock(const Arguments& args, int block) {
-        const TileOrder::Place place = args.order.place(block);
-        head = place.head;
-        b = head / args.H;
-        h = head % args.H;
-        kv_head = h / args.heads_per_kv_head;
-        // The last rows see most keys: they start first.
-        first_row = (int64_t)(args.order.num_tiles - 1 - place.tile) * Tile::BLOCK_M;
-        warp_row = first_row + threadIdx.x / WARP_SIZE * (16 * Tile::M_TILES);
-        const int64_t end_row = min(args.Tq, first_row + Tile::BLOCK_M);
-        first_seen = max((int64_t)0, min(args.Tk, first_row + 1 + args.key_offset));
-        last_seen = max((int64_t)0, min(args.Tk, end_row + args.key_offset));
-    }
-};
-
-// Scores of query rows [row, row + 16 M_TILES) and keys from `key` on become -infinity where the query does not see the
-// key. All row and key numbers are those of the sequence.
-template <int M_TILES, int N_TILES>
-__device__ __forceinline__ void mask_scores(float (&scores)[M_TILES][N_TILES][4], int64_t row, int64_t key,
-                                            int64_t key_offset, int64_t Tk) {
-    const int lane = threadIdx.x % WARP_SIZE;
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            const int64_t end = min(Tk, row + 16 * m + 8 * half + lane / 4 + 1 + key_offset);
-            const int visible = (int)max((int64_t)0, min(end - key, (int64_t)(8 * N_TILES))) - lane % 4 * 2;
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float& score = scores[m][n][2 * half + i];
-                    score = 8 * n + i < visible ? score : -INFINITY;
-                }
-            }
-        }
-    }
-}
 // The same for transposed scores: 16 M_TILES keys from `key` on, query rows from `row` on.
 template <int M_TILES, int N_TILES>
 __device__ __forceinline__ void mask_scores_transposed(float (&scores)[M_TILES][N_TILES][4], int64_t key, int64_t row,
@@ -362,194 +85,7 @@ __device__ __forceinline__ void mask_scores_transposed(float (&scores)[M_TILES][
     }
 }
 
-// ---- forward -----------------------------------------------------------------------------------
-// D: padded head dim. M_TILES: 16-row tiles of queries a warp. STAGES: tiles of k and v in flight; with 1, k loads
-// while the softmax and the second product run, and v while the first does.
-template <int D_, int M_TILES_, int BLOCK_N_, int STAGES_>
-struct MmaForwardTile {
-    static constexpr int D = D_, M_TILES = M_TILES_, BLOCK_N = BLOCK_N_, STAGES = STAGES_;
-    static constexpr int WARPS = 4, THREADS = WARPS * WARP_SIZE;
-    static constexpr int BLOCK_M = WARPS * 16 * M_TILES;
-    static constexpr int MIN_BLOCKS = 2;  // resident on an SM: 255 registers a thread
-    struct Shared {
-        alignas(128) bf16 q[BLOCK_M * D];  // at the end the output's tile
-        alignas(128) bf16 k[STAGES][BLOCK_N * D];
-        alignas(128) bf16 v[STAGES][BLOCK_N * D];
-        int num_unmasked;  // key tiles that every row sees whole; here because registers are short
-    };
-};
-
-// Online softmax of one tile: scores become P = 2^(scale_log2 score - shift) with the shift of each row's reference
-// maximum, row_sum (+=) P, and out is rescaled when a reference moves.
-template <int M_TILES, int N_TILES, int OUT_TILES>
-__device__ __forceinline__ void online_softmax(float (&scores)[M_TILES][N_TILES][4],
-                                               float (&out)[M_TILES][OUT_TILES][4], float (&row_max)[M_TILES][2],
-                                               float (&row_sum)[M_TILES][2], float scale_log2,
-                                               float rescale_threshold) {
-    float tile_max[M_TILES][2];
-    bool moves = false;
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float maximum = -INFINITY;
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n) {
-                maximum = fmaxf(maximum, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
-            }
-            tile_max[m][half] = maximum;
-            moves |= maximum > row_max[m][half] + rescale_threshold;
-        }
-    }
-    if (__any_sync(FULL_WARP, moves)) {
-#pragma unroll
-        for (int m = 0; m < M_TILES; ++m) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                float maximum = fmaxf(row_max[m][half], tile_max[m][half]);
-                maximum = fmaxf(maximum, __shfl_xor_sync(FULL_WARP, maximum, 1));
-                maximum = fmaxf(maximum, __shfl_xor_sync(FULL_WARP, maximum, 2));
-                // Equal when both are -infinity: their difference must not be formed.
-                const float factor =
-                    maximum == row_max[m][half] ? 1.0f : exp2_approx((row_max[m][half] - maximum) * scale_log2);
-                row_max[m][half] = maximum;
-                row_sum[m][half] *= factor;
-#pragma unroll
-                for (int n = 0; n < OUT_TILES; ++n) {
-                    out[m][n][2 * half] *= factor;
-                    out[m][n][2 * half + 1] *= factor;
-                }
-            }
-        }
-    }
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            // A row that has seen no key yet has only scores of -infinity: any finite shift gives P = 0.
-            const float shift = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * scale_log2;
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float& score = scores[m][n][2 * half + i];
-                    score = exp2_approx(fmaf(score, scale_log2, -shift));
-                    row_sum[m][half] += score;
-                }
-            }
-        }
-    }
-}
-
-// Launch: one block a tile of BLOCK_M query rows of one head, in TileOrder. Bound: tensor cores.
-template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
-    flash_attention_mma_forward_kernel(const __grid_constant__ MmaForwardArguments args) {
-    constexpr int D = Tile::D, M_TILES = Tile::M_TILES, BLOCK_M = Tile::BLOCK_M, BLOCK_N = Tile::BLOCK_N;
-    constexpr int THREADS = Tile::THREADS, STAGES = Tile::STAGES, WARP_ROWS = 16 * M_TILES;
-    extern __shared__ __align__(128) unsigned char shared_memory[];
-    typename Tile::Shared& shared = *reinterpret_cast<typename Tile::Shared*>(shared_memory);
-    const int warp = threadIdx.x / WARP_SIZE, lane = threadIdx.x % WARP_SIZE;
-
-    const QueryBlock<Tile> block(args, blockIdx.x);
-    const int num_key_tiles = (int)((block.last_seen + BLOCK_N - 1) / BLOCK_N);
-    if (threadIdx.x == 0) {
-        shared.num_unmasked = (int)(block.first_seen / BLOCK_N);
-    }
-
-    const uint32_t q_tile = shared_address(shared.q);
-    const uint32_t q_warp_tile = q_tile + warp * WARP_ROWS * SwizzledTile<D>::ROW_BYTES;
-    const auto q_reader = FragmentReader<D>::rows_first(q_warp_tile, lane);
-    // Tiles of k and of v are loaded one after the other, from the last down.
-    const int64_t last_key = (int64_t)(num_key_tiles - 1) * BLOCK_N;
-    const bf16* k_position = tile_position<D>(args.k.row(block.b, last_key, block.kv_head), args.k.stride_t);
-    const bf16* v_position = tile_position<D>(args.v.row(block.b, last_key, block.kv_head), args.v.stride_t);
-    auto load_k = [&](int tile) {
-        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.k[tile % STAGES]), k_position, args.k.stride_t,
-                                       args.Tk - (int64_t)tile * BLOCK_N, args.D);
-        k_position -= BLOCK_N * args.k.stride_t;
-    };
-    auto load_v = [&](int tile) {
-        load_tile<BLOCK_N, D, THREADS>(shared_address(shared.v[tile % STAGES]), v_position, args.v.stride_t,
-                                       args.Tk - (int64_t)tile * BLOCK_N, args.D);
-        v_position -= BLOCK_N * args.v.stride_t;
-    };
-
-    float out[M_TILES][D / 8][4], row_max[M_TILES][2], row_sum[M_TILES][2];
-    set_zero(out);
-#pragma unroll
-    for (int i = 0; i < 2 * M_TILES; ++i) {
-        row_max[i / 2][i % 2] = -INFINITY;
-        row_sum[i / 2][i % 2] = 0.0f;
-    }
-    if (num_key_tiles > 0) {
-        load_rows<BLOCK_M, D, THREADS>(q_tile, args.q.row(block.b, block.first_row, block.h), args.q.stride_t,
-                                       args.Tq - block.first_row, args.D);
-        load_k(num_key_tiles - 1);
-        if (STAGES > 1) {
-            load_v(num_key_tiles - 1);
-        }
-        cp_async_commit();
-    }
-    // From the last key tile down: the masked ones come first, and near keys tend to hold the maximum.
-    for (int tile = num_key_tiles - 1; tile >= 0; --tile) {
-        const int stage = tile % STAGES;
-        cp_async_wait<0>();
-        __syncthreads();  // this tile has arrived, and every warp is done with the one before
-        if (STAGES == 1) {
-            load_v(tile);
-            cp_async_commit();
-        } else if (tile > 0) {
-            load_k(tile - 1);
-            load_v(tile - 1);
-            cp_async_commit();
-        }
-        float scores[M_TILES][BLOCK_N / 8][4];
-        multiply_rows(scores, q_reader, FragmentReader<D>::chunks_first(shared_address(shared.k[stage]), lane), 0);
-        if (STAGES == 1) {
-            cp_async_wait<0>();
-            __syncthreads();  // v has arrived, and every warp is done with k
-            if (tile > 0) {
-                load_k(tile - 1);
-                cp_async_commit();
-            }
-        }
-        if (tile >= shared.num_unmasked) {
-            mask_scores(scores, QueryBlock<Tile>(args, opaque(blockIdx.x)).warp_row, (int64_t)tile * BLOCK_N,
-                        args.key_offset, args.Tk);
-        }
-        online_softmax(scores, out, row_max, row_sum, args.scale_log2, args.rescale_threshold);
-        uint32_t p[M_TILES][BLOCK_N / 16][4];
-        pack_operand(p, scores);
-        multiply_add(out, p, FragmentReader<D>::rows_first(shared_address(shared.v[stage]), lane), 0, 0);
-    }
-
-    // The output goes through this warp's own rows of the q tile to be stored 16 bytes at a time.
-    const QueryBlock<Tile> again(args, opaque(blockIdx.x));  // not kept through the loop: registers are short
-    float factor[M_TILES][2];
-#pragma unroll
-    for (int m = 0; m < M_TILES; ++m) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-            float sum = row_sum[m][half];
-            sum += __shfl_xor_sync(FULL_WARP, sum, 1);
-            sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-            factor[m][half] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: a row that sees no key
-            const int64_t row = again.warp_row + 16 * m + 8 * half + lane / 4;
-            if (lane % 4 == 0 && row < args.Tq) {
-                args.lse[(int64_t)again.head * args.Tq + row] =
-                    sum == 0.0f ? -INFINITY : (row_max[m][half] * args.scale_log2 + log2f(sum)) * LN_2;
-            }
-        }
-    }
-    __syncwarp();
-    store_fragments<D>(q_warp_tile, out, factor, 0);
-    __syncwarp();
-    store_rows<D, WARP_ROWS, D / 8>(args.out.row(again.b, again.warp_row, again.h), args.out.stride_t, q_warp_tile,
-                                    args.Tq - again.warp_row, args.D, 0);
-}
-
-// ---- backward: before and after ----------------------------------------------------------------
+// ---- before and after ---------------------------------------------------------------------------
 // One m16n8 fragment of dq is 128 floats in the accumulator, in the order in which a warp adds them: coalesced, four
 // floats a lane at once where the GPU can add four. Fragments are [B * H][Tq / 16, rounded up][padded D / 8].
 __host__ __device__ inline int64_t dq_fragment(int64_t head, int64_t row, int64_t Tq, int chunk, int num_chunks) {
@@ -640,7 +176,7 @@ __device__ __forceinline__ void load_row_statistics(float2* shared, const float2
     }
 }
 
-// ---- backward: dk, dv, and dq by atomics -------------------------------------------------------
+// ---- dk, dv, and dq by atomics ------------------------------------------------------------------
 // D: padded head dim. KEY_TILES: 16-row tiles of keys a warp. Above D = 128 the accumulators of all columns do not fit
 // the registers: two blocks share a key tile, each computes the scores and half of the columns of dk, dv and dq.
 template <int D_, int WARPS_, int KEY_TILES_, int BLOCK_M_>
@@ -825,7 +361,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     }
 }
 
-// ---- backward: dq in a fixed order -------------------------------------------------------------
+// ---- dq in a fixed order ------------------------------------------------------------------------
 // D: padded head dim. M_TILES: 16-row tiles of queries a warp.
 template <int D_, int M_TILES_, int BLOCK_N_>
 struct MmaBackwardQueryTile {
@@ -934,55 +470,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
                                     q_tile + warp_offset, args.Tq - again.warp_row, args.D, 0);
 }
 
-// ---- launchers ---------------------------------------------------------------------------------
-// What every attention kernel here assumes of its operands.
-inline void mma_check_shape(const AttentionShape& s) {
-    CHECK(s.D >= 8 && s.D <= 256 && s.D % 8 == 0, "attention: head dim D = %d must be a multiple of 8 from 8 to 256",
-          s.D);
-    CHECK(s.B >= 1 && s.Tq >= 1 && s.Tk >= 1, "attention: B = %d, Tq = %lld, Tk = %lld must be positive", s.B,
-          (long long)s.Tq, (long long)s.Tk);
-    CHECK(s.Hkv >= 1 && s.H >= s.Hkv && s.H % s.Hkv == 0,
-          "attention: H = %d query heads must be a multiple of Hkv = %d key/value heads", s.H, s.Hkv);
-    CHECK(std::isfinite(s.scale) && s.scale > 0.0f, "attention: scale %g must be positive and finite", s.scale);
-}
-template <class Element>
-inline void mma_check_view(const char* name, const HeadView<Element>& view) {
-    CHECK(reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride_b % 8 == 0 && view.stride_t % 8 == 0 &&
-              view.stride_h % 8 == 0,
-          "attention: rows of %s must be aligned to 16 bytes (strides %lld, %lld, %lld elements)", name,
-          (long long)view.stride_b, (long long)view.stride_t, (long long)view.stride_h);
-}
-inline void mma_check_key_gradients(const KeyGradientView& dk, const KeyGradientView& dv) {
-    CHECK((dk.whole.data == nullptr) == (dv.whole.data == nullptr), "attention: dk and dv must be of one kind");
-    mma_check_view("dk", dk.rounded);
-    mma_check_view("dv", dv.rounded);
-    mma_check_view("dk", dk.whole);
-    mma_check_view("dv", dv.whole);
-}
-
-// num_tiles a head, of `heads` heads a sequence; the operands that blocks of one head share are head_bytes.
-inline TileOrder mma_tile_order(int64_t num_tiles, int B, int heads, int heads_sharing, int64_t head_bytes) {
-    const int64_t num_heads = (int64_t)B * heads;
-    CHECK(num_tiles * num_heads <= INT32_MAX / 2, "attention: %lld tiles of %lld heads are more than a grid holds",
-          (long long)num_tiles, (long long)num_heads);
-    const int64_t heads_per_group = std::max<int64_t>(1, L2_GROUP_BYTES / head_bytes) * heads_sharing;
-    return {(int)num_tiles, (int)num_heads, (int)std::min(heads_per_group, num_heads)};
-}
-
-template <class Tile, class Arguments>
-inline void mma_launch(void (*kernel)(Arguments), const Arguments& args, int blocks_per_tile, cudaStream_t stream) {
-    const int num_bytes = (int)sizeof(typename Tile::Shared);
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
-    kernel<<<args.order.num_tiles * args.order.num_heads * blocks_per_tile, Tile::THREADS, num_bytes, stream>>>(args);
-    CUDA_CHECK_LAUNCH();
-}
-
-template <class Tile>
-inline void mma_launch_forward(MmaForwardArguments args, const AttentionShape& shape, cudaStream_t stream) {
-    args.order = mma_tile_order(ceil_div<int64_t>(shape.Tq, Tile::BLOCK_M), shape.B, shape.H, args.heads_per_kv_head,
-                                shape.Tk * shape.D * 2 * (int64_t)sizeof(bf16));
-    mma_launch<Tile>(flash_attention_mma_forward_kernel<Tile>, args, 1, stream);
-}
+// ---- launchers ----------------------------------------------------------------------------------
 template <class Tile>
 inline void mma_launch_backward(MmaBackwardArguments args, const AttentionShape& shape, cudaStream_t stream) {
     const int64_t row_bytes = shape.D * (2 * sizeof(bf16) + (args.dq_accumulator != nullptr ? sizeof(float) : 0));
@@ -997,39 +485,6 @@ inline void mma_launch_backward_query(MmaBackwardArguments args, const Attention
     args.order = mma_tile_order(ceil_div<int64_t>(shape.Tq, Tile::BLOCK_M), shape.B, shape.H, args.heads_per_kv_head,
                                 shape.Tk * shape.D * 2 * (int64_t)sizeof(bf16));
     mma_launch<Tile>(flash_attention_mma_backward_query_kernel<Tile>, args, 1, stream);
-}
-
-inline MmaForwardArguments mma_forward_arguments(HeadView<bf16> out, float* lse, HeadView<const bf16> q,
-                                                 HeadView<const bf16> k, HeadView<const bf16> v,
-                                                 const AttentionShape& shape) {
-    mma_check_shape(shape);
-    mma_check_view("out", out);
-    mma_check_view("q", q);
-    mma_check_view("k", k);
-    mma_check_view("v", v);
-    MmaForwardArguments args{};
-    args.out = out, args.lse = lse, args.q = q, args.k = k, args.v = v;
-    args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = mma_key_offset(shape);
-    args.H = shape.H, args.heads_per_kv_head = shape.H / shape.Hkv, args.D = shape.D;
-    args.scale_log2 = shape.scale * LOG2_E;
-    args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
-    return args;
-}
-
-// out (=), lse (=) [B, H, Tq], natural, of the scaled scores. A query that sees no key gets out 0 and lse -infinity.
-// Repeats bit for bit.
-inline void flash_attention_mma_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
-                                        HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
-    NVTX_RANGE();
-    const MmaForwardArguments args = mma_forward_arguments(out, lse, q, k, v, shape);
-    // clang-format off
-    if      (shape.D <= 32)  { mma_launch_forward<MmaForwardTile<32, 2, 64, 2>>(args, shape, stream); }
-    else if (shape.D <= 64)  { mma_launch_forward<MmaForwardTile<64, 2, 64, 2>>(args, shape, stream); }
-    else if (shape.D <= 96)  { mma_launch_forward<MmaForwardTile<96, 2, 64, 1>>(args, shape, stream); }
-    else if (shape.D <= 128) { mma_launch_forward<MmaForwardTile<128, 2, 48, 2>>(args, shape, stream); }
-    else if (shape.D <= 192) { mma_launch_forward<MmaForwardTile<192, 1, 64, 1>>(args, shape, stream); }
-    else                     { mma_launch_forward<MmaForwardTile<256, 1, 64, 1>>(args, shape, stream); }
-    // clang-format on
 }
 
 // The padded head dim of the backward.

@@ -1,0 +1,77 @@
+// flash_attention_launch.cuh: what the launches of all attention kernels have in common, those for mma.sync and those
+// for Hopper: the order of tiles, causality as one number, checks of the operands, constants of the softmax.
+#pragma once
+#include <algorithm>
+#include <cmath>
+
+#include "attention_shape.cuh"
+
+// ---- constants ---------------------------------------------------------------------------------
+constexpr float LN_2 = 0.6931471805599453f;
+// The softmax's reference maximum of a row follows the true one only when it falls this far behind, in powers of two: P
+// then reaches 2^8 at most, which costs no precision, and almost no tile rescales the output.
+constexpr float RESCALE_THRESHOLD_LOG2 = 8.0f;
+// What one group of heads may keep in the L2 cache while the blocks of a launch walk over it. Half of an H100's, less
+// than an A100's.
+constexpr int64_t L2_GROUP_BYTES = 32 << 20;
+
+// ---- what a launch works through ----------------------------------------------------------------
+// A flat grid over (tile, head), B * heads heads in all. The heads are taken in groups that fit the L2 cache together;
+// within a group all heads' longest tiles come first, so that the short ones fill the gaps at the end.
+struct TileOrder {
+    int num_tiles;
+    int num_heads;
+    int heads_per_group;
+
+    struct Place {
+        int tile;  // 0: the first to start
+        int head;  // b * heads + h
+    };
+    __device__ Place place(int block) const {
+        const int first_head = block / (num_tiles * heads_per_group) * heads_per_group;
+        const int heads = min(heads_per_group, num_heads - first_head);
+        const int within = block - num_tiles * first_head;
+        return {within / heads, first_head + within % heads};
+    }
+};
+
+// Causality as one number: query t sees keys below min(Tk, t + 1 + key_offset). Full attention is an offset of Tk, and
+// no offset need be larger, or smaller than -Tq, so the sum cannot overflow.
+inline int64_t mma_key_offset(const AttentionShape& shape) {
+    return shape.causal ? std::clamp(shape.causal_offset, -shape.Tq, shape.Tk) : shape.Tk;
+}
+
+// ---- checks -------------------------------------------------------------------------------------
+// What every attention kernel here assumes of its operands.
+inline void mma_check_shape(const AttentionShape& s) {
+    CHECK(s.D >= 8 && s.D <= 256 && s.D % 8 == 0, "attention: head dim D = %d must be a multiple of 8 from 8 to 256",
+          s.D);
+    CHECK(s.B >= 1 && s.Tq >= 1 && s.Tk >= 1, "attention: B = %d, Tq = %lld, Tk = %lld must be positive", s.B,
+          (long long)s.Tq, (long long)s.Tk);
+    CHECK(s.Hkv >= 1 && s.H >= s.Hkv && s.H % s.Hkv == 0,
+          "attention: H = %d query heads must be a multiple of Hkv = %d key/value heads", s.H, s.Hkv);
+    CHECK(std::isfinite(s.scale) && s.scale > 0.0f, "attention: scale %g must be positive and finite", s.scale);
+}
+template <class Element>
+inline void mma_check_view(const char* name, const HeadView<Element>& view) {
+    CHECK(reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride_b % 8 == 0 && view.stride_t % 8 == 0 &&
+              view.stride_h % 8 == 0,
+          "attention: rows of %s must be aligned to 16 bytes (strides %lld, %lld, %lld elements)", name,
+          (long long)view.stride_b, (long long)view.stride_t, (long long)view.stride_h);
+}
+inline void mma_check_key_gradients(const KeyGradientView& dk, const KeyGradientView& dv) {
+    CHECK((dk.whole.data == nullptr) == (dv.whole.data == nullptr), "attention: dk and dv must be of one kind");
+    mma_check_view("dk", dk.rounded);
+    mma_check_view("dv", dv.rounded);
+    mma_check_view("dk", dk.whole);
+    mma_check_view("dv", dv.whole);
+}
+
+// num_tiles a head, of `heads` heads a sequence; the operands that blocks of one head share are head_bytes.
+inline TileOrder mma_tile_order(int64_t num_tiles, int B, int heads, int heads_sharing, int64_t head_bytes) {
+    const int64_t num_heads = (int64_t)B * heads;
+    CHECK(num_tiles * num_heads <= INT32_MAX / 2, "attention: %lld tiles of %lld heads are more than a grid holds",
+          (long long)num_tiles, (long long)num_heads);
+    const int64_t heads_per_group = std::max<int64_t>(1, L2_GROUP_BYTES / head_bytes) * heads_sharing;
+    return {(int)num_tiles, (int)num_heads, (int)std::min(heads_per_group, num_heads)};
+}
