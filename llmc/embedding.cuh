@@ -15,7 +15,7 @@
 constexpr int EMBEDDING_THREADS = 256;
 constexpr int EMBEDDING_PACKS = 4;  // 16-byte packs a thread moves, all loads in flight before the first store
 constexpr int EMBEDDING_BACKWARD_THREADS = 128;      // of a block, at most: 8 columns each
-constexpr int EMBEDDING_BACKWARD_BLOCKS_PER_SM = 4;  // one wave of them; four waves lose 9 % at 98304 x 1024 (H100)
+constexpr int EMBEDDING_BACKWARD_BLOCKS_PER_SM = 4;  // one wave of them: more chunks are slower (H100)
 constexpr int EMBEDDING_BACKWARD_ROWS = 8;           // rows of dout loaded before the first is added
 constexpr int EMBEDDING_MIN_CHUNK = WARP_SIZE;       // sorted positions of a chunk
 constexpr int EMBEDDING_JOIN_WARPS = 16;             // chunks that a block of the second stage looks at
