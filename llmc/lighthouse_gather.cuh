@@ -20,10 +20,9 @@ struct LighthouseGatherArguments {
 };
 
 // ---- forward -----------------------------------------------------------------------------------
-// Launch: one group of ROW_LANES lanes a piece of max(c, CHUNK) tokens of a head; 1-D grid. Memory bound. CHUNK: tokens
-// whose rows are in flight; MIN_BLOCKS: on a multiprocessor.
-template <int ROW_LANES, int MAX_LEVELS, int CHUNK, int MIN_BLOCKS>
-__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, MIN_BLOCKS)
+// Launch: one group of ROW_LANES lanes a piece of max(c, LIGHTHOUSE_CHUNK) tokens of a head; 1-D grid. Memory bound.
+template <int ROW_LANES, int MAX_LEVELS>
+__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, tokens_to_entries_blocks(MAX_LEVELS - 1))
     lighthouse_gather_kernel(const __grid_constant__ LighthouseGatherArguments a) {
     const LighthouseShape& shape = a.shape;
     const LighthouseLevels& g = a.levels;
@@ -60,34 +59,24 @@ __global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, MIN_BLOCKS)
         rows_wanted = __ballot_sync(FULL_WARP, token < g.T && children[token >> child_bits] >= 0) >>
                       (threadIdx.x % WARP_SIZE - group.lane);
     }
-    add_tokens_to_entries<ROW_LANES, MAX_LEVELS - 1, EntryOf::window, CHUNK>(
+    add_tokens_to_entries<ROW_LANES, MAX_LEVELS - 1, EntryOf::window>(
         g, group, coarsest, a.grid.piece_tokens, positions, in.row(group.b, 0, 0) + group.lane * 8, in.stride_t,
         out_rows, out.stride_t, [=](int) { return rows_wanted; });
-}
-
-// BLOCKS: on a multiprocessor, of the code for up to three levels and for four.
-template <int CHUNK, int BLOCKS_3, int BLOCKS_4>
-inline void launch_lighthouse_gather(const QkvHeads<bf16>& out, const QkvHeads<const bf16>& qkv, const bf16* pooled,
-                                     const int32_t* positions, const LighthouseShape& shape, cudaStream_t stream) {
-    const LighthouseGeometry& g = shape.geometry;
-    launch_row_groups(g.T, lighthouse_piece_tokens(g, CHUNK), shape.num_heads(), shape,
-                      [&](auto row_lanes, auto max_levels, const RowGrid& grid, unsigned blocks) {
-                          constexpr int MAX_LEVELS = decltype(max_levels)::value;
-                          constexpr int MIN_BLOCKS = MAX_LEVELS <= 3 ? BLOCKS_3 : MAX_LEVELS == 4 ? BLOCKS_4 : 2;
-                          const LighthouseGatherArguments a = {out, qkv, pooled, positions, shape, LighthouseLevels(g),
-                                                               grid};
-                          lighthouse_gather_kernel<decltype(row_lanes)::value, MAX_LEVELS, CHUNK, MIN_BLOCKS>
-                              <<<blocks, LIGHTHOUSE_ROW_THREADS, 0, stream>>>(a);
-                      });
-    CUDA_CHECK_LAUNCH();
 }
 
 // out (=) the rows of the sub-sequence, bf16 of float32 means, for every entry that has a position.
 inline void lighthouse_gather(const QkvHeads<bf16>& out, const QkvHeads<const bf16>& qkv, const bf16* pooled,
                               const int32_t* positions, const LighthouseShape& shape, cudaStream_t stream) {
     NVTX_RANGE();
-    launch_lighthouse_gather<LIGHTHOUSE_CHUNK, tokens_to_entries_blocks(2), tokens_to_entries_blocks(3)>(
-        out, qkv, pooled, positions, shape, stream);
+    const LighthouseGeometry& g = shape.geometry;
+    launch_row_groups(g.T, lighthouse_piece_tokens(g), shape.num_heads(), shape,
+                      [&](auto row_lanes, auto max_levels, const RowGrid& grid, unsigned blocks) {
+                          const LighthouseGatherArguments a = {out, qkv, pooled, positions, shape, LighthouseLevels(g),
+                                                               grid};
+                          lighthouse_gather_kernel<decltype(row_lanes)::value, decltype(max_levels)::value>
+                              <<<blocks, LIGHTHOUSE_ROW_THREADS, 0, stream>>>(a);
+                      });
+    CUDA_CHECK_LAUNCH();
 }
 
 // ---- backward ----------------------------------------------------------------------------------

@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, tokens_to_entries_bloc
     const auto wanted = [&](int first) {
         return (first == 0 ? ~1u : ~0u) & ((1u << min(max(g.T - first, 0), 31)) - 1);
     };
-    add_tokens_to_entries<ROW_LANES, MAX_LEVELS, EntryOf::shifted_window, LIGHTHOUSE_CHUNK>(
+    add_tokens_to_entries<ROW_LANES, MAX_LEVELS, EntryOf::shifted_window>(
         g, group, g.levels, a.grid.piece_tokens, positions, in, a.in.stride_t, out, a.out.stride_t, wanted);
 }
 

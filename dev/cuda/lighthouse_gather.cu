@@ -73,16 +73,8 @@ static void backward1(const QkvHeads<bf16>& dqkv, const QkvHeads<const bf16>& do
     CUDA_CHECK_LAUNCH();
 }
 
-// ---- 3, 4: the shipped forward with other numbers of rows in flight and blocks on a multiprocessor ---------------
-// At L = 3, H = 8, 3 blocks of 80 registers took 0.133 ms, 4 of 64 before the code for four levels 0.117 ms. Predicted:
-// 8 rows and 4 blocks (2) 0.117 ms; 4 rows and 5 blocks (4), with 82 KB of rows in flight for 131, 0.122 ms.
-template <int CHUNK, int BLOCKS_3, int BLOCKS_4>
-constexpr Launcher OCCUPANCY = {launch_lighthouse_gather<CHUNK, BLOCKS_3, BLOCKS_4>, lighthouse_gather_backward};
-
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one thread an element, every entry from its tokens", {forward1, backward1}},
-    {3, "variant 2 with 3 blocks, 2 at L = 4", OCCUPANCY<8, 3, 2>},
-    {4, "variant 2 with 4 rows in flight, 5 blocks, 4 at L = 4", OCCUPANCY<4, 5, 4>},
     {2,
      "coarsest rows from the pool pass, tokens read once, shared entries once, one head a block, "
      "8 rows in flight, 4 blocks, 3 at L = 4 (llmc/lighthouse_gather.cuh)",
