@@ -17,7 +17,7 @@ programs_dir=${BUILD:-build}/dev
 test_gpt=${BIN:-./}test_gpt
 
 source_hash() {
-    find llmc dev/cuda dev/test/bf16_model.h train_gpt.cu test_gpt.cu -type f \
+    find llmc dev/cuda dev/test train_gpt.cu test_gpt.cu -type f \
         \( -name '*.cuh' -o -name '*.cu' -o -name 'lighthouse_geometry.h' -o -name 'bf16_model.h' \) |
         LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1
 }
