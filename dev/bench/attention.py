@@ -7,6 +7,7 @@ a table (ms, TFLOP/s, ratio to the faster peer) and saves attention.json and att
     make build/dev/attention_timing && python3 dev/bench/attention.py        every shape up to 131072
     python3 dev/bench/attention.py --shapes d128,gqa32 --longest 524288      some shapes, further
     python3 dev/bench/attention.py --list                                    what there is
+    python3 dev/bench/attention.py --from_json a.json,b.json                 plot of earlier runs; needs no GPU
 
 FLOP: 4 T^2 D H / 2 forward, 2.5 times that backward, per sequence.
 """
@@ -173,6 +174,7 @@ def main():
     parser.add_argument("--only", default="this,cudnn,fa2", help="programs, with commas between them")
     parser.add_argument("--timing", default="build/dev/attention_timing", help="this project's timing program")
     parser.add_argument("--out", default=".", help="folder for attention.json and attention.png")
+    parser.add_argument("--from_json", help="attention.json of earlier runs, commas between them: only the plot of them")
     options = parser.parse_args()
     if options.list:
         for name, (B, H, Hkv, D, lengths) in SHAPES.items():
@@ -184,6 +186,14 @@ def main():
         if unknown:
             parser.error(f"{flag}: no such {', '.join(unknown)}; there are {', '.join(known)}")
     os.makedirs(options.out, exist_ok=True)
+    if options.from_json:
+        results = {}
+        for path in options.from_json.split(","):
+            with open(path) as file:
+                for name, rows in json.load(file).items():
+                    results.setdefault(name, []).extend(rows)
+        plot(results, os.path.join(options.out, "attention.png"))
+        return 0
 
     programs = {}
     selected = options.only.split(",")
