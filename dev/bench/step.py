@@ -119,7 +119,7 @@ def run_trainer(launch, model, T, B, V, extra, steps, limit, data_parallel=1):
         return {"error": f"{note}, before a step could be timed"}
     ms = statistics.median(line["elapsed_ms"] for line in timed)
     return {"tokens_per_second": 1e3 * tokens / ms, "ms": ms, "peak_gib": max(line["memory_gib"] for line in timed),
-            "mfu": timed[-1].get("mfu"), "last_loss": timed[-1]["loss"], "steps": len(timed), "note": note,
+            "mfu": statistics.median(line.get("mfu") or 0.0 for line in timed), "last_loss": timed[-1]["loss"], "steps": len(timed), "note": note,
             "output": stdout}
 
 
