@@ -23,6 +23,7 @@
 #include "ranks.h"            // processes that train together
 #include "sampler.h"          // next token from logits
 #include "schedule.h"         // learning rate
+#include "settings.h"         // as text, for the terminal and settings.toml
 #include "signals.h"          // stopping from outside
 #include "tokenizer.h"        // text to tokens and back
 #include "tokens.h"           // files to sequences of tokens
