@@ -8,12 +8,12 @@
 #include <string>
 #include <vector>
 
-#include "checkpoint.h"  // the checkpoint to go on from
-#include "config.h"      // every setting
-#include "flags.h"       // settings from the command line
-#include "hf_config.h"   // the model's shape in a checkpoint
-#include "ranks.h"       // processes that train together
-#include "tokens.h"      // whether the data can be read
+#include "checkpoint_folder.h"  // the checkpoint to go on from
+#include "config.h"             // every setting
+#include "flags.h"              // settings from the command line
+#include "hf_config.h"          // the model's shape in a checkpoint
+#include "ranks.h"              // processes that train together
+#include "tokens.h"             // whether the data can be read
 
 // Whether a folder holds what a run writes: starting another run there would mix the two.
 inline bool holds_a_run(const std::string& output_dir) {

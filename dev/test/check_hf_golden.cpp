@@ -11,7 +11,7 @@
 #include <string>
 #include <vector>
 
-#include "llmc/checkpoint.h"
+#include "llmc/checkpoint_load.h"
 #include "llmc/reference/model.h"
 
 namespace {

@@ -7,7 +7,7 @@
 #include <exception>
 #include <fstream>
 
-#include "llmc/checkpoint.h"
+#include "llmc/checkpoint_load.h"
 #include "llmc/hf_config.h"
 #include "llmc/reference/model.h"
 #include "llmc/safetensors.h"

@@ -1,0 +1,87 @@
+// checkpoint_contents.h: what writing and reading a checkpoint have in common: names and shapes of the tensors in its
+// files, and state.json.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "config.h"           // settings of the run
+#include "settings.h"         // the settings by name
+#include "json.h"             // state.json
+#include "parameters.h"       // tensors, their parts in Hugging Face's names
+#include "trainable_model.h"  // kinds of state, pieces of a tensor
+
+// What a run needs beside the model's tensors to go on where it stopped. Random numbers depend on seeds and positions
+// alone, so these are the state of all generators too.
+struct TrainingState {
+    int64_t step = 0;              // steps done, skipped ones included
+    int64_t adam_step = 0;         // updates applied: AdamW's bias correction
+    int64_t data_position = 0;     // sequences consumed
+    int64_t skipped = 0;           // steps with a non-finite loss or gradient norm
+    int64_t skipped_in_a_row = 0;  // of those, the last ones without an applied update between
+};
+
+namespace checkpoint {
+
+// ---- names and shapes of tensors ---------------------------------------------------------------
+
+inline std::vector<uint64_t> slice_shape(const ParameterTensor& tensor, const HuggingFaceSlice& slice) {
+    return tensor.is_vector ? std::vector<uint64_t>{(uint64_t)tensor.cols}
+                            : std::vector<uint64_t>{(uint64_t)slice.num_rows, (uint64_t)tensor.cols};
+}
+inline std::vector<uint64_t> state_shape(const ParameterTensor& tensor) {
+    return {(uint64_t)tensor.rows, (uint64_t)tensor.cols};
+}
+inline std::string state_name(const ParameterTensor& tensor, StateKind kind) {
+    return tensor.name + "." + state_kind_name(kind);
+}
+
+// "layer0.qkv.exp_avg" or, of a part of the tensor, "layer0.qkv.exp_avg[4096:8192]".
+inline std::string piece_name(const ParameterTensor& tensor, StateKind kind, const StatePiece& piece) {
+    const std::string name = state_name(tensor, kind);
+    return piece.num_elements == tensor.num_elements()
+               ? name
+               : format_string("%s[%lld:%lld]", name.c_str(), (long long)piece.begin,
+                               (long long)(piece.begin + piece.num_elements));
+}
+
+// ---- state.json --------------------------------------------------------------------------------
+
+inline std::string state_text(const TrainingState& state, const RunConfig& config) {
+    RunConfig copy = config;
+    Json settings = Json::object();
+    for (const Setting& s : list_settings(copy)) {
+        const std::string value = s.get();
+        const Json parsed = Json::parse(value, nullptr, false);  // numbers, truths and quoted texts are JSON
+        settings[s.name] = parsed.is_discarded() ? Json(value) : parsed;
+    }
+    const Json json = {{"format", "llmc training state"},
+                       {"version", 1},
+                       {"step", state.step},
+                       {"adam_step", state.adam_step},
+                       {"data_position", state.data_position},
+                       {"skipped", state.skipped},
+                       {"skipped_in_a_row", state.skipped_in_a_row},
+                       {"seed", config.seed},
+                       {"shuffle_seed", config.shuffle_seed},
+                       {"settings", settings}};
+    return json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
+}
+
+// Throws Error, naming `path`, for text that is not a training state.
+inline TrainingState parse_state(std::string_view text, const std::string& path) {
+    const JsonValue json = parse_json(text, path);
+    const JsonObject object(json, path);
+    CHECK(object.text("format") == "llmc training state" && object.integer("version", 0, INT64_MAX) == 1,
+          "%s: is not a training state of version 1", path.c_str());
+    TrainingState state;
+    state.step = object.integer("step", 0, INT64_MAX);
+    state.adam_step = object.integer("adam_step", 0, state.step);
+    state.data_position = object.integer("data_position", 0, INT64_MAX);
+    state.skipped = object.integer("skipped", 0, state.step);
+    state.skipped_in_a_row = object.integer("skipped_in_a_row", 0, state.skipped);
+    return state;
+}
+
+}  // namespace checkpoint

@@ -1,0 +1,225 @@
+// checkpoint_folder.h: the checkpoint folders of a run: their names, the manifest with a hash of every file, which of
+// them are whole, which is the newest, and which go beyond --keep_checkpoints. Their files: checkpoint.h.
+#pragma once
+#include <cerrno>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <system_error>
+#include <utility>
+#include <vector>
+
+#include "check.h"         // errors
+#include "durable_file.h"  // lengths and hashes of files
+#include "json.h"          // manifest.json
+
+namespace checkpoint {
+
+namespace fs = std::filesystem;
+
+constexpr const char* MANIFEST = "manifest.json";
+constexpr const char* STATE = "state.json";
+constexpr const char* WEIGHTS = "model.safetensors";
+constexpr const char* WEIGHTS_INDEX = "model.safetensors.index.json";
+constexpr const char* PARTIAL = ".partial-";
+
+// ---- the manifest ------------------------------------------------------------------------------
+
+using Manifest = std::map<std::string, FileDigest>;  // by file name
+
+// Whether a name out of a file names a file in its own folder.
+inline bool is_plain_name(const std::string& name) {
+    return !name.empty() && name != "." && name != ".." && name.find('/') == std::string::npos &&
+           name.find('\0') == std::string::npos;
+}
+
+// Without a line end: whatever is cut off, it is no JSON any more.
+inline std::string manifest_text(const Manifest& manifest) {
+    Json files = Json::object();
+    for (const auto& [name, digest] : manifest) {
+        files[name] = {{"bytes", digest.num_bytes},
+                       {"xxh3", format_string("%016llx", (unsigned long long)digest.xxh3)}};
+    }
+    return Json({{"format", "llmc checkpoint"}, {"version", 1}, {"files", files}}).dump(1);
+}
+
+// Throws Error, naming `path`, for text that is not a manifest.
+inline Manifest parse_manifest(std::string_view text, const std::string& path) {
+    const JsonValue json = parse_json(text, path);
+    const JsonObject object(json, path);
+    CHECK(object.text("format") == "llmc checkpoint" && object.integer("version", 0, INT64_MAX) == 1,
+          "%s: is not a checkpoint's manifest of version 1", path.c_str());
+    const JsonObject files = object.object("files");
+    Manifest manifest;
+    for (const auto& [name, value] : object.at("files").items()) {
+        CHECK(is_plain_name(name), "%s: '%s' is not the name of a file in this folder", path.c_str(),
+              printable(name).c_str());
+        const JsonObject entry(value, path + ": " + printable(name));
+        const std::string hash = entry.text("xxh3");
+        CHECK(hash.size() == 16 && hash.find_first_not_of("0123456789abcdef") == std::string::npos,
+              "%s: the hash of %s must be 16 hexadecimal digits", path.c_str(), printable(name).c_str());
+        manifest[name] = {(uint64_t)entry.integer("bytes", 0, INT64_MAX), std::stoull(hash, nullptr, 16)};
+    }
+    return manifest;
+}
+
+// Throws Error when `name` in `folder` has another length than the manifest says or, with `contents`, other bytes.
+inline void verify_file(const std::string& folder, const std::string& name, const FileDigest& expected, bool contents) {
+    const std::string path = folder + "/" + name;
+    std::error_code error;
+    const uint64_t num_bytes = fs::file_size(path, error);
+    CHECK(!error, "%s: cannot be read: %s", path.c_str(), error.message().c_str());
+    CHECK(num_bytes == expected.num_bytes, "%s: has %llu bytes and not the %llu that %s says", path.c_str(),
+          (unsigned long long)num_bytes, (unsigned long long)expected.num_bytes, MANIFEST);
+    CHECK(!contents || digest_file(path).xxh3 == expected.xxh3,
+          "%s: is damaged: its bytes are not those that %s says (delete that file if you changed this one on purpose)",
+          path.c_str(), MANIFEST);
+}
+
+// Throws Error when a file's hash is another than the manifest says. Large checkpoints are read by all threads.
+inline void verify_contents(const std::string& folder, const Manifest& manifest) {
+    const std::vector<std::pair<std::string, FileDigest>> files(manifest.begin(), manifest.end());
+    uint64_t num_bytes = 0;
+    for (const auto& [name, digest] : files) {
+        num_bytes += digest.num_bytes;
+    }
+    std::vector<std::string> errors(files.size());
+#pragma omp parallel for schedule(dynamic) if (num_bytes > (uint64_t)64 << 20)
+    for (size_t i = 0; i < files.size(); ++i) {
+        try {
+            verify_file(folder, files[i].first, files[i].second, true);
+        } catch (const Error& error) {
+            errors[i] = error.what();
+        }
+    }
+    for (const std::string& error : errors) {
+        CHECK(error.empty(), "%s", error.c_str());
+    }
+}
+
+// The manifest of a checkpoint all of whose files are there and have the stated lengths and, with `contents`, hashes.
+// Throws Error saying what is wrong otherwise.
+inline Manifest verify(const std::string& folder, bool contents) {
+    const std::string path = folder + "/" + MANIFEST;
+    const Manifest manifest = parse_manifest(read_text_file(path), path);
+    for (const char* name : {"config.json", WEIGHTS, STATE}) {
+        CHECK(manifest.count(name) > 0, "%s: lacks %s", path.c_str(), name);
+    }
+    for (const auto& [name, digest] : manifest) {
+        verify_file(folder, name, digest, false);
+    }
+    if (contents) {
+        verify_contents(folder, manifest);
+    }
+    return manifest;
+}
+
+// ---- folders of an output folder ---------------------------------------------------------------
+
+inline bool exists(const std::string& path) {
+    std::error_code error;
+    return fs::exists(path, error);
+}
+
+// "step00000400"
+inline std::string folder_name(int64_t step) { return format_string("step%08lld", (long long)step); }
+
+// The names in a folder; none when it does not exist.
+inline std::vector<std::string> names_in(const std::string& folder) {
+    std::vector<std::string> names;
+    std::error_code error;
+    for (fs::directory_iterator it(folder, error); !error && it != fs::directory_iterator(); it.increment(error)) {
+        names.push_back(it->path().filename().string());
+    }
+    CHECK(!error || error == std::errc::no_such_file_or_directory, "%s: cannot list this folder: %s", folder.c_str(),
+          error.message().c_str());
+    return names;
+}
+
+// All checkpoint folders by step, whole or not; empty when the output folder does not exist.
+inline std::map<int64_t, std::string> list(const std::string& output_dir) {
+    std::map<int64_t, std::string> folders;
+    for (const std::string& name : names_in(output_dir)) {
+        const std::string digits = name.substr(0, 4) == "step" ? name.substr(4) : "";
+        if (digits.empty() || digits.size() > 18 || digits.find_first_not_of("0123456789") != std::string::npos) {
+            continue;
+        }
+        const int64_t step = std::stoll(digits);
+        std::error_code error;
+        if (name == folder_name(step) && fs::is_directory(output_dir + "/" + name, error)) {
+            folders[step] = output_dir + "/" + name;
+        }
+    }
+    return folders;
+}
+
+inline void remove_folder(const std::string& folder) {
+    std::error_code error;
+    fs::remove_all(folder, error);
+    CHECK(!error, "%s: cannot remove this folder: %s", folder.c_str(), error.message().c_str());
+}
+
+inline void rename_folder(const std::string& from, const std::string& to) {
+    CHECK(std::rename(from.c_str(), to.c_str()) == 0, "%s: cannot rename it to %s: %s", from.c_str(), to.c_str(),
+          std::strerror(errno));
+}
+
+// What an interrupted save or removal has left.
+inline void remove_leftovers(const std::string& output_dir) {
+    for (const std::string& name : names_in(output_dir)) {
+        if (name.rfind(PARTIAL, 0) == 0) {
+            remove_folder(output_dir + "/" + name);
+        }
+    }
+}
+
+// Removes the oldest checkpoints: `keep` stay, `newest` (just written) among them. Those that cannot be whole, by their
+// files' lengths, neither count nor go; nor do those of later steps, which a resumed run has passed over.
+inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
+    const std::map<int64_t, std::string> folders = list(output_dir);
+    int64_t num_kept = 1;
+    for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
+        const auto& [step, folder] = *it;
+        if (step >= newest) {
+            continue;
+        }
+        bool whole = true;
+        try {
+            verify(folder, false);
+        } catch (const Error&) {
+            whole = false;
+        }
+        if (whole && ++num_kept > keep) {
+            const std::string partial = output_dir + "/" + PARTIAL + folder_name(step);
+            rename_folder(folder, partial);  // never half a checkpoint under its name
+            remove_folder(partial);
+        }
+    }
+}
+
+}  // namespace checkpoint
+
+// ---- what a run calls --------------------------------------------------------------------------
+
+// The newest checkpoint in `output_dir` that is whole: every file's hash is compared with its manifest, which reads it
+// once. No value when there is none. Newer ones that are damaged are passed over; `damaged` gets a sentence for each.
+inline std::optional<std::string> find_newest_checkpoint(const std::string& output_dir,
+                                                         std::vector<std::string>* damaged = nullptr) {
+    const std::map<int64_t, std::string> folders = checkpoint::list(output_dir);
+    for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
+        try {
+            checkpoint::verify(it->second, true);
+            return it->second;
+        } catch (const Error& error) {
+            if (damaged != nullptr) {
+                damaged->push_back(error.what());
+            }
+        }
+    }
+    return std::nullopt;
+}

@@ -1,0 +1,287 @@
+// checkpoint_load.h: weights from any Hugging Face Llama folder into a model (load_model), or everything that a run
+// goes on with from a checkpoint (load_checkpoint). All is checked before the model is touched.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <map>
+#include <memory>
+#include <set>
+#include <string>
+#include <string_view>
+#include <unordered_map>
+#include <vector>
+
+#include "checkpoint_contents.h"  // names and shapes of tensors, state.json
+#include "checkpoint_folder.h"    // names of files, the manifest
+#include "hf_config.h"            // config.json
+#include "json.h"                 // the index of sharded weights
+#include "ranks.h"                // processes that load together
+#include "safetensors.h"          // tensors
+#include "trainable_model.h"      // where they go
+
+namespace checkpoint {
+
+// ---- tensors of a folder -----------------------------------------------------------------------
+
+// The tensors of several safetensors files as one set.
+class TensorSet {
+  public:
+    // Throws Error when a tensor is in two files.
+    void add(const std::string& path) {
+        files_.push_back(std::make_unique<SafetensorsFile>(path));
+        for (const SafetensorsTensor& tensor : files_.back()->tensors()) {
+            const auto [found, is_new] = tensors_.insert({tensor.name, {files_.back().get(), &tensor}});
+            CHECK(is_new, "%s: has the tensor %s, which is also in %s", path.c_str(), printable(tensor.name).c_str(),
+                  found->second.file->path().c_str());
+        }
+    }
+
+    struct Place {
+        const SafetensorsFile* file = nullptr;
+        const SafetensorsTensor* tensor = nullptr;
+    };
+    bool has(const std::string& name) const { return tensors_.count(name) > 0; }
+    const std::unordered_map<std::string, Place>& all() const { return tensors_; }
+
+    // Throws Error when it is missing, in words that begin with `folder`, is of another shape or not of a weight dtype.
+    const Place& at(const std::string& name, const std::vector<uint64_t>& shape, const std::string& folder) const {
+        const auto found = tensors_.find(name);
+        CHECK(found != tensors_.end(), "%s: lacks the tensor %s, which this model has", folder.c_str(), name.c_str());
+        const Place& place = found->second;
+        CHECK(place.tensor->shape == shape, "%s: tensor %s has shape %s, this model's is %s",
+              place.file->path().c_str(), name.c_str(), printable(shape_text(place.tensor->shape)).c_str(),
+              shape_text(shape).c_str());
+        CHECK(is_weight_dtype(place.tensor->dtype), "%s: tensor %s is %s; weights must be F32, F16 or BF16",
+              place.file->path().c_str(), name.c_str(), dtype_info(place.tensor->dtype).name);
+        return place;
+    }
+
+  private:
+    std::vector<std::unique_ptr<SafetensorsFile>> files_;
+    std::unordered_map<std::string, Place> tensors_;
+};
+
+// The optimizer's state of all tensors, whole or in pieces, whoever has written them.
+class StateSet {
+  public:
+    // The tensors of `set`, which outlives this; messages begin with `folder`. Throws Error for a name that is none.
+    StateSet(const TensorSet& set, const std::string& folder) : set_(set), folder_(folder) {
+        for (const auto& [name, place] : set.all()) {
+            const size_t bracket = name.find('[');
+            if (bracket == std::string::npos) {
+                continue;
+            }
+            unsigned long long begin = 0, end = 0;
+            int length = 0;
+            const bool parsed = std::sscanf(name.c_str() + bracket, "[%18llu:%18llu]%n", &begin, &end, &length) == 2;
+            CHECK(parsed && bracket + length == name.size() && begin < end && place.tensor->num_elements == end - begin,
+                  "%s: tensor %s: its name does not say which %llu elements it holds", place.file->path().c_str(),
+                  printable(name).c_str(), (unsigned long long)place.tensor->num_elements);
+            CHECK(is_weight_dtype(place.tensor->dtype), "%s: tensor %s is %s; state must be F32, F16 or BF16",
+                  place.file->path().c_str(), printable(name).c_str(), dtype_info(place.tensor->dtype).name);
+            pieces_[name.substr(0, bracket)][begin] = place;
+        }
+    }
+
+    bool has(const ParameterTensor& tensor, StateKind kind) const {
+        const std::string name = state_name(tensor, kind);
+        return set_.has(name) || pieces_.count(name) > 0;
+    }
+    // Throws Error unless all elements are there, each once.
+    void check(const ParameterTensor& tensor, StateKind kind) const {
+        const std::string name = state_name(tensor, kind);
+        const auto found = pieces_.find(name);
+        if (found == pieces_.end()) {
+            set_.at(name, state_shape(tensor), folder_);
+            return;
+        }
+        uint64_t end = 0;
+        for (const auto& [begin, place] : found->second) {
+            CHECK(begin == end, "%s: of tensor %s, element %llu is %s", folder_.c_str(), name.c_str(),
+                  (unsigned long long)std::min(begin, end), begin < end ? "there twice" : "missing");
+            end = begin + place.tensor->num_elements;
+        }
+        CHECK(end == (uint64_t)tensor.num_elements() && !set_.has(name),
+              "%s: the pieces of tensor %s have %llu elements, this model's has %lld", folder_.c_str(), name.c_str(),
+              (unsigned long long)end, (long long)tensor.num_elements());
+    }
+    // out (=) a part of a tensor that was checked.
+    void read(const ParameterTensor& tensor, StateKind kind, const StatePiece& part, float* out) const {
+        const std::string name = state_name(tensor, kind);
+        const auto found = pieces_.find(name);
+        if (found == pieces_.end()) {
+            const TensorSet::Place& place = set_.at(name, state_shape(tensor), folder_);
+            place.file->read_floats(*place.tensor, part.begin, part.num_elements, out);
+            return;
+        }
+        const uint64_t part_begin = part.begin, part_end = part_begin + part.num_elements;
+        for (const auto& [begin, place] : found->second) {
+            const uint64_t first = std::max(begin, part_begin);
+            const uint64_t last = std::min(begin + place.tensor->num_elements, part_end);
+            if (first < last) {
+                place.file->read_floats(*place.tensor, first - begin, last - first, out + (first - part_begin));
+            }
+        }
+    }
+
+  private:
+    const TensorSet& set_;
+    std::string folder_;
+    std::map<std::string, std::map<uint64_t, TensorSet::Place>> pieces_;  // of a tensor, by their first element
+};
+
+// The file of each tensor in the index of sharded weights. Throws Error, naming `path`, for text that is no such index.
+inline std::map<std::string, std::string> parse_weight_map(std::string_view text, const std::string& path) {
+    const JsonValue json = parse_json(text, path);
+    const JsonValue& weight_map = JsonObject(json, path).at("weight_map");
+    CHECK(weight_map.is_object(), "%s: \"weight_map\" must give a file for every tensor", path.c_str());
+    std::map<std::string, std::string> files;
+    for (const auto& [name, file] : weight_map.items()) {
+        CHECK(file.is_string() && is_plain_name(file.get<std::string>()),
+              "%s: the file of tensor %s must be a name in this folder", path.c_str(), printable(name).c_str());
+        files[name] = file.get<std::string>();
+    }
+    return files;
+}
+
+// The weights of a folder: model.safetensors, or the files that its index names.
+inline TensorSet open_weights(const std::string& folder) {
+    TensorSet set;
+    if (exists(folder + "/" + WEIGHTS)) {
+        set.add(folder + "/" + WEIGHTS);
+        return set;
+    }
+    const std::string path = folder + "/" + WEIGHTS_INDEX;
+    CHECK(exists(path), "%s: holds neither %s nor %s", folder.c_str(), WEIGHTS, WEIGHTS_INDEX);
+    const std::map<std::string, std::string> weight_map = parse_weight_map(read_text_file(path), path);
+    std::set<std::string> files;
+    for (const auto& [name, file] : weight_map) {
+        files.insert(file);
+    }
+    for (const std::string& file : files) {
+        set.add(folder + "/" + file);
+    }
+    for (const auto& [name, file] : weight_map) {
+        CHECK(set.has(name) && set.all().at(name).file->path() == folder + "/" + file, "%s: tensor %s is not in %s",
+              path.c_str(), printable(name).c_str(), printable(file).c_str());
+    }
+    return set;
+}
+
+// Throws Error unless config.json describes the model and the weights are its tensors, all and only, in these shapes.
+// Allowed beside them: the table of RoPE frequencies in old folders, and the classifier of a model that shares it with
+// the embedding (transformers reads neither).
+inline void check_weights(const TensorSet& set, const TrainableModel& model, const std::string& folder) {
+    const std::string difference = first_difference(load_hf_config(folder), model.config());
+    CHECK(difference.empty(), "%s/config.json: does not fit this model: %s", folder.c_str(), difference.c_str());
+    std::set<std::string> names;
+    for (const ParameterTensor& tensor : model.parameters().tensors) {
+        for (const HuggingFaceSlice& slice : tensor.slices) {
+            set.at(slice.name, slice_shape(tensor, slice), folder);
+            names.insert(slice.name);
+        }
+    }
+    for (const auto& [name, place] : set.all()) {
+        const std::string_view frequencies = ".rotary_emb.inv_freq";
+        const bool is_unused =
+            (model.config().tied_embeddings && name == "lm_head.weight") ||
+            (name.size() > frequencies.size() && name.substr(name.size() - frequencies.size()) == frequencies);
+        CHECK(names.count(name) > 0 || is_unused, "%s: has the tensor %s, which a Llama of its config.json has not",
+              place.file->path().c_str(), printable(name).c_str());
+    }
+}
+
+// Sets the master weights from checked weights, one tensor at a time.
+inline void read_weights(TrainableModel& model, const TensorSet& set, const std::string& folder) {
+    const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
+    std::vector<float> values;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        values.resize(tensors[i].num_elements());
+        for (const HuggingFaceSlice& slice : tensors[i].slices) {
+            const TensorSet::Place& place = set.at(slice.name, slice_shape(tensors[i], slice), folder);
+            place.file->read_floats(*place.tensor, values.data() + slice.row_begin * tensors[i].cols);
+        }
+        model.write_state(StateKind::master, (int)i, values.data());
+    }
+}
+
+}  // namespace checkpoint
+
+// ---- what a run calls --------------------------------------------------------------------------
+
+// Sets the model's weights, and nothing else, from any Hugging Face Llama folder, one of ours included: then what is
+// read must also be what its manifest says. F16 and BF16 become float32 exactly. Throws Error, before the model is
+// touched, when the folder is damaged or does not hold this model.
+inline void load_model(TrainableModel& model, const std::string& folder, const RunRanks& ranks = RunRanks()) {
+    const std::string path = folder + "/" + checkpoint::MANIFEST;
+    const auto verify_what_is_read = [&]() -> std::string {
+        if (checkpoint::exists(path)) {
+            for (const auto& [name, digest] : checkpoint::parse_manifest(read_text_file(path), path)) {
+                if (name == "config.json" || name == checkpoint::WEIGHTS) {
+                    checkpoint::verify_file(folder, name, digest, true);
+                }
+            }
+        }
+        return "";
+    };
+    ranks.first_decides(verify_what_is_read, "verification of the weights");
+    const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
+    checkpoint::check_weights(weights, model, folder);
+    checkpoint::read_weights(model, weights, folder);
+}
+
+// Sets master weights and both means of AdamW from a checkpoint, and returns where training stood. Throws Error, before
+// the model is touched, when the checkpoint is damaged (its files are read and compared with the manifest first) or is
+// not of this model.
+inline TrainingState load_checkpoint(TrainableModel& model, const std::string& folder,
+                                     const RunRanks& ranks = RunRanks()) {
+    // One rank reads every byte, the others what they need.
+    const auto verify_all = [&] { return checkpoint::manifest_text(checkpoint::verify(folder, true)); };
+    const checkpoint::Manifest manifest = checkpoint::parse_manifest(
+        ranks.first_decides(verify_all, "verification of the checkpoint"), folder + "/" + checkpoint::MANIFEST);
+    const std::string state_path = folder + "/" + checkpoint::STATE;
+    const TrainingState state = checkpoint::parse_state(read_text_file(state_path), state_path);
+    const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
+    checkpoint::check_weights(weights, model, folder);
+    checkpoint::TensorSet optimizer;
+    for (const auto& [name, digest] : manifest) {
+        if (name.rfind("optimizer-", 0) == 0) {
+            optimizer.add(folder + "/" + name);
+        }
+    }
+    // With float32 weights those are the master; the kinds that are then in the optimizer's files.
+    const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
+    const checkpoint::StateSet state_set(optimizer, folder);
+    const bool has_master = state_set.has(tensors[0], StateKind::master);
+    std::vector<StateKind> kinds = {StateKind::exp_avg, StateKind::exp_avg_sq};
+    if (has_master) {
+        kinds.push_back(StateKind::master);
+    }
+    for (const ParameterTensor& tensor : tensors) {
+        for (const StateKind kind : kinds) {
+            state_set.check(tensor, kind);
+        }
+    }
+    if (!has_master) {
+        for (const auto& [name, place] : weights.all()) {
+            CHECK(place.tensor->dtype == Dtype::F32, "%s: holds no float32 weights to go on with: %s is %s",
+                  folder.c_str(), printable(name).c_str(), dtype_info(place.tensor->dtype).name);
+        }
+    }
+    // Every rank needs all weights; with a master beside them they are its rounded values.
+    if (!has_master || ranks.size() > 1) {
+        checkpoint::read_weights(model, weights, folder);
+    }
+    std::vector<float> values;
+    for (int i = 0; i < (int)tensors.size(); ++i) {
+        for (const StatePiece& piece : model.state_pieces(i)) {
+            values.resize(piece.num_elements);
+            for (const StateKind kind : kinds) {
+                state_set.read(tensors[i], kind, piece, values.data());
+                model.write_state_piece(kind, i, piece, values.data());
+            }
+        }
+    }
+    return state;
+}

@@ -1,0 +1,327 @@
+// checkpoint_save.h: writing a checkpoint (save_checkpoint): every file into a folder under another name, which gets
+// its own when all of it is on the disk.
+#pragma once
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <fcntl.h>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <sys/stat.h>
+#include <utility>
+#include <vector>
+
+#include "checkpoint_contents.h"  // names and shapes of tensors, state.json
+#include "checkpoint_folder.h"    // names of files, the manifest, removing old folders
+#include "config.h"               // settings of the run
+#include "durable_file.h"         // files that are on the disk
+#include "hf_config.h"            // config.json
+#include "hf_tokenizer.h"         // tokenizer.json of bytes
+#include "ranks.h"                // processes that save together
+#include "safetensors.h"          // tensors
+#include "trainable_model.h"      // where they come from
+
+namespace checkpoint {
+
+constexpr uint64_t OPTIMIZER_SHARD_BYTES = (uint64_t)4 << 30;  // a file is closed when it holds this much
+// ---- a folder in the making --------------------------------------------------------------------
+
+// A folder in the making; removed again unless it was kept. Several processes may write into one: the first makes it,
+// removes it and has the whole manifest, the others `join`.
+class PartialFolder {
+  public:
+    enum Part { makes, joins };
+    explicit PartialFolder(std::string path, Part part = makes) : path_(std::move(path)), kept_(part == joins) {
+        CHECK(part == joins || mkdir(path_.c_str(), 0777) == 0, "%s: cannot make this folder: %s", path_.c_str(),
+              std::strerror(errno));
+    }
+    ~PartialFolder() {
+        if (!kept_) {
+            std::error_code ignored;  // an exception is on its way; the next save tries again
+            fs::remove_all(path_, ignored);
+        }
+    }
+    PartialFolder(const PartialFolder&) = delete;
+    PartialFolder& operator=(const PartialFolder&) = delete;
+
+    const std::string& path() const { return path_; }
+    void keep() { kept_ = true; }
+
+    void write_text(const std::string& name, const std::string& text) {
+        DurableFile file(path_ + "/" + name);
+        file.write(text.data(), text.size());
+        add(name, file.finish());
+    }
+    void add(const std::string& name, const FileDigest& digest) { manifest_[name] = digest; }
+    const Manifest& files() const { return manifest_; }
+    // The last file: all that were added.
+    void write_manifest() {
+        const std::string text = manifest_text(manifest_);
+        DurableFile file(path_ + "/" + MANIFEST);
+        file.write(text.data(), text.size());
+        file.finish();
+    }
+
+  private:
+    std::string path_;
+    Manifest manifest_;
+    bool kept_;
+};
+
+// Puts the finished folder in the place of `folder`, which may exist: its old contents stay until the new ones stand.
+inline void publish(PartialFolder& partial, const std::string& folder, const std::string& output_dir) {
+    sync_folder(partial.path());
+    if (!exists(folder)) {
+        rename_folder(partial.path(), folder);
+        partial.keep();
+        sync_folder(output_dir);
+        return;
+    }
+    std::string old = partial.path();
+    if (renameat2(AT_FDCWD, partial.path().c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) != 0) {
+        old += "-old";  // a file system that cannot swap two names, such as NFS
+        rename_folder(folder, old);
+        rename_folder(partial.path(), folder);
+    }
+    partial.keep();
+    sync_folder(output_dir);
+    remove_folder(old);
+}
+
+// ---- files beside the weights ------------------------------------------------------------------
+
+// Files beside the weights that say how to use them: of the folder a run started from, they belong to its checkpoints.
+constexpr const char* COMPANIONS[] = {"generation_config.json",
+                                      "tokenizer.json",
+                                      "tokenizer_config.json",
+                                      "tokenizer.model",
+                                      "special_tokens_map.json",
+                                      "added_tokens.json",
+                                      "vocab.json",
+                                      "merges.txt",
+                                      "chat_template.jinja"};
+
+// The folder whose tokenizer and special tokens a run's checkpoints carry on: the one it started from or, when that is
+// gone, an earlier checkpoint of this run. Empty when there is none.
+inline std::string companion_source(const std::string& started_from, const std::string& output_dir) {
+    if (!started_from.empty() && exists(started_from)) {
+        return started_from;
+    }
+    const std::map<int64_t, std::string> folders = list(output_dir);
+    for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
+        const std::string& folder = it->second;
+        try {
+            for (const auto& [name, digest] : verify(folder, false)) {
+                verify_file(folder, name, digest, fs::path(name).extension() != ".safetensors");
+            }
+            return folder;
+        } catch (const Error&) {
+            continue;  // a damaged one: the one before
+        }
+    }
+    return "";
+}
+
+// Whether a vocabulary is that of bytes, with the two markers or without.
+inline bool is_byte_vocabulary(int64_t vocab_size) { return vocab_size == 256 || vocab_size == END_MARKER + 1; }
+inline bool has_byte_markers(const RunConfig& config, int64_t vocab_size) {
+    return config.byte_markers && vocab_size == END_MARKER + 1;
+}
+
+// Those in the config.json of `source`; without a source those of a byte vocabulary.
+inline SpecialTokens special_tokens(const std::string& source, const RunConfig& config, int64_t vocab_size) {
+    SpecialTokens tokens;
+    if (source.empty()) {
+        if (has_byte_markers(config, vocab_size)) {
+            tokens.begin = BEGIN_MARKER, tokens.end = END_MARKER;
+        }
+        return tokens;
+    }
+    const std::string path = source + "/config.json";
+    const JsonValue json = parse_json(read_text_file(path), path);
+    const auto token = [&](const char* name) {
+        const JsonValue value = json.is_object() ? json.value(name, JsonValue()) : JsonValue();
+        const JsonValue first = value.is_array() && !value.empty() ? value[0] : value;  // Llama 3 has several ends
+        return first.is_number_integer() ? first.get<int64_t>() : -1;
+    };
+    tokens.begin = token("bos_token_id"), tokens.end = token("eos_token_id");
+    return tokens;
+}
+
+// config.json, and the files that say how to use the weights: those of `source`; without one, of a byte vocabulary.
+inline void write_companions(PartialFolder& folder, const std::string& source, const RunConfig& config,
+                             const ModelConfig& m, bool weights_bf16) {
+    const SpecialTokens tokens = special_tokens(source, config, m.vocab_size);
+    const int64_t max_positions = m.max_positions > 0 ? m.max_positions : config.seq_len;
+    const auto write = [&](const char* name, const Json& json) { folder.write_text(name, json.dump(1) + "\n"); };
+    write("config.json", hf_config_json(m, max_positions, weights_bf16, tokens));
+    if (!source.empty()) {
+        for (const char* name : COMPANIONS) {
+            if (exists(source + "/" + name)) {
+                folder.write_text(name, read_text_file(source + "/" + name));
+            }
+        }
+    } else if (is_byte_vocabulary(m.vocab_size)) {
+        const bool markers = has_byte_markers(config, m.vocab_size);
+        write("tokenizer.json", byte_tokenizer_json(markers));
+        write("tokenizer_config.json", byte_tokenizer_config_json(markers, max_positions));
+        if (markers) {
+            write("generation_config.json", {{"bos_token_id", tokens.begin}, {"eos_token_id", tokens.end}});
+        }
+    }
+}
+
+// ---- tensors -----------------------------------------------------------------------------------
+
+inline void write_weights(PartialFolder& folder, TrainableModel& model, bool weights_bf16) {
+    const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
+    std::vector<SafetensorsTensor> slices;
+    for (const ParameterTensor& tensor : tensors) {
+        for (const HuggingFaceSlice& slice : tensor.slices) {
+            slices.push_back({slice.name, weights_bf16 ? Dtype::BF16 : Dtype::F32, slice_shape(tensor, slice), 0, 0});
+        }
+    }
+    SafetensorsWriter writer(folder.path() + "/" + WEIGHTS, slices, {{"format", "pt"}});
+    std::vector<float> values;
+    for (size_t i = 0; i < tensors.size(); ++i) {
+        values.resize(tensors[i].num_elements());
+        model.read_state(StateKind::master, (int)i, values.data());
+        for (const HuggingFaceSlice& slice : tensors[i].slices) {
+            writer.write(values.data() + slice.row_begin * tensors[i].cols, slice.num_rows * tensors[i].cols);
+        }
+    }
+    folder.add(WEIGHTS, writer.finish());
+}
+
+// This rank's part of the optimizer's state, tensor by tensor, in files of about shard_bytes.
+struct OptimizerFiles {
+    struct Entry {
+        StateKind kind;
+        int tensor;
+        StatePiece piece;
+    };
+    std::vector<std::vector<Entry>> files;
+    size_t first = 0, total = 0;  // number of the first among those of all ranks
+
+    // All ranks call it.
+    OptimizerFiles(const TrainableModel& model, bool with_master, uint64_t shard_bytes, const RunRanks& ranks)
+        : files(1) {
+        std::vector<StateKind> kinds = {StateKind::exp_avg, StateKind::exp_avg_sq};
+        if (with_master) {
+            kinds.insert(kinds.begin(), StateKind::master);
+        }
+        uint64_t num_bytes = 0;
+        for (int i = 0; i < (int)model.parameters().tensors.size(); ++i) {
+            const std::vector<StatePiece> pieces = model.state_pieces(i);
+            for (const StateKind kind : kinds) {
+                for (const StatePiece& piece : pieces) {
+                    if (num_bytes >= shard_bytes) {
+                        files.emplace_back(), num_bytes = 0;
+                    }
+                    files.back().push_back({kind, i, piece});
+                    num_bytes += 4 * (uint64_t)piece.num_elements;
+                }
+            }
+        }
+        std::vector<uint64_t> counts(ranks.size());
+        const uint64_t own = files.size();
+        ranks.world().all_gather(counts.data(), &own, sizeof own, "numbering of optimizer files");
+        for (int i = 0; i < ranks.size(); ++i) {
+            first += i < ranks.world().rank() ? counts[i] : 0;
+            total += counts[i];
+        }
+    }
+
+    void write(PartialFolder& folder, TrainableModel& model) const {
+        const std::vector<ParameterTensor>& tensors = model.parameters().tensors;
+        std::vector<float> values;
+        for (size_t f = 0; f < files.size(); ++f) {
+            std::vector<SafetensorsTensor> header;
+            for (const Entry& e : files[f]) {
+                const ParameterTensor& tensor = tensors[e.tensor];
+                const bool whole = e.piece.num_elements == tensor.num_elements();
+                header.push_back({piece_name(tensor, e.kind, e.piece), Dtype::F32,
+                                  whole ? state_shape(tensor) : std::vector<uint64_t>{(uint64_t)e.piece.num_elements},
+                                  0, 0});
+            }
+            const std::string name = format_string("optimizer-%05zu-of-%05zu.safetensors", first + f + 1, total);
+            SafetensorsWriter writer(folder.path() + "/" + name, header, {});
+            for (const Entry& e : files[f]) {
+                values.resize(e.piece.num_elements);
+                model.read_state_piece(e.kind, e.tensor, e.piece, values.data());
+                writer.write(values.data(), values.size());
+            }
+            folder.add(name, writer.finish());
+        }
+    }
+};
+
+}  // namespace checkpoint
+
+// ---- what a run calls --------------------------------------------------------------------------
+
+// Writes a checkpoint of `state.step` into `output_dir` (made when missing) and returns its folder; then removes those
+// that --keep_checkpoints does not keep. weights_bf16: model.safetensors in bfloat16, the float32 master beside it.
+// Holds one tensor at a time. All ranks call it: each writes its part of the optimizer's state, rank 0 the rest. Throws
+// Error, on all ranks, when anything fails on any: what was there before then still is.
+inline std::string save_checkpoint(TrainableModel& model, const TrainingState& state, const RunConfig& config,
+                                   bool weights_bf16, const std::string& output_dir,
+                                   uint64_t optimizer_shard_bytes = checkpoint::OPTIMIZER_SHARD_BYTES,
+                                   const RunRanks& ranks = RunRanks()) {
+    const std::string name = checkpoint::folder_name(state.step), folder = output_dir + "/" + name;
+    const std::string partial_path = output_dir + "/" + checkpoint::PARTIAL + name;
+    std::string source;
+    std::optional<checkpoint::PartialFolder> partial;
+    const auto make_folder = [&]() -> std::string {
+        std::error_code error;
+        std::filesystem::create_directories(output_dir, error);
+        CHECK(!error, "--output_dir %s: cannot make this folder: %s", output_dir.c_str(), error.message().c_str());
+        checkpoint::remove_leftovers(output_dir);
+        source = checkpoint::companion_source(config.checkpoint, output_dir);
+        partial.emplace(partial_path);
+        return "";
+    };
+    const char* const advice =
+        "; earlier checkpoints are as they were: with room to write, --resume goes on from the newest";
+    try {
+        ranks.first_decides(make_folder, "a new checkpoint");
+        if (!ranks.is_first()) {
+            partial.emplace(partial_path, checkpoint::PartialFolder::joins);
+        }
+        model.gather_state(StateKind::master);
+        const checkpoint::OptimizerFiles optimizer(model, weights_bf16, optimizer_shard_bytes, ranks);
+        // '+' and the files that this rank has written, or '-' and what went wrong.
+        std::string outcome;
+        try {
+            if (ranks.is_first()) {
+                checkpoint::write_companions(*partial, source, config, model.config(), weights_bf16);
+                checkpoint::write_weights(*partial, model, weights_bf16);
+            }
+            optimizer.write(*partial, model);
+            outcome = "+" + checkpoint::manifest_text(partial->files());
+        } catch (const Error& what) {
+            outcome = std::string("-") + what.what();
+        }
+        for (const std::string& of_rank : ranks.world().gather_texts(outcome, "end of the checkpoint")) {
+            CHECK(of_rank[0] == '+', "%s", of_rank.c_str() + 1);
+            for (const auto& [file, digest] : checkpoint::parse_manifest(of_rank.substr(1), partial_path)) {
+                partial->add(file, digest);
+            }
+        }
+        const auto publish_folder = [&]() -> std::string {
+            partial->write_text(checkpoint::STATE, checkpoint::state_text(state, config));
+            partial->write_manifest();
+            checkpoint::publish(*partial, folder, output_dir);
+            return "";
+        };
+        ranks.first_decides(publish_folder, "publication of the checkpoint");
+    } catch (const Error& what) {
+        fail("%s%s", what.what(), advice);
+    }
+    if (config.keep_checkpoints > 0 && ranks.is_first()) {
+        checkpoint::prune(output_dir, state.step, config.keep_checkpoints);
+    }
+    return folder;
+}
