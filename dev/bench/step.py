@@ -56,6 +56,10 @@ DEFAULT_ROWS = [name for name in ROWS if name != "530m_2m_lighthouse"]
 LONG = 262144  # tokens of a sequence from which steps are few
 
 
+def steps_to_time(asked, T):
+    return asked or (5 if T < LONG else 2)
+
+
 def write_random_shard(path, num_tokens, vocab_size):
     """llm.c token shard: 256 int32 of header, then uint16 (version 1) or uint32 (version 7) tokens."""
     wide = vocab_size > 65536
@@ -119,8 +123,8 @@ def run_trainer(launch, model, T, B, V, extra, steps, limit, data_parallel=1):
         return {"error": f"{note}, before a step could be timed"}
     ms = statistics.median(line["elapsed_ms"] for line in timed)
     return {"tokens_per_second": 1e3 * tokens / ms, "ms": ms, "peak_gib": max(line["memory_gib"] for line in timed),
-            "mfu": statistics.median(line.get("mfu") or 0.0 for line in timed), "last_loss": timed[-1]["loss"], "steps": len(timed), "note": note,
-            "output": stdout}
+            "mfu": statistics.median(line.get("mfu") or 0.0 for line in timed), "last_loss": timed[-1]["loss"],
+            "steps": len(timed), "note": note, "output": stdout}
 
 
 def error_line(output):
@@ -143,19 +147,14 @@ def timed_steps(path, warm_up):
 
 def run_peer(model, T, B, V, steps, limit):
     script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pytorch_llama.py")
-    done = subprocess.run([sys.executable, script, *model_flags(model, T, B, V), "--steps", str(steps)],
-                          capture_output=True, text=True, timeout=limit)
-    if done.returncode != 0:
-        error = done.stderr.strip().splitlines()
-        return {"error": "out of memory" if "OutOfMemoryError" in done.stderr else error[-1][:200] if error else "?"}
-    return json.loads(done.stdout.strip().splitlines()[-1])
-
-
-def attempt(function, *arguments):
-    try:
-        return function(*arguments)
-    except subprocess.TimeoutExpired as expired:
-        return {"error": f"over {expired.timeout:.0f} s"}
+    status, stdout, stderr = run_limited(
+        [sys.executable, script, *model_flags(model, T, B, V), "--steps", str(steps)], limit)
+    if status is None:
+        return {"error": f"over {limit:.0f} s"}
+    if status != 0:
+        error = stderr.strip().splitlines()
+        return {"error": "out of memory" if "OutOfMemoryError" in stderr else error[-1][:200] if error else "?"}
+    return json.loads(stdout.strip().splitlines()[-1])
 
 
 def plot(results, path):
@@ -206,12 +205,12 @@ def main():
     for name in options.rows.split(","):
         model, T, B, V, extra, has_peer = ROWS[name]
         ours, peer = None, None
-        steps = options.steps or (5 if T < LONG else 2)
+        steps = steps_to_time(options.steps, T)
         if options.only != "pytorch":
             ours = run_trainer([options.train_gpt], model, T, B, V, extra, steps, options.time_limit)
             ours.pop("output", None)
         if options.only != "train_gpt" and has_peer:
-            peer = attempt(run_peer, model, T, B, V, steps, options.time_limit)
+            peer = run_peer(model, T, B, V, steps, options.time_limit)
         results[name] = {"train_gpt": ours or {}, "pytorch": peer}
         both = ours and peer and "ms" in ours and "ms" in peer
         ratio = f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}" if both else "-"

@@ -181,22 +181,33 @@ wait_for_step() {
     done
     return 1
 }
+# interrupt NAME SIGNAL SECONDS FLAG...: two ranks in the middle of training, with a checkpoint after every step; rank 1
+# gets the signal after step 5, and the job has to end. Later checkpoints go, so that there are steps to compare.
+interrupt() {
+    local name=$1 signal=$2 limit=$3 folder
+    shift 3
+    start "$name" 2 "$@" --checkpoint_every 1 --keep_checkpoints 0 --max_steps 100000
+    if ! wait_for_step "$name" 5 || ! kill_rank 1 "$signal"; then
+        bad "$name: $(tail -3 "$work/$name.out")"
+        return 1
+    fi
+    ends "$name" "$limit"
+    if grep -q 'rank 0 .*step' "$work/$name.out"; then ok "$name: the error names rank and step"; else
+        bad "$name: the error: $(tail -3 "$work/$name.out")"
+    fi
+    for folder in "$work/$name"/step*; do
+        if [ "$folder" \> "$work/$name/step00000005" ]; then rm -rf "$folder"; fi
+    done
+}
 
 if [[ $parts = *' failures '* ]]; then
     context2=("${host[@]}" --batch_size 2 --context_parallel 2)
-    # In the middle of training, with checkpoints of two ranks; gone on with on one rank, then on four.
-    start killed 2 "${context2[@]}" --checkpoint_every 1 --keep_checkpoints 0 --max_steps 100000
-    if wait_for_step killed 5 && kill_rank 1; then
-        ends killed $((timeout + 15))
-        grep -q 'rank 0 .*step' "$work/killed.out" && ok "the error names rank and step" || bad "the error: $(tail -3 "$work/killed.out")"
-        # Later checkpoints are put aside, so that there are steps to compare.
-        for folder in "$work"/killed/step*; do [ "$folder" \> "$work/killed/step00000005" ] && rm -rf "$folder"; done
+    # Gone on with on one rank, then on four.
+    if interrupt killed KILL $((timeout + 15)) "${context2[@]}"; then
         cp -r "$work/killed" "$work/on_four"
         mesh killed dense 1 --resume --batch_size 2 --context_parallel 1 --comm_transport auto --max_steps 20
         grep -q 'resumed from.*step 5$' "$work/killed.out" && ok "two ranks' checkpoint, one rank" || bad "resumed elsewhere"
         mesh on_four dense 4 --resume --batch_size 1 --context_parallel 2 "${host[@]}" --max_steps 20
-    else
-        bad "killed: $(tail -3 "$work/killed.out")"
     fi
     # One rank's checkpoint on two.
     train alone 1 --batch_size 2 --max_steps 10
@@ -227,17 +238,8 @@ if [[ $parts = *' nccl_failures '* ]] && [ "$gpus" -ge 2 ]; then
     context2=(--comm_transport nccl --batch_size 2 --context_parallel 2)
     # Killed: the other rank's transfer never ends. Standing still: the same, and the launcher has to kill it.
     for signal in KILL STOP; do
-        start nccl_$signal 2 "${context2[@]}" --checkpoint_every 1 --keep_checkpoints 0 --max_steps 100000
-        if wait_for_step nccl_$signal 5 && kill_rank 1 $signal; then
-            ends nccl_$signal $((timeout + 40))
-            grep -q 'rank 0 .*step' "$work/nccl_$signal.out" && ok "nccl_$signal: the error names rank and step" ||
-                bad "nccl_$signal: the error: $(tail -3 "$work/nccl_$signal.out")"
-            for folder in "$work/nccl_$signal"/step*; do
-                [ "$folder" \> "$work/nccl_$signal/step00000005" ] && rm -rf "$folder"
-            done
+        if interrupt nccl_$signal $signal $((timeout + 40)) "${context2[@]}"; then
             mesh nccl_$signal dense 2 --resume "${context2[@]}" --max_steps 20
-        else
-            bad "nccl_$signal: $(tail -3 "$work/nccl_$signal.out")"
         fi
     done
 fi

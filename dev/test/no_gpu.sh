@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The GPU programs on a machine without a GPU: --help works, a run ends with one sentence and a
-# non-zero status, and --fit says what would fit a GPU of a given size.
+# The GPU programs on a machine without a GPU: --help works, a run ends with one sentence and a non-zero status, and
+# --fit says what would fit a GPU of a given size.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
@@ -36,7 +36,7 @@ echo "ok   --fit without a GPU: $(cat "$work/err")"
 lighthouse=(--batch_size 1 --attention lighthouse --lighthouse_levels 4 --lighthouse_pool 4 --lighthouse_topk 1024)
 # Of the table: the row of a --recompute, the column of an --offload.
 cell() { awk -v row="$1" -v column="$2" '$1 == "--recompute" && $2 == row { print $(column + 2) }' "$work/table"; }
-# total TABLE: GiB that the plan needs.
+# total TABLE LINE: GiB at the end of the line that begins so: what the plan needs of the GPU, or of the host.
 total() { awk -v what="$2" '$0 ~ "^" what { print $(NF) }' "$1"; }
 check_fit() { # check_fit NAME UNIT GPU_GIB FLAG...
     local name=$1 unit=$2 gpu=$3 column=0

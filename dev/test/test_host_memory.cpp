@@ -22,6 +22,16 @@ struct FakeRoot {
         std::filesystem::create_directories(std::filesystem::path(path + file).parent_path());
         std::ofstream(path + file) << text;
     }
+    // Of a control group of version 2, by its folder under the mount.
+    void limit(const std::string& group, uint64_t max, uint64_t current) const {
+        write("/sys/fs/cgroup" + group + "/memory.max", std::to_string(max) + "\n");
+        write("/sys/fs/cgroup" + group + "/memory.current", std::to_string(current) + "\n");
+    }
+    // Of version 1.
+    void limit_v1(const std::string& group, uint64_t limit, uint64_t usage) const {
+        write("/sys/fs/cgroup/memory" + group + "/memory.limit_in_bytes", std::to_string(limit) + "\n");
+        write("/sys/fs/cgroup/memory" + group + "/memory.usage_in_bytes", std::to_string(usage) + "\n");
+    }
 };
 
 }  // namespace
@@ -38,34 +48,29 @@ TEST(HostMemory, WithoutLimitsIsWhatLinuxSays) {
 TEST(HostMemory, VersionTwoCountsDroppableCacheAsFree) {
     const FakeRoot root;
     root.write("/proc/self/cgroup", "0::/\n");
-    root.write("/sys/fs/cgroup/memory.max", std::to_string(1000 * MIB) + "\n");
-    root.write("/sys/fs/cgroup/memory.current", std::to_string(700 * MIB) + "\n");
+    root.limit("", 1000 * MIB, 700 * MIB);
     EXPECT_EQ(available_host_bytes(root.path), 300 * MIB);
     root.write("/sys/fs/cgroup/memory.stat", "anon 5\ninactive_file " + std::to_string(200 * MIB) + "\nslab 1\n");
     EXPECT_EQ(available_host_bytes(root.path), 500 * MIB);
-    root.write("/sys/fs/cgroup/memory.current", std::to_string(1300 * MIB) + "\n");
+    root.limit("", 1000 * MIB, 1300 * MIB);
     EXPECT_EQ(available_host_bytes(root.path), 0u);
 }
 
 TEST(HostMemory, TheGroupsAboveCountToo) {
     const FakeRoot root;
     root.write("/proc/self/cgroup", "0::/job/step\n");
-    root.write("/sys/fs/cgroup/job/step/memory.max", std::to_string(900 * MIB) + "\n");
-    root.write("/sys/fs/cgroup/job/step/memory.current", std::to_string(100 * MIB) + "\n");
+    root.limit("/job/step", 900 * MIB, 100 * MIB);
     EXPECT_EQ(available_host_bytes(root.path), 800 * MIB);
-    root.write("/sys/fs/cgroup/job/memory.max", std::to_string(400 * MIB) + "\n");
-    root.write("/sys/fs/cgroup/job/memory.current", std::to_string(100 * MIB) + "\n");
+    root.limit("/job", 400 * MIB, 100 * MIB);
     EXPECT_EQ(available_host_bytes(root.path), 300 * MIB);
 }
 
 TEST(HostMemory, VersionOne) {
     const FakeRoot root;
     root.write("/proc/self/cgroup", "9:name=systemd:/\n4:cpu,memory:/box/one\n0::/\n");
-    root.write("/sys/fs/cgroup/memory/memory.limit_in_bytes", "9223372036854771712\n");
-    root.write("/sys/fs/cgroup/memory/memory.usage_in_bytes", std::to_string(5000 * MIB) + "\n");
+    root.limit_v1("", 9223372036854771712ull, 5000 * MIB);
     EXPECT_EQ(available_host_bytes(root.path), 8192000ull * 1024);
-    root.write("/sys/fs/cgroup/memory/box/one/memory.limit_in_bytes", std::to_string(2000 * MIB) + "\n");
-    root.write("/sys/fs/cgroup/memory/box/one/memory.usage_in_bytes", std::to_string(1500 * MIB) + "\n");
+    root.limit_v1("/box/one", 2000 * MIB, 1500 * MIB);
     root.write("/sys/fs/cgroup/memory/box/one/memory.stat",
                "inactive_file 7\ntotal_inactive_file " + std::to_string(250 * MIB) + "\n");
     EXPECT_EQ(available_host_bytes(root.path), 750 * MIB);
