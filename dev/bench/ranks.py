@@ -23,7 +23,7 @@ import subprocess
 import sys
 
 from plotting import pyplot
-from step import LIGHTHOUSE_98K, LIGHTHOUSE_LONG, LLAMA_530M, LONG, cell, run_trainer
+from step import ALL_BUT_ATTENTION, LIGHTHOUSE_98K, LIGHTHOUSE_LONG, LLAMA_530M, LONG, cell, run_trainer, steps_to_time
 
 SPAWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts", "spawn_ranks.sh")
 MESHES = ("data", "context:ring", "context:gather")
@@ -32,10 +32,9 @@ VOCABULARY = 256
 
 def attention_flags(attention, T):
     """What a GPU of 80 GB trains up to 524288 tokens of the 530M model with, the same alone and among others."""
-    recompute = ["--recompute", "all_but_attention"]
     if attention == "dense":
-        return recompute
-    return LIGHTHOUSE_98K if T < LONG else LIGHTHOUSE_LONG + recompute
+        return ALL_BUT_ATTENTION
+    return LIGHTHOUSE_98K if T < LONG else LIGHTHOUSE_LONG + ALL_BUT_ATTENTION
 
 
 def mesh_label(mesh, ranks):
@@ -80,7 +79,7 @@ def run_row(options, mesh, attention, T):
             flags += ["--context_parallel", str(options.ranks), "--context_exchange", exchange]
     if options.flags:
         flags = flags + options.flags.split()
-    steps = options.steps or (5 if T < LONG else 2)
+    steps = steps_to_time(options.steps, T)
     result = run_trainer(launch, LLAMA_530M, T, 1, VOCABULARY, flags, steps, options.time_limit, data_parallel)
     result.update(mesh=mesh, ranks=1 if mesh == "one" else options.ranks, attention=attention, T=T, flags=flags)
     output = result.pop("output", "")
@@ -138,8 +137,7 @@ def plot(rows, ranks, path):
         for mesh in ("one",) + MESHES:
             of_mesh = sorted((row for row in timed if row["attention"] == attention and row["mesh"] == mesh),
                              key=lambda row: row["T"])
-            lengths = [row["T"] for row in of_mesh]
-            axes[0][column].plot(lengths, [row["tokens_per_second"] for row in of_mesh], "o-",
+            axes[0][column].plot([row["T"] for row in of_mesh], [row["tokens_per_second"] for row in of_mesh], "o-",
                                  label=mesh_label(mesh, ranks))
             with_one = [row for row in of_mesh if "efficiency" in row]
             if mesh != "one":
@@ -151,9 +149,10 @@ def plot(rows, ranks, path):
         axes[1][column].set_ylabel("% of as many times one GPU")
         axes[1][column].set_ylim(0, 110)
         axes[1][column].axhline(100, color="gray", linewidth=0.8)
+        lengths = sorted({row["T"] for row in timed})
         for axis in axes[:, column]:
+            axis.set_xlim(lengths[0] / 1.5, lengths[-1] * 1.5)  # also where no mesh was timed: an empty log axis fails
             axis.set_xscale("log", base=2)
-            lengths = sorted({row["T"] for row in timed})
             axis.set_xticks(lengths, lengths)
             axis.set_xlabel("tokens of a sequence")
             axis.legend()
