@@ -7,9 +7,9 @@
 #include <vector>
 
 #include "config.h"           // settings of the run
-#include "settings.h"         // the settings by name
 #include "json.h"             // state.json
 #include "parameters.h"       // tensors, their parts in Hugging Face's names
+#include "settings.h"         // the settings by name
 #include "trainable_model.h"  // kinds of state, pieces of a tensor
 
 // What a run needs beside the model's tensors to go on where it stopped. Random numbers depend on seeds and positions

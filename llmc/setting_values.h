@@ -44,7 +44,6 @@ inline Choices<Offload> choices(Offload) {
             {"optimizer", Offload::optimizer},
             {"all", Offload::all}};
 }
-
 inline Choices<CommTransport> choices(CommTransport) {
     return {{"auto", CommTransport::automatic}, {"nccl", CommTransport::nccl}, {"host", CommTransport::host}};
 }
@@ -64,6 +63,7 @@ const char* choice_name(Enum value) {
 }
 
 using Words = std::vector<std::string>;  // the values given to one setting
+
 // ---- text to value and back ---------------------------------------------------------------------
 
 // parse(words, value): throws Error with the rule a value breaks, to follow "--flag value: must be ".
