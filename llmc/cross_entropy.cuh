@@ -8,6 +8,7 @@
 #include <algorithm>
 
 #include "cuda_common.cuh"
+#include "gpu_properties.cuh"
 #include "ptx.cuh"
 
 // ---- constants ---------------------------------------------------------------------------------
@@ -316,17 +317,12 @@ inline CrossEntropyShortRowsKernel cross_entropy_short_rows_kernel_of(int packs)
 
 inline void launch_cross_entropy_long_rows(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int V,
                                            int row_packs, float dloss, bool write_gradient, cudaStream_t stream) {
-    int device, num_sms, sm_bytes, reserved_bytes, blocks_per_sm;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&sm_bytes, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&reserved_bytes, cudaDevAttrReservedSharedMemoryPerBlock, device));
-    cudaFuncAttributes attributes;  // static memory is rounded up to what other kernels of the program align theirs to
-    CUDA_CHECK(cudaFuncGetAttributes(&attributes, cross_entropy_long_rows_kernel));
-    const int static_bytes = (int)attributes.sharedSizeBytes, most_bytes = sm_bytes - reserved_bytes - static_bytes;
+    const GpuProperties gpu = gpu_properties();
+    const int most_bytes = gpu.shared_bytes_per_block() - STATIC_SHARED_BYTES_PER_BLOCK;
     // A row of which half a multiprocessor's shared memory holds all leaves room for other blocks.
     int threads = CROSS_ENTROPY_MAX_THREADS;
-    if (row_packs * 16 <= sm_bytes / 2 - reserved_bytes - static_bytes) {
+    if (row_packs * 16 <=
+        gpu.shared_bytes_per_sm / 2 - RESERVED_SHARED_BYTES_PER_BLOCK - STATIC_SHARED_BYTES_PER_BLOCK) {
         threads = 64;
         while (threads < CROSS_ENTROPY_MAX_THREADS / 2 && threads * 8 < row_packs) {
             threads *= 2;
@@ -338,11 +334,12 @@ inline void launch_cross_entropy_long_rows(float* losses, bf16* logits, const in
         cudaFuncSetAttribute(cross_entropy_long_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
     CUDA_CHECK(cudaFuncSetAttribute(cross_entropy_long_rows_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     cudaSharedmemCarveoutMaxShared));
+    int blocks_per_sm;
     CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_per_sm, cross_entropy_long_rows_kernel, threads,
                                                              shared_bytes));
     CHECK(blocks_per_sm > 0, "cross-entropy: %d threads and %d bytes of shared memory do not fit", threads,
           shared_bytes);
-    const int num_blocks = (int)std::min<int64_t>(rows, (int64_t)num_sms * blocks_per_sm);
+    const int num_blocks = (int)std::min<int64_t>(rows, (int64_t)gpu.num_sms * blocks_per_sm);
     cross_entropy_long_rows_kernel<<<num_blocks, threads, shared_bytes, stream>>>(
         losses, logits, targets, rows, V, row_packs, slots, dloss, write_gradient);
     CUDA_CHECK_LAUNCH();

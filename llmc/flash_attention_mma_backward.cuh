@@ -20,6 +20,7 @@
 #include <utility>
 
 #include "flash_attention_mma_tiles.cuh"
+#include "gpu_properties.cuh"
 
 struct MmaBackwardArguments {
     HeadView<bf16> dq, dk, dv;
@@ -559,9 +560,7 @@ inline void flash_attention_mma_backward(HeadView<bf16> dq, KeyGradientView dk, 
     NVTX_RANGE();
     const MmaBackwardArguments args =
         mma_begin_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, deterministic, stream);
-    int device, shared_limit;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&shared_limit, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const int shared_limit = gpu_properties().shared_bytes_per_block();
     using Tile128 = MmaBackwardTile<128, 8, 1, 64>;       // 145 KB: sm_80, sm_90, sm_100
     using SmallTile128 = MmaBackwardTile<128, 4, 1, 32>;  // 69 KB: where a block may have 99 KB
     // clang-format off

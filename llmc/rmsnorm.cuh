@@ -225,8 +225,7 @@ struct RmsnormBackwardPlan {
         threads = threads_per_row == WARP_SIZE ? WARP_SIZE * RMSNORM_BACKWARD_WARP_ROWS : threads_per_row;
         ring_bytes = (size_t)RMSNORM_BACKWARD_STAGES * RMSNORM_BACKWARD_OPERANDS * packs * threads * sizeof(bf16x8);
         const GpuProperties gpu = gpu_properties();
-        // And the sums of warps, rounded up to what other kernels of the program align their memory to: 1024 bytes.
-        const size_t block_bytes = ring_bytes + RESERVED_SHARED_BYTES_PER_BLOCK + 1024;
+        const size_t block_bytes = ring_bytes + RESERVED_SHARED_BYTES_PER_BLOCK + STATIC_SHARED_BYTES_PER_BLOCK;
         int blocks_per_sm =
             std::min<int>(rmsnorm_backward_threads_per_sm(packs) / threads, gpu.shared_bytes_per_sm / block_bytes);
         if (blocks_per_sm == 0) {  // rmsnorm_backward_long_rows_kernel
