@@ -779,13 +779,13 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, KeyGradi
                                                      HeadView<const bf16> out, const float* lse, void* scratch,
                                                      const AttentionShape& s, BackwardBlocks blocks,
                                                      cudaStream_t stream) {
-    mma_check_shape(s);
+    attention_check_shape(s);
     CHECK(s.D == Tile::D, "attention on Hopper: head dim D = %d, expected %d", s.D, Tile::D);
     CHECK(s.Tq <= INT32_MAX / 4 && s.Tk <= INT32_MAX / 4,
           "attention on Hopper: Tq = %lld, Tk = %lld must be below 2^29", (long long)s.Tq, (long long)s.Tk);
-    mma_check_view("dq", dq);
-    mma_check_view("out", out);
-    mma_check_key_gradients(dk, dv);
+    attention_check_view("dq", dq);
+    attention_check_view("out", out);
+    attention_check_key_gradients(dk, dv);
     const bool whole = dk.whole.data != nullptr;
     const std::pair<const char*, HeadView<const bf16>> mapped[] = {
         {"dout", dout}, {"q", q}, {"k", k}, {"v", v}, {"dk", dk.rounded}, {"dv", dv.rounded}};
@@ -813,13 +813,14 @@ inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, KeyGradi
         args.dk = head_tensor_map(dk.rounded, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
         args.dv = head_tensor_map(dv.rounded, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
     }
-    args.Tq = s.Tq, args.Tk = s.Tk, args.key_offset = mma_key_offset(s);
+    args.Tq = s.Tq, args.Tk = s.Tk, args.key_offset = attention_key_offset(s);
     args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
     args.num_query_tiles = (int)num_query_tiles;
     args.scale = s.scale, args.scale_log2 = s.scale * LOG2_E;
     // What the blocks of a head share: q, dout and dq's accumulator.
-    args.order = mma_tile_order(ceil_div<int64_t>(s.Tk, Tile::BLOCK_N), s.B, s.Hkv, 1,
-                                s.Tq * args.heads_per_kv_head * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float)));
+    args.order =
+        attention_tile_order(ceil_div<int64_t>(s.Tk, Tile::BLOCK_N), s.B, s.Hkv, 1,
+                             s.Tq * args.heads_per_kv_head * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float)));
 
     int device, num_sms;
     CUDA_CHECK(cudaGetDevice(&device));

@@ -650,7 +650,7 @@ template <class Tile>
 inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float* lse, HeadView<const bf16> q,
                                                        HeadView<const bf16> k, HeadView<const bf16> v,
                                                        const AttentionShape& s) {
-    mma_check_shape(s);
+    attention_check_shape(s);
     CHECK(s.D == Tile::D && flash_attention_hopper_forward_takes(out, q, k, v, s),
           "attention forward on Hopper: D = %d must be %d, rows aligned to 16 bytes, strides positive", s.D, Tile::D);
     constexpr int LONGEST = (1 << 30) - 256;  // row + key offset fits an int
@@ -662,12 +662,12 @@ inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float
     args.v = head_tensor_map(v, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
     args.out = head_tensor_map(out, s.B, s.Tq, s.H, s.D, 64);
     args.lse = lse;
-    args.Tq = (int)s.Tq, args.Tk = (int)s.Tk, args.key_offset = (int)mma_key_offset(s);
+    args.Tq = (int)s.Tq, args.Tk = (int)s.Tk, args.key_offset = (int)attention_key_offset(s);
     args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
     args.scale_log2 = s.scale * LOG2_E;
     args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
-    args.order = mma_tile_order(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M), s.B, s.H, args.heads_per_kv_head,
-                                s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
+    args.order = attention_tile_order(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M), s.B, s.H, args.heads_per_kv_head,
+                                      s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
     // Groups of one size: a small last one would be dealt out unevenly.
     const int num_groups = ceil_div(args.order.num_heads, args.order.heads_per_group);
     args.order.heads_per_group = round_up(ceil_div(args.order.num_heads, num_groups), args.heads_per_kv_head);

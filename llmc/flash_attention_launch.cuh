@@ -37,13 +37,13 @@ struct TileOrder {
 
 // Causality as one number: query t sees keys below min(Tk, t + 1 + key_offset). Full attention is an offset of Tk, and
 // no offset need be larger, or smaller than -Tq, so the sum cannot overflow.
-inline int64_t mma_key_offset(const AttentionShape& shape) {
+inline int64_t attention_key_offset(const AttentionShape& shape) {
     return shape.causal ? std::clamp(shape.causal_offset, -shape.Tq, shape.Tk) : shape.Tk;
 }
 
 // ---- checks -------------------------------------------------------------------------------------
 // What every attention kernel here assumes of its operands.
-inline void mma_check_shape(const AttentionShape& s) {
+inline void attention_check_shape(const AttentionShape& s) {
     CHECK(s.D >= 8 && s.D <= 256 && s.D % 8 == 0, "attention: head dim D = %d must be a multiple of 8 from 8 to 256",
           s.D);
     CHECK(s.B >= 1 && s.Tq >= 1 && s.Tk >= 1, "attention: B = %d, Tq = %lld, Tk = %lld must be positive", s.B,
@@ -53,22 +53,22 @@ inline void mma_check_shape(const AttentionShape& s) {
     CHECK(std::isfinite(s.scale) && s.scale > 0.0f, "attention: scale %g must be positive and finite", s.scale);
 }
 template <class Element>
-inline void mma_check_view(const char* name, const HeadView<Element>& view) {
+inline void attention_check_view(const char* name, const HeadView<Element>& view) {
     CHECK(reinterpret_cast<uintptr_t>(view.data) % 16 == 0 && view.stride_b % 8 == 0 && view.stride_t % 8 == 0 &&
               view.stride_h % 8 == 0,
           "attention: rows of %s must be aligned to 16 bytes (strides %lld, %lld, %lld elements)", name,
           (long long)view.stride_b, (long long)view.stride_t, (long long)view.stride_h);
 }
-inline void mma_check_key_gradients(const KeyGradientView& dk, const KeyGradientView& dv) {
+inline void attention_check_key_gradients(const KeyGradientView& dk, const KeyGradientView& dv) {
     CHECK((dk.whole.data == nullptr) == (dv.whole.data == nullptr), "attention: dk and dv must be of one kind");
-    mma_check_view("dk", dk.rounded);
-    mma_check_view("dv", dv.rounded);
-    mma_check_view("dk", dk.whole);
-    mma_check_view("dv", dv.whole);
+    attention_check_view("dk", dk.rounded);
+    attention_check_view("dv", dv.rounded);
+    attention_check_view("dk", dk.whole);
+    attention_check_view("dv", dv.whole);
 }
 
 // num_tiles a head, of `heads` heads a sequence; the operands that blocks of one head share are head_bytes.
-inline TileOrder mma_tile_order(int64_t num_tiles, int B, int heads, int heads_sharing, int64_t head_bytes) {
+inline TileOrder attention_tile_order(int64_t num_tiles, int B, int heads, int heads_sharing, int64_t head_bytes) {
     const int64_t num_heads = (int64_t)B * heads;
     CHECK(num_tiles * num_heads <= INT32_MAX / 2, "attention: %lld tiles of %lld heads are more than a grid holds",
           (long long)num_tiles, (long long)num_heads);

@@ -475,16 +475,16 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
 template <class Tile>
 inline void mma_launch_backward(MmaBackwardArguments args, const AttentionShape& shape, cudaStream_t stream) {
     const int64_t row_bytes = shape.D * (2 * sizeof(bf16) + (args.dq_accumulator != nullptr ? sizeof(float) : 0));
-    args.order = mma_tile_order(ceil_div<int64_t>(shape.Tk, Tile::BLOCK_N), shape.B, shape.Hkv, 1,
-                                shape.Tq * args.heads_per_kv_head * row_bytes);
+    args.order = attention_tile_order(ceil_div<int64_t>(shape.Tk, Tile::BLOCK_N), shape.B, shape.Hkv, 1,
+                                      shape.Tq * args.heads_per_kv_head * row_bytes);
     mma_launch<Tile>(args.dk_whole.data != nullptr ? flash_attention_mma_backward_kernel<Tile, true>
                                                    : flash_attention_mma_backward_kernel<Tile, false>,
                      args, Tile::D_SPLITS, stream);
 }
 template <class Tile>
 inline void mma_launch_backward_query(MmaBackwardArguments args, const AttentionShape& shape, cudaStream_t stream) {
-    args.order = mma_tile_order(ceil_div<int64_t>(shape.Tq, Tile::BLOCK_M), shape.B, shape.H, args.heads_per_kv_head,
-                                shape.Tk * shape.D * 2 * (int64_t)sizeof(bf16));
+    args.order = attention_tile_order(ceil_div<int64_t>(shape.Tq, Tile::BLOCK_M), shape.B, shape.H,
+                                      args.heads_per_kv_head, shape.Tk * shape.D * 2 * (int64_t)sizeof(bf16));
     mma_launch<Tile>(flash_attention_mma_backward_query_kernel<Tile>, args, 1, stream);
 }
 
@@ -506,18 +506,18 @@ inline MmaBackwardArguments mma_begin_backward(HeadView<bf16> dq, KeyGradientVie
                                                HeadView<const bf16> k, HeadView<const bf16> v, HeadView<const bf16> out,
                                                const float* lse, void* scratch, const AttentionShape& shape,
                                                bool deterministic, cudaStream_t stream) {
-    mma_check_shape(shape);
-    mma_check_key_gradients(dk, dv);
+    attention_check_shape(shape);
+    attention_check_key_gradients(dk, dv);
     const std::pair<const char*, HeadView<const bf16>> views[] = {{"dq", dq}, {"dout", dout}, {"q", q},
                                                                   {"k", k},   {"v", v},       {"out", out}};
     for (const auto& [name, view] : views) {
-        mma_check_view(name, view);
+        attention_check_view(name, view);
     }
     CHECK(reinterpret_cast<uintptr_t>(scratch) % 16 == 0, "attention: scratch must be aligned to 16 bytes");
     MmaBackwardArguments args{};
     args.dq = dq, args.dk = dk.rounded, args.dv = dv.rounded, args.dout = dout, args.q = q, args.k = k, args.v = v;
     args.dk_whole = dk.whole, args.dv_whole = dv.whole;
-    args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = mma_key_offset(shape);
+    args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = attention_key_offset(shape);
     args.H = shape.H, args.heads_per_kv_head = shape.H / shape.Hkv, args.D = shape.D;
     args.scale = shape.scale, args.scale_log2 = shape.scale * LOG2_E;
 

@@ -216,21 +216,21 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
 // ---- launchers ----------------------------------------------------------------------------------
 template <class Tile>
 inline void mma_launch_forward(MmaForwardArguments args, const AttentionShape& shape, cudaStream_t stream) {
-    args.order = mma_tile_order(ceil_div<int64_t>(shape.Tq, Tile::BLOCK_M), shape.B, shape.H, args.heads_per_kv_head,
-                                shape.Tk * shape.D * 2 * (int64_t)sizeof(bf16));
+    args.order = attention_tile_order(ceil_div<int64_t>(shape.Tq, Tile::BLOCK_M), shape.B, shape.H,
+                                      args.heads_per_kv_head, shape.Tk * shape.D * 2 * (int64_t)sizeof(bf16));
     mma_launch<Tile>(flash_attention_mma_forward_kernel<Tile>, args, 1, stream);
 }
 inline MmaForwardArguments mma_forward_arguments(HeadView<bf16> out, float* lse, HeadView<const bf16> q,
                                                  HeadView<const bf16> k, HeadView<const bf16> v,
                                                  const AttentionShape& shape) {
-    mma_check_shape(shape);
-    mma_check_view("out", out);
-    mma_check_view("q", q);
-    mma_check_view("k", k);
-    mma_check_view("v", v);
+    attention_check_shape(shape);
+    attention_check_view("out", out);
+    attention_check_view("q", q);
+    attention_check_view("k", k);
+    attention_check_view("v", v);
     MmaForwardArguments args{};
     args.out = out, args.lse = lse, args.q = q, args.k = k, args.v = v;
-    args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = mma_key_offset(shape);
+    args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = attention_key_offset(shape);
     args.H = shape.H, args.heads_per_kv_head = shape.H / shape.Hkv, args.D = shape.D;
     args.scale_log2 = shape.scale * LOG2_E;
     args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
