@@ -74,14 +74,7 @@ __device__ __forceinline__ void mask_scores_transposed(float (&scores)[M_TILES][
             // The first row that sees the key, counted from this lane's first column.
             const int64_t first = this_key < Tk ? this_key - key_offset - row : INT64_MAX;
             const int hidden = (int)max((int64_t)0, min(first, (int64_t)(8 * N_TILES))) - lane % 4 * 2;
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float& score = scores[m][n][2 * half + i];
-                    score = 8 * n + i < hidden ? -INFINITY : score;
-                }
-            }
+            hide_columns(scores[m], half, [&](int column) { return column < hidden; });
         }
     }
 }

@@ -211,6 +211,19 @@ struct QueryBlock {
     }
 };
 
+// Of an accumulator's upper (half 0) or lower row: columns that `hides` names become -infinity. A column is counted
+// from this lane's first, lane % 4 * 2.
+template <int N_TILES, class Hides>
+__device__ __forceinline__ void hide_columns(float (&scores)[N_TILES][4], int half, Hides hides) {
+#pragma unroll
+    for (int n = 0; n < N_TILES; ++n) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            float& score = scores[n][2 * half + i];
+            score = hides(8 * n + i) ? -INFINITY : score;
+        }
+    }
+}
 // Scores of query rows [row, row + 16 M_TILES) and keys from `key` on become -infinity where the query does not see the
 // key. All row and key numbers are those of the sequence.
 template <int M_TILES, int N_TILES>
@@ -223,17 +236,11 @@ __device__ __forceinline__ void mask_scores(float (&scores)[M_TILES][N_TILES][4]
         for (int half = 0; half < 2; ++half) {
             const int64_t end = min(Tk, row + 16 * m + 8 * half + lane / 4 + 1 + key_offset);
             const int visible = (int)max((int64_t)0, min(end - key, (int64_t)(8 * N_TILES))) - lane % 4 * 2;
-#pragma unroll
-            for (int n = 0; n < N_TILES; ++n) {
-#pragma unroll
-                for (int i = 0; i < 2; ++i) {
-                    float& score = scores[m][n][2 * half + i];
-                    score = 8 * n + i < visible ? score : -INFINITY;
-                }
-            }
+            hide_columns(scores[m], half, [&](int column) { return column >= visible; });
         }
     }
 }
+
 // ---- launch -------------------------------------------------------------------------------------
 template <class Tile, class Arguments>
 inline void mma_launch(void (*kernel)(Arguments), const Arguments& args, int blocks_per_tile, cudaStream_t stream) {
