@@ -9,6 +9,7 @@
 // Reference: reference/rmsnorm.h. Variants: dev/cuda/rmsnorm_forward.cu, dev/cuda/rmsnorm_backward.cu.
 #pragma once
 #include <algorithm>
+#include <type_traits>
 
 #include "cuda_common.cuh"
 #include "gpu_properties.cuh"
@@ -43,6 +44,18 @@ struct RmsnormGeometry {
         threads = std::max(RMSNORM_THREADS, threads_per_row);
     }
     int rows_per_block() const { return threads / threads_per_row; }
+    // Calls launch with packs as a constant: kernels keep their packs in registers.
+    template <class Launch>
+    void with_packs(Launch launch) const {
+        static_assert(RMSNORM_FORWARD_PACKS == 4, "every power of two up to it has a kernel");
+        if (packs == 1) {
+            launch(std::integral_constant<int, 1>());
+        } else if (packs == 2) {
+            launch(std::integral_constant<int, 2>());
+        } else {
+            launch(std::integral_constant<int, RMSNORM_FORWARD_PACKS>());
+        }
+    }
 };
 
 // ---- device functions --------------------------------------------------------------------------
@@ -142,10 +155,10 @@ inline void rmsnorm_forward(bf16* out, float* rstd, const bf16* x, const bf16* w
     check_rmsnorm_shape(rows, C);
     const RmsnormGeometry geometry(C);
     const int64_t num_blocks = ceil_div<int64_t>(rows, geometry.rows_per_block());
-    auto* kernel = geometry.packs == 1   ? rmsnorm_forward_kernel<1>
-                   : geometry.packs == 2 ? rmsnorm_forward_kernel<2>
-                                         : rmsnorm_forward_kernel<RMSNORM_FORWARD_PACKS>;
-    kernel<<<num_blocks, geometry.threads, 0, stream>>>(out, rstd, x, weight, rows, C, geometry.threads_per_row, eps);
+    geometry.with_packs([&](auto packs) {
+        rmsnorm_forward_kernel<packs.value>
+            <<<num_blocks, geometry.threads, 0, stream>>>(out, rstd, x, weight, rows, C, geometry.threads_per_row, eps);
+    });
     CUDA_CHECK_LAUNCH();
 }
 
@@ -188,10 +201,10 @@ inline void rmsnorm_recompute(bf16* out, const bf16* x, const bf16* weight, cons
     check_rmsnorm_shape(rows, C);
     const RmsnormGeometry geometry(C);
     const int64_t num_blocks = ceil_div<int64_t>(rows, geometry.rows_per_block());
-    auto* kernel = geometry.packs == 1   ? rmsnorm_recompute_kernel<1>
-                   : geometry.packs == 2 ? rmsnorm_recompute_kernel<2>
-                                         : rmsnorm_recompute_kernel<RMSNORM_FORWARD_PACKS>;
-    kernel<<<num_blocks, geometry.threads, 0, stream>>>(out, x, weight, rstd, rows, C, geometry.threads_per_row);
+    geometry.with_packs([&](auto packs) {
+        rmsnorm_recompute_kernel<packs.value>
+            <<<num_blocks, geometry.threads, 0, stream>>>(out, x, weight, rstd, rows, C, geometry.threads_per_row);
+    });
     CUDA_CHECK_LAUNCH();
 }
 
