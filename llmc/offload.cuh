@@ -1,13 +1,14 @@
 // offload.cuh: what lives in page-locked host memory and visits the GPU when it is needed (--offload), and the copies,
 // which run on streams of their own beside the kernels of the step. The host waits for none of them. Results are the
 // same bits as without: only where a value lies between its uses differs.
-//   InputOffload      the inputs of blocks. The forward writes them in turn into a few slots on the GPU; each goes to
-//   the
-//                     host while the next blocks run, and comes back in the backward one block ahead. The last blocks'
-//                     are still there when the backward begins.
-//   OptimizerOffload  master weights and AdamW's two means. They stream through the GPU in chunks, in, updated, out:
-//   the
-//                     first come while the backward still runs, and both directions of the bus are busy at once.
+//
+// InputOffload: the inputs of blocks. The forward writes them in turn into a few slots on the GPU; each goes to the
+// host while the next blocks run, and comes back in the backward one block ahead. The last blocks' are still there when
+// the backward begins.
+//
+// OptimizerOffload: master weights and AdamW's two means. They stream through the GPU in chunks, in, updated, out: the
+// first come while the backward still runs, and both directions of the bus are busy at once.
+//
 // Bound: the bus. At 50 GB/s an input of 2^20 tokens of 1024 channels takes 43 ms either way, less than its block; a
 // step of AdamW 0.24 ms a million parameters.
 #pragma once
