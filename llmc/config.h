@@ -9,20 +9,7 @@
 #include "context_partition.h"
 #include "lighthouse_geometry.h"
 #include "model_config.h"
-
-enum class DataFormat { automatic, bytes, shards };  // automatic: by each file's magic number
-enum class ScheduleKind { cosine, linear, constant };
-enum class SaveDtype { automatic, fp32, bf16 };  // automatic: fp32 on the CPU, bf16 on the GPU
-// What the backward pass computes again rather than keep from the forward pass: nothing; all of a block but attention;
-// all of a block.
-enum class Recompute { none, all_but_attention, block };
-// What lives in page-locked host memory and visits the GPU when it is needed: nothing; the inputs of blocks that the
-// backward reads; the optimizer's state; both.
-enum class Offload { none, activations, optimizer, all };
-// Between GPUs: by NCCL, or staged through the host (for tests and debugging).
-enum class CommTransport { automatic, nccl, host };  // automatic: nccl
-// How keys come to the queries of the other ranks of a sequence (ring_attention.cuh).
-enum class ContextExchange { automatic, ring, gather };  // automatic: by the cost of both
+#include "setting_choices.h"
 
 struct RunConfig {
     // ---- model: a preset, then every field of its shape
@@ -194,9 +181,9 @@ inline void validate(const RunConfig& c) {
     CHECK(c.comm_timeout > 0.0, "--comm_timeout %g: must be greater than 0 seconds", c.comm_timeout);
     const ContextPartition partition = make_context_partition(c.seq_len, c.context_parallel, 0);
     CHECK(
-        c.context_parallel * c.data_parallel == 1 || (c.offload != Offload::optimizer && c.offload != Offload::all),
+        c.context_parallel * c.data_parallel == 1 || !offloads_optimizer(c.offload),
         "--offload %s: with %d ranks it must be none or activations; each holds a shard of the optimizer's state only",
-        c.offload == Offload::all ? "all" : "optimizer", c.context_parallel * c.data_parallel);
+        choice_name(c.offload), c.context_parallel * c.data_parallel);
     in_range("device", c.device, 0, 1 << 10);
     real_in_range("gpu_memory", c.gpu_memory, 0.0, 1 << 20);
     real_in_range("host_memory", c.host_memory, 0.0, 1 << 20);

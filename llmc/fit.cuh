@@ -66,7 +66,7 @@ inline std::vector<std::pair<const char*, Offload>> offload_choices(const Parall
     for (const auto& [word, offload] : choices(Offload())) {
         GpuModelSettings settings;
         settings.offload = offload;
-        if (mesh.size() == 1 || !settings.offloads_optimizer()) {
+        if (mesh.size() == 1 || !offloads_optimizer(settings.offload)) {
             ways.push_back({word, offload});
         }
     }

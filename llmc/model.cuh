@@ -166,10 +166,10 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
     check_fits(plan_, free_memory(settings_, free_bytes), config_, settings_);
     plan_.allocate();
-    if (settings.offloads_inputs()) {
+    if (offloads_inputs(settings.offload)) {
         inputs_ = std::make_unique<InputOffload>(buffers_.input_slots, buffers_.host_inputs);
     }
-    if (settings.offloads_optimizer()) {
+    if (offloads_optimizer(settings.offload)) {
         host_optimizer_ = std::make_unique<OptimizerOffload>(buffers_.master, buffers_.exp_avg, buffers_.exp_avg_sq,
                                                              buffers_.optimizer_chunks, layout_.num_elements,
                                                              settings.optimizer_chunk_elements);

@@ -49,8 +49,6 @@ struct GpuModelSettings {
 
     int64_t local_seq_len() const { return max_seq_len / mesh.context_parallel; }
     int64_t max_rows() const { return max_batch_size * local_seq_len(); }
-    bool offloads_inputs() const { return offload == Offload::activations || offload == Offload::all; }
-    bool offloads_optimizer() const { return offload == Offload::optimizer || offload == Offload::all; }
 };
 inline GpuModelSettings gpu_model_settings(const RunConfig& c, const ParallelMesh& mesh = ParallelMesh()) {
     GpuModelSettings settings;
@@ -303,12 +301,12 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
         lighthouse_backward_size = lighthouse_backward_scratch_bytes(*lighthouse, settings.deterministic);
     }
     plan.add(&m.weights, MemoryUse::weights, "weights", "[parameters] bf16", num_parameters);
-    const MemoryUse state_use = settings.offloads_optimizer() ? MemoryUse::host_optimizer : MemoryUse::optimizer;
+    const MemoryUse state_use = offloads_optimizer(settings.offload) ? MemoryUse::host_optimizer : MemoryUse::optimizer;
     plan.add(&m.master, state_use, "master weights", optimizer_shape, layout.state_elements());
     plan.add(&m.exp_avg, state_use, "exp_avg", optimizer_shape, layout.state_elements());
     plan.add(&m.exp_avg_sq, state_use, "exp_avg_sq", optimizer_shape, layout.state_elements());
     plan.add(&m.optimizer_chunks, MemoryUse::optimizer, "optimizer state on its way", "[2, 3, chunk] float32",
-             settings.offloads_optimizer() ? optimizer_offload_elements(settings.optimizer_chunk_elements) : 0);
+             offloads_optimizer(settings.offload) ? optimizer_offload_elements(settings.optimizer_chunk_elements) : 0);
     plan.add(&m.gradients, MemoryUse::gradients, "gradients", "[parameters] float32", num_parameters);
 
     // Activations of the blocks.
@@ -326,7 +324,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     m.lighthouse_blocks.resize(config.num_layers);
     const KeptActivations dense_kept = kept_activations(settings.recompute, AttentionMode::dense);
     const KeptActivations lighthouse_kept = kept_activations(settings.recompute, AttentionMode::lighthouse);
-    if (settings.offloads_inputs()) {
+    if (offloads_inputs(settings.offload)) {
         m.input_slots.resize(num_input_slots(config.num_layers));
         m.host_inputs.resize(config.num_layers - m.input_slots.size());
     }
@@ -346,7 +344,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
                 plan.add_alias(&(switched.*activation.member), &(dense.*activation.member));
             }
         };
-        if (settings.offloads_inputs()) {
+        if (offloads_inputs(settings.offload)) {
             plan.add_alias(&dense.residual_in, &m.input_slots[l % m.input_slots.size()]);
             plan.add_alias(&switched.residual_in, &dense.residual_in);
         } else {

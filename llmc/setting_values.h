@@ -11,56 +11,9 @@
 #include <utility>
 #include <vector>
 
-#include "config.h"  // the choices
-#include "toml.h"    // quoting
-
-// ---- words of choices ---------------------------------------------------------------------------
-
-// The words of each setting that is a choice.
-template <class Enum>
-using Choices = std::vector<std::pair<const char*, Enum>>;
-inline Choices<AttentionMode> choices(AttentionMode) {
-    return {{"dense", AttentionMode::dense}, {"lighthouse", AttentionMode::lighthouse}};
-}
-inline Choices<LighthouseScorer> choices(LighthouseScorer) {
-    return {{"norm", LighthouseScorer::norm}, {"dilated", LighthouseScorer::dilated}};
-}
-inline Choices<DataFormat> choices(DataFormat) {
-    return {{"auto", DataFormat::automatic}, {"bytes", DataFormat::bytes}, {"shards", DataFormat::shards}};
-}
-inline Choices<ScheduleKind> choices(ScheduleKind) {
-    return {{"cosine", ScheduleKind::cosine}, {"linear", ScheduleKind::linear}, {"constant", ScheduleKind::constant}};
-}
-inline Choices<SaveDtype> choices(SaveDtype) {
-    return {{"auto", SaveDtype::automatic}, {"fp32", SaveDtype::fp32}, {"bf16", SaveDtype::bf16}};
-}
-inline Choices<Recompute> choices(Recompute) {
-    return {
-        {"none", Recompute::none}, {"all_but_attention", Recompute::all_but_attention}, {"block", Recompute::block}};
-}
-inline Choices<Offload> choices(Offload) {
-    return {{"none", Offload::none},
-            {"activations", Offload::activations},
-            {"optimizer", Offload::optimizer},
-            {"all", Offload::all}};
-}
-inline Choices<CommTransport> choices(CommTransport) {
-    return {{"auto", CommTransport::automatic}, {"nccl", CommTransport::nccl}, {"host", CommTransport::host}};
-}
-inline Choices<ContextExchange> choices(ContextExchange) {
-    return {{"auto", ContextExchange::automatic}, {"ring", ContextExchange::ring}, {"gather", ContextExchange::gather}};
-}
-
-// The word for a choice: choice_name(ScheduleKind::cosine) is "cosine".
-template <class Enum>
-const char* choice_name(Enum value) {
-    for (const auto& [word, choice] : choices(value)) {
-        if (choice == value) {
-            return word;
-        }
-    }
-    return "?";
-}
+#include "check.h"
+#include "setting_choices.h"  // words of choices
+#include "toml.h"             // quoting
 
 using Words = std::vector<std::string>;  // the values given to one setting
 
