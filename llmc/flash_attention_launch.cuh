@@ -1,5 +1,6 @@
 // flash_attention_launch.cuh: what the launches of all attention kernels have in common, those for mma.sync and those
-// for Hopper: the order of tiles, causality as one number, checks of the operands, constants of the softmax.
+// for Hopper: the order of tiles, causality as one number, checks of the operands, constants of the softmax, the row
+// sum that starts a backward.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -74,4 +75,27 @@ inline TileOrder attention_tile_order(int64_t num_tiles, int B, int heads, int h
           (long long)num_tiles, (long long)num_heads);
     const int64_t heads_per_group = std::max<int64_t>(1, L2_GROUP_BYTES / head_bytes) * heads_sharing;
     return {(int)num_tiles, (int)num_heads, (int)std::min(heads_per_group, num_heads)};
+}
+
+// ---- delta of the backward ----------------------------------------------------------------------
+constexpr int ATTENTION_DELTA_LANES = 8;  // threads a row: 128 bytes of a row at a time
+// rowsum(dout out) of a row of D elements, for each of its lanes; rows that are nullptr: 0. All lanes of a warp call
+// it.
+__device__ __forceinline__ float attention_delta(const bf16* dout_row, const bf16* out_row, int D) {
+    float delta = 0.0f;
+    if (dout_row != nullptr) {
+        const int lane = threadIdx.x % ATTENTION_DELTA_LANES;
+        for (int d = lane * bf16x8::size; d < D; d += ATTENTION_DELTA_LANES * bf16x8::size) {
+            const bf16x8 a = load128(dout_row + d), b = load128(out_row + d);
+#pragma unroll
+            for (int i = 0; i < bf16x8::size; ++i) {
+                delta += __bfloat162float(a[i]) * __bfloat162float(b[i]);
+            }
+        }
+    }
+#pragma unroll
+    for (int offset = ATTENTION_DELTA_LANES / 2; offset > 0; offset /= 2) {
+        delta += __shfl_xor_sync(FULL_WARP, delta, offset);
+    }
+    return delta;
 }

@@ -105,7 +105,6 @@ __device__ __forceinline__ void add_dq_fragment(float* fragment, int lane, const
 }
 
 constexpr int MMA_ROWS_THREADS = 256;
-constexpr int MMA_STATISTICS_LANES = 8;  // threads a row: 128 bytes of a row at a time
 
 // row_statistics (=) {lse log2(e), rowsum(dout out)}. A row that sees no key gets +infinity, which makes its P zero.
 // Launch: 8 threads a row, flat grid over B * H * Tq rows. Bound: bandwidth, 4D + 12 bytes a row.
@@ -113,26 +112,12 @@ __global__ void __launch_bounds__(MMA_ROWS_THREADS)
     flash_attention_mma_statistics_kernel(float2* row_statistics, HeadView<const bf16> dout, HeadView<const bf16> out,
                                           const float* lse, int64_t num_rows, int64_t Tq, int H, int D) {
     const int64_t thread = (int64_t)blockIdx.x * MMA_ROWS_THREADS + threadIdx.x;
-    const int64_t row = thread / MMA_STATISTICS_LANES;
-    const int lane = thread % MMA_STATISTICS_LANES;
-    float delta = 0.0f;
-    if (row < num_rows) {
-        const int64_t head = row / Tq, t = row % Tq;
-        const bf16* dout_row = dout.row(head / H, t, head % H);
-        const bf16* out_row = out.row(head / H, t, head % H);
-        for (int d = lane * bf16x8::size; d < D; d += MMA_STATISTICS_LANES * bf16x8::size) {
-            const bf16x8 a = load128(dout_row + d), b = load128(out_row + d);
-#pragma unroll
-            for (int i = 0; i < bf16x8::size; ++i) {
-                delta += __bfloat162float(a[i]) * __bfloat162float(b[i]);
-            }
-        }
-    }
-#pragma unroll
-    for (int offset = MMA_STATISTICS_LANES / 2; offset > 0; offset /= 2) {
-        delta += __shfl_xor_sync(FULL_WARP, delta, offset);
-    }
-    if (row < num_rows && lane == 0) {
+    const int64_t row = thread / ATTENTION_DELTA_LANES;
+    const bool exists = row < num_rows;
+    const int64_t head = row / Tq, t = row % Tq;
+    const float delta = attention_delta(exists ? dout.row(head / H, t, head % H) : nullptr,
+                                        exists ? out.row(head / H, t, head % H) : nullptr, D);
+    if (exists && thread % ATTENTION_DELTA_LANES == 0) {
         row_statistics[row] = {lse[row] == -INFINITY ? INFINITY : lse[row] * LOG2_E, delta};
     }
 }
@@ -516,7 +501,7 @@ inline MmaBackwardArguments mma_begin_backward(HeadView<bf16> dq, KeyGradientVie
 
     float2* row_statistics = static_cast<float2*>(scratch);
     const int64_t num_rows = (int64_t)shape.B * shape.H * shape.Tq;
-    const int64_t num_blocks = ceil_div<int64_t>(num_rows, MMA_ROWS_THREADS / MMA_STATISTICS_LANES);
+    const int64_t num_blocks = ceil_div<int64_t>(num_rows, MMA_ROWS_THREADS / ATTENTION_DELTA_LANES);
     CHECK(num_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds", (long long)num_rows);
     flash_attention_mma_statistics_kernel<<<num_blocks, MMA_ROWS_THREADS, 0, stream>>>(
         row_statistics, dout, out, lse, num_rows, shape.Tq, shape.H, shape.D);
