@@ -7,23 +7,31 @@ Three tables, saved with a plot (latency against context, as in Figure 3 of arXi
   blocks    one decoder block at the shapes of 530M, 8B, 70B and 405B: matrix products (cuBLAS through PyTorch, timed on
             32768 tokens and scaled: they are linear in tokens) plus attention, dense or Lighthouse; norms, rotation and
             gate are left out, they are equal in both
+
+--published names a program that times another implementation of the layer at the same shapes: a further column and
+line. It takes no further flags and prints a JSON line for each T, {"T": 98304, "forward_ms": 2.5,
+"forward_backward_ms": 7.5} or {"T": 98304, "error": "why not"}; other fields and other lines are ignored.
+
 Every time is a median of CUDA-event timings in milliseconds on random data with a flushed L2 cache; of what takes
 seconds, one timing. A part that fails is reported, the rest goes on, and the exit status is 1.
 
     make dev && python3 dev/bench/lighthouse.py
     python3 dev/bench/lighthouse.py --contexts 32768,98304 --blocks ""
+    python3 dev/bench/lighthouse.py --published 'python3 other_layer.py'
     python3 dev/bench/lighthouse.py --from_json lighthouse.json        tables and plot of an earlier run; needs no GPU
 """
 import argparse
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
 import time
 
 from plotting import pyplot
+from step import run_limited
 
 # name: width, query heads, key/value heads, FFN width; head dim 128.
 BLOCKS = {
@@ -53,6 +61,32 @@ def run_layer(binary, T, heads, kv_heads, with_dense, limit):
         output, error = "", str(missing)
     found = {name: float(ms) for name, ms in re.findall(r"^stage (\S+) .* ([\d.]+) ms$", output, re.M)}
     return {**found, "error": error} if error else found
+
+
+def run_published(command, limit):
+    """What the program of --published says: milliseconds by T, as fields of its row, and what failed, as texts."""
+    try:
+        status, stdout, stderr = run_limited(command, limit)
+    except OSError as missing:
+        return {}, [f"--published: {missing}"]
+    found, failures = {}, []
+    for line in stdout.splitlines():
+        try:
+            said = json.loads(line)
+            T = int(said["T"])
+            if "error" in said:
+                failures.append(f"--published, T {T}: {str(said['error'])[:200]}")
+            else:
+                found[T] = {"published": float(said["forward_ms"]),
+                            "published_both": float(said["forward_backward_ms"])}
+        except (KeyError, TypeError, ValueError):
+            continue
+    if status is None:
+        failures.append(f"--published: ended after {limit:.0f} s")
+    elif not found and not failures:
+        words = (stderr.strip() or stdout.strip() or "no output").splitlines()
+        failures.append(f"--published: no line with times: {words[-1][:200]}")
+    return found, failures
 
 
 class Peer:
@@ -124,6 +158,8 @@ class Peer:
 
 def times(result, kind):
     """Forward, and forward plus backward."""
+    if kind + "_both" in result:
+        return result.get(kind), result[kind + "_both"]
     forward, backward = result.get(kind), result.get(kind + "_backward")
     return forward, forward + backward if forward and backward else None
 
@@ -142,19 +178,25 @@ def markdown(header, rows):
 
 
 def context_table(results):
+    with_published = any("published" in r for r in results.values())
     rows = []
     for T, r in results.items():
-        layer, dense, cudnn = times(r, "layer"), times(r, "dense"), times(r, "cudnn")
+        layer, dense, cudnn, published = (times(r, kind) for kind in ("layer", "dense", "cudnn", "published"))
         rows.append([str(T)] + [number(x) for pair in (layer, dense, cudnn) for x in pair] +
                     [ratio(cudnn[0], layer[0]), ratio(cudnn[1], layer[1]), ratio(dense[0], layer[0]),
                      ratio(dense[1], layer[1])])
-    return markdown(["T", "Lighthouse fwd ms", "fwd+bwd", "dense fwd", "fwd+bwd", "cuDNN dense fwd", "fwd+bwd",
-                     "cuDNN / Lighthouse fwd", "fwd+bwd", "dense / Lighthouse fwd", "fwd+bwd"], rows)
+        if with_published:
+            rows[-1] += [number(x) for x in published] + [ratio(published[0], layer[0]), ratio(published[1], layer[1])]
+    header = ["T", "Lighthouse fwd ms", "fwd+bwd", "dense fwd", "fwd+bwd", "cuDNN dense fwd", "fwd+bwd",
+              "cuDNN / Lighthouse fwd", "fwd+bwd", "dense / Lighthouse fwd", "fwd+bwd"]
+    if with_published:
+        header += ["published fwd", "fwd+bwd", "published / Lighthouse fwd", "fwd+bwd"]
+    return markdown(header, rows)
 
 
 def stage_table(results):
     rows = [[str(T)] + [number(r.get(stage)) for stage in STAGES + ["around", "around_backward"]]
-            for T, r in results.items()]
+            for T, r in results.items() if set(r) - {"published", "published_both"}]
     return markdown(["T"] + STAGES + ["all but attention, fwd", "bwd"], rows)
 
 
@@ -184,7 +226,7 @@ def plot(results, path):
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.5), sharey=True)
     for axis, index, title in ((axes[0], 0, "forward"), (axes[1], 1, "forward + backward")):
         for kind, label, style in (("layer", "Lighthouse", "o-"), ("dense", "dense", "s-"),
-                                   ("cudnn", "cuDNN dense", "^--")):
+                                   ("cudnn", "cuDNN dense", "^--"), ("published", "Lighthouse, published", "d:")):
             points = [(int(T), times(r, kind)[index]) for T, r in results["contexts"].items()]
             points = [(T, ms) for T, ms in points if ms]
             if points:
@@ -240,6 +282,14 @@ def measure(options, results, save):
         if fits(f"T {T}"):
             results["contexts"][T] = attention(f"T {T}", T, 8, 8)
             save()
+    if options.published and fits("--published"):
+        found, failed = run_published(options.published, options.published_time_limit)
+        failures.extend(failed)
+        for T, ms in found.items():
+            results["contexts"].setdefault(T, {}).update(ms)
+            print(f"T {T}: published {number(ms['published'])} / {number(ms['published_both'])} ms", flush=True)
+        results["contexts"] = dict(sorted(results["contexts"].items()))
+        save()
     products = {}
     for T in options.block_contexts:  # the dearest come last
         for name in options.blocks:
@@ -262,12 +312,16 @@ def main():
     names = lambda text: [word for word in text.split(",") if word]
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=numbers, default="8192,16384,32768,65536,98304,131072,262144,524288,1048576")
-    parser.add_argument("--dense_up_to", type=int, default=1048576, help="longest context that dense attention is timed at")
+    parser.add_argument("--dense_up_to", type=int, default=1048576,
+                        help="longest context that dense attention is timed at")
     parser.add_argument("--blocks", type=names, default=",".join(BLOCKS), help="names with commas between them")
     parser.add_argument("--block_contexts", type=numbers, default="32768,65536,131072,262144")
     parser.add_argument("--layer", default="build/dev/lighthouse_layer", help="the binary that times the layer")
     parser.add_argument("--budget", type=float, default=180, help="seconds after which no further shape is begun")
     parser.add_argument("--time_limit", type=float, default=120, help="seconds one shape may take")
+    parser.add_argument("--published", type=shlex.split, metavar="COMMAND",
+                        help="a program that times another implementation of the layer; see above")
+    parser.add_argument("--published_time_limit", type=float, default=300, help="seconds it may take, for all T [300]")
     parser.add_argument("--out", default=".", help="folder for lighthouse.json, lighthouse.md and lighthouse.png")
     parser.add_argument("--from_json", help="an earlier run's lighthouse.json: tables and plot of it, nothing is timed")
     options = parser.parse_args()

@@ -2,9 +2,13 @@
 """The PyTorch peer of train_gpt: the same Llama, trained the way PyTorch does it best on one GPU.
 
 torch.compile, cuDNN attention through scaled_dot_product_attention, bf16 autocast over float32 weights, fused AdamW,
-gradient clipping; random tokens. Prints one JSON line: tokens/s (median step), peak memory, loss of the first and last step.
+gradient clipping; random tokens. Prints one JSON line: tokens/s (median step), peak memory, loss of the first and last
+step.
 
     python3 dev/bench/pytorch_llama.py --seq_len 8192 --batch_size 4 --vocab_size 256
+
+A program that compares another attention takes the model and the step from here: a subclass of Block with an attend()
+of its own, given to train().
 """
 import argparse
 import json
@@ -15,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 
 class RMSNorm(nn.Module):
@@ -46,29 +51,36 @@ class Block(nn.Module):
         self.gate_up = nn.Linear(o.width, 2 * o.ffn_width, bias=False)
         self.down = nn.Linear(o.ffn_width, o.width, bias=False)
 
+    def attend(self, q, k, v):
+        """q [B, T, H, D]; k, v [B, T, Hkv, D] -> [B, T, H, D]."""
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
+                                             enable_gqa=q.shape[2] != k.shape[2])
+        return out.transpose(1, 2)
+
     def forward(self, x, cos, sin):
         B, T, _ = x.shape
         H, Hkv, D = self.heads, self.kv_heads, self.head_dim
         q, k, v = self.qkv(self.attention_norm(x)).view(B, T, H + 2 * Hkv, D).split((H, Hkv, Hkv), dim=2)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True,
-                                             enable_gqa=H != Hkv)
-        x = x + self.attention_out(out.transpose(1, 2).reshape(B, T, H * D))
+        x = x + self.attention_out(self.attend(q, k, v).reshape(B, T, H * D))
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
 
 
 class Llama(nn.Module):
-    def __init__(self, o):
+    """make_block: the block of a layer, from the options and the layer's number."""
+
+    def __init__(self, o, make_block):
         super().__init__()
+        self.recompute = o.recompute == "block"
         self.embedding = nn.Embedding(o.vocab_size, o.width)
-        self.blocks = nn.ModuleList(Block(o) for _ in range(o.num_layers))
+        self.blocks = nn.ModuleList(make_block(o, layer) for layer in range(o.num_layers))
         self.final_norm = RMSNorm(o.width, o.norm_eps)
         self.classifier = nn.Linear(o.width, o.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
                 nn.init.normal_(weight, std=0.02)
-        if o.tied_embeddings:
+        if o.tied_embeddings == "true":
             self.classifier.weight = self.embedding.weight
 
     def head(self, x, targets):
@@ -79,12 +91,14 @@ class Llama(nn.Module):
         # Autocast leaves the embedding in float32; the residual stream is bf16, as in train_gpt.
         x = self.embedding(tokens).to(torch.bfloat16)
         for block in self.blocks:
-            x = block(x, cos, sin)
+            if self.recompute:
+                x = checkpoint(block, x, cos, sin, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, cos, sin)
         return self.head(x, targets)
 
 
-def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def add_arguments(parser):
     parser.add_argument("--num_layers", type=int, default=30)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--num_heads", type=int, default=8)
@@ -101,18 +115,17 @@ def parse_arguments():
     parser.add_argument("--warmup_steps", type=int, default=3)
     parser.add_argument("--compile", choices=("block", "model", "none"), default="block",
                         help="what torch.compile gets: each block and the head, the whole model, or nothing")
-    options = parser.parse_args()
-    options.tied_embeddings = options.tied_embeddings == "true"
-    return options
+    parser.add_argument("--recompute", choices=("none", "block"), default="none",
+                        help="block: the backward computes each block's forward again, from its input")
 
 
-def main():
-    o = parse_arguments()
+def train(o, make_block):
+    """Trains on random tokens; returns what is printed, as a dictionary. o: the options of add_arguments."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
     device = torch.device("cuda")
     with device:
-        model = Llama(o)
+        model = Llama(o, make_block)
         frequencies = o.rope_theta ** (-torch.arange(0, o.head_dim, 2, dtype=torch.float64) / o.head_dim)
         angles = torch.outer(torch.arange(o.seq_len, dtype=torch.float64), frequencies)[:, None, :]
         cos, sin = angles.cos().float(), angles.sin().float()
@@ -143,7 +156,7 @@ def main():
             if step >= o.warmup_steps:
                 times.append(time.perf_counter() - start)
     seconds = statistics.median(times)
-    print(json.dumps({
+    return {
         "tokens_per_second": o.batch_size * o.seq_len / seconds,
         "ms": 1e3 * seconds,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
@@ -153,7 +166,13 @@ def main():
         "torch": torch.__version__,
         "cudnn": torch.backends.cudnn.version(),
         "device": torch.cuda.get_device_name(),
-    }))
+    }
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    print(json.dumps(train(parser.parse_args(), lambda o, layer: Block(o))))
 
 
 if __name__ == "__main__":

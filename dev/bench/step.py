@@ -8,6 +8,14 @@ a shard in llm.c's format is written first, so both programs see data of the sam
     python3 dev/bench/step.py --rows 124m_1k,530m_8k_v256       some rows
     python3 dev/bench/step.py --list                            what there is
 
+    python3 dev/bench/step.py --lighthouse_peer 'python3 other.py'      another implementation of Lighthouse attention
+
+--lighthouse_peer names a third program, for the rows under Lighthouse attention. It is given what pytorch_llama.py is
+given (--num_layers ... --vocab_size, --steps, --warmup_steps), the row's --lighthouse_levels, --lighthouse_pool,
+--lighthouse_topk and --lighthouse_dense_layers, and --recompute block where the trainer recomputes; flags in COMMAND
+come before these. Its last line of output must be JSON with at least tokens_per_second, ms and peak_gib; a field
+"recompute" is shown. PyTorch's own column stays dense.
+
 From 262144 tokens on a step takes seconds to minutes: there one step warms up and two are timed, unless --steps says
 otherwise. What has been measured when --time_limit ends a run counts, with a word about it.
 """
@@ -15,6 +23,7 @@ import argparse
 import json
 import os
 import random
+import shlex
 import signal
 import statistics
 import struct
@@ -60,6 +69,10 @@ def steps_to_time(asked, T):
     return asked or (5 if T < LONG else 2)
 
 
+def steps_to_warm_up(T):
+    return 3 if T < LONG else 1
+
+
 def write_random_shard(path, num_tokens, vocab_size):
     """llm.c token shard: 256 int32 of header, then uint16 (version 1) or uint32 (version 7) tokens."""
     wide = vocab_size > 65536
@@ -102,7 +115,7 @@ def run_trainer(launch, model, T, B, V, extra, steps, limit, data_parallel=1):
     # In memory where there is such a folder: a run ends with a checkpoint, which goes with the folder. Not where the
     # run wants the host's memory for itself.
     in_memory = os.path.isdir("/dev/shm") and "--offload" not in extra
-    warm_up = 3 if T < LONG else 1
+    warm_up = steps_to_warm_up(T)
     with tempfile.TemporaryDirectory(dir="/dev/shm" if in_memory else None) as folder:
         shard = os.path.join(folder, "random.bin")
         tokens = T * B * data_parallel
@@ -145,28 +158,57 @@ def timed_steps(path, warm_up):
     return [line for line in steps if line["event"] == "step"][warm_up:]
 
 
-def run_peer(model, T, B, V, steps, limit):
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pytorch_llama.py")
-    status, stdout, stderr = run_limited(
-        [sys.executable, script, *model_flags(model, T, B, V), "--steps", str(steps)], limit)
+def run_peer(command, model, T, B, V, steps, limit):
+    """command: a program that takes pytorch_llama.py's flags and prints its JSON line, as a list."""
+    try:
+        status, stdout, stderr = run_limited(
+            [*command, *model_flags(model, T, B, V), "--steps", str(steps), "--warmup_steps",
+             str(steps_to_warm_up(T))], limit)
+    except OSError as error:
+        return {"error": str(error)}
     if status is None:
         return {"error": f"over {limit:.0f} s"}
     if status != 0:
         error = stderr.strip().splitlines()
         return {"error": "out of memory" if "OutOfMemoryError" in stderr else error[-1][:200] if error else "?"}
-    return json.loads(stdout.strip().splitlines()[-1])
+    lines = stdout.strip().splitlines()
+    try:
+        result = json.loads(lines[-1])
+        return {**result, **{key: float(result[key]) for key in ("tokens_per_second", "ms", "peak_gib")}}
+    except (IndexError, KeyError, TypeError, ValueError):
+        return {"error": f"its last line is not the JSON asked for: {lines[-1][:100] if lines else 'no output'}"}
+
+
+def run_pytorch(model, T, B, V, steps, limit):
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "pytorch_llama.py")
+    return run_peer([sys.executable, script], model, T, B, V, steps, limit)
+
+
+def run_lighthouse_peer(command, model, T, B, V, extra, steps, limit):
+    """extra: the trainer's further flags; the peer gets those of the attention, and the one recompute it has."""
+    flags = [word for name, value in zip(extra[::2], extra[1::2]) if name.startswith("--lighthouse_")
+             for word in (name, value)]
+    if "--recompute" in extra:
+        flags += ["--recompute", "block"]
+    return run_peer([*command, *flags], model, T, B, V, steps, limit)
 
 
 def plot(results, path):
     plt = pyplot("no matplotlib: no plot")
     if plt is None:
         return
+    programs = [("train_gpt", "tab:blue"), ("pytorch", "tab:orange")]
+    if any("lighthouse_peer" in row for row in results.values()):
+        programs.append(("lighthouse_peer", "tab:green"))
+    width = 0.8 / len(programs)
     names = [name for name in results if "ms" in results[name]["train_gpt"]]
-    figure, axes = plt.subplots(1, 2, figsize=(13, 0.6 * len(names) + 2), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(13, 0.3 * len(programs) * len(names) + 2), sharey=True)
     for axis, key, label in ((axes[0], "tokens_per_second", "tokens/s"), (axes[1], "peak_gib", "peak memory, GiB")):
-        for offset, program, color in ((0.2, "train_gpt", "tab:blue"), (-0.2, "pytorch", "tab:orange")):
+        for index, (program, color) in enumerate(programs):
+            offset = 0.4 - width * (index + 0.5)  # from above
             values = [(results[name].get(program) or {}).get(key, 0.0) for name in names]
-            bars = axis.barh([i + offset for i in range(len(names))], values, 0.38, color=color, label=program)
+            bars = axis.barh([i + offset for i in range(len(names))], values, 0.95 * width, color=color,
+                             label=program)
             axis.bar_label(bars, [f"{value:,.0f}" if value else "-" for value in values], padding=2)
         axis.set_xlabel(label)
         axis.margins(x=0.15)
@@ -180,6 +222,11 @@ def cell(result, key, form):
     return form.format(result[key]) if result and key in result else "-"
 
 
+def ratio(ours, peer):
+    both = ours and peer and "ms" in ours and "ms" in peer
+    return f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}" if both else "-"
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help="names with commas between them")
@@ -187,7 +234,9 @@ def main():
     parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
     parser.add_argument("--steps", type=int, help="timed steps; the median counts [5, of long sequences 2]")
     parser.add_argument("--time_limit", type=float, default=600, help="seconds a program may take [600]")
-    parser.add_argument("--only", choices=("both", "train_gpt", "pytorch"), default="both")
+    parser.add_argument("--only", choices=("all", "train_gpt", "pytorch", "lighthouse_peer"), default="all")
+    parser.add_argument("--lighthouse_peer", type=shlex.split, metavar="COMMAND",
+                        help="another trainer with Lighthouse attention, for the rows under it; see above")
     parser.add_argument("--out", default=".", help="folder for step.json and step.png")
     options = parser.parse_args()
     if options.list:
@@ -197,33 +246,46 @@ def main():
     unknown = [name for name in options.rows.split(",") if name not in ROWS]
     if unknown:
         parser.error(f"no such row: {', '.join(unknown)}; --list shows them")
+    if options.only == "lighthouse_peer" and not options.lighthouse_peer:
+        parser.error("--only lighthouse_peer: needs --lighthouse_peer")
     os.makedirs(options.out, exist_ok=True)
 
     results, failed = {}, False
+    wanted = lambda program: options.only in ("all", program)
     print(f"{'row':28} {'train_gpt tok/s':>16} {'PyTorch tok/s':>14} {'ratio':>6} {'ms':>9} {'MFU %':>6} {'GiB':>7} "
-          f"{'PyTorch GiB':>11}")
+          f"{'PyTorch GiB':>11}" + (f" {'Lighthouse peer tok/s':>22} {'ratio':>6} {'peer GiB':>9}"
+                                  if options.lighthouse_peer else ""))
     for name in options.rows.split(","):
         model, T, B, V, extra, has_peer = ROWS[name]
-        ours, peer = None, None
+        ours, peer, lighthouse_peer = None, None, None
         steps = steps_to_time(options.steps, T)
-        if options.only != "pytorch":
+        if wanted("train_gpt"):
             ours = run_trainer([options.train_gpt], model, T, B, V, extra, steps, options.time_limit)
             ours.pop("output", None)
-        if options.only != "train_gpt" and has_peer:
-            peer = run_peer(model, T, B, V, steps, options.time_limit)
+        if wanted("pytorch") and has_peer:
+            peer = run_pytorch(model, T, B, V, steps, options.time_limit)
+        if wanted("lighthouse_peer") and options.lighthouse_peer and "lighthouse" in extra:
+            lighthouse_peer = run_lighthouse_peer(options.lighthouse_peer, model, T, B, V, extra, steps,
+                                                  options.time_limit)
         results[name] = {"train_gpt": ours or {}, "pytorch": peer}
-        both = ours and peer and "ms" in ours and "ms" in peer
-        ratio = f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}" if both else "-"
         mfu = f"{100 * ours['mfu']:.1f}" if ours and ours.get("mfu") else "-"
-        print(f"{name:28} {cell(ours, 'tokens_per_second', '{:16.0f}'):>16} "
-              f"{cell(peer, 'tokens_per_second', '{:14.0f}'):>14} {ratio:>6} {cell(ours, 'ms', '{:9.1f}'):>9} {mfu:>6} "
-              f"{cell(ours, 'peak_gib', '{:7.2f}'):>7} {cell(peer, 'peak_gib', '{:11.2f}'):>11}", flush=True)
-        for program, result in (("train_gpt", ours), ("pytorch", peer)):
+        line = (f"{name:28} {cell(ours, 'tokens_per_second', '{:16.0f}'):>16} "
+                f"{cell(peer, 'tokens_per_second', '{:14.0f}'):>14} {ratio(ours, peer):>6} "
+                f"{cell(ours, 'ms', '{:9.1f}'):>9} {mfu:>6} "
+                f"{cell(ours, 'peak_gib', '{:7.2f}'):>7} {cell(peer, 'peak_gib', '{:11.2f}'):>11}")
+        if options.lighthouse_peer:
+            results[name]["lighthouse_peer"] = lighthouse_peer
+            line += (f" {cell(lighthouse_peer, 'tokens_per_second', '{:22.0f}'):>22} "
+                     f"{ratio(ours, lighthouse_peer):>6} {cell(lighthouse_peer, 'peak_gib', '{:9.2f}'):>9}")
+        print(line, flush=True)
+        for program, result in (("train_gpt", ours), ("pytorch", peer), ("lighthouse_peer", lighthouse_peer)):
             if result and "error" in result:
                 failed = failed or program == "train_gpt"
                 print(f"    {program}: {result['error']}", flush=True)
             elif result and result.get("note"):
                 print(f"    {program}: {result['note']}, {result['steps']} steps timed", flush=True)
+            elif result and result.get("recompute", "none") != "none":
+                print(f"    {program}: recompute {result['recompute']}", flush=True)
         with open(os.path.join(options.out, "step.json"), "w") as file:
             json.dump(results, file, indent=1)
     plot(results, os.path.join(options.out, "step.png"))
