@@ -4,7 +4,7 @@
 #include "flash_attention_hopper_forward.cuh"
 #define LLMC_HOPPER_FORWARD
 #endif
-#if __has_include("flash_attention_hopper_backward.cuh")
-#include "flash_attention_hopper_backward.cuh"
+#if __has_include("flash_attention_hopper_backward_launch.cuh")
+#include "flash_attention_hopper_backward_launch.cuh"
 #define LLMC_HOPPER_BACKWARD
 #endif

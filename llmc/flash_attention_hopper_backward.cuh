@@ -1,5 +1,5 @@
 // flash_attention_hopper_backward.cuh: the backward of attention for sm_90a, D = 64 and 128: wgmma, TMA, warps with
-// separate jobs.
+// separate jobs. What calls it: flash_attention_hopper_backward_launch.cuh.
 //   P = exp(scale q k^T - lse),  dP = dout v^T,  dS = P (dP - delta),  delta = rowsum(dout out)
 //   dv = P^T dout,  dk = scale dS^T q,  dq = scale dS k
 // Shapes: q, out, dout, dq [B, Tq, H, D]; k, v, dk, dv [B, Tk, Hkv, D], each a HeadView (16-byte aligned rows, positive
@@ -33,9 +33,7 @@
 // 64; dq rounded in this kernel by two idle warps as its tiles became complete 226 / 415 / 533. Variants:
 // dev/cuda/flash_attention_backward.cu.
 #pragma once
-#include <algorithm>
 #include <cmath>
-#include <utility>
 
 #include "flash_attention_launch.cuh"
 #include "ptx_hopper.cuh"
@@ -120,7 +118,6 @@ struct HopperBackwardArguments {
 
 // ---- before and after --------------------------------------------------------------------------
 constexpr int HOPPER_ROWS_THREADS = 256;
-constexpr int HOPPER_STATISTICS_LANES = 8;  // threads a row: 128 bytes of a row at a time
 
 // statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator (=) 0, dq_parts (=) 0
 // unless nullptr, next_item (=) first_free_item. A row that sees no key, and rows of the last tile that do not exist,
@@ -132,27 +129,14 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
                                    int first_free_item, HeadView<const bf16> dout, HeadView<const bf16> out,
                                    const float* lse, int64_t num_tile_rows, int64_t Tq, int64_t padded_Tq, int H) {
     start_next_kernel();
-    const int64_t row = ((int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x) / HOPPER_STATISTICS_LANES;
-    const int lane = threadIdx.x % HOPPER_STATISTICS_LANES;
+    const int64_t row = ((int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x) / ATTENTION_DELTA_LANES;
+    const int lane = threadIdx.x % ATTENTION_DELTA_LANES;
     const int64_t head = row / padded_Tq, t = row % padded_Tq;
     const bool exists = row < num_tile_rows && t < Tq;
-    float delta = 0.0f;
-    if (exists) {
-        const bf16* dout_row = dout.row(head / H, t, head % H);
-        const bf16* out_row = out.row(head / H, t, head % H);
-#pragma unroll
-        for (int d = lane * bf16x8::size; d < D; d += HOPPER_STATISTICS_LANES * bf16x8::size) {
-            const bf16x8 a = load128(dout_row + d), b = load128(out_row + d);
-#pragma unroll
-            for (int i = 0; i < bf16x8::size; ++i) {
-                delta += __bfloat162float(a[i]) * __bfloat162float(b[i]);
-            }
-        }
-    }
-#pragma unroll
-    for (int offset = HOPPER_STATISTICS_LANES / 2; offset > 0; offset /= 2) {
-        delta += __shfl_xor_sync(FULL_WARP, delta, offset);
-    }
+    const bf16* dout_row = exists ? dout.row(head / H, t, head % H) : nullptr;
+    const bf16* out_row = exists ? out.row(head / H, t, head % H) : nullptr;
+    const float delta = attention_delta(dout_row, out_row, D);
+    wait_for_kernel_before();  // that of a piece before, which used the scratch; out, dout and lse are older than both
     if (row >= num_tile_rows) {
         return;
     }
@@ -169,7 +153,7 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
         tile[BLOCK_M + row % BLOCK_M] = delta;
     }
 #pragma unroll
-    for (int d = lane * float4x::size; d < D; d += HOPPER_STATISTICS_LANES * float4x::size) {
+    for (int d = lane * float4x::size; d < D; d += ATTENTION_DELTA_LANES * float4x::size) {
         *reinterpret_cast<float4*>(dq_accumulator + row * D + d) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
 }
@@ -183,6 +167,8 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     hopper_backward_dq_kernel(HeadView<bf16> dq, const float* dq_accumulator, int64_t num_tiles, int64_t Tq,
                               int num_query_tiles, int H, float scale) {
     constexpr int TILE_THREADS = BLOCK_M * D / 16, PART_THREADS = 256;
+    start_next_kernel();
+    wait_for_kernel_before();
     const int64_t thread = (int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x;
     const int64_t tile = thread / TILE_THREADS;
     if (tile >= num_tiles) {
@@ -195,7 +181,7 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     bf16x8 upper, lower;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-        const float4 values = __ldcs(part + t);
+        const float4 values = part[t];
         upper[2 * t] = __float2bfloat16(scale * values.x), upper[2 * t + 1] = __float2bfloat16(scale * values.y);
         lower[2 * t] = __float2bfloat16(scale * values.z), lower[2 * t + 1] = __float2bfloat16(scale * values.w);
     }
@@ -741,6 +727,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     }
     __syncthreads();
     wait_for_kernel_before();
+    start_next_kernel();
     if (threadIdx.x < WARPGROUP_SIZE) {
         registers_decrease<Tile::PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
@@ -753,145 +740,4 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         backward_consume<Tile>(shared, args);
     }
 #endif
-}
-
-// ---- launchers ---------------------------------------------------------------------------------
-inline int hopper_backward_block_m(int D) {
-    return D == 128 ? HopperBackwardTile<128>::BLOCK_M : HopperBackwardTile<64>::BLOCK_M;
-}
-constexpr size_t HOPPER_NEXT_ITEM_BYTES = 256;  // keeps the rest aligned to cache lines
-inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
-    return (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * 2 * sizeof(float);
-}
-// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic: and 4 a tile.
-inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic) {
-    const int block_m = hopper_backward_block_m(s.D);
-    const size_t num_tiles = (size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, block_m);
-    return HOPPER_NEXT_ITEM_BYTES + hopper_backward_statistics_bytes(s) + num_tiles * block_m * s.D * sizeof(float) +
-           (deterministic ? num_tiles * sizeof(int) : 0);
-}
-
-// Checks the operands, fills the statistics and zeroes dq's accumulator.
-template <class Tile>
-inline HopperBackwardArguments hopper_begin_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
-                                                     HeadView<const bf16> dout, HeadView<const bf16> q,
-                                                     HeadView<const bf16> k, HeadView<const bf16> v,
-                                                     HeadView<const bf16> out, const float* lse, void* scratch,
-                                                     const AttentionShape& s, BackwardBlocks blocks,
-                                                     cudaStream_t stream) {
-    attention_check_shape(s);
-    CHECK(s.D == Tile::D, "attention on Hopper: head dim D = %d, expected %d", s.D, Tile::D);
-    CHECK(s.Tq <= INT32_MAX / 4 && s.Tk <= INT32_MAX / 4,
-          "attention on Hopper: Tq = %lld, Tk = %lld must be below 2^29", (long long)s.Tq, (long long)s.Tk);
-    attention_check_view("dq", dq);
-    attention_check_view("out", out);
-    attention_check_key_gradients(dk, dv);
-    const bool whole = dk.whole.data != nullptr;
-    const std::pair<const char*, HeadView<const bf16>> mapped[] = {
-        {"dout", dout}, {"q", q}, {"k", k}, {"v", v}, {"dk", dk.rounded}, {"dv", dv.rounded}};
-    for (int i = 0; i < (whole ? 4 : 6); ++i) {
-        const bool of_queries = i < 2;
-        CHECK(tma_can_map(mapped[i].second, s.B, of_queries ? s.Tq : s.Tk, of_queries ? s.H : s.Hkv),
-              "attention on Hopper: rows of %s must be aligned to 16 bytes and its strides (%lld, %lld, %lld elements) "
-              "be positive",
-              mapped[i].first, (long long)mapped[i].second.stride_b, (long long)mapped[i].second.stride_t,
-              (long long)mapped[i].second.stride_h);
-    }
-    const int64_t num_query_tiles = ceil_div<int64_t>(s.Tq, Tile::BLOCK_M);
-    CHECK(num_query_tiles * s.B * s.H <= INT32_MAX, "attention on Hopper: %lld query tiles of %lld heads are too many",
-          (long long)num_query_tiles, (long long)s.B * s.H);
-    CHECK(reinterpret_cast<uintptr_t>(scratch) % 16 == 0, "attention: scratch must be aligned to 16 bytes");
-
-    HopperBackwardArguments args{};
-    args.q = head_tensor_map(q, s.B, s.Tq, s.H, s.D, Tile::BLOCK_M);
-    args.dout = head_tensor_map(dout, s.B, s.Tq, s.H, s.D, Tile::BLOCK_M);
-    args.k = head_tensor_map(k, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
-    args.v = head_tensor_map(v, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
-    if (whole) {
-        args.dk_whole = dk.whole, args.dv_whole = dv.whole;
-    } else {
-        args.dk = head_tensor_map(dk.rounded, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
-        args.dv = head_tensor_map(dv.rounded, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N / Tile::CONSUMERS);
-    }
-    args.Tq = s.Tq, args.Tk = s.Tk, args.key_offset = attention_key_offset(s);
-    args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
-    args.num_query_tiles = (int)num_query_tiles;
-    args.scale = s.scale, args.scale_log2 = s.scale * LOG2_E;
-    // What the blocks of a head share: q, dout and dq's accumulator.
-    args.order =
-        attention_tile_order(ceil_div<int64_t>(s.Tk, Tile::BLOCK_N), s.B, s.Hkv, 1,
-                             s.Tq * args.heads_per_kv_head * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float)));
-
-    int device, num_sms;
-    CUDA_CHECK(cudaGetDevice(&device));
-    CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-    args.num_items = args.order.num_tiles * args.order.num_heads;
-    args.num_blocks = blocks == BackwardBlocks::ONE_AN_ITEM ? args.num_items : std::min(args.num_items, num_sms);
-    args.next_item = static_cast<int*>(scratch);
-    float* statistics = reinterpret_cast<float*>(static_cast<char*>(scratch) + HOPPER_NEXT_ITEM_BYTES);
-    args.statistics = statistics;
-    args.dq_accumulator = statistics + hopper_backward_statistics_bytes(s) / sizeof(float);
-    const int64_t padded_Tq = (int64_t)args.num_query_tiles * Tile::BLOCK_M, num_tile_rows = s.B * s.H * padded_Tq;
-    if (Tile::DETERMINISTIC) {
-        args.dq_parts = reinterpret_cast<int*>(args.dq_accumulator + num_tile_rows * s.D);
-    }
-    const int64_t num_row_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / HOPPER_STATISTICS_LANES);
-    CHECK(num_row_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds",
-          (long long)num_tile_rows);
-    hopper_backward_prepare_kernel<Tile::D, Tile::BLOCK_M><<<num_row_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
-        statistics, args.dq_accumulator, args.dq_parts, args.next_item, Tile::DETERMINISTIC ? 0 : args.num_blocks, dout,
-        out, lse, num_tile_rows, s.Tq, padded_Tq, s.H);
-    CUDA_CHECK_LAUNCH();
-    return args;
-}
-// dq (=) from its accumulator.
-template <class Tile>
-inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& args, const AttentionShape& s,
-                             cudaStream_t stream) {
-    const int64_t num_tiles = (int64_t)s.B * s.H * args.num_query_tiles;
-    const int64_t num_blocks = num_tiles * (Tile::BLOCK_M * Tile::D / 16) / HOPPER_ROWS_THREADS;
-    CHECK(num_blocks <= INT32_MAX, "attention: %lld query tiles are more than a grid holds", (long long)num_tiles);
-    hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M><<<num_blocks, HOPPER_ROWS_THREADS, 0, stream>>>(
-        dq, args.dq_accumulator, num_tiles, s.Tq, args.num_query_tiles, s.H, s.scale);
-    CUDA_CHECK_LAUNCH();
-}
-template <class Tile>
-inline void hopper_launch_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv, HeadView<const bf16> dout,
-                                   HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
-                                   HeadView<const bf16> out, const float* lse, void* scratch,
-                                   const AttentionShape& shape, BackwardBlocks blocks, cudaStream_t stream) {
-    const HopperBackwardArguments args =
-        hopper_begin_backward<Tile>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, blocks, stream);
-    constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
-    const auto kernel = flash_attention_hopper_backward_kernel<Tile>;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
-    // The kernel's blocks may start while the last ones of the kernel before run.
-    cudaLaunchAttribute overlap;
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = args.num_blocks, config.blockDim = Tile::THREADS, config.dynamicSmemBytes = SHARED_BYTES;
-    config.stream = stream, config.attrs = &overlap, config.numAttrs = 1;
-    CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, args));
-    CUDA_CHECK_LAUNCH();
-    hopper_finish_dq<Tile>(dq, args, shape, stream);
-}
-
-// dq, dk, dv (=), D = 64 or 128. out and lse are the forward's (or, of a chunk of keys, those of all keys together: the
-// gradients are then the chunk's share). scratch: flash_attention_hopper_backward_scratch_bytes, aligned to 16 bytes,
-// need not be zero. dk and dv always repeat bit for bit; dq does when deterministic.
-inline void flash_attention_hopper_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
-                                            HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
-                                            HeadView<const bf16> v, HeadView<const bf16> out, const float* lse,
-                                            void* scratch, const AttentionShape& shape, bool deterministic,
-                                            cudaStream_t stream) {
-    NVTX_RANGE();
-    const BackwardBlocks blocks = hopper_backward_blocks(shape, deterministic);
-    auto launch = [&](auto tile) {
-        hopper_launch_backward<decltype(tile)>(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, blocks, stream);
-    };
-    // clang-format off
-    if (shape.D == 64) { deterministic ? launch(HopperBackwardTile<64, true>())  : launch(HopperBackwardTile<64>()); }
-    else               { deterministic ? launch(HopperBackwardTile<128, true>()) : launch(HopperBackwardTile<128>()); }
-    // clang-format on
 }

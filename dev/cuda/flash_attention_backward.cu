@@ -19,6 +19,9 @@ struct Launcher {
     int64_t longest_to_time;  // sequences
     bool only_hopper = false;
     bool takes_float32 = false;  // views of dk and dv
+    bool when_small = false;     // checked with --small too: what ships
+    // When set: dk and dv, and a dq that repeats, must have the bits that this gives.
+    void (*same_bits_as)(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) = nullptr;
 
     bool runs(const AttentionShape& s) const {
         return (!only_64_and_128 || s.D == 64 || s.D == 128) && (!only_hopper || flash_attention_is_hopper(s));
@@ -229,11 +232,14 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
     }
 #endif
 }
+static HopperBackwardOperands hopper_operands(const BackwardOperands& x) {
+    return {x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch};
+}
 template <int D>
 static void launch_kernel7(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
     using Tile = HopperBackwardTile<D>;
-    const HopperBackwardArguments args = hopper_begin_backward<Tile>(
-        x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, BackwardBlocks::ONE_AN_ITEM, stream);
+    const HopperBackwardArguments args =
+        hopper_begin_backward<Tile>(hopper_operands(x), shape, BackwardBlocks::ONE_AN_ITEM, false, stream);
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_backward_kernel7<Tile>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
@@ -250,8 +256,7 @@ template <DvStart DV_START, int TILES_A_TURN, BackwardBlocks blocks = BackwardBl
 static void flash_attention_backward_wgmma(const BackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
     auto launch = [&](auto tile) {
-        hopper_launch_backward<decltype(tile)>(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape,
-                                               blocks, stream);
+        hopper_launch_backward<decltype(tile)>(hopper_operands(x), shape, blocks, ONE_PIECE, stream);
     };
     if (shape.D == 64) {
         launch(HopperBackwardTile<64, false, DV_START, TILES_A_TURN>());
@@ -260,7 +265,23 @@ static void flash_attention_backward_wgmma(const BackwardOperands& x, const Atte
     }
 }
 static size_t hopper_scratch(const AttentionShape& shape) {
-    return flash_attention_hopper_backward_scratch_bytes(shape, false);
+    return hopper_backward_scratch_bytes(shape, ONE_PIECE, false);
+}
+
+// ---- pieces, of shapes that need none ----------------------------------------------------------
+// At most so many sequences or, of one, so many kv heads.
+template <int SEQUENCES, int KV_HEADS>
+static PieceLimits pieces_of(const AttentionShape& s) {
+    return {(SEQUENCES > 0 ? SEQUENCES * s.Hkv : KV_HEADS) * hopper_dq_bytes(s), 0};
+}
+template <int SEQUENCES, int KV_HEADS, bool deterministic>
+static void flash_attention_backward_pieces(const BackwardOperands& x, const AttentionShape& shape,
+                                            cudaStream_t stream) {
+    hopper_backward_within(pieces_of<SEQUENCES, KV_HEADS>(shape), hopper_operands(x), shape, deterministic, stream);
+}
+template <int SEQUENCES, int KV_HEADS, bool deterministic>
+static size_t pieces_scratch(const AttentionShape& shape) {
+    return hopper_backward_scratch_bytes(shape, pieces_of<SEQUENCES, KV_HEADS>(shape), deterministic);
 }
 #endif
 
@@ -303,10 +324,10 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
       false, true, 32768}},
     {5,
      "the best of these for each D (llmc/flash_attention_mma_backward.cuh)",
-     {flash_attention_backward_mma<false>, mma_scratch<false>, false, false, 131072, false, true}},
+     {flash_attention_backward_mma<false>, mma_scratch<false>, false, false, 131072, false, true, true}},
     {6,
      "the same, deterministic: dq by a second kernel that owns query rows",
-     {flash_attention_backward_mma<true>, mma_scratch<true>, true, false, 131072, false, true}},
+     {flash_attention_backward_mma<true>, mma_scratch<true>, true, false, 131072, false, true, true}},
 #ifdef LLMC_HOPPER_BACKWARD
     {7,
      "wgmma and TMA, every operand in shared memory, nothing overlaps",
@@ -330,14 +351,65 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
 #endif
     {20,
      "what this GPU gets (llmc/flash_attention.cuh)",
-     {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072, false, true}},
+     {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072, false, true, true}},
     {21,
      "the same, deterministic",
-     {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072, false, true}},
+     {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072, false, true, true}},
+#ifdef LLMC_HOPPER_BACKWARD
+    {22,
+     "in pieces of two sequences",
+     {flash_attention_backward_pieces<2, 0, false>, pieces_scratch<2, 0, false>, false, true, 0, true, true, true,
+      flash_attention_backward_chosen<false>}},
+    {23,
+     "in pieces of two key/value heads",
+     {flash_attention_backward_pieces<0, 2, false>, pieces_scratch<0, 2, false>, false, true, 0, true, true, true,
+      flash_attention_backward_chosen<false>}},
+    {24,
+     "in pieces of two sequences, deterministic",
+     {flash_attention_backward_pieces<2, 0, true>, pieces_scratch<2, 0, true>, true, true, 0, true, true, true,
+      flash_attention_backward_chosen<true>}},
+    {25,
+     "in pieces of two key/value heads, deterministic",
+     {flash_attention_backward_pieces<0, 2, true>, pieces_scratch<0, 2, true>, true, true, 0, true, true, true,
+      flash_attention_backward_chosen<true>}},
+#endif
 };
 
+// Those of every attention kernel, and some for pieces: odd numbers of sequences and of key/value heads. With --small
+// one for each kernel, longer ones only for the Hopper kernels, whose loops over tiles without masks take two at a
+// time.
+static std::vector<AttentionCase> backward_cases(bool small) {
+    std::vector<AttentionCase> cases;
+    if (!small) {
+        cases = attention_cases();
+    }
+    for (const int D : {64, 128}) {
+        cases.push_back(attention_case(5, 150, 150, 2, 2, D));
+        cases.push_back(attention_case(2, 333, 333, 10, 5, D));
+        cases.push_back(attention_case(3, 140, 270, 6, 3, D, true, 130));
+    }
+    for (const int D : {8, 72, 160, 256}) {
+        cases.push_back(attention_case(2, 129, 129, 3, 1, D));
+    }
+    return cases;
+}
+// Prepared once, at the first call.
+static const std::vector<PreparedCase>& prepared_backward_cases(const Harness& h) {
+    static const std::vector<PreparedCase> cases = [&] {
+        std::vector<PreparedCase> prepared;
+        for (const AttentionCase& c : backward_cases(h.small)) {
+            prepared.push_back(prepare_case(c, h.seed));
+        }
+        return prepared;
+    }();
+    return cases;
+}
+
 static void check(Harness& h, const Variant<Launcher>& variant) {
-    for (const PreparedCase& c : prepared_cases(h.seed)) {
+    if (h.small && !variant.launch.when_small) {
+        return;
+    }
+    for (const PreparedCase& c : prepared_backward_cases(h)) {
         const AttentionShape& s = c.shape();
         if (!variant.launch.runs(s)) {
             continue;
@@ -389,7 +461,24 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
                      same ? "rounded, the bits of dk and dv" : "rounded, other bits than dk and dv");
         }
         if (variant.launch.dq_repeats) {
-            h.compare_repeats("dq dk dv", label, gradients, launch, s.Tk == 1000 ? 50 : 2);
+            h.compare_repeats("dq dk dv", label, gradients, launch, h.small ? 1 : s.Tk == 1000 ? 50 : 2);
+        }
+        if (variant.launch.same_bits_as != nullptr) {
+            DeviceBuffer<bf16> others(packed_elements(s));
+            DeviceBuffer<char> more_scratch((int64_t)std::max(chosen_scratch<false>(s), chosen_scratch<true>(s)));
+            const PackedViews o = packed_views(others, s);
+            variant.launch.same_bits_as({o.q, o.k, o.v, c.dout_view(), in.q, in.k, in.v, out_view, lse, more_scratch},
+                                        s, h.stream);
+            const std::vector<bf16> other_buffer = others.download();
+            auto same = [&](HeadView<bf16> ours, HeadView<bf16> theirs, int64_t T, int heads) {
+                const std::vector<bf16> a = read_view(buffer, gradients, ours, s.B, T, heads, s.D, &read);
+                const std::vector<bf16> b = read_view(other_buffer, others, theirs, s.B, T, heads, s.D, &read);
+                return std::memcmp(a.data(), b.data(), a.size() * sizeof(bf16)) == 0;
+            };
+            const bool equal = same(d.k, o.k, s.Tk, s.Hkv) && same(d.v, o.v, s.Tk, s.Hkv) &&
+                               (!variant.launch.dq_repeats || same(d.q, o.q, s.Tq, s.H));
+            h.expect(equal, variant.launch.dq_repeats ? "dq dk dv" : "dk dv", label,
+                     equal ? "the bits of one piece" : "other bits than in one piece");
         }
     }
 }
