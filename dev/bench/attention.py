@@ -30,6 +30,7 @@ SHAPES = {
     "gqa64": (1, 64, 8, 128, [32768, 131072]),
     "gqa128": (1, 128, 8, 128, [32768, 131072]),
     "short": (64, 12, 12, 64, [1024]),
+    "batch4": (4, 8, 8, 128, [8192]),
 }
 PASSES = ("forward", "backward")
 
@@ -157,7 +158,8 @@ def plot(results, path):
             axis.set_ylabel("TFLOP/s")
             axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-            axis.legend()
+            if axis.lines:
+                axis.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
