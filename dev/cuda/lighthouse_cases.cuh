@@ -36,15 +36,17 @@ static const std::vector<LighthouseCase> LIGHTHOUSE_CASES = {
     {1, 2 * 5000 * 2, 2, 2, 256, 1, 1, 8}, {2, 3 * 200 * 64, 3, 8, 384, 4, 2, 256},
     {1, 12288, 4, 4, 128, 8, 8, 128},
 };
-// Those a program checks: with --small the ones of a few hundred tokens.
-inline std::vector<LighthouseCase> lighthouse_cases(const Harness& h) {
-    std::vector<LighthouseCase> cases;
-    for (const LighthouseCase& c : LIGHTHOUSE_CASES) {
-        if (!h.small || c.B * c.T * c.H <= 4096) {
-            cases.push_back(c);
-        }
-    }
-    return cases;
+// The least that launches every kernel: three ranges of D, each with three ranges of levels; and more candidates than
+// fit in shared memory.
+static const std::vector<LighthouseCase> LIGHTHOUSE_SMALL_CASES = {
+    {1, 256, 2, 2, 128, 1, 1, 8},          {1, 512, 3, 2, 128, 2, 1, 80},   {1, 512, 3, 2, 128, 1, 1, 256},
+    {1, 1024, 4, 2, 128, 1, 1, 64},        {1, 1024, 4, 2, 128, 2, 1, 128}, {1, 1024, 4, 2, 128, 1, 1, 192},
+    {1, 2048, 5, 2, 128, 1, 1, 8},         {1, 2048, 5, 2, 128, 1, 1, 104}, {1, 2048, 5, 2, 128, 1, 1, 256},
+    {1, 2 * 5000 * 2, 2, 2, 256, 1, 1, 8},
+};
+// Those a program checks.
+inline const std::vector<LighthouseCase>& lighthouse_cases(const Harness& h) {
+    return h.small ? LIGHTHOUSE_SMALL_CASES : LIGHTHOUSE_CASES;
 }
 // The shape of the paper's runs, one with grouped queries, one long.
 static const std::vector<LighthouseCase> LIGHTHOUSE_TIMED = {
