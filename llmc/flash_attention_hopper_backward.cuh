@@ -277,6 +277,7 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
         // evenly (taken at the item's start, 497 TFLOP/s at D = 128, T = 8192, where one block an item has 592).
         item = atomicAdd(args.next_item, 1);
     }
+    start_next_kernel();  // once every block is at its last item: multiprocessors become free
     mbarrier_wait(kv_empty, slot ^ 1);
     shared.block[slot].b = -1;
     mbarrier_arrive(kv_full);
@@ -727,7 +728,6 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     }
     __syncthreads();
     wait_for_kernel_before();
-    start_next_kernel();
     if (threadIdx.x < WARPGROUP_SIZE) {
         registers_decrease<Tile::PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
