@@ -61,9 +61,13 @@ class PinnedMemory {
     Element* data_ = nullptr;
 };
 
+// Where kernels of two streams want the same multiprocessors, those of the lower priority's number go first.
 class CudaStream {
   public:
-    CudaStream() { CUDA_CHECK(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking)); }
+    static constexpr int DEFAULT_PRIORITY = 0, BEFORE_DEFAULT = -1;
+    explicit CudaStream(int priority = DEFAULT_PRIORITY) {
+        CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, priority));
+    }
     CudaStream(const CudaStream&) = delete;
     CudaStream& operator=(const CudaStream&) = delete;
     ~CudaStream() { cudaStreamDestroy(stream_); }

@@ -8,8 +8,12 @@
 //         lse and out of all keys, a step's gradients are its share of the whole ones: they only add up. Step 0, which
 //         waits for nobody, is split: the tail's queries come first, beside the first keys, the head's come last,
 //         beside the last gradients.
+//         Steps run on two streams in turn, each as soon as its keys are there: where the last blocks of one leave
+//         multiprocessors idle, the next one's begin. All blocks of a step are equally long, so that on 132
+//         multiprocessors 1536 of them take the time of 1584, and each of a few hundred short ones counts.
 // gather  for short shards, where a step's computation could not hide what it costs to start one: all keys first, then
-//         one attention for each half of the queries, exactly as on one GPU; backward, one sum over all ranks, float32.
+//         one attention for each half of the queries, exactly as on one GPU, the two side by side; backward, one sum
+//         over all ranks, float32.
 //
 // Precision: all sums are float32, and each output is rounded once at the end. Flash attention rounds partial results
 // of out and dq to bf16: the weights of the partial outputs add up to 1, so out is within two bf16 roundings of the
@@ -162,7 +166,7 @@ class RingAttentionPlan {
     size_t backward_scratch_bytes(const AttentionShape& local, bool deterministic) const {
         MemoryArea area(nullptr);
         const Sizes size = sizes(local);
-        const size_t attention_bytes = attention_scratch_bytes(local, deterministic);
+        const AttentionBytes attention_bytes = attention_scratch_bytes(local, deterministic);
         gathers(local) ? (void)GatherBackward(area, size, attention_bytes)
                        : (void)RingBackward(area, size, attention_bytes);
         return area.num_bytes();
@@ -210,57 +214,67 @@ class RingAttentionPlan {
         KeyBuffer(MemoryArea& area, int64_t num_elements) : data(area.take<Element>(num_elements)) {}
     };
 
+    // What is there twice is for even and odd steps, which run side by side.
+    using AttentionBytes = std::array<size_t, 2>;  // scratch of flash attention
+    struct QueryPart {
+        bf16* rows;  // [B, up to 2n, H, D]
+        float* lse;  // [B, H, up to 2n]
+        QueryPart(MemoryArea& area, const Sizes& s, bool used)
+            : rows(used ? area.take<bf16>(s.q_elements()) : nullptr),
+              lse(used ? area.take<float>(HALVES * s.half_rows()) : nullptr) {}
+    };
     struct RingForward {
         KeyBuffer<bf16> own, in[2];
-        bf16* part;       // [B, up to 2n, H, D]
-        float* part_lse;  // [B, H, up to 2n]
-        float* sum;       // [B, 2n, H, D]; two partial results need none
+        QueryPart part[2];  // step 0 writes to its place
+        float* sum;         // [B, 2n, H, D]; two partial results need none
         RingForward(MemoryArea& area, const Sizes& s)
             : own(area, s.kv_elements()),
               in{{area, s.kv_elements()}, {area, s.kv_elements()}},
-              part(area.take<bf16>(s.q_elements())),
-              part_lse(area.take<float>(HALVES * s.half_rows())),
+              part{{area, s, s.W > 2}, {area, s, true}},
               sum(s.W > 2 ? area.take<float>(s.q_elements()) : nullptr) {}
     };
     struct RingBackward {
         KeyBuffer<bf16> own, in[2];
         KeyBuffer<float> gradients_out[2], gradients_in;
-        KeyBuffer<float> sum;  // of the local keys' gradients, [B, 2n, 2 Hkv, D]
-        bf16* dq_part;         // [B, up to 2n, H, D]
-        float* dq_sum;         // [B, 2n, H, D]
-        float* half_lse;       // [B, H, n], of the tail until the head's part of step 0
-        std::byte* attention;
-        RingBackward(MemoryArea& area, const Sizes& s, size_t attention_bytes)
+        KeyBuffer<float> sum;     // of the local keys' gradients, [B, 2n, 2 Hkv, D]
+        bf16* dq_part[2];         // [B, up to 2n, H, D]; step 0 writes to its place
+        float* dq_sum;            // [B, 2n, H, D]
+        float* half_lse[HALVES];  // [B, H, n]
+        std::byte* attention[2];
+        RingBackward(MemoryArea& area, const Sizes& s, const AttentionBytes& attention_bytes)
             : own(area, s.kv_elements()),
               in{{area, s.kv_elements()}, {area, s.kv_elements()}},
               gradients_out{{area, s.kv_elements()}, {area, s.kv_elements()}},
               gradients_in(area, s.kv_elements()),
               sum(area, s.kv_elements()),
-              dq_part(area.take<bf16>(s.q_elements())),
+              dq_part{s.W > 2 ? area.take<bf16>(s.q_elements()) : nullptr, area.take<bf16>(s.q_elements())},
               dq_sum(area.take<float>(s.q_elements())),
-              half_lse(area.take<float>(s.half_rows())),
-              attention(area.take<std::byte>((int64_t)attention_bytes)) {}
+              half_lse{area.take<float>(s.half_rows()), area.take<float>(s.half_rows())},
+              attention{area.take<std::byte>((int64_t)attention_bytes[0]),
+                        area.take<std::byte>((int64_t)attention_bytes[1])} {}
     };
     struct GatherForward {
-        KeyBuffer<bf16> all;  // in the order of the sequence, [B, T, 2 Hkv, D]
-        float* half_lse;      // [B, H, n]
+        KeyBuffer<bf16> all;      // in the order of the sequence, [B, T, 2 Hkv, D]
+        float* half_lse[HALVES];  // [B, H, n]
         GatherForward(MemoryArea& area, const Sizes& s)
-            : all(area, s.W * s.kv_elements()), half_lse(area.take<float>(s.half_rows())) {}
+            : all(area, s.W * s.kv_elements()),
+              half_lse{area.take<float>(s.half_rows()), area.take<float>(s.half_rows())} {}
     };
     struct GatherBackward {
         KeyBuffer<bf16> all;              // [B, T, 2 Hkv, D]
         KeyBuffer<float> gradients;       // [B, T, 2 Hkv, D], of what the tail sees, then of all local queries
         KeyBuffer<float> head_gradients;  // [B, T / 2, 2 Hkv, D]
         KeyBuffer<float> gradients_in;    // [W - 1] x [B, 2n, 2 Hkv, D], from the other ranks in their order
-        float* half_lse;                  // [B, H, n]
-        std::byte* attention;
-        GatherBackward(MemoryArea& area, const Sizes& s, size_t attention_bytes)
+        float* half_lse[HALVES];          // [B, H, n]
+        std::byte* attention[HALVES];
+        GatherBackward(MemoryArea& area, const Sizes& s, const AttentionBytes& attention_bytes)
             : all(area, s.W * s.kv_elements()),
               gradients(area, s.W * s.kv_elements()),
               head_gradients(area, s.W * s.kv_elements() / HALVES),
               gradients_in(area, (s.W - 1) * s.kv_elements()),
-              half_lse(area.take<float>(s.half_rows())),
-              attention(area.take<std::byte>((int64_t)attention_bytes)) {}
+              half_lse{area.take<float>(s.half_rows()), area.take<float>(s.half_rows())},
+              attention{area.take<std::byte>((int64_t)attention_bytes[0]),
+                        area.take<std::byte>((int64_t)attention_bytes[1])} {}
     };
 
     bool gathers(const AttentionShape& local) const {
@@ -279,9 +293,10 @@ class RingAttentionPlan {
     // Of the ring's step s.
     AttentionShape step_shape(const AttentionShape& local, const RingStep& step) const {
         const int64_t n = local.Tq / HALVES;
-        return beside_transfers(full_shape(local, step.queries.num_rows(n), step.keys.num_rows(n)));
+        return beside_others(full_shape(local, step.queries.num_rows(n), step.keys.num_rows(n)));
     }
-    static AttentionShape beside_transfers(AttentionShape shape) {
+    // Transfers and another attention run beside it.
+    static AttentionShape beside_others(AttentionShape shape) {
         shape.yields = true;
         return shape;
     }
@@ -291,7 +306,7 @@ class RingAttentionPlan {
         AttentionShape shape = full_shape(local, n, (half + 1) * n);
         shape.causal = true;
         shape.causal_offset = half * n;
-        return beside_transfers(shape);
+        return beside_others(shape);
     }
     // Of one half of the queries on all keys from the start of the sequence to its own last.
     AttentionShape half_shape(const AttentionShape& local, int half) const {
@@ -300,22 +315,23 @@ class RingAttentionPlan {
         AttentionShape shape = full_shape(local, s.n, chunks * s.n);
         shape.causal = true;
         shape.causal_offset = (chunks - 1) * s.n;
-        return shape;
+        return beside_others(shape);
     }
-    size_t attention_scratch_bytes(const AttentionShape& local, bool deterministic) const {
-        size_t num_bytes = 0;
-        const auto include = [&](const AttentionShape& shape) {
-            num_bytes = std::max(num_bytes, flash_attention_backward_scratch_bytes(shape, deterministic));
+    AttentionBytes attention_scratch_bytes(const AttentionShape& local, bool deterministic) const {
+        AttentionBytes num_bytes = {};
+        const auto include = [&](int step, const AttentionShape& shape) {
+            size_t& largest = num_bytes[step % 2];
+            largest = std::max(largest, flash_attention_backward_scratch_bytes(shape, deterministic));
         };
         if (gathers(local)) {
-            include(half_shape(local, 0));
-            include(half_shape(local, 1));
+            include(0, half_shape(local, 0));
+            include(1, half_shape(local, 1));
         } else {
-            include(own_shape(local, 0));
-            include(own_shape(local, 1));
-            for (size_t s = 1; s < steps_.size(); ++s) {
-                include(step_shape(local, steps_[s]));
+            include(0, own_shape(local, 1));
+            for (int s = 1; s < W_; ++s) {
+                include(s, step_shape(local, steps_[s]));
             }
+            include(W_, own_shape(local, 0));
         }
         return num_bytes;
     }
@@ -447,11 +463,14 @@ class RingAttention : public RingAttentionPlan {
         });
     }
 
-    // Round s: what step s + 1 needs comes while step s computes; it may overwrite what step s - 1 read. `computed[s]`
-    // and `arrived[s]` of even and odd s take turns.
-    void begin_rounds(cudaStream_t stream) { wait_for(stream_, stream, start_); }
+    // Round s: what step s + 1 needs comes while step s computes; it may overwrite what step s - 1 read, of which step
+    // 0 reads nothing. `computed[s]` and `arrived[s]` of even and odd s take turns.
+    void begin_rounds(cudaStream_t stream) {
+        wait_for(stream_, stream, start_);
+        CUDA_CHECK(cudaStreamWaitEvent(beside_, start_));
+    }
     void run_round(int s, const Transfers& transfers, const char* operation) {
-        if (s > 0) {
+        if (s > 1) {
             CUDA_CHECK(cudaStreamWaitEvent(stream_, computed_[(s - 1) % 2]));
         }
         if (!transfers.sends.empty() || !transfers.receives.empty()) {
@@ -461,16 +480,20 @@ class RingAttention : public RingAttentionPlan {
         }
         CUDA_CHECK(cudaEventRecord(arrived_[s % 2], stream_));
     }
-    void wait_for_round(int s, cudaStream_t stream) {
-        probe_.begin(TransferLane::waits, s, stream);
-        CUDA_CHECK(cudaStreamWaitEvent(stream, arrived_[s % 2]));
-        probe_.end(TransferLane::waits, stream);
+    void wait_for_round(int s, cudaStream_t stream) { CUDA_CHECK(cudaStreamWaitEvent(stream, arrived_[s % 2])); }
+    // Even steps run on the caller's stream, odd ones on the one beside it.
+    cudaStream_t stream_of(int s, cudaStream_t stream) const { return s % 2 == 0 ? stream : (cudaStream_t)beside_; }
+    // work(): enqueues what step s computes.
+    template <class Work>
+    void compute(int s, cudaStream_t on, Work work) {
+        const TransferLane lane = s % 2 == 0 ? TransferLane::computation : TransferLane::computation_beside;
+        probe_.begin(lane, s, on);
+        work();
+        probe_.end(lane, on);
     }
-    void begin_step(int s, cudaStream_t stream) { probe_.begin(TransferLane::computation, s, stream); }
-    void end_step(int s, cudaStream_t stream) {
-        probe_.end(TransferLane::computation, stream);
-        CUDA_CHECK(cudaEventRecord(computed_[s % 2], stream));
-    }
+    // Step s is computed when what is on its stream now is; sums follow one another in the order of steps.
+    void end_step(int s, cudaStream_t on) { CUDA_CHECK(cudaEventRecord(computed_[s % 2], on)); }
+    void wait_for_step(int s, cudaStream_t on) { CUDA_CHECK(cudaStreamWaitEvent(on, computed_[s % 2])); }
 
     void ring_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                       HeadView<const bf16> v, void* scratch, const AttentionShape& local, cudaStream_t stream) {
@@ -490,32 +513,38 @@ class RingAttention : public RingAttentionPlan {
         begin_rounds(stream);
         ring_pack(key_heads(m.own.data, HALVES * n, size), k, v, {size.B, HALVES * n, 2 * size.Hkv, size.D}, stream_);
         send_keys_of(1);
-        begin_step(0, stream);
-        flash_attention_forward(out, lse, q, k, v, beside_transfers(local), stream);
+        compute(0, stream, [&] { flash_attention_forward(out, lse, q, k, v, beside_others(local), stream); });
         end_step(0, stream);
         for (int s = 1; s < W; ++s) {
             const RingStep& step = steps_[s];
-            send_keys_of(s + 1);
-            wait_for_round(s - 1, stream);
-            begin_step(s, stream);
+            const cudaStream_t on = stream_of(s, stream);
             const AttentionShape shape = step_shape(local, step);
             const KeyViews<bf16> keys = key_views(m.in[s % 2].data, shape.Tk, size);
-            const HeadView<bf16> part = query_view(m.part, shape.Tq, size);
-            flash_attention_forward(part, m.part_lse, rows_from(q, step.queries.first_row(n)), keys.k, keys.v, shape,
-                                    stream);
-            for (int half = 0; half < HALVES; ++half) {
-                const Contribution c = step.to_queries[half];
-                if (c.any) {
-                    const int64_t row = half * n, part_row = row - step.queries.first_row(n);
-                    const HeadView<bf16> half_out = rows_from(out, row);
-                    const HeadView<float> sum = rows_from(query_view(m.sum, HALVES * n, size), row);
-                    ring_merge({half_out, sum, half_out, c.first, c.last}, lse + row, HALVES * n,
-                               rows_from(part, part_row), m.part_lse + part_row, shape.Tq, {size.B, n, size.H, size.D},
-                               stream);
+            const QueryPart& found = m.part[s % 2];
+            const HeadView<bf16> part = query_view(found.rows, shape.Tq, size);
+            send_keys_of(s + 1);
+            wait_for_round(s - 1, on);
+            compute(s, on, [&] {
+                flash_attention_forward(part, found.lse, rows_from(q, step.queries.first_row(n)), keys.k, keys.v, shape,
+                                        on);
+            });
+            wait_for_step(s - 1, on);
+            compute(s, on, [&] {
+                for (int half = 0; half < HALVES; ++half) {
+                    const Contribution c = step.to_queries[half];
+                    if (c.any) {
+                        const int64_t row = half * n, part_row = row - step.queries.first_row(n);
+                        const HeadView<bf16> half_out = rows_from(out, row);
+                        const HeadView<float> sum = rows_from(query_view(m.sum, HALVES * n, size), row);
+                        ring_merge({half_out, sum, half_out, c.first, c.last}, lse + row, HALVES * n,
+                                   rows_from(part, part_row), found.lse + part_row, shape.Tq,
+                                   {size.B, n, size.H, size.D}, on);
+                    }
                 }
-            }
-            end_step(s, stream);
+            });
+            end_step(s, on);
         }
+        wait_for_step(W - 1, stream);
         wait_for_round(W - 1, stream);
     }
 
@@ -580,73 +609,83 @@ class RingAttention : public RingAttentionPlan {
             }
             run_round(s, transfers, "ring attention: keys and their gradients");
         };
-        // Of the queries of a half on the local keys that they see: dq (=) at its place, gradients of keys (=).
-        const auto backward_of_half = [&](int half, HeadView<bf16> dq, const KeyViews<float>& dkeys) {
+        // Step `s`, of the queries of a half on the local keys that they see: dq (=) at its place, gradients of keys
+        // (=).
+        const auto backward_of_half = [&](int s, int half, const KeyViews<float>& dkeys, cudaStream_t on) {
             const int64_t row = half * n;
-            take_half_lse(m.half_lse, saved.lse, half, size, stream);
-            flash_attention_backward(rows_from(dq, row), dkeys.k, dkeys.v, rows_from(saved.dout, row),
-                                     rows_from(saved.q, row), saved.k, saved.v, rows_from(saved.out, row), m.half_lse,
-                                     m.attention, own_shape(local, half), deterministic, stream);
+            flash_attention_backward(rows_from(gradients.dq, row), dkeys.k, dkeys.v, rows_from(saved.dout, row),
+                                     rows_from(saved.q, row), saved.k, saved.v, rows_from(saved.out, row),
+                                     m.half_lse[half], m.attention[s % 2], own_shape(local, half), deterministic, on);
         };
         const HeadView<float> dq_sum = query_view(m.dq_sum, HALVES * n, size);
-        const auto add_returned_of = [&](int s) {
-            if (s >= 1) {
-                add_returned(gradients, m.sum.data, m.gradients_in.data, steps_[s], size, stream);
-            }
-        };
+        const RowBlock half_rows(size.B, n, size.H, size.D);
 
+        for (int half = 0; half < HALVES; ++half) {
+            take_half_lse(m.half_lse[half], saved.lse, half, size, stream);
+        }
         begin_rounds(stream);
         ring_pack(key_heads(m.own.data, HALVES * n, size), saved.k, saved.v, {size.B, HALVES * n, 2 * size.Hkv, size.D},
                   stream_);
         round(0);
-        begin_step(0, stream);
-        const KeyViews<float> sum = key_views(m.sum.data, HALVES * n, size);
-        backward_of_half(1, gradients.dq, sum);
-        if (!is_seen_elsewhere(1)) {
-            add_to_half(gradients, m.sum.data, {}, 0, 1, true, size, stream);
-        }
+        compute(0, stream, [&] {
+            backward_of_half(0, 1, key_views(m.sum.data, HALVES * n, size), stream);
+            if (!is_seen_elsewhere(1)) {
+                add_to_half(gradients, m.sum.data, {}, 0, 1, true, size, stream);
+            }
+        });
         end_step(0, stream);
         for (int s = 1; s < W; ++s) {
             const RingStep& step = steps_[s];
-            round(s);
-            wait_for_round(s - 1, stream);
-            begin_step(s, stream);
+            const cudaStream_t on = stream_of(s, stream);
             const AttentionShape shape = step_shape(local, step);
             const int64_t first = step.queries.first_row(n);
             const KeyViews<bf16> keys = key_views(m.in[s % 2].data, shape.Tk, size);
             const KeyViews<float> dkeys = key_views(m.gradients_out[s % 2].data, shape.Tk, size);
-            const HeadView<bf16> part = query_view(m.dq_part, shape.Tq, size);
-            flash_attention_backward(part, dkeys.k, dkeys.v, rows_from(saved.dout, first), rows_from(saved.q, first),
-                                     keys.k, keys.v, rows_from(saved.out, first),
-                                     step.queries == TAIL ? m.half_lse : saved.lse, m.attention, shape, deterministic,
-                                     stream);
-            const RowBlock rows(size.B, n, size.H, size.D);
-            if (const Contribution c = step.to_queries[0]; c.any) {  // the part of step 0 comes last
-                ring_add({part, dq_sum, {}, c.first, false}, part, 0, c.first ? 0 : 1, rows, stream);
+            const HeadView<bf16> part = query_view(m.dq_part[s % 2], shape.Tq, size);
+            round(s);
+            wait_for_round(s - 1, on);
+            compute(s, on, [&] {
+                flash_attention_backward(part, dkeys.k, dkeys.v, rows_from(saved.dout, first),
+                                         rows_from(saved.q, first), keys.k, keys.v, rows_from(saved.out, first),
+                                         step.queries == TAIL ? m.half_lse[1] : saved.lse, m.attention[s % 2], shape,
+                                         deterministic, on);
+            });
+            wait_for_step(s - 1, on);
+            compute(s, on, [&] {
+                if (const Contribution c = step.to_queries[0]; c.any) {  // the part of step 0 comes last
+                    ring_add({part, dq_sum, {}, c.first, false}, part, 0, c.first ? 0 : 1, half_rows, on);
+                }
+                if (const Contribution c = step.to_queries[1]; c.any) {
+                    const HeadView<bf16> dq = rows_from(gradients.dq, n);
+                    ring_add({dq, rows_from(dq_sum, n), dq, c.first, c.last}, rows_from(part, n - first), 0, 1,
+                             half_rows, on);
+                }
+            });
+            wait_for_round(s, on);
+            if (s > 1) {
+                compute(s, on,
+                        [&] { add_returned(gradients, m.sum.data, m.gradients_in.data, steps_[s - 1], size, on); });
             }
-            if (const Contribution c = step.to_queries[1]; c.any) {
-                const HeadView<bf16> dq = rows_from(gradients.dq, n);
-                ring_add({dq, rows_from(dq_sum, n), dq, c.first, c.last}, rows_from(part, n - first), 0, 1, rows,
-                         stream);
-            }
-            probe_.end(TransferLane::computation, stream);
-            wait_for_round(s, stream);
-            begin_step(s, stream);
-            add_returned_of(s - 1);
-            end_step(s, stream);
+            end_step(s, on);
         }
         round(W);
-        begin_step(W, stream);
-        const KeyViews<float> own = key_views(m.gradients_out[W % 2].data, n, size);  // sent two rounds ago
-        backward_of_half(0, gradients.dq, own);
-        add_to_half(gradients, m.sum.data, {own.k, own.v}, 1, 0, false, size, stream);
-        if (sees_others(0)) {
-            ring_add<float>({gradients.dq, {}, gradients.dq, true, true}, dq_sum, 0, 1, {size.B, n, size.H, size.D},
-                            stream);
+        const cudaStream_t on = stream_of(W, stream);
+        const KeyViews<float> own = key_views(m.gradients_out[W % 2].data, n, size);
+        if (W > 2) {
+            wait_for_round(W - 1, on);  // in which the gradients that were in `own` went out
         }
-        probe_.end(TransferLane::computation, stream);
-        wait_for_round(W, stream);
-        add_returned_of(W - 1);
+        compute(W, on, [&] { backward_of_half(W, 0, own, on); });
+        wait_for_step(W - 1, on);
+        compute(W, on, [&] {
+            add_to_half(gradients, m.sum.data, {own.k, own.v}, 1, 0, false, size, on);
+            if (sees_others(0)) {
+                ring_add<float>({gradients.dq, {}, gradients.dq, true, true}, dq_sum, 0, 1, half_rows, on);
+            }
+        });
+        wait_for_round(W, on);
+        compute(W, on, [&] { add_returned(gradients, m.sum.data, m.gradients_in.data, steps_[W - 1], size, on); });
+        end_step(W, on);
+        wait_for_step(W, stream);
     }
 
     // ---- gather
@@ -682,9 +721,7 @@ class RingAttention : public RingAttentionPlan {
     // On the stream of the computation, which waits.
     void exchange_now(int s, const Transfers& transfers, const char* operation, cudaStream_t stream) {
         probe_.begin(TransferLane::transfers, s, stream);
-        probe_.begin(TransferLane::waits, s, stream);
         comm_.exchange(transfers.sends, transfers.receives, operation, stream);
-        probe_.end(TransferLane::waits, stream);
         probe_.end(TransferLane::transfers, stream);
     }
     template <class Visit>
@@ -702,14 +739,24 @@ class RingAttention : public RingAttentionPlan {
         MemoryArea area(scratch);
         const GatherForward m(area, size);
         gather_keys(m.all.data, k, v, size, stream);
-        begin_step(0, stream);
         const KeyViews<bf16> keys = key_views(m.all.data, size.T(), size);
+        for_both_halves(stream, [&](int half, cudaStream_t on) {
+            const int64_t row = half * size.n;
+            flash_attention_forward(rows_from(out, row), m.half_lse[half], rows_from(q, row), keys.k, keys.v,
+                                    half_shape(local, half), on);
+            put_half_lse(lse, m.half_lse[half], half, size, on);
+        });
+    }
+    // work(half, stream) for both, side by side, each on a stream of its own.
+    template <class Work>
+    void for_both_halves(cudaStream_t stream, Work work) {
+        wait_for(beside_, stream, start_);
         for (int half = 0; half < HALVES; ++half) {
-            flash_attention_forward(rows_from(out, half * size.n), m.half_lse, rows_from(q, half * size.n), keys.k,
-                                    keys.v, half_shape(local, half), stream);
-            put_half_lse(lse, m.half_lse, half, size, stream);
+            const cudaStream_t on = stream_of(half, stream);
+            compute(half, on, [&] { work(half, on); });
         }
-        probe_.end(TransferLane::computation, stream);
+        end_step(1, beside_);
+        wait_for_step(1, stream);
     }
 
     void gather_backward(const Gradients& gradients, const Saved& saved, void* scratch, const AttentionShape& local,
@@ -720,21 +767,22 @@ class RingAttention : public RingAttentionPlan {
         const ContextPartition p = size.partition();
         const int64_t n = size.n;
         gather_keys(m.all.data, saved.k, saved.v, size, stream);
-        begin_step(0, stream);
         const KeyViews<bf16> keys = key_views(m.all.data, size.T(), size);
-        for (int half = 0; half < HALVES; ++half) {
+        for_both_halves(stream, [&](int half, cudaStream_t on) {
             const int64_t row = half * n;
             const KeyViews<float> dkeys = half == 0 ? key_views(m.head_gradients.data, size.T() / HALVES, size)
                                                     : key_views(m.gradients.data, size.T(), size);
-            take_half_lse(m.half_lse, saved.lse, half, size, stream);
+            take_half_lse(m.half_lse[half], saved.lse, half, size, on);
             flash_attention_backward(rows_from(gradients.dq, row), dkeys.k, dkeys.v, rows_from(saved.dout, row),
-                                     rows_from(saved.q, row), keys.k, keys.v, rows_from(saved.out, row), m.half_lse,
-                                     m.attention, half_shape(local, half), deterministic, stream);
-        }
+                                     rows_from(saved.q, row), keys.k, keys.v, rows_from(saved.out, row),
+                                     m.half_lse[half], m.attention[half], half_shape(local, half), deterministic, on);
+        });
         // The tail sees all that the head sees.
         const HeadView<float> found = key_heads(m.gradients.data, size.T(), size);
-        ring_add({{}, found, {}, false, false}, key_heads(m.head_gradients.data, size.T() / HALVES, size), 0, 1,
-                 {size.B, chunks_seen(p, 0) * n, 2 * size.Hkv, size.D}, stream);
+        compute(0, stream, [&] {
+            ring_add({{}, found, {}, false, false}, key_heads(m.head_gradients.data, size.T() / HALVES, size), 0, 1,
+                     {size.B, chunks_seen(p, 0) * n, 2 * size.Hkv, size.D}, stream);
+        });
 
         Transfers transfers;
         const size_t chunk_bytes = n * size.kv_width() * sizeof(float);
@@ -753,7 +801,6 @@ class RingAttention : public RingAttentionPlan {
             }
             in += size.kv_elements();
         });
-        probe_.end(TransferLane::computation, stream);
         exchange_now(1, transfers, "attention: gradients of gathered keys", stream);
 
         const KeyViews<float> own = key_views(m.gradients.data, size.T(), size);
@@ -771,7 +818,8 @@ class RingAttention : public RingAttentionPlan {
     }
 
     Comm& comm_;
-    CommStream stream_;  // of transfers
+    CommStream stream_;                              // of transfers
+    CudaStream beside_{CudaStream::BEFORE_DEFAULT};  // of odd steps: a first step's results are the first to travel
     CudaEvent start_, computed_[2], arrived_[2];
     TransferProbe probe_;
 };

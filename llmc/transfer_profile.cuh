@@ -1,16 +1,20 @@
 // transfer_profile.cuh: how much of the transfers between ranks is hidden behind computation (--profile of several
-// ranks): CUDA events around what runs on the stream of transfers and around what runs, or waits, on that of the
-// computation. A transfer's time is from its start on this rank to its end, so it includes waiting for a rank that is
-// late; a wait is time in which this rank's computation stood still. Hidden is what of the transfers no wait shows.
+// ranks): CUDA events around what runs on the stream of transfers and on those of the computation. A transfer's time is
+// from its start on this rank to its end, so it includes waiting for a rank that is late. A wait is time in which this
+// rank's computation stood still: the part of the transfers beside which none of the recorded computation ran, or, of
+// operations that record no computation, what they record as waits. Hidden is what of the transfers no wait shows.
 #pragma once
 #include <algorithm>
+#include <initializer_list>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cuda_common.cuh"
 
-enum class TransferLane { computation, transfers, waits };
-constexpr int NUM_TRANSFER_LANES = 3;
+// computation_beside: what runs on a second stream beside the computation.
+enum class TransferLane { computation, computation_beside, transfers, waits };
+constexpr int NUM_TRANSFER_LANES = 4;
 
 class TransferProfile {
   public:
@@ -67,7 +71,8 @@ class TransferProfile {
         operations_.clear();
     }
 
-    // Milliseconds of a step, of the operations of a name in one lane; 0 when there were none.
+    // Milliseconds of a step, of the operations of a name in one lane; 0 when there were none. computation: on either
+    // stream, counted once where both run.
     double step_ms(const std::string& name, TransferLane lane) const {
         for (const Row& row : rows_) {
             if (row.name == name && num_steps_ > 0) {
@@ -111,6 +116,7 @@ class TransferProfile {
         Span span;
         double begin_ms, end_ms;  // from the operation's first event
     };
+    using Intervals = std::vector<std::pair<double, double>>;  // [begin, end) in ms, ordered, apart
     struct Operation {
         size_t row, first_span;
     };
@@ -139,14 +145,67 @@ class TransferProfile {
             float to_begin, length;
             CUDA_CHECK(cudaEventElapsedTime(&to_begin, events_[2 * begin], events_[2 * i]));
             CUDA_CHECK(cudaEventElapsedTime(&length, events_[2 * i], events_[2 * i + 1]));
-            row.ms[(int)spans_[i].lane] += length;
             row.last.push_back({spans_[i], to_begin, to_begin + length});
         }
+        const Intervals computation = covered(row.last, {TransferLane::computation, TransferLane::computation_beside});
+        const Intervals transfers = covered(row.last, {TransferLane::transfers});
+        if (!computation.empty()) {
+            for (const auto& [begin_ms, end_ms] : without(transfers, computation)) {
+                row.last.push_back({{TransferLane::waits, 0}, begin_ms, end_ms});
+            }
+        }
+        row.ms[(int)TransferLane::computation] += length_of(computation);
+        row.ms[(int)TransferLane::transfers] += length_of(transfers);
+        row.ms[(int)TransferLane::waits] += length_of(covered(row.last, {TransferLane::waits}));
     }
-    // One line a lane: where the digits of its steps stand, something runs (or waits).
+    // When something ran in one of the lanes.
+    static Intervals covered(const std::vector<TimedSpan>& spans, std::initializer_list<TransferLane> lanes) {
+        Intervals all;
+        for (const TimedSpan& s : spans) {
+            if (std::find(lanes.begin(), lanes.end(), s.span.lane) != lanes.end()) {
+                all.push_back({s.begin_ms, s.end_ms});
+            }
+        }
+        std::sort(all.begin(), all.end());
+        Intervals merged;
+        for (const auto& next : all) {
+            if (merged.empty() || next.first > merged.back().second) {
+                merged.push_back(next);
+            } else {
+                merged.back().second = std::max(merged.back().second, next.second);
+            }
+        }
+        return merged;
+    }
+    // What of `intervals` lies in none of `others`.
+    static Intervals without(const Intervals& intervals, const Intervals& others) {
+        Intervals rest;
+        for (auto [begin, end] : intervals) {
+            for (const auto& other : others) {
+                if (other.second > begin && other.first < end) {
+                    if (other.first > begin) {
+                        rest.push_back({begin, other.first});
+                    }
+                    begin = other.second;
+                }
+            }
+            if (begin < end) {
+                rest.push_back({begin, end});
+            }
+        }
+        return rest;
+    }
+    static double length_of(const Intervals& intervals) {
+        double sum = 0.0;
+        for (const auto& [begin, end] : intervals) {
+            sum += end - begin;
+        }
+        return sum;
+    }
+    // One line a lane: where the digits of its steps stand, something runs; where stars stand, nothing does.
     static std::string timeline(const Row& row) {
         constexpr int WIDTH = 88;
-        constexpr const char* NAMES[NUM_TRANSFER_LANES] = {"computation", "transfers", "waits"};
+        constexpr const char* NAMES[NUM_TRANSFER_LANES] = {"computation", " beside it", "transfers", "waits"};
         double first = 0.0, last = 0.0;
         for (const TimedSpan& s : row.last) {
             first = std::min(first, s.begin_ms);
@@ -165,7 +224,7 @@ class TransferProfile {
                 const int end = (int)((s.end_ms - first) / (last - first) * WIDTH + 0.5);
                 if ((int)s.span.lane == lane) {
                     for (int i = begin; i < std::min(end, WIDTH); ++i) {
-                        line[i] = (char)('0' + s.span.step % 10);
+                        line[i] = s.span.lane == TransferLane::waits ? '*' : (char)('0' + s.span.step % 10);
                     }
                 }
             }

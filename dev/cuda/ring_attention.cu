@@ -256,9 +256,7 @@ static void check_profile(Harness& h) {
         profile.begin_span(TransferLane::computation, 0, stream);
         delay_kernel<<<1, 1, 0, stream>>>(computation_cycles);
         profile.end_span(TransferLane::computation, stream);
-        profile.begin_span(TransferLane::waits, 0, stream);
         wait_for(stream, transfers, event);
-        profile.end_span(TransferLane::waits, stream);
     };
     for (int step = 0; step < 3; ++step) {
         operation("shorter", 2 * CYCLES, CYCLES);
