@@ -306,6 +306,7 @@ static size_t chosen_scratch(const AttentionShape& shape) {
     return flash_attention_backward_scratch_bytes(shape, deterministic);
 }
 
+constexpr int SHIPPED_VARIANT = 20;
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1,
      "one warp a row of dq, then one a row of dk and dv, float32",
@@ -349,7 +350,7 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, BackwardBlocks::ONE_AN_SM>, hopper_scratch, false, true,
       131072, true}},
 #endif
-    {20,
+    {SHIPPED_VARIANT,
      "what this GPU gets (llmc/flash_attention.cuh)",
      {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072, false, true, true}},
     {21,
@@ -374,6 +375,39 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
       flash_attention_backward_chosen<true>}},
 #endif
 };
+
+#ifdef LLMC_HOPPER_BACKWARD
+// Memory is planned for the largest batch and length: no shape within them may need more, nor any of its pieces.
+static void check_planned_scratch(Harness& h) {
+    constexpr int NUM_SHAPES = 100000;
+    int num_in_pieces = 0;
+    std::string wrong;
+    for (int i = 0; i < NUM_SHAPES && wrong.empty(); ++i) {
+        const auto random = [&](int which, int64_t bound) {
+            return 1 + (int64_t)(random_bits(h.seed, 8 * (uint64_t)i + which) % (uint64_t)bound);
+        };
+        AttentionShape planned;
+        planned.B = (int)random(0, 64), planned.Hkv = (int)random(1, 16), planned.D = 64 * (int)random(2, 2);
+        planned.H = planned.Hkv * (1 << random(3, 4) / 2);
+        planned.Tq = planned.Tk = random(4, 1 << random(5, 17));
+        AttentionShape s = planned;
+        s.B = (int)random(6, planned.B), s.Tq = s.Tk = random(7, planned.Tq);
+        const BackwardPieces pieces = hopper_split_backward(s, hopper_piece_limits(s, false));
+        num_in_pieces += pieces.of_batch * pieces.of_heads > 1;
+        AttentionShape piece = s;
+        piece.B = ceil_div(s.B, pieces.of_batch);
+        piece.Hkv = ceil_div(s.Hkv, pieces.of_heads), piece.H = piece.Hkv * (s.H / s.Hkv);
+        const size_t need = hopper_backward_scratch_bytes(piece, ONE_PIECE, false);
+        const size_t have = flash_attention_hopper_backward_scratch_bytes(planned, false);
+        if (need > have) {
+            wrong = format_string("B%d T%lld needs %zu bytes, B%d T%lld H%d/%d D%d has %zu", s.B, (long long)s.Tq, need,
+                                  planned.B, (long long)planned.Tq, s.H, s.Hkv, s.D, have);
+        }
+    }
+    h.expect(wrong.empty() && num_in_pieces > NUM_SHAPES / 100, "scratch", "of random shapes",
+             wrong.empty() ? format_string("enough for all smaller; %d in pieces", num_in_pieces) : wrong);
+}
+#endif
 
 // Those of every attention kernel, and some for pieces: odd numbers of sequences and of key/value heads. With --small
 // one for each kernel, longer ones only for the Hopper kernels, whose loops over tiles without masks take two at a
@@ -409,6 +443,11 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     if (h.small && !variant.launch.when_small) {
         return;
     }
+#ifdef LLMC_HOPPER_BACKWARD
+    if (variant.number == SHIPPED_VARIANT) {
+        check_planned_scratch(h);
+    }
+#endif
     for (const PreparedCase& c : prepared_backward_cases(h)) {
         const AttentionShape& s = c.shape();
         if (!variant.launch.runs(s)) {
