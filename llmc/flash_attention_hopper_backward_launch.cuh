@@ -21,8 +21,9 @@ struct PieceLimits {
 };
 constexpr PieceLimits ONE_PIECE{INT64_MAX, 0};
 // Bytes: less than the L2 cache of an H100, through which q, k, v, dout, dk and dv pass meanwhile. Items: four for each
-// of its 132 multiprocessors, nearly; with fewer the end of a piece costs more than the cache saves. So these are
-// pieces at D = 128 without groups of query heads, and at D = 64 with groups of one or two.
+// of its 132 multiprocessors, nearly, so that the end of a piece is short. So these are pieces at D = 128 without
+// groups of query heads, and at D = 64 with groups of one or two. Both are computed, not timed; others can be timed by
+// dev/cuda/attention_timing.cu.
 constexpr PieceLimits HOPPER_PIECE_LIMITS{32 << 20, 512};
 
 // What a call does; the same on every GPU. In one piece: beside transfers, where another stream's work fills what the
