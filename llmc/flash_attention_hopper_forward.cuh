@@ -3,7 +3,9 @@
 // Storage bf16, products on wgmma with float32 accumulation, statistics float32.
 //
 // A block owns BLOCK_M query rows of a head and walks over key tiles from the last visible one down, so masked tiles
-// come first and the running maximum settles early. One warpgroup only moves data, by TMA: a warp loads, a warp stores.
+// come first and the running maximum settles early. The rows are divided from the last one up: where they do not come
+// out even, it is the first tile, with the fewest keys, that has rows before the first; TMA reads those as zeros and
+// does not write them. One warpgroup only moves data, by TMA: a warp loads, a warp stores.
 // Each of the others owns 64 rows, whose scores, softmax and output never leave its registers:
 //   issue S' = q k'^T of the next key tile | issue out += P v of this one | softmax of S' while P v runs | S' becomes P
 // and the consumers take turns in issuing, so one's softmax runs under another's products. Blocks are persistent: each
@@ -18,6 +20,7 @@
 #include <climits>
 
 #include "flash_attention_launch.cuh"
+#include "gpu_properties.cuh"
 #include "ptx_hopper.cuh"
 
 // ---- what a block works through ----------------------------------------------------------------
@@ -73,7 +76,7 @@ struct TileWalk {
 // A tile of query rows and the key tiles it visits, [0, num_key_tiles), of which those below num_full_tiles are seen
 // whole by every row. At least one is visited: where nobody sees anything, all of it is masked. 0: the end of the list.
 struct ForwardWork {
-    int b, h, first_row, num_key_tiles, num_full_tiles;
+    int b, h, first_row, num_key_tiles, num_full_tiles;  // first_row: negative in a tile with rows before the first
 };
 
 // What variants of dev/cuda replace stands below Shared. Chosen on an H100, TFLOP/s at 8K / 32K / 128K: D = 128 705 /
@@ -81,22 +84,28 @@ struct ForwardWork {
 // / 488 / 500), two stages there (422 / 567 / 578), a quarter of the exponentials there by polynomials on the
 // arithmetic pipes (460 / 559 / 516); key tiles multicast to a cluster of two blocks at D = 128 (423 / 469 / 456,
 // probably because both blocks wait for the slowest of four consumers).
-template <int D_, int CONSUMERS_, int BLOCK_N_, int STAGES_>
+//
+// With few and short sequences the launch takes as long as its longest work: one consumer's steps are short, and
+// several blocks an SM run under one another's. They read k and v once for 64 rows: from L2, more than it gives once
+// all SMs are full. 104 registers, as with four consumers an SM, are too few for 64 keys.
+template <int D_, int CONSUMERS_, int BLOCK_N_, int STAGES_, int BLOCKS_PER_SM_ = 1>
 struct HopperForwardTile {
     static constexpr int D = D_;
     static constexpr int CONSUMERS = CONSUMERS_;  // warpgroups that compute, of 64 query rows each
     static constexpr int BLOCK_M = 64 * CONSUMERS;
     static constexpr int BLOCK_N = BLOCK_N_;
     static constexpr int STAGES = STAGES_;  // of k and of v
-    static constexpr int Q_SLOTS = 2;       // the tile that is finished and the one that has begun
+    static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
+    static constexpr int Q_SLOTS = 2;  // the tile that is finished and the one that has begun
     static constexpr int THREADS = WARPGROUP_SIZE * (1 + CONSUMERS);
-    // At launch all threads have the same, 65536 / THREADS rounded down to a multiple of 8; the loader gives up what
-    // the consumers then take. Were there less than they ask for, they would wait for ever.
-    static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
-    static constexpr int LOADER_REGISTERS = CONSUMERS == 2 ? 40 : 32;
-    static constexpr int CONSUMER_REGISTERS = CONSUMERS == 2 ? 232 : 160;
-    static_assert(D % 64 == 0 && BLOCK_N % 16 == 0 && (CONSUMERS == 2 || CONSUMERS == 3), "tile");
-    static_assert(LOADER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * LAUNCH_REGISTERS, "registers");
+    // At launch all threads have the same, an SM's 65536 over its threads, rounded down to a multiple of 8; the loader
+    // gives up what the consumers then take. Were there less than they ask for, they would wait for ever.
+    static constexpr int LAUNCH_REGISTERS = 65536 / (THREADS * BLOCKS_PER_SM) / 8 * 8;
+    static constexpr int LOADER_REGISTERS = CONSUMERS == 2 && BLOCKS_PER_SM == 1 ? 40 : 32;
+    static constexpr int CONSUMER_REGISTERS =
+        std::min(232, ((1 + CONSUMERS) * LAUNCH_REGISTERS - LOADER_REGISTERS) / CONSUMERS / 8 * 8);
+    static_assert(D % 64 == 0 && BLOCK_N % 16 == 0 && CONSUMERS >= 1 && CONSUMERS <= 3, "tile");
+    static_assert(CONSUMER_REGISTERS >= LAUNCH_REGISTERS && LOADER_REGISTERS <= LAUNCH_REGISTERS, "registers");
 
     struct Shared {
         alignas(1024) bf16 k[STAGES][BLOCK_N * D];
@@ -106,9 +115,9 @@ struct HopperForwardTile {
         ForwardWork work[Q_SLOTS];  // what q_full announces
     };
 
-    static constexpr bool PING_PONG = true;   // consumers issue products in turn
+    static constexpr bool PING_PONG = CONSUMERS > 1;  // consumers issue products in turn
     static constexpr bool LAZY = true;        // rescale only when a row's maximum moves by more than a threshold
-    static constexpr bool PERSISTENT = true;  // one block an SM unless the shape yields; otherwise one a tile
+    static constexpr bool PERSISTENT = true;  // BLOCKS_PER_SM an SM unless the shape yields; otherwise one a tile
 };
 
 struct HopperForwardArguments {
@@ -131,8 +140,8 @@ __device__ inline ForwardWork forward_work(const TileOrder::Place& place, const 
     ForwardWork work;
     work.b = place.head / args.H;
     work.h = place.head % args.H;
-    work.first_row = (args.order.num_tiles - 1 - place.tile) * Tile::BLOCK_M;
-    const int end = min(args.Tk, min(work.first_row + Tile::BLOCK_M, args.Tq) + args.key_offset);
+    work.first_row = args.Tq - (place.tile + 1) * Tile::BLOCK_M;
+    const int end = min(args.Tk, work.first_row + Tile::BLOCK_M + args.key_offset);
     work.num_key_tiles = max(1, (end + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
     work.num_full_tiles = max(0, min(args.Tk, work.first_row + 1 + args.key_offset)) / Tile::BLOCK_N;
     return work;
@@ -362,11 +371,11 @@ __device__ __forceinline__ void scale_rows(float (&out)[count], const float (&fa
 
 // ---- store -------------------------------------------------------------------------------------
 // Normalises a warpgroup's 64 rows of the output, writes their lse, and leaves the rows as a TMA tile at `staging`,
-// which the warpgroup's own products have read. lse points at the row of the thread's first; rows_left: how many exist
-// from there.
+// which the warpgroup's own products have read. lse is that of the head, first_row the thread's first row, possibly
+// negative.
 template <int D>
 __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& rows, float scale_log2, uint32_t staging,
-                                            float* lse, int rows_left) {
+                                            float* lse, int first_row) {
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE % 4;
     float inverse[2];
 #pragma unroll
@@ -376,8 +385,9 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
         sum += __shfl_xor_sync(FULL_WARP, sum, 2);
         const bool sees_nothing = sum == 0.0f;
         inverse[half] = sees_nothing ? 0.0f : __fdividef(1.0f, sum);
-        if (lane % 4 == 0 && 8 * half < rows_left) {
-            lse[8 * half] = sees_nothing ? -INFINITY : (rows.reference[half] * scale_log2 + __log2f(sum)) * LN_2;
+        const int row = first_row + 8 * half;
+        if (lane % 4 == 0 && row >= 0) {
+            lse[row] = sees_nothing ? -INFINITY : (rows.reference[half] * scale_log2 + __log2f(sum)) * LN_2;
         }
     }
     scale_rows(out, inverse);
@@ -479,9 +489,9 @@ struct ForwardConsumer {
     // The output leaves through the q it belongs to.
     __device__ __forceinline__ void finish(float (&out)[D / 2], SoftmaxRows& rows, const ForwardWork& work,
                                            int slot) const {
-        const int first_row = work.first_row + thread_row;
-        float* lse = args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq + first_row;
-        finish_rows<D>(out, rows, args.scale_log2, shared_address(shared.q[slot][consumer]), lse, args.Tq - first_row);
+        float* lse = args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq;
+        finish_rows<D>(out, rows, args.scale_log2, shared_address(shared.q[slot][consumer]), lse,
+                       work.first_row + thread_row);
         named_barrier_arrive(OUT_BARRIER + consumer, WARPGROUP_SIZE + WARP_SIZE);
     }
 
@@ -567,7 +577,7 @@ struct ForwardConsumer {
                 step<false, false>(out, p, rows, work, n, slot, work);
             }
             q_state.advance();
-            const ForwardWork next = next_work();
+            const ForwardWork next = Tile::PERSISTENT ? next_work() : ForwardWork{};
             if (next.num_key_tiles == 0) {
                 break;
             }
@@ -584,9 +594,9 @@ struct ForwardConsumer {
 #endif  // sm_90a
 
 // ---- kernel ------------------------------------------------------------------------------------
-// Launch: THREADS threads; one block an SM, or one a tile (TileWalk).
+// Launch: THREADS threads; BLOCKS_PER_SM blocks an SM, or one a tile (TileWalk).
 template <class Tile>
-__global__ void __launch_bounds__(Tile::THREADS, 1)
+__global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS_PER_SM)
     flash_attention_hopper_forward_kernel(const __grid_constant__ HopperForwardArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Shared = typename Tile::Shared;
@@ -628,7 +638,7 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         }
     } else {
         registers_increase<Tile::CONSUMER_REGISTERS>();
-        ForwardConsumer<Tile> consumer(shared, args, warpgroup - 1);
+        ForwardConsumer<Tile> consumer(shared, args, Tile::CONSUMERS == 1 ? 0 : warpgroup - 1);
         if (warpgroup == Tile::CONSUMERS) {
             consumer.pass_turn();  // the first consumer begins
         }
@@ -683,13 +693,21 @@ inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
     int num_blocks = args.order.num_tiles * args.order.num_heads;
     if (Tile::PERSISTENT && !shape.yields) {
-        int device, num_sms;
-        CUDA_CHECK(cudaGetDevice(&device));
-        CUDA_CHECK(cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device));
-        num_blocks = std::min(num_blocks, num_sms);
+        num_blocks = std::min(num_blocks, Tile::BLOCKS_PER_SM * gpu_properties().num_sms);
     }
     kernel<<<num_blocks, Tile::THREADS, num_bytes, stream>>>(args);
     CUDA_CHECK_LAUNCH();
+}
+
+using HopperForwardTile64 = HopperForwardTile<64, 3, 128, 4>;
+using HopperForwardTile64Short = HopperForwardTile<64, 1, 64, 3, 3>;  // few and short sequences
+using HopperForwardTile128 = HopperForwardTile<128, 2, 128, 2>;
+
+// Whether a launch is so small that its longest work decides: the usual tiles leave SMs without work, and keys are few.
+constexpr int64_t HOPPER_FORWARD_SHORT_KEYS = 2048;
+inline bool hopper_forward_is_short(const AttentionShape& s) {
+    return s.D == 64 && s.Tk <= HOPPER_FORWARD_SHORT_KEYS &&
+           ceil_div<int64_t>(s.Tq, HopperForwardTile64::BLOCK_M) * s.B * s.H <= gpu_properties().num_sms;
 }
 
 // out (=), lse (=) [B, H, Tq], natural, of the scaled scores. A query that sees no key gets out 0 and lse -infinity.
@@ -698,9 +716,11 @@ inline void flash_attention_hopper_forward(HeadView<bf16> out, float* lse, HeadV
                                            HeadView<const bf16> k, HeadView<const bf16> v, const AttentionShape& shape,
                                            cudaStream_t stream) {
     NVTX_RANGE();
-    if (shape.D == 64) {
-        hopper_launch_forward<HopperForwardTile<64, 3, 128, 4>>(out, lse, q, k, v, shape, stream);
+    if (hopper_forward_is_short(shape)) {
+        hopper_launch_forward<HopperForwardTile64Short>(out, lse, q, k, v, shape, stream);
+    } else if (shape.D == 64) {
+        hopper_launch_forward<HopperForwardTile64>(out, lse, q, k, v, shape, stream);
     } else {
-        hopper_launch_forward<HopperForwardTile<128, 2, 128, 2>>(out, lse, q, k, v, shape, stream);
+        hopper_launch_forward<HopperForwardTile128>(out, lse, q, k, v, shape, stream);
     }
 }

@@ -8,10 +8,12 @@
 struct Launcher {
     void (*launch)(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                    HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream);
-    bool only_64_and_128;     // head dims it exists for
-    int64_t longest_to_time;  // sequences
+    std::vector<int> head_dims;  // that it exists for; empty: all
+    int64_t longest_to_time;     // sequences
 
-    bool runs(const AttentionShape& s) const { return !only_64_and_128 || s.D == 64 || s.D == 128; }
+    bool runs(const AttentionShape& s) const {
+        return head_dims.empty() || std::find(head_dims.begin(), head_dims.end(), s.D) != head_dims.end();
+    }
 };
 
 // ---- 1: one warp a query row, one key at a time ------------------------------------------------
@@ -133,8 +135,7 @@ __global__ void __launch_bounds__(WARPGROUP_SIZE* Tile::CONSUMERS)
         wgmma_pin(out);
         __syncthreads();  // everybody has read k and v (and q)
     }
-    float* lse = args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq + first_row;
-    finish_rows<D>(out, rows, args.scale_log2, q, lse, args.Tq - first_row);
+    finish_rows<D>(out, rows, args.scale_log2, q, args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq, first_row);
     named_barrier_sync(CONSUMER_BARRIER + warpgroup, WARPGROUP_SIZE);
     if (threadIdx.x % WARPGROUP_SIZE == 0) {
         tma_store(&args.out, q, work.first_row + 64 * warpgroup, work.h, work.b);
@@ -193,42 +194,47 @@ static void hopper_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> 
     }
 }
 using Tile64 = HopperForwardTile<64, 3, 128, 2>;
+using Tile64Short = HopperForwardTile<64, 1, 64, 3, 3>;
 using Tile128 = HopperForwardTile<128, 2, 128, 2>;
 #endif
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
-    {1, "one warp a query row, one key at a time, float32", {flash_attention_forward1, false, 1024}},
-    {2, "mma.sync, 16 query rows a warp, 64 keys", {flash_attention_forward_tile<1, 64, 1>, true, 32768}},
+    {1, "one warp a query row, one key at a time, float32", {flash_attention_forward1, {}, 1024}},
+    {2, "mma.sync, 16 query rows a warp, 64 keys", {flash_attention_forward_tile<1, 64, 1>, {64, 128}, 32768}},
     {3,
      "32 query rows a warp: a fragment of k or v feeds two products",
-     {flash_attention_forward_tile<2, 32, 1>, true, 32768}},
-    {4, "two stages of k and v, one barrier a tile", {flash_attention_forward_tile<2, 32, 2>, true, 32768}},
-    {5, "48 keys", {flash_attention_forward_tile<2, 48, 2>, true, 32768}},
+     {flash_attention_forward_tile<2, 32, 1>, {64, 128}, 32768}},
+    {4, "two stages of k and v, one barrier a tile", {flash_attention_forward_tile<2, 32, 2>, {64, 128}, 32768}},
+    {5, "48 keys", {flash_attention_forward_tile<2, 48, 2>, {64, 128}, 32768}},
     {6,
      "the best of these for each D (llmc/flash_attention_mma_forward.cuh)",
-     {flash_attention_mma_forward, false, 131072}},
+     {flash_attention_mma_forward, {}, 131072}},
 #ifdef LLMC_HOPPER
-    {7, "wgmma and TMA, one thing after the other", {flash_attention_forward7, true, 131072}},
+    {7, "wgmma and TMA, one thing after the other", {flash_attention_forward7, {64, 128}, 131072}},
     {8,
      "a loading warpgroup, two stages, scores of the next keys under the softmax of these",
-     {hopper_forward<Overlapped<Tile64>, Overlapped<Tile128>>, true, 131072}},
-    {9, "consumers issue in turn", {hopper_forward<InTurn<Tile64>, InTurn<Tile128>>, true, 131072}},
+     {hopper_forward<Overlapped<Tile64>, Overlapped<Tile128>>, {64, 128}, 131072}},
+    {9, "consumers issue in turn", {hopper_forward<InTurn<Tile64>, InTurn<Tile128>>, {64, 128}, 131072}},
     {10,
      "persistent blocks, tiles dealt to and fro",
-     {hopper_forward<Persistent<Tile64>, Persistent<Tile128>>, true, 131072}},
-    {11, "rescale only when the maximum moves by 2^8", {hopper_forward<Tile64, Tile128>, true, 524288}},
-    {12, "the same, one block a tile", {hopper_forward<OneBlockATile<Tile64>, OneBlockATile<Tile128>>, true, 524288}},
+     {hopper_forward<Persistent<Tile64>, Persistent<Tile128>>, {64, 128}, 131072}},
+    {11, "rescale only when the maximum moves by 2^8", {hopper_forward<Tile64, Tile128>, {64, 128}, 524288}},
+    {12,
+     "the same, one block a tile",
+     {hopper_forward<OneBlockATile<Tile64>, OneBlockATile<Tile128>>, {64, 128}, 524288}},
     {13,
      "D 128: 160 keys; D 64: two consumers, four stages",
-     {hopper_forward<HopperForwardTile<64, 2, 128, 4>, HopperForwardTile<128, 2, 160, 2>>, true, 131072}},
-    {14, "D 64: four stages", {hopper_forward<HopperForwardTile<64, 3, 128, 4>, Tile128>, true, 131072}},
-    {15, "11 without turns", {hopper_forward<NoTurns<Tile64>, NoTurns<Tile128>>, true, 131072}},
+     {hopper_forward<HopperForwardTile<64, 2, 128, 4>, HopperForwardTile<128, 2, 160, 2>>, {64, 128}, 131072}},
+    {14, "D 64: four stages", {hopper_forward<HopperForwardTile<64, 3, 128, 4>, Tile128>, {64, 128}, 131072}},
+    {15, "11 without turns", {hopper_forward<NoTurns<Tile64>, NoTurns<Tile128>>, {64, 128}, 131072}},
+    {16, "D 64: one consumer, 64 keys, three blocks an SM", {hopper_launch_forward<Tile64Short>, {64}, 131072}},
+    {17, "the same, one block a tile", {hopper_launch_forward<OneBlockATile<Tile64Short>>, {64}, 131072}},
 #endif
-    {16, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, false, 524288}},
+    {18, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, {}, 524288}},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
-    for (const PreparedCase& c : prepared_cases(h.seed)) {
+    for (const PreparedCase& c : prepared_cases(h)) {
         const AttentionShape& s = c.shape();
         if (!variant.launch.runs(s)) {
             continue;
@@ -255,8 +261,21 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     }
 }
 
+static bool time_short = false;  // --shape short, before all other options
+
+// Where tiles for short sequences at D = 64 must show what they are worth, and where they end.
+static std::vector<AttentionShape> short_timings() {
+    std::vector<AttentionShape> shapes;
+    const int64_t sizes[][3] = {{64, 12, 1024}, {1, 16, 1024}, {32, 8, 512},
+                                {8, 12, 2048},  {1, 16, 2048}, {8, 12, 4096}};
+    for (const auto& [B, H, T] : sizes) {
+        shapes.push_back({(int)B, (int)H, (int)H, 64, T, T, 0.125f, true, 0});
+    }
+    return shapes;
+}
+
 static void measure(Harness& h, const Variant<Launcher>& variant) {
-    for (const AttentionShape& s : attention_timings()) {
+    for (const AttentionShape& s : time_short ? short_timings() : attention_timings()) {
         if (!variant.launch.runs(s) || s.Tq > variant.launch.longest_to_time) {
             continue;
         }
@@ -272,5 +291,10 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
 }
 
 int main(int argc, char** argv) {
+    if (argc >= 3 && std::strcmp(argv[1], "--shape") == 0 && std::strcmp(argv[2], "short") == 0) {
+        time_short = true;
+        argv[2] = argv[0];
+        argc -= 2, argv += 2;
+    }
     return run_variants(argc, argv, "flash_attention_forward", VARIANTS, check, measure);
 }
