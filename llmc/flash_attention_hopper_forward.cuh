@@ -3,10 +3,10 @@
 // Storage bf16, products on wgmma with float32 accumulation, statistics float32.
 //
 // A block owns BLOCK_M query rows of a head and walks over key tiles from the last visible one down, so masked tiles
-// come first and the running maximum settles early. The rows are divided from the last one up: where they do not come
-// out even, it is the first tile, with the fewest keys, that has rows before the first; TMA reads those as zeros and
-// does not write them. One warpgroup only moves data, by TMA: a warp loads, a warp stores.
-// Each of the others owns 64 rows, whose scores, softmax and output never leave its registers:
+// come first and the running maximum settles early. The rows are divided from the last 64 up: where they do not come
+// out even, it is the first tile, with the fewest keys, that has consumers without rows. One warpgroup only moves data,
+// by TMA: a warp loads, a warp stores. Each of the others owns 64 rows, whose scores, softmax and output never leave
+// its registers:
 //   issue S' = q k'^T of the next key tile | issue out += P v of this one | softmax of S' while P v runs | S' becomes P
 // and the consumers take turns in issuing, so one's softmax runs under another's products. Blocks are persistent: each
 // has a fixed list of tiles (TileWalk). Nothing drains between two tiles: k' above is then the first of the next tile,
@@ -73,10 +73,12 @@ struct TileWalk {
 };
 
 // ---- tiles -------------------------------------------------------------------------------------
+constexpr int CONSUMER_ROWS = 64;  // query rows of a consumer warpgroup
+
 // A tile of query rows and the key tiles it visits, [0, num_key_tiles), of which those below num_full_tiles are seen
 // whole by every row. At least one is visited: where nobody sees anything, all of it is masked. 0: the end of the list.
 struct ForwardWork {
-    int b, h, first_row, num_key_tiles, num_full_tiles;  // first_row: negative in a tile with rows before the first
+    int b, h, first_row, num_key_tiles, num_full_tiles;  // first_row: negative where the first consumers have no rows
 };
 
 // What variants of dev/cuda replace stands below Shared. Chosen on an H100, TFLOP/s at 8K / 32K / 128K: D = 128 705 /
@@ -92,7 +94,7 @@ template <int D_, int CONSUMERS_, int BLOCK_N_, int STAGES_, int BLOCKS_PER_SM_ 
 struct HopperForwardTile {
     static constexpr int D = D_;
     static constexpr int CONSUMERS = CONSUMERS_;  // warpgroups that compute, of 64 query rows each
-    static constexpr int BLOCK_M = 64 * CONSUMERS;
+    static constexpr int BLOCK_M = CONSUMER_ROWS * CONSUMERS;
     static constexpr int BLOCK_N = BLOCK_N_;
     static constexpr int STAGES = STAGES_;  // of k and of v
     static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
@@ -121,9 +123,10 @@ struct HopperForwardTile {
 };
 
 struct HopperForwardArguments {
-    CUtensorMap q, k, v, out;  // boxes of 64, BLOCK_N, BLOCK_N and 64 rows
+    CUtensorMap q, k, v, out;  // boxes of CONSUMER_ROWS, BLOCK_N, BLOCK_N and CONSUMER_ROWS rows
     float* lse;
     int Tq, Tk, key_offset;  // query t sees keys below min(Tk, t + 1 + key_offset)
+    int end_row;             // Tq up to whole consumers
     int H, heads_per_kv_head;
     float scale_log2;         // scale * log2(e)
     float rescale_threshold;  // RESCALE_THRESHOLD_LOG2 in units of q.k
@@ -135,13 +138,19 @@ enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4, OUT_BARRIER 
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
+// A consumer's first row for TMA: of one without rows, past the end, where zeros are read and nothing is written. (A
+// coordinate before the start is an illegal instruction.)
+__device__ inline int consumer_row(const ForwardWork& work, int consumer, const HopperForwardArguments& args) {
+    const int row = work.first_row + CONSUMER_ROWS * consumer;
+    return row >= 0 ? row : args.Tq;
+}
 template <class Tile>
 __device__ inline ForwardWork forward_work(const TileOrder::Place& place, const HopperForwardArguments& args) {
     ForwardWork work;
     work.b = place.head / args.H;
     work.h = place.head % args.H;
-    work.first_row = args.Tq - (place.tile + 1) * Tile::BLOCK_M;
-    const int end = min(args.Tk, work.first_row + Tile::BLOCK_M + args.key_offset);
+    work.first_row = args.end_row - (place.tile + 1) * Tile::BLOCK_M;
+    const int end = min(args.Tk, min(work.first_row + Tile::BLOCK_M, args.Tq) + args.key_offset);
     work.num_key_tiles = max(1, (end + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
     work.num_full_tiles = max(0, min(args.Tk, work.first_row + 1 + args.key_offset)) / Tile::BLOCK_N;
     return work;
@@ -179,8 +188,8 @@ struct ForwardLoader {
         mbarrier_arrive_expect(full, Q_BYTES);
 #pragma unroll
         for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
-            tma_load(shared_address(shared.q[slot][consumer]), &args.q, work.first_row + 64 * consumer, work.h, work.b,
-                     full, l2_policy_evict_first());
+            tma_load(shared_address(shared.q[slot][consumer]), &args.q, consumer_row(work, consumer, args), work.h,
+                     work.b, full, l2_policy_evict_first());
         }
     }
     __device__ void announce_end() {
@@ -371,11 +380,11 @@ __device__ __forceinline__ void scale_rows(float (&out)[count], const float (&fa
 
 // ---- store -------------------------------------------------------------------------------------
 // Normalises a warpgroup's 64 rows of the output, writes their lse, and leaves the rows as a TMA tile at `staging`,
-// which the warpgroup's own products have read. lse is that of the head, first_row the thread's first row, possibly
-// negative.
+// which the warpgroup's own products have read. lse is that of the head, first_row the thread's first row, which need
+// not be one of its Tq.
 template <int D>
 __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& rows, float scale_log2, uint32_t staging,
-                                            float* lse, int first_row) {
+                                            float* lse, int first_row, int Tq) {
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE % 4;
     float inverse[2];
 #pragma unroll
@@ -386,7 +395,7 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
         const bool sees_nothing = sum == 0.0f;
         inverse[half] = sees_nothing ? 0.0f : __fdividef(1.0f, sum);
         const int row = first_row + 8 * half;
-        if (lane % 4 == 0 && row >= 0) {
+        if (lane % 4 == 0 && row >= 0 && row < Tq) {
             lse[row] = sees_nothing ? -INFINITY : (rows.reference[half] * scale_log2 + __log2f(sum)) * LN_2;
         }
     }
@@ -419,8 +428,8 @@ __device__ inline void store_tiles(typename Tile::Shared& shared, const HopperFo
         for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
             named_barrier_sync(OUT_BARRIER + consumer, WARPGROUP_SIZE + WARP_SIZE);
             if (threadIdx.x % WARP_SIZE == 0) {
-                tma_store(&args.out, shared_address(shared.q[slot][consumer]), work.first_row + 64 * consumer, work.h,
-                          work.b);
+                tma_store(&args.out, shared_address(shared.q[slot][consumer]), consumer_row(work, consumer, args),
+                          work.h, work.b);
                 bulk_commit();
             }
         }
@@ -451,7 +460,7 @@ struct ForwardConsumer {
           args(args),
           consumer(consumer),
           lane(threadIdx.x % WARP_SIZE),
-          thread_row(64 * consumer + threadIdx.x / WARP_SIZE % 4 * 16 + lane / 4) {}
+          thread_row(CONSUMER_ROWS * consumer + threadIdx.x / WARP_SIZE % 4 * 16 + lane / 4) {}
 
     __device__ __forceinline__ void wait_turn() const {
         if constexpr (Tile::PING_PONG) {
@@ -491,7 +500,7 @@ struct ForwardConsumer {
                                            int slot) const {
         float* lse = args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq;
         finish_rows<D>(out, rows, args.scale_log2, shared_address(shared.q[slot][consumer]), lse,
-                       work.first_row + thread_row);
+                       work.first_row + thread_row, args.Tq);
         named_barrier_arrive(OUT_BARRIER + consumer, WARPGROUP_SIZE + WARP_SIZE);
     }
 
@@ -667,12 +676,13 @@ inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float
     CHECK(s.Tq <= LONGEST && s.Tk <= LONGEST, "attention: Tq = %lld and Tk = %lld may be at most %d", (long long)s.Tq,
           (long long)s.Tk, LONGEST);
     HopperForwardArguments args{};
-    args.q = head_tensor_map(q, s.B, s.Tq, s.H, s.D, 64);
+    args.q = head_tensor_map(q, s.B, s.Tq, s.H, s.D, CONSUMER_ROWS);
     args.k = head_tensor_map(k, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
     args.v = head_tensor_map(v, s.B, s.Tk, s.Hkv, s.D, Tile::BLOCK_N);
-    args.out = head_tensor_map(out, s.B, s.Tq, s.H, s.D, 64);
+    args.out = head_tensor_map(out, s.B, s.Tq, s.H, s.D, CONSUMER_ROWS);
     args.lse = lse;
     args.Tq = (int)s.Tq, args.Tk = (int)s.Tk, args.key_offset = (int)attention_key_offset(s);
+    args.end_row = round_up(args.Tq, CONSUMER_ROWS);
     args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
     args.scale_log2 = s.scale * LOG2_E;
     args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;

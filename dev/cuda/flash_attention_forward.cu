@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(WARPGROUP_SIZE* Tile::CONSUMERS)
         mbarrier_init_fence();
         mbarrier_arrive_expect(q_full, Tile::BLOCK_M * D * sizeof(bf16));
         for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
-            tma_load(shared_address(shared.q[0][consumer]), &args.q, work.first_row + 64 * consumer, work.h, work.b,
+            tma_load(shared_address(shared.q[0][consumer]), &args.q, consumer_row(work, consumer, args), work.h, work.b,
                      q_full);
         }
     }
@@ -135,10 +135,11 @@ __global__ void __launch_bounds__(WARPGROUP_SIZE* Tile::CONSUMERS)
         wgmma_pin(out);
         __syncthreads();  // everybody has read k and v (and q)
     }
-    finish_rows<D>(out, rows, args.scale_log2, q, args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq, first_row);
+    finish_rows<D>(out, rows, args.scale_log2, q, args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq, first_row,
+                   args.Tq);
     named_barrier_sync(CONSUMER_BARRIER + warpgroup, WARPGROUP_SIZE);
     if (threadIdx.x % WARPGROUP_SIZE == 0) {
-        tma_store(&args.out, q, work.first_row + 64 * warpgroup, work.h, work.b);
+        tma_store(&args.out, q, consumer_row(work, warpgroup, args), work.h, work.b);
         bulk_commit();
         bulk_wait_read<0>();
     }
