@@ -713,11 +713,16 @@ using HopperForwardTile64 = HopperForwardTile<64, 3, 128, 4>;
 using HopperForwardTile64Short = HopperForwardTile<64, 1, 64, 3, 3>;  // few and short sequences
 using HopperForwardTile128 = HopperForwardTile<128, 2, 128, 2>;
 
-// Whether a launch is so small that its longest work decides: the usual tiles leave SMs without work, and keys are few.
-constexpr int64_t HOPPER_FORWARD_SHORT_KEYS = 2048;
+// Whether the short tile is faster. H200, ms at (B, H, T), the short tile's and the usual one's: (1, 16, 1024) 0.017
+// and 0.022, (1, 16, 2048) 0.032 and 0.034, (32, 8, 512) 0.037 and 0.044; (64, 12, 1024) 0.297 and 0.291, (8, 12, 2048)
+// 0.129 and 0.123.
 inline bool hopper_forward_is_short(const AttentionShape& s) {
-    return s.D == 64 && s.Tk <= HOPPER_FORWARD_SHORT_KEYS &&
-           ceil_div<int64_t>(s.Tq, HopperForwardTile64::BLOCK_M) * s.B * s.H <= gpu_properties().num_sms;
+    constexpr int64_t SHORT_KEYS = 512;       // of any number of sequences
+    constexpr int64_t FEW_TILES_KEYS = 2048;  // of usual tiles no more than
+    constexpr int64_t FEW_TILES_AN_SM = 2;    // so that the longest decide
+    const int64_t num_tiles = ceil_div<int64_t>(s.Tq, HopperForwardTile64::BLOCK_M) * s.B * s.H;
+    return s.D == 64 &&
+           (s.Tk <= SHORT_KEYS || (s.Tk <= FEW_TILES_KEYS && num_tiles <= FEW_TILES_AN_SM * gpu_properties().num_sms));
 }
 
 // out (=), lse (=) [B, H, Tq], natural, of the scaled scores. A query that sees no key gets out 0 and lse -infinity.
