@@ -30,8 +30,9 @@
 // What lost (H100, D = 128, causal, TFLOP/s at T = 8192 / 32768 / 131072; what ships 592 / 653 / 618): dv's product
 // before dS 574 / 612 / 607; scores ahead in three of four tiles 582 / 651 / 609, in none 584 / 602 / 608; dq added
 // from registers by red.v4 568 / 580 / 601 against 565 / 567 / 592 by the writer (both with dv before dS), less at D =
-// 64; dq rounded in this kernel by two idle warps as its tiles became complete 226 / 415 / 533. Variants:
-// dev/cuda/flash_attention_backward.cu.
+// 64; dq rounded in this kernel by two idle warps as its tiles became complete 226 / 415 / 533. Sequences or heads one
+// after another, so that dq's accumulator stays in the L2 cache, gained at no shape (H200, B = 64, T = 1024, H = 12, D
+// = 64: 0.84 ms instead of 0.78). Variants: dev/cuda/flash_attention_backward.cu.
 #pragma once
 #include <cmath>
 
@@ -136,7 +137,6 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     const bf16* dout_row = exists ? dout.row(head / H, t, head % H) : nullptr;
     const bf16* out_row = exists ? out.row(head / H, t, head % H) : nullptr;
     const float delta = attention_delta(dout_row, out_row, D);
-    wait_for_kernel_before();  // that of a piece before, which used the scratch; out, dout and lse are older than both
     if (row >= num_tile_rows) {
         return;
     }
@@ -167,7 +167,6 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     hopper_backward_dq_kernel(HeadView<bf16> dq, const float* dq_accumulator, int64_t num_tiles, int64_t Tq,
                               int num_query_tiles, int H, float scale) {
     constexpr int TILE_THREADS = BLOCK_M * D / 16, PART_THREADS = 256;
-    start_next_kernel();
     wait_for_kernel_before();
     const int64_t thread = (int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x;
     const int64_t tile = thread / TILE_THREADS;
@@ -181,7 +180,7 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     bf16x8 upper, lower;
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-        const float4 values = part[t];
+        const float4 values = __ldcs(part + t);
         upper[2 * t] = __float2bfloat16(scale * values.x), upper[2 * t + 1] = __float2bfloat16(scale * values.y);
         lower[2 * t] = __float2bfloat16(scale * values.z), lower[2 * t + 1] = __float2bfloat16(scale * values.w);
     }
@@ -277,7 +276,7 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
         // evenly (taken at the item's start, 497 TFLOP/s at D = 128, T = 8192, where one block an item has 592).
         item = atomicAdd(args.next_item, 1);
     }
-    start_next_kernel();  // once every block is at its last item: multiprocessors become free
+    start_next_kernel();  // dq's, once every block is at its last item: multiprocessors become free
     mbarrier_wait(kv_empty, slot ^ 1);
     shared.block[slot].b = -1;
     mbarrier_arrive(kv_full);

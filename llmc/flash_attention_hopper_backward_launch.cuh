@@ -1,12 +1,6 @@
-// flash_attention_hopper_backward_launch.cuh: the calls of the backward of attention for sm_90a, D = 64 and 128:
-// scratch, the pieces in which the work is done, the three kernels of each (flash_attention_hopper_backward.cuh).
-//
-// dq is summed in float32 in scratch, which a call goes over three times: zeroed, added to, rounded. An accumulator of
-// all queries is larger than the L2 cache (B = 4, T = 8192, H = 8, D = 128: 134 MB, the H100's cache 50 MB) and would
-// each time go out to memory and back. So a call with much of it works in pieces, one after another with the same
-// scratch: groups of sequences or, of one sequence, of kv heads. The price is the end of each piece, where
-// multiprocessors run out of items. Gradients do not depend on the pieces: a block's sums are its own, and so is the
-// order of each of dq's.
+// flash_attention_hopper_backward_launch.cuh: the call of the backward of attention for sm_90a, D = 64 and 128: its
+// scratch and its three kernels (flash_attention_hopper_backward.cuh). The second and the third may start while the
+// last blocks of the one before run.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -14,80 +8,23 @@
 #include "flash_attention_hopper_backward.cuh"
 #include "gpu_properties.cuh"
 
-// ---- pieces -----------------------------------------------------------------------------------
-struct PieceLimits {
-    int64_t dq_bytes;   // the most of dq's accumulator in a piece
-    int64_t num_items;  // in pieces only where so many items (HopperBackwardTile::BLOCK_N keys of a kv head) have that
-};
-constexpr PieceLimits ONE_PIECE{INT64_MAX, 0};
-// Bytes: less than the L2 cache of an H100, through which q, k, v, dout, dk and dv pass meanwhile. Items: four for each
-// of its 132 multiprocessors, nearly, so that the end of a piece is short. So these are pieces at D = 128 without
-// groups of query heads, and at D = 64 with groups of one or two. Both are computed, not timed; others can be timed by
-// dev/cuda/attention_timing.cu.
-constexpr PieceLimits HOPPER_PIECE_LIMITS{32 << 20, 512};
-
-// What a call does; the same on every GPU. In one piece: beside transfers, where another stream's work fills what the
-// end of a kernel leaves; without causality, where items are equal and all end together; deterministic, where the
-// longest come last.
-inline PieceLimits hopper_piece_limits(const AttentionShape& s, bool deterministic) {
-    return s.yields || !s.causal || deterministic ? ONE_PIECE : HOPPER_PIECE_LIMITS;
-}
-
+// ---- scratch ----------------------------------------------------------------------------------
 inline int hopper_backward_block_m(int D) {
     return D == 128 ? HopperBackwardTile<128>::BLOCK_M : HopperBackwardTile<64>::BLOCK_M;
 }
-// Of a kv head's query heads in a sequence.
-inline int64_t hopper_dq_bytes(const AttentionShape& s) {
-    return round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * (s.H / s.Hkv) * s.D * (int64_t)sizeof(float);
-}
-inline bool hopper_takes_pieces(const AttentionShape& s, const PieceLimits& limits) {
-    const int64_t item_bytes = (int64_t)HopperBackwardTile<128>::BLOCK_N * (s.H / s.Hkv) * s.D * sizeof(float);
-    return limits.dq_bytes / item_bytes >= limits.num_items;
-}
-
-// of_batch groups of sequences; when each is one sequence, of_heads groups of kv heads of it. As even as they come.
-struct BackwardPieces {
-    int of_batch = 1;
-    int of_heads = 1;
-};
-// The fewest pieces within the limits; where one kv head exceeds them, pieces of a sequence.
-inline BackwardPieces hopper_split_backward(const AttentionShape& s, const PieceLimits& limits) {
-    BackwardPieces pieces;
-    if (hopper_takes_pieces(s, limits)) {
-        const int64_t head_bytes = hopper_dq_bytes(s);
-        const auto groups = [&](int64_t count, int64_t num_bytes) {
-            return (int)ceil_div(count, std::clamp<int64_t>(limits.dq_bytes / num_bytes, 1, count));
-        };
-        pieces.of_batch = groups(s.B, s.Hkv * head_bytes);
-        if (pieces.of_batch == s.B && head_bytes <= limits.dq_bytes) {
-            pieces.of_heads = groups(s.Hkv, head_bytes);
-        }
-    }
-    return pieces;
-}
-
-// ---- scratch ----------------------------------------------------------------------------------
 constexpr size_t HOPPER_NEXT_ITEM_BYTES = 256;  // keeps the rest aligned to cache lines
 inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
     return (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * 2 * sizeof(float);
 }
-// 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic: and 4 a tile. That for all
-// rows, or the largest piece that any shape of fewer sequences or tokens could have: what is enough for a shape is
-// enough for smaller ones.
-inline size_t hopper_backward_scratch_bytes(const AttentionShape& s, const PieceLimits& limits, bool deterministic) {
-    const int64_t head_bytes = hopper_dq_bytes(s), sequence_bytes = s.Hkv * head_bytes;
-    const size_t dq_bytes = !hopper_takes_pieces(s, limits) ? s.B * sequence_bytes
-                            : head_bytes <= limits.dq_bytes ? std::min(s.B * sequence_bytes, limits.dq_bytes)
-                                                            : sequence_bytes;
-    const size_t row_bytes = s.D * sizeof(float), num_rows = dq_bytes / row_bytes;
-    return HOPPER_NEXT_ITEM_BYTES + num_rows * (2 * sizeof(float) + row_bytes) +
-           (deterministic ? num_rows / hopper_backward_block_m(s.D) * sizeof(int) : 0);
-}
+// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic: and 4 a tile.
 inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic) {
-    return hopper_backward_scratch_bytes(s, hopper_piece_limits(s, deterministic), deterministic);
+    const int block_m = hopper_backward_block_m(s.D);
+    const size_t num_tiles = (size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, block_m);
+    return HOPPER_NEXT_ITEM_BYTES + hopper_backward_statistics_bytes(s) + num_tiles * block_m * s.D * sizeof(float) +
+           (deterministic ? num_tiles * sizeof(int) : 0);
 }
 
-// ---- operands ---------------------------------------------------------------------------------
+// ---- launches ---------------------------------------------------------------------------------
 struct HopperBackwardOperands {
     HeadView<bf16> dq;
     KeyGradientView dk, dv;
@@ -95,35 +32,7 @@ struct HopperBackwardOperands {
     const float* lse;
     void* scratch;
 };
-// The view from sequence b, head h on; one without data stays so.
-template <class Element>
-inline HeadView<Element> view_from(HeadView<Element> view, int b, int h) {
-    view.data = view.data == nullptr ? nullptr : view.row(b, 0, h);
-    return view;
-}
-inline KeyGradientView view_from(KeyGradientView view, int b, int h) {
-    view.rounded = view_from(view.rounded, b, h);
-    view.whole = view_from(view.whole, b, h);
-    return view;
-}
-// The operands from sequence b, kv head kv_head on, which is 0 unless a piece is of one sequence: its lse is then
-// contiguous.
-inline HopperBackwardOperands operands_from(const HopperBackwardOperands& x, const AttentionShape& s, int b,
-                                            int kv_head) {
-    const int h = kv_head * (s.H / s.Hkv);
-    return {view_from(x.dq, b, h),
-            view_from(x.dk, b, kv_head),
-            view_from(x.dv, b, kv_head),
-            view_from(x.dout, b, h),
-            view_from(x.q, b, h),
-            view_from(x.k, b, kv_head),
-            view_from(x.v, b, kv_head),
-            view_from(x.out, b, h),
-            x.lse + ((int64_t)b * s.H + h) * s.Tq,
-            x.scratch};
-}
 
-// ---- launches ---------------------------------------------------------------------------------
 // overlaps: the kernel's blocks may start while the last ones of the kernel before run, if that one lets them; it calls
 // wait_for_kernel_before.
 template <class... Parameters, class... Arguments>
@@ -140,11 +49,10 @@ inline void hopper_launch_kernel(void (*kernel)(Parameters...), bool overlaps, i
     CUDA_CHECK_LAUNCH();
 }
 
-// Checks the operands, fills the statistics and zeroes dq's accumulator. overlaps: the kernel before is
-// hopper_finish_dq's of a piece of the same call.
+// Checks the operands, fills the statistics and zeroes dq's accumulator.
 template <class Tile>
 inline HopperBackwardArguments hopper_begin_backward(const HopperBackwardOperands& x, const AttentionShape& s,
-                                                     BackwardBlocks blocks, bool overlaps, cudaStream_t stream) {
+                                                     BackwardBlocks blocks, cudaStream_t stream) {
     attention_check_shape(s);
     CHECK(s.D == Tile::D, "attention on Hopper: head dim D = %d, expected %d", s.D, Tile::D);
     CHECK(s.Tq <= INT32_MAX / 4 && s.Tk <= INT32_MAX / 4,
@@ -202,7 +110,7 @@ inline HopperBackwardArguments hopper_begin_backward(const HopperBackwardOperand
     const int64_t num_row_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / ATTENTION_DELTA_LANES);
     CHECK(num_row_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds",
           (long long)num_tile_rows);
-    hopper_launch_kernel(hopper_backward_prepare_kernel<Tile::D, Tile::BLOCK_M>, overlaps, num_row_blocks,
+    hopper_launch_kernel(hopper_backward_prepare_kernel<Tile::D, Tile::BLOCK_M>, false, num_row_blocks,
                          HOPPER_ROWS_THREADS, 0, stream, statistics, args.dq_accumulator, args.dq_parts, args.next_item,
                          Tile::DETERMINISTIC ? 0 : args.num_blocks, x.dout, x.out, x.lse, num_tile_rows, s.Tq,
                          padded_Tq, s.H);
@@ -219,43 +127,15 @@ inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& a
                          0, stream, dq, args.dq_accumulator, num_tiles, s.Tq, args.num_query_tiles, s.H, s.scale);
 }
 
-// The whole call. Pieces can share scratch because each kernel, before it touches it, waits for the one before, which
-// is over only after all before that.
 template <class Tile>
 inline void hopper_launch_backward(const HopperBackwardOperands& x, const AttentionShape& shape, BackwardBlocks blocks,
-                                   const PieceLimits& limits, cudaStream_t stream) {
+                                   cudaStream_t stream) {
+    const HopperBackwardArguments args = hopper_begin_backward<Tile>(x, shape, blocks, stream);
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_hopper_backward_kernel<Tile>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
-    const BackwardPieces pieces = hopper_split_backward(shape, limits);
-    // The first of sequences, or of kv heads, in piece i of n.
-    const auto first = [](int count, int i, int n) { return (int)((int64_t)count * i / n); };
-    for (int i = 0; i < pieces.of_batch; ++i) {
-        const int b = first(shape.B, i, pieces.of_batch);
-        for (int j = 0; j < pieces.of_heads; ++j) {
-            const int kv_head = first(shape.Hkv, j, pieces.of_heads);
-            AttentionShape piece = shape;
-            piece.B = first(shape.B, i + 1, pieces.of_batch) - b;
-            piece.Hkv = first(shape.Hkv, j + 1, pieces.of_heads) - kv_head;
-            piece.H = piece.Hkv * (shape.H / shape.Hkv);
-            const HopperBackwardOperands part = operands_from(x, shape, b, kv_head);
-            const bool is_first = i == 0 && j == 0;
-            const HopperBackwardArguments args = hopper_begin_backward<Tile>(part, piece, blocks, !is_first, stream);
-            hopper_launch_kernel(kernel, true, args.num_blocks, Tile::THREADS, SHARED_BYTES, stream, args);
-            hopper_finish_dq<Tile>(part.dq, args, piece, stream);
-        }
-    }
-}
-// Within these limits, with hopper_backward_scratch_bytes of scratch.
-inline void hopper_backward_within(const PieceLimits& limits, const HopperBackwardOperands& x,
-                                   const AttentionShape& shape, bool deterministic, cudaStream_t stream) {
-    attention_check_shape(shape);
-    const BackwardBlocks blocks = hopper_backward_blocks(shape, deterministic);
-    auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(x, shape, blocks, limits, stream); };
-    // clang-format off
-    if (shape.D == 64) { deterministic ? launch(HopperBackwardTile<64, true>())  : launch(HopperBackwardTile<64>()); }
-    else               { deterministic ? launch(HopperBackwardTile<128, true>()) : launch(HopperBackwardTile<128>()); }
-    // clang-format on
+    hopper_launch_kernel(kernel, true, args.num_blocks, Tile::THREADS, SHARED_BYTES, stream, args);
+    hopper_finish_dq<Tile>(x.dq, args, shape, stream);
 }
 
 // dq, dk, dv (=), D = 64 or 128. out and lse are the forward's (or, of a chunk of keys, those of all keys together: the
@@ -267,6 +147,12 @@ inline void flash_attention_hopper_backward(HeadView<bf16> dq, KeyGradientView d
                                             void* scratch, const AttentionShape& shape, bool deterministic,
                                             cudaStream_t stream) {
     NVTX_RANGE();
-    hopper_backward_within(hopper_piece_limits(shape, deterministic), {dq, dk, dv, dout, q, k, v, out, lse, scratch},
-                           shape, deterministic, stream);
+    attention_check_shape(shape);
+    const HopperBackwardOperands x{dq, dk, dv, dout, q, k, v, out, lse, scratch};
+    const BackwardBlocks blocks = hopper_backward_blocks(shape, deterministic);
+    auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(x, shape, blocks, stream); };
+    // clang-format off
+    if (shape.D == 64) { deterministic ? launch(HopperBackwardTile<64, true>())  : launch(HopperBackwardTile<64>()); }
+    else               { deterministic ? launch(HopperBackwardTile<128, true>()) : launch(HopperBackwardTile<128>()); }
+    // clang-format on
 }

@@ -1,7 +1,6 @@
 // attention_timing.cu: times what flash_attention.cuh runs on this GPU, on shapes that come a line at a time, so that a
 // script can time a peer between them (dev/bench/attention.py). Packed qkv operands, as the trainer has them.
 //   in   pass B H Hkv D T causal runs      pass: forward, backward or deterministic; T queries and T keys
-//        ... mib items                     backward on Hopper with other PieceLimits; 0 0: in one piece
 //   out  ok ms ms ms ...                   one for each run, after one that is not timed
 //        error and a sentence
 // An empty line or the end of the input ends the program; operands of the last shape are kept. Before each run the GPU
@@ -28,7 +27,8 @@ struct TimedShape {
           out(s.B * s.Tq * s.H * s.D),
           dout(s.B * s.Tq * s.H * s.D),
           lse((int64_t)s.B * s.H * s.Tq),
-          scratch((int64_t)scratch_bytes(s)),
+          scratch((int64_t)std::max(flash_attention_backward_scratch_bytes(s, false),
+                                    flash_attention_backward_scratch_bytes(s, true))),
           in(packed_views(qkv, s)),
           d(packed_views(gradients, s)) {
         qkv.fill_random(1);
@@ -39,33 +39,10 @@ struct TimedShape {
     HeadView<bf16> rows(bf16* data) const {
         return HeadView<bf16>(data, shape.Tq * shape.H * shape.D, (int64_t)shape.H * shape.D, shape.D);
     }
-    // Of every pass, and of a backward in one piece.
-    static size_t scratch_bytes(const AttentionShape& s) {
-        size_t num_bytes =
-            std::max(flash_attention_backward_scratch_bytes(s, false), flash_attention_backward_scratch_bytes(s, true));
-#ifdef LLMC_HOPPER_BACKWARD
-        if (flash_attention_is_hopper(s)) {
-            num_bytes = std::max(num_bytes, hopper_backward_scratch_bytes(s, ONE_PIECE, true));
-        }
-#endif
-        return num_bytes;
-    }
     void forward(cudaStream_t stream) { flash_attention_forward(rows(out), lse, in.q, in.k, in.v, shape, stream); }
     void backward(bool deterministic, cudaStream_t stream) {
         flash_attention_backward(d.q, d.k, d.v, rows(dout), in.q, in.k, in.v, rows(out), lse, scratch, shape,
                                  deterministic, stream);
-    }
-    void backward_in_pieces(bool deterministic, int64_t mib, int64_t num_items, cudaStream_t stream) {
-#ifdef LLMC_HOPPER_BACKWARD
-        if (flash_attention_is_hopper(shape)) {
-            const PieceLimits limits = mib == 0 ? ONE_PIECE : PieceLimits{mib << 20, num_items};
-            return hopper_backward_within(limits,
-                                          {d.q, d.k, d.v, rows(dout), in.q, in.k, in.v, rows(out), lse, scratch}, shape,
-                                          deterministic, stream);
-        }
-#endif
-        (void)deterministic, (void)mib, (void)num_items, (void)stream;
-        fail("pieces are the Hopper kernels' alone: compute capability 9.0, D = 64 or 128");
     }
 };
 
@@ -96,11 +73,7 @@ int main() {
                 int causal, runs;
                 words >> pass >> s.B >> s.H >> s.Hkv >> s.D >> s.Tq >> causal >> runs;
                 CHECK(words && runs >= 1 && (pass == "forward" || pass == "backward" || pass == "deterministic"),
-                      "'%s' is not: forward|backward|deterministic B H Hkv D T causal runs [mib items]", line.c_str());
-                int64_t mib = 0, num_items = 0;
-                const bool in_pieces = !(words >> std::ws).eof();
-                CHECK(!in_pieces || (words >> mib >> num_items && pass != "forward" && mib >= 0 && num_items >= 0),
-                      "'%s': after the runs of a backward come, if anything, MiB and items", line.c_str());
+                      "'%s' is not: forward|backward|deterministic B H Hkv D T causal runs", line.c_str());
                 s.Tk = s.Tq, s.causal = causal != 0, s.scale = 1.0f / std::sqrt((float)s.D);
                 if (timed == nullptr || !same(timed->shape, s)) {
                     timed.reset();  // before the next shape's memory is taken
@@ -113,8 +86,6 @@ int main() {
                     CUDA_CHECK(cudaEventRecord(begin, stream));
                     if (pass == "forward") {
                         timed->forward(stream);
-                    } else if (in_pieces) {
-                        timed->backward_in_pieces(pass == "deterministic", mib, num_items, stream);
                     } else {
                         timed->backward(pass == "deterministic", stream);
                     }

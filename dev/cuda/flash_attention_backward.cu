@@ -20,8 +20,6 @@ struct Launcher {
     bool only_hopper = false;
     bool takes_float32 = false;  // views of dk and dv
     bool when_small = false;     // checked with --small too: what ships
-    // When set: dk and dv, and a dq that repeats, must have the bits that this gives.
-    void (*same_bits_as)(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) = nullptr;
 
     bool runs(const AttentionShape& s) const {
         return (!only_64_and_128 || s.D == 64 || s.D == 128) && (!only_hopper || flash_attention_is_hopper(s));
@@ -239,7 +237,7 @@ template <int D>
 static void launch_kernel7(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
     using Tile = HopperBackwardTile<D>;
     const HopperBackwardArguments args =
-        hopper_begin_backward<Tile>(hopper_operands(x), shape, BackwardBlocks::ONE_AN_ITEM, false, stream);
+        hopper_begin_backward<Tile>(hopper_operands(x), shape, BackwardBlocks::ONE_AN_ITEM, stream);
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_backward_kernel7<Tile>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
@@ -255,9 +253,7 @@ static void flash_attention_backward7(const BackwardOperands& x, const Attention
 template <DvStart DV_START, int TILES_A_TURN, BackwardBlocks blocks = BackwardBlocks::ONE_AN_ITEM>
 static void flash_attention_backward_wgmma(const BackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
-    auto launch = [&](auto tile) {
-        hopper_launch_backward<decltype(tile)>(hopper_operands(x), shape, blocks, ONE_PIECE, stream);
-    };
+    auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(hopper_operands(x), shape, blocks, stream); };
     if (shape.D == 64) {
         launch(HopperBackwardTile<64, false, DV_START, TILES_A_TURN>());
     } else {
@@ -265,23 +261,7 @@ static void flash_attention_backward_wgmma(const BackwardOperands& x, const Atte
     }
 }
 static size_t hopper_scratch(const AttentionShape& shape) {
-    return hopper_backward_scratch_bytes(shape, ONE_PIECE, false);
-}
-
-// ---- pieces, of shapes that need none ----------------------------------------------------------
-// At most so many sequences or, of one, so many kv heads.
-template <int SEQUENCES, int KV_HEADS>
-static PieceLimits pieces_of(const AttentionShape& s) {
-    return {(SEQUENCES > 0 ? SEQUENCES * s.Hkv : KV_HEADS) * hopper_dq_bytes(s), 0};
-}
-template <int SEQUENCES, int KV_HEADS, bool deterministic>
-static void flash_attention_backward_pieces(const BackwardOperands& x, const AttentionShape& shape,
-                                            cudaStream_t stream) {
-    hopper_backward_within(pieces_of<SEQUENCES, KV_HEADS>(shape), hopper_operands(x), shape, deterministic, stream);
-}
-template <int SEQUENCES, int KV_HEADS, bool deterministic>
-static size_t pieces_scratch(const AttentionShape& shape) {
-    return hopper_backward_scratch_bytes(shape, pieces_of<SEQUENCES, KV_HEADS>(shape), deterministic);
+    return flash_attention_hopper_backward_scratch_bytes(shape, false);
 }
 #endif
 
@@ -306,7 +286,6 @@ static size_t chosen_scratch(const AttentionShape& shape) {
     return flash_attention_backward_scratch_bytes(shape, deterministic);
 }
 
-constexpr int SHIPPED_VARIANT = 20;
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1,
      "one warp a row of dq, then one a row of dk and dv, float32",
@@ -350,105 +329,39 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, BackwardBlocks::ONE_AN_SM>, hopper_scratch, false, true,
       131072, true}},
 #endif
-    {SHIPPED_VARIANT,
+    {20,
      "what this GPU gets (llmc/flash_attention.cuh)",
      {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072, false, true, true}},
     {21,
      "the same, deterministic",
      {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072, false, true, true}},
-#ifdef LLMC_HOPPER_BACKWARD
-    {22,
-     "in pieces of two sequences",
-     {flash_attention_backward_pieces<2, 0, false>, pieces_scratch<2, 0, false>, false, true, 0, true, true, true,
-      flash_attention_backward_chosen<false>}},
-    {23,
-     "in pieces of two key/value heads",
-     {flash_attention_backward_pieces<0, 2, false>, pieces_scratch<0, 2, false>, false, true, 0, true, true, true,
-      flash_attention_backward_chosen<false>}},
-    {24,
-     "in pieces of two sequences, deterministic",
-     {flash_attention_backward_pieces<2, 0, true>, pieces_scratch<2, 0, true>, true, true, 0, true, true, true,
-      flash_attention_backward_chosen<true>}},
-    {25,
-     "in pieces of two key/value heads, deterministic",
-     {flash_attention_backward_pieces<0, 2, true>, pieces_scratch<0, 2, true>, true, true, 0, true, true, true,
-      flash_attention_backward_chosen<true>}},
-#endif
 };
 
-#ifdef LLMC_HOPPER_BACKWARD
-// Memory is planned for the largest batch and length: no shape within them may need more, nor any of its pieces.
-static void check_planned_scratch(Harness& h) {
-    constexpr int NUM_SHAPES = 100000;
-    int num_in_pieces = 0;
-    std::string wrong;
-    for (int i = 0; i < NUM_SHAPES && wrong.empty(); ++i) {
-        const auto random = [&](int which, int64_t bound) {
-            return 1 + (int64_t)(random_bits(h.seed, 8 * (uint64_t)i + which) % (uint64_t)bound);
-        };
-        AttentionShape planned;
-        planned.B = (int)random(0, 64), planned.Hkv = (int)random(1, 16), planned.D = 64 * (int)random(2, 2);
-        planned.H = planned.Hkv * (1 << random(3, 4) / 2);
-        planned.Tq = planned.Tk = random(4, 1 << random(5, 17));
-        AttentionShape s = planned;
-        s.B = (int)random(6, planned.B), s.Tq = s.Tk = random(7, planned.Tq);
-        const BackwardPieces pieces = hopper_split_backward(s, hopper_piece_limits(s, false));
-        num_in_pieces += pieces.of_batch * pieces.of_heads > 1;
-        AttentionShape piece = s;
-        piece.B = ceil_div(s.B, pieces.of_batch);
-        piece.Hkv = ceil_div(s.Hkv, pieces.of_heads), piece.H = piece.Hkv * (s.H / s.Hkv);
-        const size_t need = hopper_backward_scratch_bytes(piece, ONE_PIECE, false);
-        const size_t have = flash_attention_hopper_backward_scratch_bytes(planned, false);
-        if (need > have) {
-            wrong = format_string("B%d T%lld needs %zu bytes, B%d T%lld H%d/%d D%d has %zu", s.B, (long long)s.Tq, need,
-                                  planned.B, (long long)planned.Tq, s.H, s.Hkv, s.D, have);
-        }
+// With --small one shape for each kernel: of the Hopper kernels with two tiles without masks, which their loops take
+// together, and one whose queries are the last of a sequence.
+static const std::vector<PreparedCase>& backward_cases(const Harness& h) {
+    if (!h.small) {
+        return prepared_cases(h);
     }
-    h.expect(wrong.empty() && num_in_pieces > NUM_SHAPES / 100, "scratch", "of random shapes",
-             wrong.empty() ? format_string("enough for all smaller; %d in pieces", num_in_pieces) : wrong);
-}
-#endif
-
-// Those of every attention kernel, and some for pieces: odd numbers of sequences and of key/value heads. With --small
-// one for each kernel, longer ones only for the Hopper kernels, whose loops over tiles without masks take two at a
-// time.
-static std::vector<AttentionCase> backward_cases(bool small) {
-    std::vector<AttentionCase> cases;
-    if (!small) {
-        cases = attention_cases();
-    }
-    for (const int D : {64, 128}) {
-        cases.push_back(attention_case(5, 150, 150, 2, 2, D));
-        cases.push_back(attention_case(2, 333, 333, 10, 5, D));
-        cases.push_back(attention_case(3, 140, 270, 6, 3, D, true, 130));
-    }
-    for (const int D : {8, 72, 160, 256}) {
-        cases.push_back(attention_case(2, 129, 129, 3, 1, D));
-    }
-    return cases;
-}
-// Prepared once, at the first call.
-static const std::vector<PreparedCase>& prepared_backward_cases(const Harness& h) {
-    static const std::vector<PreparedCase> cases = [&] {
+    static const std::vector<PreparedCase> small_cases = [&] {
         std::vector<PreparedCase> prepared;
-        for (const AttentionCase& c : backward_cases(h.small)) {
-            prepared.push_back(prepare_case(c, h.seed));
+        for (const int D : {64, 128}) {
+            prepared.push_back(prepare_case(attention_case(2, 333, 333, 4, 2, D), h.seed));
+            prepared.push_back(prepare_case(attention_case(1, 140, 270, 2, 1, D, true, 130), h.seed));
+        }
+        for (const int D : {8, 72, 160, 256}) {
+            prepared.push_back(prepare_case(attention_case(2, 129, 129, 3, 1, D), h.seed));
         }
         return prepared;
     }();
-    return cases;
+    return small_cases;
 }
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
     if (h.small && !variant.launch.when_small) {
         return;
     }
-#ifdef LLMC_HOPPER_BACKWARD
-    if (variant.number == SHIPPED_VARIANT) {
-        check_planned_scratch(h);
-    }
-#endif
-    for (const PreparedCase& c : prepared_backward_cases(h)) {
+    for (const PreparedCase& c : backward_cases(h)) {
         const AttentionShape& s = c.shape();
         if (!variant.launch.runs(s)) {
             continue;
@@ -501,23 +414,6 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         }
         if (variant.launch.dq_repeats) {
             h.compare_repeats("dq dk dv", label, gradients, launch, h.small ? 1 : s.Tk == 1000 ? 50 : 2);
-        }
-        if (variant.launch.same_bits_as != nullptr) {
-            DeviceBuffer<bf16> others(packed_elements(s));
-            DeviceBuffer<char> more_scratch((int64_t)std::max(chosen_scratch<false>(s), chosen_scratch<true>(s)));
-            const PackedViews o = packed_views(others, s);
-            variant.launch.same_bits_as({o.q, o.k, o.v, c.dout_view(), in.q, in.k, in.v, out_view, lse, more_scratch},
-                                        s, h.stream);
-            const std::vector<bf16> other_buffer = others.download();
-            auto same = [&](HeadView<bf16> ours, HeadView<bf16> theirs, int64_t T, int heads) {
-                const std::vector<bf16> a = read_view(buffer, gradients, ours, s.B, T, heads, s.D, &read);
-                const std::vector<bf16> b = read_view(other_buffer, others, theirs, s.B, T, heads, s.D, &read);
-                return std::memcmp(a.data(), b.data(), a.size() * sizeof(bf16)) == 0;
-            };
-            const bool equal = same(d.k, o.k, s.Tk, s.Hkv) && same(d.v, o.v, s.Tk, s.Hkv) &&
-                               (!variant.launch.dq_repeats || same(d.q, o.q, s.Tq, s.H));
-            h.expect(equal, variant.launch.dq_repeats ? "dq dk dv" : "dk dv", label,
-                     equal ? "the bits of one piece" : "other bits than in one piece");
         }
     }
 }
