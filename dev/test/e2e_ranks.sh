@@ -2,7 +2,7 @@
 # ./train_gpt on several ranks, from end to end: every mesh of data x context parallel gives the losses and gradient norms
 # of one GPU, dense and Lighthouse; a rank that is killed ends the job, and its checkpoints go on on other numbers of ranks.
 # With the host transport all ranks share the GPUs there are, so one GPU is enough; where there are 2, 4 or 8, as many
-# ranks also train by NCCL, and one of two is killed or stands still. Needs a GPU; about three minutes, four with NCCL.
+# ranks also train by NCCL, and one of two is killed or stands still. Needs a GPU; about four minutes, five with NCCL.
 #   dev/test/e2e_ranks.sh [TRAINER]
 #   GPUS=2 PARTS="nccl nccl_failures" dev/test/e2e_ranks.sh build/train_gpt    the first 2 GPUs, some parts
 # PARTS: of meshes, lighthouse, failures (host transport), nccl, nccl_failures; all of them unless set.
@@ -98,6 +98,7 @@ if [[ $parts = *' meshes '* ]]; then
     mesh ring4 dense 4 "${host[@]}" --batch_size 1 --context_parallel 4 --context_exchange ring --recompute block \
         --offload activations
     mesh data2_ring2 dense 4 "${host[@]}" --batch_size 1 --context_parallel 2 --context_exchange ring
+    mesh ring8 dense 8 "${host[@]}" --batch_size 1 --context_parallel 8 --context_exchange ring
 fi
 if [[ $parts = *' lighthouse '* ]]; then
     mesh lighthouse2 lighthouse 2 "${host[@]}" --batch_size 2 --context_parallel 2 "${lighthouse[@]}" \
