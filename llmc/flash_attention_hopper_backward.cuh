@@ -636,7 +636,6 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     } else {
         wgmma_wait<0>();
     }
-    __syncwarp();  // all lanes have read the statistics, which come with q
     if (warp_leader) {
         mbarrier_arrive(shared_address(&shared.q_empty[stage]));
     }
