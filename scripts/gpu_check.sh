@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in one command: the whole model against the CPU reference (test_gpt), every kernel variant of
 # dev/cuda against its reference, and compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Programs run side by
-# side. Ends with 'N passed, N failed' and records GPU, date, the hash of the kernel sources and every program's result in
-# dev/gpu_check.txt.
+# side, on all GPUs. Ends with 'N passed, N failed' and records GPU, date, the hash of the kernel sources and every
+# program's result in dev/gpu_check.txt.
 #   scripts/gpu_check.sh              build, check, record
 #   scripts/gpu_check.sh --no_build   check the programs that are already built
 #   scripts/gpu_check.sh --part checks|sanitizer   only the checks, or only those under compute-sanitizer; the record keeps
@@ -14,6 +14,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 record=dev/gpu_check.txt
 programs_dir=${BUILD:-build}/dev
+# The programs that take longest under the sanitizer, beside test_gpt.
 longest="flash_attention_backward flash_attention_forward long_context lighthouse_layer ring_attention lighthouse_context gemm"
 test_gpt=${BIN:-./}test_gpt
 
