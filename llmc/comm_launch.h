@@ -21,7 +21,8 @@ inline int number_of(const char* variable, const char* otherwise) {
 }  // namespace launch
 
 // All ranks of the job: those at LLMC_RENDEZVOUS when that is set (comm_tcp.h), else those of the MPI launcher, else
-// this process alone. Throws Error when a launcher started several and this program cannot join them.
+// this process alone. Throws Error when a launcher started several and this program cannot join them: each would train
+// alone, and all write the same files.
 inline std::unique_ptr<HostComm> open_host_comm(double timeout_seconds) {
     if (const char* const rendezvous = std::getenv("LLMC_RENDEZVOUS")) {
         const int rank = launch::number_of("LLMC_RANK", "SLURM_PROCID");
@@ -40,5 +41,11 @@ inline std::unique_ptr<HostComm> open_host_comm(double timeout_seconds) {
         "libopenmpi-dev) and build again, or start the ranks with LLMC_RENDEZVOUS set (see llmc/comm_tcp.h)",
         mpi_size);
 #endif
+    const char* const step_size = std::getenv("SLURM_STEP_NUM_TASKS");  // of srun; in a batch script it is not set
+    CHECK(step_size == nullptr || std::string(step_size) == "1",
+          "started by srun as one of %s ranks that do not know of each other, so each would train alone: start them "
+          "with scripts/slurm_train.sh, with srun --mpi=pmix when built with MPI, or with LLMC_RENDEZVOUS set (see "
+          "llmc/comm_tcp.h)",
+          step_size);
     return std::make_unique<SingleComm>();
 }

@@ -218,8 +218,8 @@ TEST(TcpComm, NamesMessagesOfOtherSizes) {
 TEST(Launch, SaysWhatIsMissing) {
     const auto error_of = [](std::map<std::string, std::string> variables) {
         const std::vector<Ended> ended = run_ranks(1, [&](int) {
-            for (const char* name :
-                 {"LLMC_RENDEZVOUS", "LLMC_RANK", "LLMC_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS"}) {
+            for (const char* name : {"LLMC_RENDEZVOUS", "LLMC_RANK", "LLMC_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS",
+                                     "SLURM_STEP_NUM_TASKS"}) {
                 unsetenv(name);
             }
             for (const auto& [name, value] : variables) {
@@ -236,6 +236,9 @@ TEST(Launch, SaysWhatIsMissing) {
                          "LLMC_RENDEZVOUS 'nowhere': must be HOST:PORT"));
     EXPECT_TRUE(contains(error_of({{"LLMC_RENDEZVOUS", "x:1"}, {"LLMC_RANK", "2"}, {"LLMC_WORLD_SIZE", "2"}}),
                          "rank 2 of 2 ranks: there is no such rank"));
+    EXPECT_EQ(error_of({{"SLURM_NTASKS", "4"}}), "no error");  // a batch script of four tasks, not one of them
+    EXPECT_EQ(error_of({{"SLURM_STEP_NUM_TASKS", "1"}}), "no error");
+    EXPECT_TRUE(contains(error_of({{"SLURM_STEP_NUM_TASKS", "4"}}), "started by srun as one of 4 ranks"));
 }
 
 }  // namespace
