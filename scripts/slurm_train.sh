@@ -13,12 +13,19 @@
 # with --resume to go on, on as many nodes as you like.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?this is a batch script: sbatch scripts/slurm_train.sh FLAG ...}"
-
-launch=(srun --kill-on-bad-exit=1)
-if ldd ./train_gpt | grep -q libmpi; then
-    launch+=(--mpi=pmix)
-else # built without MPI: the ranks meet at the first node
-    LLMC_RENDEZVOUS=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -1):$((20000 + SLURM_JOB_ID % 20000))
-    export LLMC_RENDEZVOUS
+if [ ! -x train_gpt ]; then
+    echo "slurm_train: there is no train_gpt in $PWD: submit from the folder where make has built it" >&2
+    exit 1
 fi
+
+# A rank that fails ends the job. Since 22.05 srun does not take --cpus-per-task from the job by itself; of an
+# environment that sbatch was told to leave behind, what is set below must still reach the ranks.
+launch=(srun --kill-on-bad-exit=1 --export=ALL --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}")
+if [[ $(ldd ./train_gpt) == *libmpi* && $(srun --mpi=list 2>&1) == *pmix* ]]; then
+    launch+=(--mpi=pmix)
+else # built without MPI, or a SLURM without PMIx: the ranks meet at the first node
+    mapfile -t nodes < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+    export LLMC_RENDEZVOUS=${LLMC_RENDEZVOUS:-${nodes[0]}:$((20000 + SLURM_JOB_ID % 10000))}
+fi
+echo "slurm_train: $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST meet ${LLMC_RENDEZVOUS:+at }${LLMC_RENDEZVOUS:-by PMIx}"
 exec "${launch[@]}" ./train_gpt "$@"
