@@ -24,6 +24,7 @@ status=0
 ./test_gpt >"$work/out" 2>"$work/err" || status=$?
 [ $status -ne 0 ] || { echo "test_gpt without a GPU exited 0"; exit 1; }
 [ "$(wc -l <"$work/err")" -eq 1 ] || { echo "expected one line on stderr:"; cat "$work/err"; exit 1; }
+grep -qi 'gpu' "$work/err" || { echo "the sentence does not name the GPU:"; cat "$work/err"; exit 1; }
 echo "ok   test_gpt without a GPU: $(cat "$work/err")"
 
 # ---- --fit answers without a GPU, for one with so much memory, and what it says is true
