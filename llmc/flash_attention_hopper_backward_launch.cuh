@@ -25,14 +25,6 @@ inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape
 }
 
 // ---- launches ---------------------------------------------------------------------------------
-struct HopperBackwardOperands {
-    HeadView<bf16> dq;
-    KeyGradientView dk, dv;
-    HeadView<const bf16> dout, q, k, v, out;
-    const float* lse;
-    void* scratch;
-};
-
 // overlaps: the kernel's blocks may start while the last ones of the kernel before run, if that one lets them; it calls
 // wait_for_kernel_before.
 template <class... Parameters, class... Arguments>
@@ -51,7 +43,7 @@ inline void hopper_launch_kernel(void (*kernel)(Parameters...), bool overlaps, i
 
 // Checks the operands, fills the statistics and zeroes dq's accumulator.
 template <class Tile>
-inline HopperBackwardArguments hopper_begin_backward(const HopperBackwardOperands& x, const AttentionShape& s,
+inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOperands& x, const AttentionShape& s,
                                                      BackwardBlocks blocks, cudaStream_t stream) {
     attention_check_shape(s);
     CHECK(s.D == Tile::D, "attention on Hopper: head dim D = %d, expected %d", s.D, Tile::D);
@@ -128,8 +120,8 @@ inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& a
 }
 
 template <class Tile>
-inline void hopper_launch_backward(const HopperBackwardOperands& x, const AttentionShape& shape, BackwardBlocks blocks,
-                                   cudaStream_t stream) {
+inline void hopper_launch_backward(const AttentionBackwardOperands& x, const AttentionShape& shape,
+                                   BackwardBlocks blocks, cudaStream_t stream) {
     const HopperBackwardArguments args = hopper_begin_backward<Tile>(x, shape, blocks, stream);
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_hopper_backward_kernel<Tile>;
@@ -148,7 +140,7 @@ inline void flash_attention_hopper_backward(HeadView<bf16> dq, KeyGradientView d
                                             cudaStream_t stream) {
     NVTX_RANGE();
     attention_check_shape(shape);
-    const HopperBackwardOperands x{dq, dk, dv, dout, q, k, v, out, lse, scratch};
+    const AttentionBackwardOperands x{dq, dk, dv, dout, q, k, v, out, lse, scratch};
     const BackwardBlocks blocks = hopper_backward_blocks(shape, deterministic);
     auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(x, shape, blocks, stream); };
     // clang-format off

@@ -42,6 +42,15 @@ inline int64_t attention_key_offset(const AttentionShape& shape) {
     return shape.causal ? std::clamp(shape.causal_offset, -shape.Tq, shape.Tk) : shape.Tk;
 }
 
+// What a backward works on: as flash_attention_backward (flash_attention.cuh) says.
+struct AttentionBackwardOperands {
+    HeadView<bf16> dq;
+    KeyGradientView dk, dv;
+    HeadView<const bf16> dout, q, k, v, out;
+    const float* lse;
+    void* scratch;
+};
+
 // ---- checks -------------------------------------------------------------------------------------
 // What every attention kernel here assumes of its operands.
 inline void attention_check_shape(const AttentionShape& s) {

@@ -4,15 +4,8 @@
 #include "flash_attention_cases.cuh"
 #include "llmc/flash_attention.cuh"
 
-struct BackwardOperands {
-    HeadView<bf16> dq;
-    KeyGradientView dk, dv;
-    HeadView<const bf16> dout, q, k, v, out;
-    const float* lse;
-    void* scratch;
-};
 struct Launcher {
-    void (*launch)(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream);
+    void (*launch)(const AttentionBackwardOperands& x, const AttentionShape& shape, cudaStream_t stream);
     size_t (*scratch_bytes)(const AttentionShape& shape);
     bool dq_repeats;
     bool only_64_and_128;     // head dims it exists for
@@ -98,12 +91,13 @@ __global__ void flash_attention_backward_dkv_kernel1(MmaBackwardArguments args, 
         }
     }
 }
-static MmaBackwardArguments begin_backward(const BackwardOperands& x, const AttentionShape& shape, bool deterministic,
-                                           cudaStream_t stream) {
+static MmaBackwardArguments begin_backward(const AttentionBackwardOperands& x, const AttentionShape& shape,
+                                           bool deterministic, cudaStream_t stream) {
     return mma_begin_backward(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, deterministic,
                               stream);
 }
-static void flash_attention_backward1(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+static void flash_attention_backward1(const AttentionBackwardOperands& x, const AttentionShape& shape,
+                                      cudaStream_t stream) {
     const MmaBackwardArguments args = begin_backward(x, shape, true, stream);
     const int64_t num_rows = (int64_t)shape.B * shape.H * shape.Tq;
     const int64_t num_key_rows = (int64_t)shape.B * shape.Hkv * shape.Tk;
@@ -115,7 +109,8 @@ static void flash_attention_backward1(const BackwardOperands& x, const Attention
 
 // ---- other tiles of the mma.sync kernel --------------------------------------------------------
 template <class Tile64, class Tile128>
-static void flash_attention_backward_tile(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+static void flash_attention_backward_tile(const AttentionBackwardOperands& x, const AttentionShape& shape,
+                                          cudaStream_t stream) {
     const MmaBackwardArguments args = begin_backward(x, shape, false, stream);
     if (shape.D == 64) {
         mma_launch_backward<Tile64>(args, shape, stream);
@@ -230,14 +225,10 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
     }
 #endif
 }
-static HopperBackwardOperands hopper_operands(const BackwardOperands& x) {
-    return {x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch};
-}
 template <int D>
-static void launch_kernel7(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+static void launch_kernel7(const AttentionBackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
     using Tile = HopperBackwardTile<D>;
-    const HopperBackwardArguments args =
-        hopper_begin_backward<Tile>(hopper_operands(x), shape, BackwardBlocks::ONE_AN_ITEM, stream);
+    const HopperBackwardArguments args = hopper_begin_backward<Tile>(x, shape, BackwardBlocks::ONE_AN_ITEM, stream);
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_backward_kernel7<Tile>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
@@ -245,15 +236,16 @@ static void launch_kernel7(const BackwardOperands& x, const AttentionShape& shap
     CUDA_CHECK_LAUNCH();
     hopper_finish_dq<Tile>(x.dq, args, shape, stream);
 }
-static void flash_attention_backward7(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+static void flash_attention_backward7(const AttentionBackwardOperands& x, const AttentionShape& shape,
+                                      cudaStream_t stream) {
     shape.D == 64 ? launch_kernel7<64>(x, shape, stream) : launch_kernel7<128>(x, shape, stream);
 }
 
 // ---- 8 and up: specialised warps (llmc/flash_attention_hopper_backward.cuh) --------------------
 template <DvStart DV_START, int TILES_A_TURN, BackwardBlocks blocks = BackwardBlocks::ONE_AN_ITEM>
-static void flash_attention_backward_wgmma(const BackwardOperands& x, const AttentionShape& shape,
+static void flash_attention_backward_wgmma(const AttentionBackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
-    auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(hopper_operands(x), shape, blocks, stream); };
+    auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(x, shape, blocks, stream); };
     if (shape.D == 64) {
         launch(HopperBackwardTile<64, false, DV_START, TILES_A_TURN>());
     } else {
@@ -267,7 +259,8 @@ static size_t hopper_scratch(const AttentionShape& shape) {
 
 // ---- what ships --------------------------------------------------------------------------------
 template <bool deterministic>
-static void flash_attention_backward_mma(const BackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+static void flash_attention_backward_mma(const AttentionBackwardOperands& x, const AttentionShape& shape,
+                                         cudaStream_t stream) {
     flash_attention_mma_backward(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, deterministic,
                                  stream);
 }
@@ -276,7 +269,7 @@ static size_t mma_scratch(const AttentionShape& shape) {
     return flash_attention_mma_backward_scratch_bytes(shape, deterministic);
 }
 template <bool deterministic>
-static void flash_attention_backward_chosen(const BackwardOperands& x, const AttentionShape& shape,
+static void flash_attention_backward_chosen(const AttentionBackwardOperands& x, const AttentionShape& shape,
                                             cudaStream_t stream) {
     flash_attention_backward(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, deterministic,
                              stream);
