@@ -262,11 +262,10 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     }
 }
 
-static bool time_short = false;  // --shape short, before all other options
-
-// Where tiles for short sequences at D = 64 must show what they are worth, and where they end.
-static std::vector<AttentionShape> short_timings() {
-    std::vector<AttentionShape> shapes;
+// Beside the shapes that the backward is timed at too, those where tiles for short sequences at D = 64 must show what
+// they are worth, and where they end.
+static std::vector<AttentionShape> timings() {
+    std::vector<AttentionShape> shapes = attention_timings();
     const int64_t sizes[][3] = {{64, 12, 1024}, {1, 16, 1024}, {32, 8, 512},
                                 {8, 12, 2048},  {1, 16, 2048}, {8, 12, 4096}};
     for (const auto& [B, H, T] : sizes) {
@@ -276,7 +275,7 @@ static std::vector<AttentionShape> short_timings() {
 }
 
 static void measure(Harness& h, const Variant<Launcher>& variant) {
-    for (const AttentionShape& s : time_short ? short_timings() : attention_timings()) {
+    for (const AttentionShape& s : timings()) {
         if (!variant.launch.runs(s) || s.Tq > variant.launch.longest_to_time) {
             continue;
         }
@@ -292,10 +291,5 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
 }
 
 int main(int argc, char** argv) {
-    if (argc >= 3 && std::strcmp(argv[1], "--shape") == 0 && std::strcmp(argv[2], "short") == 0) {
-        time_short = true;
-        argv[2] = argv[0];
-        argc -= 2, argv += 2;
-    }
     return run_variants(argc, argv, "flash_attention_forward", VARIANTS, check, measure);
 }
