@@ -48,7 +48,7 @@ struct AttentionShape {
     float scale = 1.0f;  // of the scores q k^T, usually 1 / sqrt(D)
     bool causal = true;
     int64_t causal_offset = 0;
-    // Transfers between GPUs run beside it and need multiprocessors of their own: its blocks come and go rather than
-    // stay on one each until the end, before which nothing else would start.
+    // Other work runs beside it, transfers between GPUs or another call of attention: its blocks come and go rather
+    // than stay on one multiprocessor each until the end, before which nothing else would start.
     bool yields = false;
 };

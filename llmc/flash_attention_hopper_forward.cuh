@@ -82,10 +82,10 @@ struct ForwardWork {
 };
 
 // What variants of dev/cuda replace stands below Shared. Chosen on an H100, TFLOP/s at 8K / 32K / 128K: D = 128 705 /
-// 767 / 713, D = 64 495 / 610 / 568. Tried beside: 160 keys at D = 128 (689 / 703 / 713); two consumers at D = 64 (415
-// / 488 / 500), two stages there (422 / 567 / 578), a quarter of the exponentials there by polynomials on the
-// arithmetic pipes (460 / 559 / 516); key tiles multicast to a cluster of two blocks at D = 128 (423 / 469 / 456,
-// probably because both blocks wait for the slowest of four consumers).
+// 767 / 713, D = 64 495 / 610 / 568 (with rows still divided from the first one down). Tried beside: 160 keys at D =
+// 128 (689 / 703 / 713); two consumers at D = 64 (415 / 488 / 500), two stages there (422 / 567 / 578), a quarter of
+// the exponentials there by polynomials on the arithmetic pipes (460 / 559 / 516); key tiles multicast to a cluster of
+// two blocks at D = 128 (423 / 469 / 456, probably because both blocks wait for the slowest of four consumers).
 //
 // With few and short sequences the launch takes as long as its longest work: one consumer's steps are short, and
 // several blocks an SM run under one another's. They read k and v once for 64 rows: from L2, more than it gives once
