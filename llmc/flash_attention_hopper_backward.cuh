@@ -78,6 +78,7 @@ struct HopperBackwardTile {
     static constexpr int CONSUMERS = 2;                    // warpgroups
     static constexpr int WRITERS = DETERMINISTIC ? 2 : 1;  // warps
     static constexpr int THREADS = (1 + CONSUMERS) * WARPGROUP_SIZE;
+    static constexpr int Q_EMPTY_THREADS = CONSUMERS * WARPGROUP_SIZE + WARP_SIZE;  // the loading thread as a warp
     // At launch all threads have the same, 65536 / THREADS rounded down to a multiple of 8: consumers that ask for more
     // than the producer's warpgroup gives up would wait for ever.
     static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
@@ -96,7 +97,7 @@ struct HopperBackwardTile {
         alignas(128) float statistics[STAGES][2][BLOCK_M];  // lse in powers of two, delta
         KeyBlock block[2];                                  // of even and odd items; here because registers are short
         uint64_t kv_full, kv_empty;                         // k, v and the item
-        uint64_t q_full[STAGES], q_empty[STAGES];           // q and the statistics
+        uint64_t q_full[STAGES];                            // q and the statistics
         uint64_t dout_full[STAGES], dout_empty[STAGES];
     };
 };
@@ -200,8 +201,10 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // device code below: sm_90a alone
 
 // Named barriers. OUT_FULL and OUT_EMPTY: one a consumer warpgroup, between it and the writer whose turn it is.
-// WRITER_DUE: one a writer warp, its turn.
-enum HopperBackwardBarrier { DS_WRITTEN = 1, OUT_FULL = 2, OUT_EMPTY = 4, WRITER_DUE = 6 };
+// WRITER_DUE: one a writer warp, its turn. Q_EMPTY: one a stage, between the consumers, who have read its q and
+// statistics, and the loading thread. No mbarrier, on which a warp's leader arrives for its warp: racecheck takes that
+// for the leader's own reads alone, and statistics are read by every lane.
+enum HopperBackwardBarrier { DS_WRITTEN = 1, OUT_FULL = 2, OUT_EMPTY = 4, WRITER_DUE = 6, Q_EMPTY = 8 };
 
 // block (=) the item's; in shared memory, where it need not fit the loading thread's registers.
 template <class Tile>
@@ -228,12 +231,14 @@ __device__ __forceinline__ void find_key_block(KeyBlock& block, const HopperBack
 // Loads, item after item, k and v, and q, dout and the statistics of every query tile. The first item is the block's
 // number, the others are those that nobody has taken yet; deterministic, the first is too: an item waits for earlier
 // ones alone, so the earliest that is not over is always in a block that runs, and waits for nobody. An item's first
-// query tile comes before its k and v, which must wait until the item before is done with its own. One thread.
+// query tile comes before its k and v, which must wait until the item before is done with its own. One thread, which
+// counts as its warp in named barriers: the others have exited.
 template <class Tile>
 __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, const HopperBackwardArguments& args) {
     constexpr int TILE_BYTES = sizeof(shared.q[0]), STATISTICS_BYTES = sizeof(shared.statistics[0]);
     const uint32_t kv_full = shared_address(&shared.kv_full), kv_empty = shared_address(&shared.kv_empty);
     PipelineState<Tile::STAGES> state;
+    bool filled = false;  // all stages, once
     int item = Tile::DETERMINISTIC ? atomicAdd(args.next_item, 1) : blockIdx.x, slot = 0;
 #pragma unroll 1
     for (; item < args.num_items; slot ^= 1) {
@@ -248,7 +253,10 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
                 const int stage = state.stage, row = tile * Tile::BLOCK_M;
                 const int h = (block.kv_head + 1) * args.heads_per_kv_head - heads_to_come;
                 const uint32_t q_full = shared_address(&shared.q_full[stage]);
-                mbarrier_wait(shared_address(&shared.q_empty[stage]), state.parity ^ 1);
+                if (filled) {
+                    named_barrier_sync(Q_EMPTY + stage, Tile::Q_EMPTY_THREADS);
+                }
+                filled = filled || stage == Tile::STAGES - 1;
                 mbarrier_arrive_expect(q_full, TILE_BYTES + STATISTICS_BYTES);
                 tma_load(shared_address(shared.q[stage]), &args.q, row, h, block.b, q_full);
                 const int64_t query_tile = ((int64_t)block.b * args.H + h) * args.num_query_tiles + tile;
@@ -636,9 +644,7 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     } else {
         wgmma_wait<0>();
     }
-    if (warp_leader) {
-        mbarrier_arrive(shared_address(&shared.q_empty[stage]));
-    }
+    named_barrier_arrive(Q_EMPTY + stage, Tile::Q_EMPTY_THREADS);
 }
 
 // dk and dv of every item's keys, and their share of dq. Two warpgroups.
@@ -720,7 +726,6 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         for (int stage = 0; stage < Tile::STAGES; ++stage) {
             mbarrier_init(shared_address(&shared.q_full[stage]), 1);
             mbarrier_init(shared_address(&shared.dout_full[stage]), 1);
-            mbarrier_init(shared_address(&shared.q_empty[stage]), CONSUMER_WARPS);
             mbarrier_init(shared_address(&shared.dout_empty[stage]), CONSUMER_WARPS);
         }
         mbarrier_init_fence();
@@ -731,6 +736,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
         registers_decrease<Tile::PRODUCER_REGISTERS>();
         if (threadIdx.x == 0) {
             backward_load<Tile>(shared, args);
+        } else if (threadIdx.x < WARP_SIZE) {
+            return;
         } else if (const int writer = (int)threadIdx.x / WARP_SIZE - 1; writer >= 0 && writer < Tile::WRITERS) {
             backward_write<Tile>(shared, args, writer);
         }
