@@ -7,11 +7,14 @@ schedule. A few steps of each attention are timed first, and the number of steps
 Writes learning.json, learning.md (loss, wall-clock, the jump at the switch and the recovery) and learning.png.
 
     make train_gpt && python3 dev/bench/learning.py --budget 360 --out results
+    python3 dev/bench/learning.py --gpus 2 --out results              a run on each of two GPUs at a time
     python3 dev/bench/learning.py --from_json results/learning.json --out results     table and plot of an earlier run
 """
 import argparse
+import concurrent.futures
 import json
 import os
+import queue
 import random
 import site
 import subprocess
@@ -65,10 +68,10 @@ def trainer_flags(options, steps, corpus, folder, switch):
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))] + ["--plain"]
 
 
-def train(options, steps, corpus, scratch, name, switch):
-    """Runs train_gpt, Lighthouse until step `switch` (0: dense from the start), and returns its metrics."""
+def train(options, steps, corpus, scratch, name, switch, gpu=0):
+    """Runs train_gpt on a GPU, Lighthouse until step `switch` (0: dense from the start), and returns its metrics."""
     folder = os.path.join(scratch, name)
-    command = [options.train_gpt, *trainer_flags(options, steps, corpus, folder, switch)]
+    command = [options.train_gpt, *trainer_flags(options, steps, corpus, folder, switch), "--device", str(gpu)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=options.time_limit)
     if done.returncode != 0:
         raise RuntimeError(f"{name}: " + (done.stderr.strip() or done.stdout.strip() or "failed").splitlines()[-1][:300])
@@ -165,6 +168,7 @@ def main():
     parser.add_argument("--eval_batches", type=int, default=4)
     parser.add_argument("--corpus", help="a text file, instead of what is found on this machine")
     parser.add_argument("--corpus_mib", type=int, default=32)
+    parser.add_argument("--gpus", type=int, default=1, help="runs side by side, each on a GPU of its own")
     parser.add_argument("--time_limit", type=float, default=900, help="seconds one run may take")
     parser.add_argument("--out", default=".", help="folder for learning.json, learning.md and learning.png")
     parser.add_argument("--from_json", help="an earlier run's learning.json: table and plot of it, nothing is trained")
@@ -196,20 +200,36 @@ def main():
             results = {"settings": {"steps": steps, "tokens_per_step": options.global_batch * options.seq_len,
                                     "seq_len": options.seq_len, "corpus_bytes": os.path.getsize(corpus),
                                     "model": MODEL, "training": TRAINING, "dense_layers": options.dense_layers}, "runs": {}}
-            for part in [0.0] + switches:
-                switch = round(part * steps)
-                name = f"Lighthouse to step {switch}, then dense" if switch else "dense"
+            free_gpus = queue.SimpleQueue()
+            for gpu in range(options.gpus):
+                free_gpus.put(gpu)
+
+            def train_on_free_gpu(switch):
+                gpu = free_gpus.get()
                 try:
-                    results["runs"][name] = train(options, steps, corpus, scratch, f"run_{switch}", switch)
-                except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
-                    failed = True
-                    print(f"FAILED {name}: {error}", flush=True)
-                    continue
-                last = results["runs"][name]["validation"][-1]
-                print(f"{name}: validation loss {last['dense_loss']:.4f}, "
-                      f"{sum(results['runs'][name]['elapsed_ms']) / 1e3:.1f} s", flush=True)
-                with open(path("json"), "w") as file:
-                    json.dump(results, file)
+                    return train(options, steps, corpus, scratch, f"run_{switch}", switch, gpu)
+                finally:
+                    free_gpus.put(gpu)
+
+            all_switches = [round(part * steps) for part in [0.0] + switches]
+            finished = {}
+            with concurrent.futures.ThreadPoolExecutor(options.gpus) as pool:
+                futures = {pool.submit(train_on_free_gpu, switch): switch for switch in all_switches}
+                for future in concurrent.futures.as_completed(futures):
+                    switch = futures[future]
+                    name = f"Lighthouse to step {switch}, then dense" if switch else "dense"
+                    try:
+                        finished[switch] = name, future.result()
+                    except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
+                        failed = True
+                        print(f"FAILED {name}: {error}", flush=True)
+                        continue
+                    run = finished[switch][1]
+                    print(f"{name}: validation loss {run['validation'][-1]['dense_loss']:.4f}, "
+                          f"{sum(run['elapsed_ms']) / 1e3:.1f} s", flush=True)
+                    results["runs"] = dict(finished[done] for done in all_switches if done in finished)
+                    with open(path("json"), "w") as file:
+                        json.dump(results, file)
     text = table(results)
     with open(path("md"), "w") as file:
         file.write(text + "\n")
