@@ -238,7 +238,6 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
     constexpr int TILE_BYTES = sizeof(shared.q[0]), STATISTICS_BYTES = sizeof(shared.statistics[0]);
     const uint32_t kv_full = shared_address(&shared.kv_full), kv_empty = shared_address(&shared.kv_empty);
     PipelineState<Tile::STAGES> state;
-    bool filled = false;  // all stages, once
     int item = Tile::DETERMINISTIC ? atomicAdd(args.next_item, 1) : blockIdx.x, slot = 0;
 #pragma unroll 1
     for (; item < args.num_items; slot ^= 1) {
@@ -253,10 +252,7 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
                 const int stage = state.stage, row = tile * Tile::BLOCK_M;
                 const int h = (block.kv_head + 1) * args.heads_per_kv_head - heads_to_come;
                 const uint32_t q_full = shared_address(&shared.q_full[stage]);
-                if (filled) {
-                    named_barrier_sync(Q_EMPTY + stage, Tile::Q_EMPTY_THREADS);
-                }
-                filled = filled || stage == Tile::STAGES - 1;
+                named_barrier_sync(Q_EMPTY + stage, Tile::Q_EMPTY_THREADS);
                 mbarrier_arrive_expect(q_full, TILE_BYTES + STATISTICS_BYTES);
                 tma_load(shared_address(shared.q[stage]), &args.q, row, h, block.b, q_full);
                 const int64_t query_tile = ((int64_t)block.b * args.H + h) * args.num_query_tiles + tile;
@@ -653,6 +649,10 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
     const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / WARPGROUP_SIZE, 0) - 1;  // known to be uniform
     float p[2][Tile::BLOCK_M / 2];
     PipelineState<Tile::STAGES> state;
+#pragma unroll
+    for (int stage = 0; stage < Tile::STAGES; ++stage) {
+        named_barrier_arrive(Q_EMPTY + stage, Tile::Q_EMPTY_THREADS);
+    }
 #pragma unroll 1
     for (int slot = 0;; slot ^= 1) {
         mbarrier_wait(shared_address(&shared.kv_full), slot);
