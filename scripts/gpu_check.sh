@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 record=dev/gpu_check.txt
 programs_dir=${BUILD:-build}/dev
 # The programs that take longest under the sanitizer, beside test_gpt.
-longest="flash_attention_backward flash_attention_forward long_context lighthouse_layer ring_attention lighthouse_context gemm"
+longest="lighthouse_select flash_attention_forward zero rmsnorm_backward long_context flash_attention_backward"
 test_gpt=${BIN:-./}test_gpt
 
 source_hash() {
