@@ -44,7 +44,7 @@ while [ $# -gt 0 ]; do
         for part in checks sanitizer; do
             [ -n "$(recorded_results $part)" ] || { echo "stale: $record lacks the $part; $again --part $part"; exit 1; }
         done
-        echo "$record is of these kernel sources"
+        echo "$record is of these kernel sources: $(tail -1 "$record")"
         exit 0
         ;;
     *)
@@ -125,7 +125,7 @@ for part in $parts; do
                 exclude=
                 [ $tool = memcheck ] && exclude="--kernel-name-exclude regex=truth_|cublas|cutlass|xmma|nvjet"
                 # shellcheck disable=SC2086
-                start_check "$(basename "$program")_$tool" 420 \
+                start_check "$(basename "$program")_$tool" 900 \
                     compute-sanitizer --tool $tool $exclude --error-exitcode 9 "$program" $arguments --small
             done
         done
