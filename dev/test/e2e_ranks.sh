@@ -133,12 +133,13 @@ if [[ $parts = *' nccl '* ]]; then
         done
     else
         echo "not run: NCCL between two GPUs (one here)"
-        # Ranks that would share a GPU are refused in clear words.
-        train nccl_shared 2 --comm_transport nccl --batch_size 2
-        if grep -q 'would share a GPU\|built without NCCL' "$work/nccl_shared.out"; then ok "nccl on one GPU is refused"; else
-            bad "nccl on one GPU"
-            tail -5 "$work/nccl_shared.out"
-        fi
+    fi
+    # Ranks that would share a GPU are refused in clear words.
+    first_gpu=${CUDA_VISIBLE_DEVICES:-0}
+    CUDA_VISIBLE_DEVICES=${first_gpu%%,*} train nccl_shared 2 --comm_transport nccl --batch_size 2
+    if grep -q 'would share a GPU\|built without NCCL' "$work/nccl_shared.out"; then ok "nccl on one GPU is refused"; else
+        bad "nccl on one GPU"
+        tail -5 "$work/nccl_shared.out"
     fi
 fi
 
