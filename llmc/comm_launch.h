@@ -18,6 +18,11 @@ inline int number_of(const char* variable, const char* otherwise) {
     CHECK(end != text && *end == '\0' && value >= 0 && value < 1 << 20, "%s=%s: must be a whole number", name, text);
     return (int)value;
 }
+// How many ranks a launcher says that it started, as it says it; nullptr where it names none or this one alone.
+inline const char* several_ranks(const char* variable) {
+    const char* const size = std::getenv(variable);
+    return size == nullptr || std::string(size) == "1" ? nullptr : size;
+}
 }  // namespace launch
 
 // All ranks of the job: those at LLMC_RENDEZVOUS when that is set (comm_tcp.h), else those of the MPI launcher, else
@@ -34,15 +39,15 @@ inline std::unique_ptr<HostComm> open_host_comm(double timeout_seconds) {
         return std::make_unique<MpiComm>(timeout_seconds);
     }
 #else
-    const char* const mpi_size = std::getenv("OMPI_COMM_WORLD_SIZE");
+    const char* const mpi_size = launch::several_ranks("OMPI_COMM_WORLD_SIZE");
     CHECK(
-        mpi_size == nullptr || std::string(mpi_size) == "1",
+        mpi_size == nullptr,
         "started by mpirun as one of %s ranks, but built without MPI, so each would train alone: install MPI (Debian: "
         "libopenmpi-dev) and build again, or start the ranks with LLMC_RENDEZVOUS set (see llmc/comm_tcp.h)",
         mpi_size);
 #endif
-    const char* const step_size = std::getenv("SLURM_STEP_NUM_TASKS");  // of srun; in a batch script it is not set
-    CHECK(step_size == nullptr || std::string(step_size) == "1",
+    const char* const step_size = launch::several_ranks("SLURM_STEP_NUM_TASKS");  // of srun, not of a batch script
+    CHECK(step_size == nullptr,
           "started by srun as one of %s ranks that do not know of each other, so each would train alone: start them "
           "with scripts/slurm_train.sh, with srun --mpi=pmix when built with MPI, or with LLMC_RENDEZVOUS set (see "
           "llmc/comm_tcp.h)",
