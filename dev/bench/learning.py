@@ -85,6 +85,26 @@ def train(options, steps, corpus, scratch, name, switch, gpu=0):
                            for line in lines if line["event"] == "validation"]}
 
 
+def train_side_by_side(options, steps, corpus, scratch, switches):
+    """Trains a run for each switch, one at a time on each GPU; yields (switch, metrics or the error) as runs end."""
+    free_gpus = queue.SimpleQueue()
+    for gpu in range(options.gpus):
+        free_gpus.put(gpu)
+
+    def train_on_free_gpu(switch):
+        gpu = free_gpus.get()
+        try:
+            return switch, train(options, steps, corpus, scratch, f"run_{switch}", switch, gpu)
+        except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
+            return switch, error
+        finally:
+            free_gpus.put(gpu)
+
+    with concurrent.futures.ThreadPoolExecutor(options.gpus) as pool:
+        for ended in concurrent.futures.as_completed([pool.submit(train_on_free_gpu, switch) for switch in switches]):
+            yield ended.result()
+
+
 # ---- what came out
 
 def smooth(values, width):
@@ -200,36 +220,20 @@ def main():
             results = {"settings": {"steps": steps, "tokens_per_step": options.global_batch * options.seq_len,
                                     "seq_len": options.seq_len, "corpus_bytes": os.path.getsize(corpus),
                                     "model": MODEL, "training": TRAINING, "dense_layers": options.dense_layers}, "runs": {}}
-            free_gpus = queue.SimpleQueue()
-            for gpu in range(options.gpus):
-                free_gpus.put(gpu)
-
-            def train_on_free_gpu(switch):
-                gpu = free_gpus.get()
-                try:
-                    return train(options, steps, corpus, scratch, f"run_{switch}", switch, gpu)
-                finally:
-                    free_gpus.put(gpu)
-
             all_switches = [round(part * steps) for part in [0.0] + switches]
             finished = {}
-            with concurrent.futures.ThreadPoolExecutor(options.gpus) as pool:
-                futures = {pool.submit(train_on_free_gpu, switch): switch for switch in all_switches}
-                for future in concurrent.futures.as_completed(futures):
-                    switch = futures[future]
-                    name = f"Lighthouse to step {switch}, then dense" if switch else "dense"
-                    try:
-                        finished[switch] = name, future.result()
-                    except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
-                        failed = True
-                        print(f"FAILED {name}: {error}", flush=True)
-                        continue
-                    run = finished[switch][1]
-                    print(f"{name}: validation loss {run['validation'][-1]['dense_loss']:.4f}, "
-                          f"{sum(run['elapsed_ms']) / 1e3:.1f} s", flush=True)
-                    results["runs"] = dict(finished[done] for done in all_switches if done in finished)
-                    with open(path("json"), "w") as file:
-                        json.dump(results, file)
+            for switch, run in train_side_by_side(options, steps, corpus, scratch, all_switches):
+                name = f"Lighthouse to step {switch}, then dense" if switch else "dense"
+                if isinstance(run, Exception):
+                    failed = True
+                    print(f"FAILED {name}: {run}", flush=True)
+                    continue
+                print(f"{name}: validation loss {run['validation'][-1]['dense_loss']:.4f}, "
+                      f"{sum(run['elapsed_ms']) / 1e3:.1f} s", flush=True)
+                finished[switch] = name, run
+                results["runs"] = dict(finished[done] for done in all_switches if done in finished)
+                with open(path("json"), "w") as file:
+                    json.dump(results, file)
     text = table(results)
     with open(path("md"), "w") as file:
         file.write(text + "\n")
