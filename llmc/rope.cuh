@@ -31,6 +31,33 @@ inline RopeFrequencies make_rope_frequencies(const ModelConfig& config) {
     return f;
 }
 
+// Which positions rows have: a sequence's T rows here are one run of consecutive positions, or two (what a rank holds
+// that shares the sequence with others, context_partition.h).
+struct RopePositions {
+    int64_t T;
+    int64_t run_rows;           // of the first run, of the second T - run_rows
+    int64_t first_position[2];  // of each run
+
+    // Of row `row` of [B * T].
+    __device__ int64_t of(int64_t row) const {
+        const int64_t t = row % T;
+        return t < run_rows ? first_position[0] + t : first_position[1] + t - run_rows;
+    }
+};
+
+// ---- device functions --------------------------------------------------------------------------
+// Cosine and sine of the angle at a position, of a frequency in turns a position: the angle is reduced in double.
+__device__ __forceinline__ float2 rope_cos_sin(int64_t position, double turns_per_position) {
+    const double turns = (double)position * turns_per_position;
+    float2 cs;
+    sincospif(2.0f * (float)(turns - rint(turns)), &cs.y, &cs.x);
+    return cs;
+}
+// Cosine and sine of the sum of two angles: so that one exact angle serves the rows near it. Adds 2^-23.
+__device__ __forceinline__ float2 rope_add_angles(float2 a, float2 b) {
+    return make_float2(a.x * b.x - a.y * b.y, a.y * b.x + a.x * b.y);
+}
+
 // ---- forward and backward ----------------------------------------------------------------------
 // VECTOR bf16 elements moved by one instruction.
 template <int VECTOR>
@@ -55,10 +82,8 @@ __global__ void __launch_bounds__(ROPE_THREADS)
     for (int i = threadIdx.x; i < num_rows * half; i += blockDim.x) {
         int64_t position = block_position + i / half;
         position = first_position + (position < T ? position : position % T);
-        const double turns = (double)position * frequencies.turns_per_position[i % half];
-        float sine, cosine;
-        sincospif(2.0f * (float)(turns - rint(turns)), &sine, &cosine);
-        cos_sin[i] = make_float2(cosine, INVERSE ? -sine : sine);
+        const float2 cs = rope_cos_sin(position, frequencies.turns_per_position[i % half]);
+        cos_sin[i] = make_float2(cs.x, INVERSE ? -cs.y : cs.y);
     }
     const int row_in_block = threadIdx.x / threads_per_row, in_row = threadIdx.x % threads_per_row;
     const int lane = in_row / vectors_per_half, column = in_row % vectors_per_half * VECTOR;
