@@ -74,23 +74,25 @@ inline std::vector<Case> compared_cases(bool small) {
                      lighthouse_config(2, 8, 128, {})});
     return cases;
 }
-// Of these only bits are compared: selections that leave entries out, every scorer.
+// Of these only bits are compared: selections that leave entries out, every scorer. Small: as short as leaves out some,
+// 128 of 192.
 inline std::vector<Case> selecting_cases(bool small) {
-    std::vector<Case> cases = {{"Lighthouse, three levels", model_config(19, 3, 32, 2, 1, 16, 24, true), 1, 1024, 1, 0,
-                                lighthouse_config(3, 2, 128, {1})}};
-    if (!small) {
-        Case dilated{"Lighthouse, four levels, dilated", model_config(90, 3, 128, 4, 2, 64, 128, true), 2, 4096, 2, 0,
-                     lighthouse_config(4, 2, 256, {0})};
-        dilated.lighthouse->scorer = LighthouseScorer::dilated;
-        cases.push_back(dilated);
+    const ModelConfig narrow = model_config(19, 3, 32, 2, 1, 16, 24, true);
+    if (small) {
+        return {{"Lighthouse, two levels", narrow, 1, 384, 1, 0, lighthouse_config(2, 2, 128, {1})}};
     }
-    return cases;
+    Case dilated{"Lighthouse, four levels, dilated", model_config(90, 3, 128, 4, 2, 64, 128, true), 2, 4096, 2, 0,
+                 lighthouse_config(4, 2, 256, {0})};
+    dilated.lighthouse->scorer = LighthouseScorer::dilated;
+    return {{"Lighthouse, three levels", narrow, 1, 1024, 1, 0, lighthouse_config(3, 2, 128, {1})}, dilated};
 }
 
 // Blocks whose inputs come and go, more than there are places for them on the GPU; dense.
 inline Case many_blocks_case(bool small) {
-    return {"seven blocks, two micro-batches",
-            model_config(101, 7, small ? 32 : 256, 2, 1, small ? 16 : 128, 64, false), 2, small ? 40 : 1500, 2};
+    if (small) {
+        return {"four blocks, two micro-batches", model_config(101, 4, 32, 2, 1, 16, 64, false), 2, 40, 2};
+    }
+    return {"seven blocks, two micro-batches", model_config(101, 7, 256, 2, 1, 128, 64, false), 2, 1500, 2};
 }
 
 // ---- data --------------------------------------------------------------------------------------
