@@ -66,13 +66,13 @@ static LayerResults run_one_gpu(const std::vector<bf16>& qkv_rows, const std::ve
 
 // Copies the rows of a rank between [B, T, width] and its own [B, 2n, width].
 template <class Element>
-void take_local(std::vector<Element>& local, const std::vector<Element>& whole, int64_t width,
-                const ContextPartition& p) {
-    local.resize(whole.size() / p.W);
+std::vector<Element> local_part(const std::vector<Element>& whole, int64_t width, const ContextPartition& p) {
+    std::vector<Element> local(whole.size() / p.W);
     for (int64_t row = 0; row < (int64_t)local.size() / width; ++row) {
         const int64_t from = row / p.local_rows() * p.T + p.position(row % p.local_rows());
         std::copy_n(whole.data() + from * width, width, local.data() + row * width);
     }
+    return local;
 }
 template <class Element>
 void put_local(std::vector<Element>& whole, const std::vector<Element>& local, int64_t width,
@@ -95,65 +95,93 @@ static int32_t whole_entry(int32_t entry, int64_t chunk, const LighthouseGeometr
     return (int32_t)(whole.level_offset(level) + index);
 }
 
-static LayerResults run_ranks(const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows,
-                              const ContextCase& c, const LighthouseShape& whole, ContextExchange exchange,
-                              int64_t delay_cycles) {
-    LayerResults result;
-    result.entries.resize(whole.num_selections() * whole.geometry.S);
-    LoopbackHub hub(c.W);
-    std::mutex mutex;
-    const int64_t qkv_width = (int64_t)whole.num_heads() * whole.D, out_width = (int64_t)whole.H * whole.D;
-    run_loopback_ranks(hub, delay_cycles, [&](LoopbackComm& comm) {
-        const ContextPartition p = make_context_partition(whole.geometry.T, c.W, comm.rank());
-        const LighthouseShape chunks = make_lighthouse_chunk_shape(whole, c.config(), c.W, comm.rank());
-        const int64_t rows = p.local_rows();
-        std::vector<bf16> local_qkv, local_dout;
-        take_local(local_qkv, qkv_rows, qkv_width, p);
-        take_local(local_dout, dout_rows, out_width, p);
-        CudaStream stream;
-        LighthouseContext layer(comm, exchange);
-        const RingAttentionPlan ring(c.W, comm.rank(), exchange);
-        DeviceBuffer<bf16> qkv(local_qkv), dout(local_dout), out(dout.size()), again(dout.size()), dqkv(qkv.size());
-        DeviceBuffer<char> saved((int64_t)lighthouse_context_saved_bytes(chunks));
-        DeviceBuffer<char> forward_scratch((int64_t)lighthouse_context_forward_scratch_bytes(ring, chunks));
-        DeviceBuffer<char> backward_scratch((int64_t)lighthouse_context_backward_scratch_bytes(ring, chunks, true));
-        CUDA_CHECK(cudaDeviceSynchronize());
+// What one rank works on.
+struct RankWork {
+    LoopbackComm& comm;
+    const ContextPartition partition;
+    const LighthouseShape whole, chunks;
+    CudaStream stream;
+    LighthouseContext layer;
+    DeviceBuffer<bf16> qkv, dout, out, again, dqkv;
+    DeviceBuffer<char> saved, forward_scratch, backward_scratch;
+    int64_t forward_bytes = 0, backward_bytes = 0;  // received
+
+    RankWork(LoopbackComm& comm, const ContextCase& c, const LighthouseShape& whole, ContextExchange exchange,
+             const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows)
+        : RankWork(comm, c, whole, exchange, qkv_rows, dout_rows, RingAttentionPlan(c.W, comm.rank(), exchange)) {}
+
+    void run(int64_t delay_cycles) {
+        const int64_t rows = partition.local_rows();
         const QkvHeads<bf16> in = packed_heads(qkv.data(), rows, whole), d = packed_heads(dqkv.data(), rows, whole);
         layer.forward(plain_heads(out.data(), rows, whole.H, whole.D), saved, in.q, in.k, in.v, forward_scratch, chunks,
                       stream);
-        const int64_t forward_bytes = comm.bytes_received();
+        forward_bytes = comm.bytes_received();
         layer.output_again(plain_heads(again.data(), rows, whole.H, whole.D), saved, chunks, stream);
         if (delay_cycles > 0) {
             delay_kernel<<<1, 1, 0, stream>>>(3 * delay_cycles * comm.rank());
+            CUDA_CHECK_LAUNCH();
         }
         layer.backward(d.q, d.k, d.v, plain_heads(dout.data(), rows, whole.H, whole.D), saved, backward_scratch, chunks,
                        true, stream);
-        CUDA_CHECK(cudaStreamSynchronize(stream));
-
+        backward_bytes = comm.bytes_received() - forward_bytes;
+    }
+    // [2 B, Hkv, S], addresses within the chunks.
+    std::vector<int32_t> entries() const {
         MemoryArea area(saved.data());
         const LighthouseContextSaved s(area, chunks);
-        const int64_t S = chunks.geometry.S;
-        std::vector<int32_t> entries(chunks.num_selections() * S);
+        std::vector<int32_t> entries(chunks.num_selections() * chunks.geometry.S);
         CUDA_CHECK(
             cudaMemcpy(entries.data(), s.chunks.entries, entries.size() * sizeof(int32_t), cudaMemcpyDeviceToHost));
-        const std::vector<bf16> host_out = out.download(), host_again = again.download();
-        const std::lock_guard<std::mutex> lock(mutex);
-        result.bytes.forward += forward_bytes;
-        result.bytes.backward += comm.bytes_received() - forward_bytes;
-        put_local(result.out, host_out, out_width, p);
-        put_local(result.dqkv, dqkv.download(), qkv_width, p);
+        return entries;
+    }
+    bool guards_intact() const {
+        return out.guards_intact() && again.guards_intact() && dqkv.guards_intact() && saved.guards_intact() &&
+               forward_scratch.guards_intact() && backward_scratch.guards_intact();
+    }
+
+  private:
+    RankWork(LoopbackComm& comm, const ContextCase& c, const LighthouseShape& whole, ContextExchange exchange,
+             const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows, const RingAttentionPlan& ring)
+        : comm(comm),
+          partition(make_context_partition(whole.geometry.T, c.W, comm.rank())),
+          whole(whole),
+          chunks(make_lighthouse_chunk_shape(whole, c.config(), c.W, comm.rank())),
+          layer(comm, exchange),
+          qkv(local_part(qkv_rows, (int64_t)whole.num_heads() * whole.D, partition)),
+          dout(local_part(dout_rows, (int64_t)whole.H * whole.D, partition)),
+          out(dout.size()),
+          again(dout.size()),
+          dqkv(qkv.size()),
+          saved((int64_t)lighthouse_context_saved_bytes(chunks)),
+          forward_scratch((int64_t)lighthouse_context_forward_scratch_bytes(ring, chunks)),
+          backward_scratch((int64_t)lighthouse_context_backward_scratch_bytes(ring, chunks, true)) {}
+};
+
+static LayerResults run_ranks(const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows,
+                              const ContextCase& c, const LighthouseShape& whole, ContextExchange exchange,
+                              int64_t delay_cycles) {
+    LoopbackRanks<RankWork> ranks(c.W, delay_cycles, c, whole, exchange, qkv_rows, dout_rows);
+    ranks.run([&](RankWork& rank) { rank.run(delay_cycles); });
+    LayerResults result;
+    result.entries.resize(whole.num_selections() * whole.geometry.S);
+    for (const auto& rank : ranks.work()) {
+        const ContextPartition& p = rank->partition;
+        const std::vector<bf16> out = rank->out.download(), again = rank->again.download();
+        put_local(result.out, out, (int64_t)whole.H * whole.D, p);
+        put_local(result.dqkv, rank->dqkv.download(), (int64_t)whole.num_heads() * whole.D, p);
+        const int64_t S = rank->chunks.geometry.S;
+        const std::vector<int32_t> entries = rank->entries();
         for (int64_t i = 0; i < (int64_t)entries.size(); ++i) {
             const int64_t n = i % S, selection = i / S, h = selection % whole.Hkv, b = selection / whole.Hkv;
             const int64_t chunk = p.chunk((int)(b % HALVES));
             result.entries[((b / HALVES) * whole.Hkv + h) * whole.geometry.S + chunk * S + n] =
-                whole_entry(entries[i], chunk, chunks.geometry, whole.geometry);
+                whole_entry(entries[i], chunk, rank->chunks.geometry, whole.geometry);
         }
-        result.repeats =
-            result.repeats && std::memcmp(host_out.data(), host_again.data(), host_out.size() * sizeof(bf16)) == 0;
-        result.guards_intact = result.guards_intact && out.guards_intact() && again.guards_intact() &&
-                               dqkv.guards_intact() && saved.guards_intact() && forward_scratch.guards_intact() &&
-                               backward_scratch.guards_intact();
-    });
+        result.bytes.forward += rank->forward_bytes;
+        result.bytes.backward += rank->backward_bytes;
+        result.repeats = result.repeats && std::memcmp(out.data(), again.data(), out.size() * sizeof(bf16)) == 0;
+        result.guards_intact = result.guards_intact && rank->guards_intact();
+    }
     return result;
 }
 

@@ -81,6 +81,7 @@ class LoopbackComm : public Comm {
         : Comm(rank, hub.size()), hub_(hub), delay_cycles_(delay_cycles) {}
     int64_t bytes_received() const { return bytes_received_; }  // from other ranks, by the calls so far
 
+    // Here what is received may also go to host memory.
     void exchange(const std::vector<DeviceSend>& sends, const std::vector<DeviceReceive>& receives,
                   const char* operation, cudaStream_t stream) override {
         for (const DeviceSend& s : sends) {
@@ -95,7 +96,7 @@ class LoopbackComm : public Comm {
             CHECK(message.num_bytes == r.num_bytes, "loopback, %s: rank %d sends %zu bytes where rank %d expects %zu",
                   operation, r.peer, message.num_bytes, rank(), r.num_bytes);
             CUDA_CHECK(cudaStreamWaitEvent(stream, message.ready));
-            CUDA_CHECK(cudaMemcpyAsync(r.data, message.data, r.num_bytes, cudaMemcpyDeviceToDevice, stream));
+            CUDA_CHECK(cudaMemcpyAsync(r.data, message.data, r.num_bytes, cudaMemcpyDefault, stream));
             hub_.push(hub_.received_, {rank(), r.peer}, hub_.record(stream));
             bytes_received_ += r.peer == rank() ? 0 : (int64_t)r.num_bytes;
         }
@@ -121,22 +122,13 @@ class LoopbackComm : public Comm {
     }
     void reduce_scatter_sum(float* out, const float* in, int64_t count, const char* operation,
                             cudaStream_t stream) override {
-        DeviceBuffer<float> parts(size() * count);
-        CUDA_CHECK(cudaStreamSynchronize(nullptr));  // it has been filled
-        std::vector<DeviceSend> sends;
-        std::vector<DeviceReceive> receives;
-        for (int i = 0; i < size(); ++i) {
-            sends.push_back({i, in + i * count, count * sizeof(float)});
-            receives.push_back({i, parts + i * count, count * sizeof(float)});
-        }
-        exchange(sends, receives, operation, stream);
-        add_in_order(out, parts.data(), count, stream);
+        sum_in_order(out, in, count, count, operation, stream);
     }
     void all_reduce_sum(float* data, int64_t count, const char* operation, cudaStream_t stream) override {
-        reduce(data, count, operation, stream);
+        sum_in_order(data, data, 0, count, operation, stream);
     }
     void all_reduce_sum(double* data, int64_t count, const char* operation, cudaStream_t stream) override {
-        reduce(data, count, operation, stream);
+        sum_in_order(data, data, 0, count, operation, stream);
     }
     void broadcast(void* data, size_t num_bytes, int root, const char* operation, cudaStream_t stream) override {
         std::vector<DeviceSend> sends;
@@ -153,31 +145,86 @@ class LoopbackComm : public Comm {
     }
 
   private:
-    // out (=) [count] from parts [size, count], on the host: what it adds is small.
+    // out (=) [count]: the sum, in the order of ranks, of what all of them have for this one; this one has in + i *
+    // stride for rank i. On the host: what it adds is small.
     template <class Real>
-    void add_in_order(Real* out, const Real* parts, int64_t count, cudaStream_t stream) const {
-        std::vector<Real> host(size() * count);
-        CUDA_CHECK(cudaMemcpyAsync(host.data(), parts, host.size() * sizeof(Real), cudaMemcpyDeviceToHost, stream));
+    void sum_in_order(Real* out, const Real* in, int64_t stride, int64_t count, const char* operation,
+                      cudaStream_t stream) {
+        std::vector<Real> parts(size() * count);
+        std::vector<DeviceSend> sends;
+        std::vector<DeviceReceive> receives;
+        for (int i = 0; i < size(); ++i) {
+            sends.push_back({i, in + i * stride, count * sizeof(Real)});
+            receives.push_back({i, parts.data() + i * count, count * sizeof(Real)});
+        }
+        exchange(sends, receives, operation, stream);
         CUDA_CHECK(cudaStreamSynchronize(stream));
         for (int64_t i = 0; i < count; ++i) {
             for (int r = 1; r < size(); ++r) {
-                host[i] += host[r * count + i];
+                parts[i] += parts[r * count + i];
             }
         }
-        CUDA_CHECK(cudaMemcpyAsync(out, host.data(), count * sizeof(Real), cudaMemcpyHostToDevice, stream));
+        CUDA_CHECK(cudaMemcpyAsync(out, parts.data(), count * sizeof(Real), cudaMemcpyHostToDevice, stream));
         CUDA_CHECK(cudaStreamSynchronize(stream));
-    }
-    template <class Real>
-    void reduce(Real* data, int64_t count, const char* operation, cudaStream_t stream) {
-        DeviceBuffer<Real> parts(size() * count);
-        CUDA_CHECK(cudaStreamSynchronize(nullptr));  // it has been filled
-        all_gather(parts, data, count * sizeof(Real), operation, stream);
-        add_in_order(data, parts.data(), count, stream);
     }
 
     LoopbackHub& hub_;
     int64_t delay_cycles_;
     int64_t bytes_received_ = 0;
+};
+
+// The ranks of one case. Each has a Work of its own: its memory on the GPU, its stream, the object that is tested. All
+// are made before the first rank's thread starts and outlive the last one's end: an allocation or a free may wait for
+// other ranks' kernels, which hides dependencies that are missing, and what a rank that failed has sent may still be
+// copied.
+template <class Work>
+class LoopbackRanks {
+  public:
+    // Every rank's work is Work(comm, arguments...). delay_cycles: as LoopbackComm's.
+    template <class... Arguments>
+    LoopbackRanks(int size, int64_t delay_cycles, const Arguments&... arguments) : hub_(size) {
+        for (int rank = 0; rank < size; ++rank) {
+            comms_.push_back(std::make_unique<LoopbackComm>(hub_, rank, delay_cycles));
+            work_.push_back(std::make_unique<Work>(*comms_.back(), arguments...));
+        }
+        CUDA_CHECK(cudaDeviceSynchronize());  // buffers hold what they begin with
+    }
+
+    // Runs body(work) of every rank in a thread of its own, and waits for all that they enqueued. Throws what the first
+    // of them threw. To be called once.
+    void run(const std::function<void(Work&)>& body) {
+        int device;
+        CUDA_CHECK(cudaGetDevice(&device));
+        std::vector<std::thread> threads;
+        std::mutex mutex;
+        std::exception_ptr error;
+        for (const std::unique_ptr<Work>& work : work_) {
+            threads.emplace_back([&] {
+                try {
+                    CUDA_CHECK(cudaSetDevice(device));
+                    body(*work);
+                } catch (...) {
+                    const std::lock_guard<std::mutex> lock(mutex);
+                    error = error ? error : std::current_exception();
+                    hub_.give_up();
+                }
+            });
+        }
+        for (std::thread& thread : threads) {
+            thread.join();
+        }
+        const cudaError_t status = cudaDeviceSynchronize();
+        if (error) {
+            std::rethrow_exception(error);
+        }
+        CUDA_CHECK(status);
+    }
+    const std::vector<std::unique_ptr<Work>>& work() const { return work_; }  // of each rank
+
+  private:
+    LoopbackHub hub_;
+    std::vector<std::unique_ptr<LoopbackComm>> comms_;
+    std::vector<std::unique_ptr<Work>> work_;
 };
 
 // What the ranks of one sequence must send each other at least, counted row by row: a rank needs every key before its
@@ -210,33 +257,4 @@ inline void expect_least_bytes(Harness& h, const std::string& label, const Excha
              format_string("forward %lld, backward %lld: %.4f and %.4f of the least", (long long)found.forward,
                            (long long)found.backward, (double)found.forward / (double)least.forward,
                            (double)found.backward / (double)least.backward));
-}
-
-// Runs body(comm) of every rank in a thread of its own; throws what the first of them threw.
-inline void run_loopback_ranks(LoopbackHub& hub, int64_t delay_cycles, const std::function<void(LoopbackComm&)>& body) {
-    int device;
-    CUDA_CHECK(cudaGetDevice(&device));
-    std::vector<std::thread> threads;
-    std::mutex mutex;
-    std::exception_ptr error;
-    for (int rank = 0; rank < hub.size(); ++rank) {
-        threads.emplace_back([&, rank] {
-            try {
-                CUDA_CHECK(cudaSetDevice(device));
-                LoopbackComm comm(hub, rank, delay_cycles);
-                body(comm);
-            } catch (...) {
-                const std::lock_guard<std::mutex> lock(mutex);
-                error = error ? error : std::current_exception();
-                hub.give_up();
-            }
-        });
-    }
-    for (std::thread& thread : threads) {
-        thread.join();
-    }
-    CUDA_CHECK(cudaDeviceSynchronize());
-    if (error) {
-        std::rethrow_exception(error);
-    }
 }

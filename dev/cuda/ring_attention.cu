@@ -38,6 +38,11 @@ static std::vector<RingCase> ring_cases(bool small) {
     };
 }
 
+static AttentionShape local_shape(AttentionShape whole, int W) {
+    whole.Tq /= W, whole.Tk /= W;
+    return whole;
+}
+
 // [B, T, heads, D] doubles of a view of host memory.
 static Rows to_rows(HeadView<const bf16> view, int B, int64_t T, int heads, int D) {
     Rows rows(B, T, heads, D);
@@ -117,62 +122,82 @@ struct RingOutputs {
     bool guards_intact = true;
 };
 
-// Forward and backward on W ranks. Operands lie packed; outputs in buffers of NaN.
-static RingOutputs run_ring(const WholeRows& in, const AttentionShape& whole_shape, int W, ContextExchange exchange,
+// What one rank works on. Operands lie packed; outputs in buffers of NaN.
+struct RankWork {
+    LoopbackComm& comm;
+    const ContextPartition partition;
+    const AttentionShape local;
+    CudaStream stream;
+    RingAttention ring;
+    DeviceBuffer<bf16> qkv, dout, out, dqkv;
+    DeviceBuffer<float> lse;
+    DeviceBuffer<char> forward_scratch, backward_scratch;
+    int64_t forward_bytes = 0, backward_bytes = 0;  // received
+
+    RankWork(LoopbackComm& comm, const WholeRows& in, const AttentionShape& whole, ContextExchange exchange,
+             bool deterministic)
+        : comm(comm),
+          partition(make_context_partition(whole.Tq, comm.size(), comm.rank())),
+          local(local_shape(whole, comm.size())),
+          ring(comm, exchange),
+          qkv(pack_local(in, partition, local)),
+          dout(to_bf16(local_rows(in.dout, partition))),
+          out(dout.size()),
+          dqkv(qkv.size()),
+          lse((int64_t)local.B * local.H * local.Tq),
+          forward_scratch((int64_t)ring.forward_scratch_bytes(local)),
+          backward_scratch((int64_t)ring.backward_scratch_bytes(local, deterministic)) {}
+
+    void run(bool deterministic, int64_t delay_cycles) {
+        const PackedViews operands = packed_views(qkv, local), gradients = packed_views(dqkv, local);
+        ring.forward(rows(out), lse, operands.q, operands.k, operands.v, forward_scratch, local, stream);
+        forward_bytes = comm.bytes_received();
+        if (delay_cycles > 0) {
+            delay_kernel<<<1, 1, 0, stream>>>(3 * delay_cycles * comm.rank());
+            CUDA_CHECK_LAUNCH();
+        }
+        ring.backward(gradients.q, gradients.k, gradients.v, rows(dout), operands.q, operands.k, operands.v, rows(out),
+                      lse, backward_scratch, local, deterministic, stream);
+        backward_bytes = comm.bytes_received() - forward_bytes;
+    }
+    HeadView<bf16> rows(bf16* data) const {
+        return {data, local.Tq * local.H * local.D, (int64_t)local.H * local.D, local.D};
+    }
+    bool guards_intact() const {
+        return out.guards_intact() && dqkv.guards_intact() && lse.guards_intact() && forward_scratch.guards_intact() &&
+               backward_scratch.guards_intact();
+    }
+};
+
+// Forward and backward on W ranks.
+static RingOutputs run_ring(const WholeRows& in, const AttentionShape& whole, int W, ContextExchange exchange,
                             bool deterministic, int64_t delay_cycles) {
+    LoopbackRanks<RankWork> ranks(W, delay_cycles, in, whole, exchange, deterministic);
+    ranks.run([&](RankWork& rank) { rank.run(deterministic, delay_cycles); });
     RingOutputs result;
     result.rows.out = empty_like(in.q), result.rows.dq = empty_like(in.q);
     result.rows.dk = empty_like(in.k), result.rows.dv = empty_like(in.v);
     result.rows.lse = Rows(in.q.B * in.q.heads, in.q.rows, 1, 1);
-    AttentionShape local = whole_shape;
-    local.Tq = local.Tk = whole_shape.Tq / W;
-    LoopbackHub hub(W);
-    std::mutex mutex;
-    run_loopback_ranks(hub, delay_cycles, [&](LoopbackComm& comm) {
-        const ContextPartition p = make_context_partition(whole_shape.Tq, W, comm.rank());
-        CudaStream stream;
-        RingAttention ring(comm, exchange);
-        DeviceBuffer<bf16> qkv(pack_local(in, p, local)), dout(to_bf16(local_rows(in.dout, p)));
-        DeviceBuffer<bf16> out(dout.size()), dqkv(qkv.size());
-        DeviceBuffer<float> lse((int64_t)local.B * local.H * local.Tq);
-        DeviceBuffer<char> forward_scratch((int64_t)ring.forward_scratch_bytes(local));
-        DeviceBuffer<char> backward_scratch((int64_t)ring.backward_scratch_bytes(local, deterministic));
-        CUDA_CHECK(cudaDeviceSynchronize());
-        const PackedViews operands = packed_views(qkv, local), gradients = packed_views(dqkv, local);
-        const auto rows = [&](bf16* data) {
-            return HeadView<bf16>(data, local.Tq * local.H * local.D, (int64_t)local.H * local.D, local.D);
+    for (const auto& rank : ranks.work()) {
+        const AttentionShape& local = rank->local;
+        std::vector<bf16> out = rank->out.download(), dqkv = rank->dqkv.download();
+        const PackedViews gradients = packed_views(dqkv.data(), local);
+        const auto put = [&](Rows& rows, HeadView<const bf16> view, int heads) {
+            put_local_rows(rows, to_rows(view, local.B, local.Tq, heads, local.D), rank->partition);
         };
-        ring.forward(rows(out), lse, operands.q, operands.k, operands.v, forward_scratch, local, stream);
-        const int64_t forward_bytes = comm.bytes_received();
-        if (delay_cycles > 0) {
-            delay_kernel<<<1, 1, 0, stream>>>(3 * delay_cycles * comm.rank());
-        }
-        ring.backward(gradients.q, gradients.k, gradients.v, rows(dout), operands.q, operands.k, operands.v, rows(out),
-                      lse, backward_scratch, local, deterministic, stream);
-        CUDA_CHECK(cudaStreamSynchronize(stream));
-
-        const std::vector<bf16> host_out = out.download(), host_dqkv = dqkv.download();
-        const auto gradient = [&](HeadView<bf16> view, int heads) {
-            view.data = const_cast<bf16*>(host_dqkv.data()) + (view.data - dqkv.data());
-            return to_rows(view, local.B, local.Tq, heads, local.D);
-        };
-        Rows local_lse((int64_t)local.B * local.H, local.Tq, 1, 1);
-        local_lse.values = to_double(lse.download());
-        const std::lock_guard<std::mutex> lock(mutex);
-        put_local_rows(result.rows.out,
-                       to_rows(rows(const_cast<bf16*>(host_out.data())), local.B, local.Tq, local.H, local.D), p);
-        put_local_rows(result.rows.dq, gradient(gradients.q, local.H), p);
-        put_local_rows(result.rows.dk, gradient(gradients.k, local.Hkv), p);
-        put_local_rows(result.rows.dv, gradient(gradients.v, local.Hkv), p);
-        put_local_rows(result.rows.lse, local_lse, p);
-        result.bytes.forward += forward_bytes;
-        result.bytes.backward += comm.bytes_received() - forward_bytes;
-        result.planned_bytes.forward += ring.forward_bytes_received(local);
-        result.planned_bytes.backward += ring.backward_bytes_received(local);
-        result.guards_intact = result.guards_intact && out.guards_intact() && dqkv.guards_intact() &&
-                               lse.guards_intact() && forward_scratch.guards_intact() &&
-                               backward_scratch.guards_intact();
-    });
+        put(result.rows.out, rank->rows(out.data()), local.H);
+        put(result.rows.dq, gradients.q, local.H);
+        put(result.rows.dk, gradients.k, local.Hkv);
+        put(result.rows.dv, gradients.v, local.Hkv);
+        Rows lse((int64_t)local.B * local.H, local.Tq, 1, 1);
+        lse.values = to_double(rank->lse.download());
+        put_local_rows(result.rows.lse, lse, rank->partition);
+        result.bytes.forward += rank->forward_bytes;
+        result.bytes.backward += rank->backward_bytes;
+        result.planned_bytes.forward += rank->ring.forward_bytes_received(local);
+        result.planned_bytes.backward += rank->ring.backward_bytes_received(local);
+        result.guards_intact = result.guards_intact && rank->guards_intact();
+    }
     return result;
 }
 static bool same_rows(const Rows& a, const Rows& b) {
@@ -334,6 +359,28 @@ struct TimedAttention {
     }
 };
 
+// One of the ranks whose attention is timed.
+struct TimedRank {
+    LoopbackComm& comm;
+    CudaStream stream;
+    RingAttention ring;
+    TimedAttention a;
+    DeviceBuffer<char> scratch;
+    std::vector<double> times[2];  // milliseconds of forward, of backward
+    int64_t bytes[2] = {};         // received in one
+
+    TimedRank(LoopbackComm& comm, const AttentionShape& local, ContextExchange exchange, uint64_t seed)
+        : comm(comm),
+          ring(comm, exchange),
+          a(local, seed + 2 * comm.rank()),
+          scratch((int64_t)std::max(ring.forward_scratch_bytes(local), ring.backward_scratch_bytes(local, false))) {}
+    void forward() { ring.forward(a.rows(a.out), a.lse, a.in.q, a.in.k, a.in.v, scratch, a.shape, stream); }
+    void backward() {
+        ring.backward(a.d.q, a.d.k, a.d.v, a.rows(a.dout), a.in.q, a.in.k, a.in.v, a.rows(a.out), a.lse, scratch,
+                      a.shape, false, stream);
+    }
+};
+
 // What the path costs beside its attention, where transfers cost next to nothing: W ranks share this GPU, so together
 // they do the work of one GPU's attention of the whole sequence, and what is left is the overhead of packing, partial
 // outputs, sums, copies, and more and smaller launches.
@@ -353,43 +400,30 @@ static void measure_shape(Harness& h, const Variant<Launcher>& variant, int W, i
                                      scratch, whole, false, h.stream);
         });
     }
-    AttentionShape local = whole;
-    local.Tq = local.Tk = T / W;
     constexpr int RUNS = 5;
-    std::vector<double> times[2];
-    int64_t bytes[2] = {};  // received by all ranks in one forward, one backward
     ThreadBarrier barrier(W);
-    LoopbackHub hub(W);
-    std::mutex mutex;
-    run_loopback_ranks(hub, 0, [&](LoopbackComm& comm) {
-        CudaStream stream;
-        RingAttention ring(comm, variant.launch);
-        TimedAttention a(local, h.seed + 2 * comm.rank());
-        DeviceBuffer<char> scratch(
-            (int64_t)std::max(ring.forward_scratch_bytes(local), ring.backward_scratch_bytes(local, false)));
+    LoopbackRanks<TimedRank> ranks(W, 0, local_shape(whole, W), variant.launch, h.seed);
+    ranks.run([&](TimedRank& rank) {
         for (int run = 0; run < 2 * (1 + RUNS); ++run) {  // forward and backward in turn; the first ones warm up
             CUDA_CHECK(cudaDeviceSynchronize());
             barrier.wait();
-            const int64_t bytes_before = comm.bytes_received();
+            const int64_t bytes_before = rank.comm.bytes_received();
             const auto start = std::chrono::steady_clock::now();
-            if (run % 2 == 0) {
-                ring.forward(a.rows(a.out), a.lse, a.in.q, a.in.k, a.in.v, scratch, local, stream);
-            } else {
-                ring.backward(a.d.q, a.d.k, a.d.v, a.rows(a.dout), a.in.q, a.in.k, a.in.v, a.rows(a.out), a.lse,
-                              scratch, local, false, stream);
-            }
-            CUDA_CHECK(cudaStreamSynchronize(stream));
+            run % 2 == 0 ? rank.forward() : rank.backward();
+            CUDA_CHECK(cudaStreamSynchronize(rank.stream));
             barrier.wait();
-            if (run < 2) {
-                const std::lock_guard<std::mutex> lock(mutex);
-                bytes[run] += comm.bytes_received() - bytes_before;
+            const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+            if (run >= 2) {
+                rank.times[run % 2].push_back(1e3 * seconds);
             }
-            if (comm.rank() == 0 && run >= 2) {
-                const double seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
-                times[run % 2].push_back(1e3 * seconds);
-            }
+            rank.bytes[run % 2] = rank.comm.bytes_received() - bytes_before;
         }
     });
+    std::vector<double>* const times = ranks.work()[0]->times;
+    int64_t bytes[2] = {};  // received by all ranks in one forward, one backward
+    for (const auto& rank : ranks.work()) {
+        bytes[0] += rank->bytes[0], bytes[1] += rank->bytes[1];
+    }
     for (int i = 0; i < 2; ++i) {
         std::nth_element(times[i].begin(), times[i].begin() + RUNS / 2, times[i].end());
         const double ms = times[i][RUNS / 2];

@@ -45,27 +45,44 @@ static std::vector<float> initial_state(const ZeroLayout& layout, uint64_t seed)
     return random_vector<float>(layout.num_elements, seed + 77);
 }
 
+static std::vector<float> initial_shard(const ZeroLayout& layout, int rank, uint64_t seed) {
+    const std::vector<float> whole = initial_state(layout, seed);
+    std::vector<float> shard(layout.shard_elements());
+    for (const ZeroBucket& bucket : layout.buckets) {
+        std::copy_n(whole.begin() + layout.slice_begin(bucket, rank), layout.slice_elements(bucket),
+                    shard.begin() + bucket.shard_begin);
+    }
+    return shard;
+}
+
 constexpr int STEPS = 3;
 
-static Run run_ranks(const ZeroLayout& layout, int num_layers, uint64_t seed, bool poison_one, int64_t delay_cycles) {
-    Run result;
-    LoopbackHub hub(layout.num_ranks);
-    std::mutex mutex;
-    run_loopback_ranks(hub, delay_cycles, [&](LoopbackComm& comm) {
-        CudaStream stream;
-        ZeroOptimizer zero(comm, layout);
-        const std::vector<float> whole = initial_state(layout, seed);
-        std::vector<float> shard(layout.shard_elements());
-        for (const ZeroBucket& bucket : layout.buckets) {
-            std::copy_n(whole.begin() + layout.slice_begin(bucket, comm.rank()), layout.slice_elements(bucket),
-                        shard.begin() + bucket.shard_begin);
-        }
-        const std::vector<float> zeros(layout.shard_elements(), 0.0f);
-        DeviceBuffer<float> master(shard), exp_avg(zeros), exp_avg_sq(zeros), gradients(layout.num_elements);
-        DeviceBuffer<bf16> weights(layout.num_elements);
-        DeviceBuffer<float> norm(1), loss(1);
-        DeviceBuffer<char> scratch((int64_t)zero.scratch_bytes());
-        CUDA_CHECK(cudaDeviceSynchronize());  // the buffers hold what they begin with
+// What one rank works on.
+struct RankWork {
+    LoopbackComm& comm;
+    const ZeroLayout& layout;
+    CudaStream stream;
+    ZeroOptimizer zero;
+    DeviceBuffer<float> master, exp_avg, exp_avg_sq, gradients, gathered, norm, loss;
+    DeviceBuffer<bf16> weights;
+    DeviceBuffer<char> scratch;
+    std::vector<float> state[3];  // as gathered
+
+    RankWork(LoopbackComm& comm, const ZeroLayout& layout, uint64_t seed)
+        : comm(comm),
+          layout(layout),
+          zero(comm, layout),
+          master(initial_shard(layout, comm.rank(), seed)),
+          exp_avg(std::vector<float>(layout.shard_elements(), 0.0f)),
+          exp_avg_sq(std::vector<float>(layout.shard_elements(), 0.0f)),
+          gradients(layout.num_elements),
+          gathered(layout.num_elements),
+          norm(1),
+          loss(1),
+          weights(layout.num_elements),
+          scratch((int64_t)zero.scratch_bytes()) {}
+
+    void run(int num_layers, uint64_t seed, bool poison_one) {
         for (int step = 1; step <= STEPS; ++step) {
             std::vector<float> gradient = gradient_of(layout, comm.rank(), step, seed);
             if (poison_one && step == STEPS && comm.rank() == layout.num_ranks - 1) {
@@ -81,34 +98,39 @@ static Run run_ranks(const ZeroLayout& layout, int num_layers, uint64_t seed, bo
             zero.grad_norm(norm, loss, gradients, scratch, stream);
             zero.update(weights, master, exp_avg, exp_avg_sq, gradients, norm, loss, arguments_of(step), 0.1, stream);
         }
-        CUDA_CHECK(cudaStreamSynchronize(stream));
-        DeviceBuffer<float> gathered(layout.num_elements);
-        CUDA_CHECK(cudaDeviceSynchronize());
-        std::vector<float> state[3];
         int i = 0;
         for (const DeviceBuffer<float>* part : {&master, &exp_avg, &exp_avg_sq}) {
             zero.gather_state(gathered, *part, stream);
+            state[i].resize(layout.num_elements);
+            CUDA_CHECK(
+                cudaMemcpyAsync(state[i++].data(), gathered, gathered.num_bytes(), cudaMemcpyDeviceToHost, stream));
             CUDA_CHECK(cudaStreamSynchronize(stream));
-            state[i++] = gathered.download();
         }
         zero.gather_slices(gradients, stream);
-        CUDA_CHECK(cudaStreamSynchronize(stream));
-        const std::vector<float> all_gradients = gradients.download();
-        const std::vector<bf16> all_weights = weights.download();
-        const std::lock_guard<std::mutex> lock(mutex);
-        const float own_norm = norm.download()[0], own_loss = loss.download()[0];
-        if (result.weights.empty()) {
-            result.gradients = all_gradients, result.weights = all_weights, result.norm = own_norm,
-            result.loss = own_loss;
-            std::copy(state, state + 3, result.state);
+    }
+    bool guards_intact() const {
+        return master.guards_intact() && exp_avg.guards_intact() && exp_avg_sq.guards_intact() &&
+               gradients.guards_intact() && weights.guards_intact() && scratch.guards_intact();
+    }
+};
+
+static Run run_ranks(const ZeroLayout& layout, int num_layers, uint64_t seed, bool poison_one, int64_t delay_cycles) {
+    LoopbackRanks<RankWork> ranks(layout.num_ranks, delay_cycles, layout, seed);
+    ranks.run([&](RankWork& rank) { rank.run(num_layers, seed, poison_one); });
+    Run result;
+    for (const auto& rank : ranks.work()) {
+        const float norm = rank->norm.download()[0], loss = rank->loss.download()[0];
+        const std::vector<bf16> weights = rank->weights.download();
+        if (rank->comm.rank() == 0) {
+            result.gradients = rank->gradients.download(), result.weights = weights;
+            result.norm = norm, result.loss = loss;
+            std::copy(rank->state, rank->state + 3, result.state);
         }
-        result.ranks_agree = result.ranks_agree && std::memcmp(&own_norm, &result.norm, sizeof own_norm) == 0 &&
-                             std::memcmp(&own_loss, &result.loss, sizeof own_loss) == 0 &&
-                             std::memcmp(all_weights.data(), result.weights.data(), weights.num_bytes()) == 0;
-        result.guards_intact = result.guards_intact && master.guards_intact() && exp_avg.guards_intact() &&
-                               exp_avg_sq.guards_intact() && gradients.guards_intact() && weights.guards_intact() &&
-                               scratch.guards_intact();
-    });
+        result.ranks_agree = result.ranks_agree && std::memcmp(&norm, &result.norm, sizeof norm) == 0 &&
+                             std::memcmp(&loss, &result.loss, sizeof loss) == 0 &&
+                             std::memcmp(weights.data(), result.weights.data(), rank->weights.num_bytes()) == 0;
+        result.guards_intact = result.guards_intact && rank->guards_intact();
+    }
     return result;
 }
 
