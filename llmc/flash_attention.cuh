@@ -29,27 +29,46 @@ inline void flash_attention_forward(HeadView<bf16> out, float* lse, HeadView<con
     flash_attention_mma_forward(out, lse, q, k, v, shape, stream);
 }
 
-// What flash_attention_backward needs on the current device.
-inline size_t flash_attention_backward_scratch_bytes(const AttentionShape& shape, bool deterministic) {
+// What flash_attention_backward needs on the current device; turns_back: when it gets a rotation.
+inline size_t flash_attention_backward_scratch_bytes(const AttentionShape& shape, bool deterministic,
+                                                     [[maybe_unused]] bool turns_back = false) {
 #ifdef LLMC_HOPPER_BACKWARD
     if (flash_attention_is_hopper(shape)) {
-        return flash_attention_hopper_backward_scratch_bytes(shape, deterministic);
+        return flash_attention_hopper_backward_scratch_bytes(shape, deterministic, turns_back);
     }
 #endif
     return flash_attention_mma_backward_scratch_bytes(shape, deterministic);
 }
 
 // dq, dk, dv (=) from dout and the forward's operands, out and lse; dk and dv are bf16 or float32 views. deterministic:
-// all three repeat bit for bit; otherwise dq is summed in an order that varies. scratch need not be zero.
+// all three repeat bit for bit; otherwise dq is summed in an order that varies. scratch need not be zero. rotation: q
+// and k are packed rows of the same positions that rope_forward has turned, so are dq and dk, and these come out turned
+// back, by kernels that write them where these can, else by rope_backward.
 inline void flash_attention_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
                                      HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
                                      HeadView<const bf16> v, HeadView<const bf16> out, const float* lse, void* scratch,
-                                     const AttentionShape& shape, bool deterministic, cudaStream_t stream) {
+                                     const AttentionShape& shape, bool deterministic, cudaStream_t stream,
+                                     const RopeRotation* rotation = nullptr) {
+    CHECK(rotation == nullptr ||
+              (shape.Tq == shape.Tk && rotation->positions.T == shape.Tq && dk.rounded.data == dq.row(0, 0, shape.H) &&
+               dq.stride_h == shape.D && dk.rounded.stride_h == shape.D && dq.stride_t == dk.rounded.stride_t &&
+               (shape.B == 1 || (dq.stride_b == shape.Tq * dq.stride_t && dk.rounded.stride_b == dq.stride_b))),
+          "attention: dq and dk that are turned back must be heads of packed bf16 rows of the same positions");
 #ifdef LLMC_HOPPER_BACKWARD
     if (flash_attention_is_hopper(shape)) {
-        return flash_attention_hopper_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, deterministic,
-                                               stream);
-    }
+        const bool fused = rotation != nullptr && rope_table_fits(rotation->positions);
+        flash_attention_hopper_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, deterministic, stream,
+                                        fused ? rotation : nullptr);
+        if (fused) {
+            return;
+        }
+    } else
 #endif
-    flash_attention_mma_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, deterministic, stream);
+    {
+        flash_attention_mma_backward(dq, dk, dv, dout, q, k, v, out, lse, scratch, shape, deterministic, stream);
+    }
+    if (rotation != nullptr) {
+        rope_backward(dq.data, shape.B * shape.Tq, shape.H + shape.Hkv, (int)dq.stride_t, shape.D,
+                      rotation->frequencies, rotation->positions, stream);
+    }
 }

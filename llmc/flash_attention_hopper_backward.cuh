@@ -3,7 +3,8 @@
 //   P = exp(scale q k^T - lse),  dP = dout v^T,  dS = P (dP - delta),  delta = rowsum(dout out)
 //   dv = P^T dout,  dk = scale dS^T q,  dq = scale dS k
 // Shapes: q, out, dout, dq [B, Tq, H, D]; k, v, dk, dv [B, Tk, Hkv, D], each a HeadView (16-byte aligned rows, positive
-// strides); lse [B, H, Tq]. Storage bf16, float32 accumulation and statistics.
+// strides); lse [B, H, Tq]. Storage bf16, float32 accumulation and statistics. Where q and k were turned by their
+// positions (rope.cuh), dq and dk can be turned back as they are rounded, which spares a pass over them.
 //
 // A block owns 128 keys of a kv head, keeps their k and v in shared memory, and walks over the query tiles of every
 // query head of the group, so dk and dv are sums in one block, in a fixed order. Two consumer warpgroups own 64 keys
@@ -110,6 +111,7 @@ struct HopperBackwardArguments {
     float* dq_accumulator;    // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_dq_kernel
     int* next_item;           // the first that no block has taken; see backward_load
     int* dq_parts;            // deterministic: [B * H][query tiles], blocks of keys whose part of dq is in memory
+    const float2* angles;     // rope_make_table's: dq and dk are turned back; nullptr: they are not
     int64_t Tq, Tk, key_offset;
     int H, heads_per_kv_head, num_query_tiles, num_items, num_blocks;
     float scale, scale_log2;
@@ -159,41 +161,51 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     }
 }
 
-// dq (=) scale * accumulator. A warpgroup's 64 x 64 part of a tile is in the order of its registers: float4 i (of 8) of
-// thread t is float4 128 i + t: columns 8 i + 2 (t % 4) and the next of row 16 (t / 32) + t % 32 / 4, then of the row 8
-// further down. Launch: a thread reads the four float4 that hold 8 columns of such two rows; flat grid. Bound:
-// bandwidth, 6D bytes a row.
-template <int D, int BLOCK_M>
+// dq (=) scale * accumulator; TURNS_BACK: turned back by its rows' angles, from rope_make_table. A warpgroup's 64 x 64
+// part of a tile is in the order of its registers: float4 i (of 8) of thread t is float4 128 i + t: columns 8 i + 2 (t
+// % 4) and the next of row 16 (t / 32) + t % 32 / 4, then of the row 8 further down. Launch: a block a tile; a thread
+// reads the eight float4 that hold 8 columns of the first half of such two rows and the same of the second half, with
+// which they turn. Bound: bandwidth, 6D bytes a row.
+template <int D, int BLOCK_M, bool TURNS_BACK>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
-    hopper_backward_dq_kernel(HeadView<bf16> dq, const float* dq_accumulator, int64_t num_tiles, int64_t Tq,
+    hopper_backward_dq_kernel(HeadView<bf16> dq, const float* dq_accumulator, const float2* angles, int64_t Tq,
                               int num_query_tiles, int H, float scale) {
-    constexpr int TILE_THREADS = BLOCK_M * D / 16, PART_THREADS = 256;
+    constexpr int VECTORS = D / 16, PART_FLOAT4 = 64 * 64 / 4;  // 8 columns each, of half a row
+    static_assert(BLOCK_M * D == 32 * HOPPER_ROWS_THREADS, "two rows of 16 columns a thread");
     wait_for_kernel_before();
-    const int64_t thread = (int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x;
-    const int64_t tile = thread / TILE_THREADS;
-    if (tile >= num_tiles) {
-        return;
-    }
-    const int within = (int)(thread % TILE_THREADS);
-    const int i = within % 8, quad = within / 8 % 32, warpgroup = within / PART_THREADS;
-    const float4* part = reinterpret_cast<const float4*>(dq_accumulator + tile * (BLOCK_M * D)) +
-                         warpgroup * (4 * PART_THREADS) + i * WARPGROUP_SIZE + quad * 4;
-    bf16x8 upper, lower;
+    const int64_t tile = blockIdx.x;
+    const int i = threadIdx.x % VECTORS, quad = threadIdx.x / VECTORS % 32;
+    const int first_part = D == 128 ? 0 : threadIdx.x / (32 * VECTORS);  // D = 128: the halves of a row are two parts
+    const float4* low = reinterpret_cast<const float4*>(dq_accumulator + tile * (BLOCK_M * D)) +
+                        first_part * PART_FLOAT4 + i * WARPGROUP_SIZE + quad * 4;
+    const float4* high = low + (D == 128 ? PART_FLOAT4 : VECTORS * WARPGROUP_SIZE);
+    const int64_t row = tile % num_query_tiles * BLOCK_M + 64 * first_part + quad / 8 * 16 + quad % 8;
+    bf16x8 out[2][2];  // of the upper and the lower row, low and high columns
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
-        const float4 values = __ldcs(part + t);
-        upper[2 * t] = __float2bfloat16(scale * values.x), upper[2 * t + 1] = __float2bfloat16(scale * values.y);
-        lower[2 * t] = __float2bfloat16(scale * values.z), lower[2 * t + 1] = __float2bfloat16(scale * values.w);
+        const float4 a = __ldcs(low + t), b = __ldcs(high + t);
+        float turned[2][2][2] = {{{a.x, a.y}, {b.x, b.y}}, {{a.z, a.w}, {b.z, b.w}}};  // [row][half][column]
+        if constexpr (TURNS_BACK) {
+            const RopeFragmentAngles angle =
+                rope_fragment_angles<D>(angles, row / ROPE_TILE_ROWS, quad % 8, 8 * i + 2 * t);
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                rope_turn_back(turned[e / 2][0][e % 2], turned[e / 2][1][e % 2], angle.row[e / 2][e % 2]);
+            }
+        }
+#pragma unroll
+        for (int e = 0; e < 8; ++e) {
+            out[e / 4][e / 2 % 2][2 * t + e % 2] = __float2bfloat16(scale * turned[e / 4][e / 2 % 2][e % 2]);
+        }
     }
     const int64_t head = tile / num_query_tiles;
-    const int row_in_tile = quad / 8 * 16 + quad % 8 + (D == 128 ? 0 : 64 * warpgroup);
-    const int64_t row = tile % num_query_tiles * BLOCK_M + row_in_tile;
-    const int column = 8 * i + (D == 128 ? 64 * warpgroup : 0);
-    if (row < Tq) {
-        store128(dq.row(head / H, row, head % H) + column, upper);
-    }
-    if (row + 8 < Tq) {
-        store128(dq.row(head / H, row + 8, head % H) + column, lower);
+#pragma unroll
+    for (int lower = 0; lower < 2; ++lower) {
+        if (row + 8 * lower < Tq) {
+            bf16* const to = dq.row(head / H, row + 8 * lower, head % H) + 8 * i;
+            store128(to, out[lower][0]);
+            store128(to + D / 2, out[lower][1]);
+        }
     }
 }
 
@@ -517,6 +529,20 @@ __device__ __forceinline__ void store_transposed(uint32_t tile, const uint32_t (
         stmatrix_x4_trans(address + step * 16 * 128, operand[step]);
     }
 }
+// sum (in place) of this warpgroup's 64 keys, from first_key on, turned back: a lane holds both elements of every pair.
+template <class Tile>
+__device__ __forceinline__ void turn_back_key_gradient(float (&sum)[Tile::D / 2], const float2* angles, int first_key) {
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE;
+#pragma unroll
+    for (int j = 0; j < Tile::D / 16; ++j) {
+        const RopeFragmentAngles angle =
+            rope_fragment_angles<Tile::D>(angles, first_key / ROPE_TILE_ROWS + warp, lane / 4, 8 * j + 2 * (lane % 4));
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            rope_turn_back(sum[4 * j + e], sum[4 * j + e + Tile::D / 4], angle.row[e / 2][e % 2]);
+        }
+    }
+}
 // tile (=) factor * sum of this warpgroup's 64 keys, rounded.
 template <class Tile>
 __device__ __forceinline__ void store_key_gradient(uint32_t tile, const float (&sum)[Tile::D / 2], float factor) {
@@ -693,6 +719,7 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
         wgmma_pin(dk);
         wgmma_pin(dv);
         const bool whole = args.dk_whole.data != nullptr;
+        const int first_key = block.first_key + 64 * warpgroup;
         if (whole) {  // before `block` may change
             store_whole_key_gradient<Tile>(args.dv_whole, dv, 1.0f, block, warpgroup, args.Tk);
             store_whole_key_gradient<Tile>(args.dk_whole, dk, args.scale, block, warpgroup, args.Tk);
@@ -706,6 +733,9 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
         }
         const uint32_t out = shared_address(shared.out[warpgroup]);
         give_to_writer<Tile>(warpgroup, [&] { store_key_gradient<Tile>(out, dv, 1.0f); });
+        if (args.angles != nullptr) {  // while dv is on its way
+            turn_back_key_gradient<Tile>(dk, args.angles, first_key);
+        }
         give_to_writer<Tile>(warpgroup, [&] { store_key_gradient<Tile>(out, dk, args.scale); });
     }
 }

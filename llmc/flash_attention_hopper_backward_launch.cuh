@@ -16,12 +16,14 @@ constexpr size_t HOPPER_NEXT_ITEM_BYTES = 256;  // keeps the rest aligned to cac
 inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
     return (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * 2 * sizeof(float);
 }
-// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic: and 4 a tile.
-inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic) {
+// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic: and 4 a tile; where it
+// turns dq and dk back: and rope_table_bytes.
+inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic,
+                                                            bool turns_back = false) {
     const int block_m = hopper_backward_block_m(s.D);
     const size_t num_tiles = (size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, block_m);
     return HOPPER_NEXT_ITEM_BYTES + hopper_backward_statistics_bytes(s) + num_tiles * block_m * s.D * sizeof(float) +
-           (deterministic ? num_tiles * sizeof(int) : 0);
+           (turns_back ? rope_table_bytes(s.Tq, s.D) : 0) + (deterministic ? num_tiles * sizeof(int) : 0);
 }
 
 // ---- launches ---------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ inline void hopper_launch_kernel(void (*kernel)(Parameters...), bool overlaps, i
     CUDA_CHECK_LAUNCH();
 }
 
-// Checks the operands, fills the statistics and zeroes dq's accumulator.
+// Checks the operands, fills the statistics and the table of angles, and zeroes dq's accumulator.
 template <class Tile>
 inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOperands& x, const AttentionShape& s,
                                                      BackwardBlocks blocks, cudaStream_t stream) {
@@ -53,6 +55,9 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
     attention_check_view("out", x.out);
     attention_check_key_gradients(x.dk, x.dv);
     const bool whole = x.dk.whole.data != nullptr;
+    CHECK(x.rotation == nullptr || (!whole && s.Tq == s.Tk && x.rotation->positions.T == s.Tq),
+          "attention: what turns dq and dk back needs bf16 rows of the same %lld positions (Tq = %lld, Tk = %lld)",
+          (long long)x.rotation->positions.T, (long long)s.Tq, (long long)s.Tk);
     const std::pair<const char*, HeadView<const bf16>> mapped[] = {
         {"dout", x.dout}, {"q", x.q}, {"k", x.k}, {"v", x.v}, {"dk", x.dk.rounded}, {"dv", x.dv.rounded}};
     for (int i = 0; i < (whole ? 4 : 6); ++i) {
@@ -96,8 +101,15 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
     args.statistics = statistics;
     args.dq_accumulator = statistics + hopper_backward_statistics_bytes(s) / sizeof(float);
     const int64_t padded_Tq = (int64_t)args.num_query_tiles * Tile::BLOCK_M, num_tile_rows = s.B * s.H * padded_Tq;
+    char* rest = reinterpret_cast<char*>(args.dq_accumulator + num_tile_rows * s.D);
+    if (x.rotation != nullptr) {
+        float2* const angles = reinterpret_cast<float2*>(rest);
+        rope_make_table(angles, s.D, *x.rotation, stream);
+        args.angles = angles;
+        rest += rope_table_bytes(s.Tq, s.D);
+    }
     if (Tile::DETERMINISTIC) {
-        args.dq_parts = reinterpret_cast<int*>(args.dq_accumulator + num_tile_rows * s.D);
+        args.dq_parts = reinterpret_cast<int*>(rest);
     }
     const int64_t num_row_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / ATTENTION_DELTA_LANES);
     CHECK(num_row_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds",
@@ -112,11 +124,10 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
 template <class Tile>
 inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& args, const AttentionShape& s,
                              cudaStream_t stream) {
-    const int64_t num_tiles = (int64_t)s.B * s.H * args.num_query_tiles;
-    const int64_t num_blocks = num_tiles * (Tile::BLOCK_M * Tile::D / 16) / HOPPER_ROWS_THREADS;
-    CHECK(num_blocks <= INT32_MAX, "attention: %lld query tiles are more than a grid holds", (long long)num_tiles);
-    hopper_launch_kernel(hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M>, !s.yields, num_blocks, HOPPER_ROWS_THREADS,
-                         0, stream, dq, args.dq_accumulator, num_tiles, s.Tq, args.num_query_tiles, s.H, s.scale);
+    const auto kernel = args.angles != nullptr ? hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M, true>
+                                               : hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M, false>;
+    hopper_launch_kernel(kernel, !s.yields, (int64_t)s.B * s.H * args.num_query_tiles, HOPPER_ROWS_THREADS, 0, stream,
+                         dq, args.dq_accumulator, args.angles, s.Tq, args.num_query_tiles, s.H, s.scale);
 }
 
 template <class Tile>
@@ -132,15 +143,16 @@ inline void hopper_launch_backward(const AttentionBackwardOperands& x, const Att
 
 // dq, dk, dv (=), D = 64 or 128. out and lse are the forward's (or, of a chunk of keys, those of all keys together: the
 // gradients are then the chunk's share). scratch: flash_attention_hopper_backward_scratch_bytes, aligned to 16 bytes,
-// need not be zero. dk and dv always repeat bit for bit; dq does when deterministic.
+// need not be zero. dk and dv always repeat bit for bit; dq does when deterministic. rotation: q and k are rows of its
+// positions (Tq = Tk) that it has turned, and dq and dk come out turned back; rope_table_fits(its positions).
 inline void flash_attention_hopper_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
                                             HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
                                             HeadView<const bf16> v, HeadView<const bf16> out, const float* lse,
                                             void* scratch, const AttentionShape& shape, bool deterministic,
-                                            cudaStream_t stream) {
+                                            cudaStream_t stream, const RopeRotation* rotation = nullptr) {
     NVTX_RANGE();
     attention_check_shape(shape);
-    const AttentionBackwardOperands x{dq, dk, dv, dout, q, k, v, out, lse, scratch};
+    const AttentionBackwardOperands x{dq, dk, dv, dout, q, k, v, out, lse, scratch, rotation};
     const BackwardBlocks blocks = hopper_backward_blocks(shape, deterministic);
     auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(x, shape, blocks, stream); };
     // clang-format off

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "attention_shape.cuh"
+#include "rope.cuh"
 
 // ---- constants ---------------------------------------------------------------------------------
 constexpr float LN_2 = 0.6931471805599453f;
@@ -49,6 +50,7 @@ struct AttentionBackwardOperands {
     HeadView<const bf16> dout, q, k, v, out;
     const float* lse;
     void* scratch;
+    const RopeRotation* rotation = nullptr;
 };
 
 // ---- checks -------------------------------------------------------------------------------------

@@ -232,10 +232,11 @@ inline void lighthouse_output_again(HeadView<bf16> out, void* saved, const Light
 // ---- backward ----------------------------------------------------------------------------------
 // dq (=) [B, T, H, D], dk, dv (=) [B, T, Hkv, D] from dout [B, T, H, D] and what the same forward saved; scratch:
 // lighthouse_backward_scratch_bytes, 256-byte aligned. No gradient flows through the selection. deterministic: as in
-// flash_attention_backward; everything around it repeats bit for bit in any case.
+// flash_attention_backward; everything around it repeats bit for bit in any case. rotation: as in
+// lighthouse_gather_backward.
 inline void lighthouse_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
                                 void* saved, void* scratch, const LighthouseShape& shape, bool deterministic,
-                                cudaStream_t stream) {
+                                cudaStream_t stream, const RopeRotation* rotation = nullptr) {
     NVTX_RANGE();
     MemoryArea saved_area(saved), scratch_area(scratch);
     const LighthouseSaved s(saved_area, shape);
@@ -246,5 +247,6 @@ inline void lighthouse_backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<b
     flash_attention_backward(q_view(d.dq), k_view(d.dk), k_view(d.dv), q_view(d.dout), q_view(s.q), k_view(s.k),
                              k_view(s.v), q_view(s.out), s.lse, d.attention_scratch, lighthouse_inner_shape(shape),
                              deterministic, stream);
-    lighthouse_gather_backward({dq, dk, dv}, {q_view(d.dq), k_view(d.dk), k_view(d.dv)}, s.positions, shape, stream);
+    lighthouse_gather_backward({dq, dk, dv}, {q_view(d.dq), k_view(d.dk), k_view(d.dv)}, s.positions, shape, stream,
+                               rotation);
 }

@@ -1,5 +1,6 @@
 // lighthouse_gather.cuh: the rows of the sub-sequence, and back. Row n of q~, k~, v~ is the mean of q, k, v over the
-// window of entry n; backward, token j takes from every level the gradient of the entry that holds it, over its window.
+// window of entry n; backward, token j takes from every level the gradient of the entry that holds it, over its window,
+// and where tokens had turned by their positions (rope.cuh), their rows of dq and dk can be turned back.
 // Shapes: out q [B, S, H, D], k and v [B, S, Hkv, D]; qkv the same with T for S; pooled [B, T / c, H + 2 Hkv, D] from
 // lighthouse_pool: the coarsest entries are copied from it, the finer averaged from tokens. positions [B, Hkv,
 // num_slots] from lighthouse_select.
@@ -8,6 +9,7 @@
 // Reference: reference/lighthouse.h. Variants: dev/cuda/lighthouse_gather.cu, dev/cuda/lighthouse_scatter.cu.
 #pragma once
 #include "lighthouse_rows.cuh"
+#include "rope.cuh"
 
 struct LighthouseGatherArguments {
     QkvHeads<bf16> out;       // forward: [B, S, ...], backward: [B, T, ...]
@@ -80,30 +82,100 @@ inline void lighthouse_gather(const QkvHeads<bf16>& out, const QkvHeads<const bf
 }
 
 // ---- backward ----------------------------------------------------------------------------------
-// Launch: one group of ROW_LANES lanes for as many tokens of a head; 1-D grid. Memory bound.
-template <int ROW_LANES, int MAX_LEVELS>
-__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, entries_to_tokens_blocks(MAX_LEVELS))
-    lighthouse_gather_backward_kernel(const __grid_constant__ LighthouseGatherArguments a) {
+// Columns 4 lane .. 4 lane + 3 of a row and the same of its second half, with which they turn: elements 0 to 3 and 4 to
+// 7. The first token's angles are exact; from one to the next they turn by that of one position, up to 31 times: 2^-18.
+struct TurningColumns {
+    static constexpr bool TURN = true;
+    int half;             // D / 2
+    float2 angle[4];      // of the next token
+    const float2* steps;  // of one position: in shared memory, where they take no registers
+
+    // turns_per_position, steps: of all frequencies, those that do not exist too.
+    __device__ TurningColumns(int half, int lane, int64_t position, const double* turns_per_position,
+                              const float2* steps)
+        : half(half), steps(steps + 4 * lane) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            angle[i] = rope_cos_sin(position, turns_per_position[4 * lane + i]);
+        }
+    }
+    __device__ static int first(int lane) { return 4 * lane; }
+    __device__ bf16x8 load(const bf16* row) const {
+        bf16x8 packed;
+        const int2 low = *reinterpret_cast<const int2*>(row), high = *reinterpret_cast<const int2*>(row + half);
+        *reinterpret_cast<int4*>(packed.data) = make_int4(low.x, low.y, high.x, high.y);
+        return packed;
+    }
+    __device__ void store(bf16* row, const bf16x8& packed) const {
+        const int4 bits = *reinterpret_cast<const int4*>(packed.data);
+        __stcs(reinterpret_cast<int2*>(row), make_int2(bits.x, bits.y));
+        __stcs(reinterpret_cast<int2*>(row + half), make_int2(bits.z, bits.w));
+    }
+    // Of the next token.
+    __device__ bf16x8 pack(FloatRow row) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            rope_turn_back(row.value[i], row.value[4 + i], angle[i]);
+            angle[i] = rope_add_angles(angle[i], steps[i]);
+        }
+        return row.pack();
+    }
+};
+
+struct LighthouseGatherBackwardArguments {
+    LighthouseGatherArguments gather;
+    RopeRotation rotation;  // with TURNS_BACK
+};
+
+// Launch: one group of ROW_LANES lanes for as many tokens of a head; 1-D grid. Memory bound. TURNS_BACK: the heads of q
+// and k. Those of v, whole blocks, go without.
+template <int ROW_LANES, int MAX_LEVELS, bool TURNS_BACK>
+__global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, entries_to_tokens_blocks(MAX_LEVELS, TURNS_BACK))
+    lighthouse_gather_backward_kernel(const __grid_constant__ LighthouseGatherBackwardArguments arguments) {
+    const LighthouseGatherArguments& a = arguments.gather;
     const LighthouseShape& shape = a.shape;
     const RowGroup<ROW_LANES> group(a.grid, shape.D);
     const int64_t selection = group.b * shape.Hkv + lighthouse_kv_head(shape, group.head);
     const HeadView<const bf16> in = a.in.head(shape, group.head);
     const HeadView<bf16> out = a.out.head(shape, group.head);
-    add_entries_to_tokens<ROW_LANES, MAX_LEVELS, EntryOf::window>(
-        a.levels, group, a.positions + selection * a.levels.num_slots, in.row(group.b, 0, 0) + group.lane * 8,
-        in.stride_t, out.row(group.b, 0, 0) + group.lane * 8, out.stride_t);
+    auto add_entries = [&](auto columns) {
+        add_entries_to_tokens<ROW_LANES, MAX_LEVELS, EntryOf::window>(
+            a.levels, group, a.positions + selection * a.levels.num_slots, in.row(group.b, 0, 0), in.stride_t,
+            out.row(group.b, 0, 0), out.stride_t, columns);
+    };
+    if (!TURNS_BACK || group.head >= shape.H + shape.Hkv) {
+        return add_entries(AdjacentColumns());
+    }
+    __shared__ double turns_per_position[4 * ROW_LANES];
+    __shared__ float2 steps[4 * ROW_LANES];
+    if (threadIdx.x < 4 * ROW_LANES) {
+        const double turns = arguments.rotation.frequencies.turns_per_position[threadIdx.x];
+        turns_per_position[threadIdx.x] = turns;
+        steps[threadIdx.x] = rope_cos_sin(1, turns);
+    }
+    __syncthreads();
+    add_entries(TurningColumns(shape.D / 2, group.lane, arguments.rotation.positions.at(group.piece * ROW_LANES),
+                               turns_per_position, steps));
 }
 
-// dqkv (=) [B, T, ...] from dout, the gradients of the gathered rows [B, S, ...].
+// dqkv (=) [B, T, ...] from dout, the gradients of the gathered rows [B, S, ...]. rotation: the tokens' q and k had
+// been turned by it, and dq and dk come out turned back; its T rows are one run.
 inline void lighthouse_gather_backward(const QkvHeads<bf16>& dqkv, const QkvHeads<const bf16>& dout,
-                                       const int32_t* positions, const LighthouseShape& shape, cudaStream_t stream) {
+                                       const int32_t* positions, const LighthouseShape& shape, cudaStream_t stream,
+                                       const RopeRotation* rotation = nullptr) {
     NVTX_RANGE();
     const LighthouseGeometry& g = shape.geometry;
+    CHECK(rotation == nullptr || (rotation->positions.T == g.T && rotation->positions.run_rows == g.T),
+          "Lighthouse attention: rows that are turned back must be one run of %lld positions", (long long)g.T);
     launch_row_groups(
         g.T, 0, shape.num_heads(), shape, [&](auto row_lanes, auto max_levels, const RowGrid& grid, unsigned blocks) {
-            const LighthouseGatherArguments a = {dqkv, dout, nullptr, positions, shape, LighthouseLevels(g), grid};
-            lighthouse_gather_backward_kernel<decltype(row_lanes)::value, decltype(max_levels)::value>
-                <<<blocks, LIGHTHOUSE_ROW_THREADS, 0, stream>>>(a);
+            constexpr int ROW_LANES = decltype(row_lanes)::value, MAX_LEVELS = decltype(max_levels)::value;
+            const LighthouseGatherBackwardArguments a = {
+                {dqkv, dout, nullptr, positions, shape, LighthouseLevels(g), grid},
+                rotation != nullptr ? *rotation : RopeRotation()};
+            const auto kernel = rotation != nullptr ? lighthouse_gather_backward_kernel<ROW_LANES, MAX_LEVELS, true>
+                                                    : lighthouse_gather_backward_kernel<ROW_LANES, MAX_LEVELS, false>;
+            kernel<<<blocks, LIGHTHOUSE_ROW_THREADS, 0, stream>>>(a);
         });
     CUDA_CHECK_LAUNCH();
 }

@@ -102,6 +102,17 @@ struct FloatRow {  // one lane's eight elements
     }
 };
 
+// Which eight columns of a row a lane has in add_entries_to_tokens, and how it loads, rounds and stores them: these,
+// which lie side by side, or those of lighthouse_gather.cuh, which turn.
+struct AdjacentColumns {
+    static constexpr bool TURN = false;
+
+    __device__ static int first(int lane) { return 8 * lane; }
+    __device__ bf16x8 load(const bf16* row) const { return load128(row); }
+    __device__ void store(bf16* row, const bf16x8& packed) const { store128_streaming(row, packed); }
+    __device__ bf16x8 pack(const FloatRow& row) const { return row.pack(); }
+};
+
 // How a launch divides the rows: a group of ROW_LANES lanes works on a piece of a sequence (a run of tokens, or whole
 // windows) for one head. A block's groups have neighbouring pieces of one head; the next block has the same pieces of
 // the next head, for the heads of a token lie side by side in packed rows.
@@ -181,21 +192,24 @@ __device__ inline float lighthouse_share(int bits) { return __uint_as_float((uin
 // Which entry of level l a token j belongs to. Shifted is where outputs go (Eq. 10): the window after the entry's own.
 enum class EntryOf { window, shifted_window };  // j / c;  (j + 1) / c - 1, none below 0
 
-// Blocks a multiprocessor can hold without spilling registers.
-constexpr int entries_to_tokens_blocks(int max_levels) { return max_levels <= 3 ? 5 : max_levels == 4 ? 4 : 3; }
+// Blocks a multiprocessor can hold without spilling registers; columns that turn keep their angles there too.
+constexpr int entries_to_tokens_blocks(int max_levels, bool turn = false) {
+    return max_levels <= 3 && !turn ? 5 : max_levels <= 4 ? 4 : 3;
+}
 
 // The tokens of one piece, ROW_LANES of them from piece * ROW_LANES on (shifted: one token earlier): row j of out (=)
 // the sum over levels of row positions[level, entry of j] of x, where that is not negative; times 1 / c with
-// EntryOf::window, whose rows are gradients of means. x and out: the head's rows of sequence b, this lane's columns.
-// The tokens of one level-1 window share every entry but their own: those are added up once. Lane i looks up the
-// entries of token i; one round of loads for all positions, one for the shared rows, one for the tokens'. MAX_LEVELS:
-// g.levels or more.
-template <int ROW_LANES, int MAX_LEVELS, EntryOf ENTRY>
+// EntryOf::window, whose rows are gradients of means. x and out: the head's rows of sequence b. The tokens of one
+// level-1 window share every entry but their own: those are added up once. Lane i looks up the entries of token i; one
+// round of loads for all positions, one for the shared rows, one for the tokens'. MAX_LEVELS: g.levels or more.
+// columns: this lane's; columns that turn have each token's row packed, in the tokens' order.
+template <int ROW_LANES, int MAX_LEVELS, EntryOf ENTRY, class Columns>
 __device__ inline void add_entries_to_tokens(const LighthouseLevels& g, const RowGroup<ROW_LANES>& group,
                                              const int32_t* positions, const bf16* x, int64_t x_stride, bf16* out,
-                                             int64_t out_stride) {
+                                             int64_t out_stride, Columns columns) {
     constexpr int SHIFT = ENTRY == EntryOf::shifted_window ? 1 : 0;
     const int first = group.piece * ROW_LANES, place = first + group.lane;  // place: j + SHIFT
+    x += Columns::first(group.lane), out += Columns::first(group.lane) + (first - SHIFT) * out_stride;
     int found[MAX_LEVELS];
 #pragma unroll
     for (int level = 0; level < MAX_LEVELS; ++level) {
@@ -216,7 +230,7 @@ __device__ inline void add_entries_to_tokens(const LighthouseLevels& g, const Ro
             if (level < g.levels) {
                 const int n = group.broadcast(found[level], begin);
                 if (n >= 0 && group.columns) {
-                    rows[level] = load128(x + n * x_stride);
+                    rows[level] = columns.load(x + n * x_stride);
                 }
             }
         }
@@ -228,18 +242,20 @@ __device__ inline void add_entries_to_tokens(const LighthouseLevels& g, const Ro
             }
         }
         const bf16x8 shared_row = shared_sum.pack();
-        for (int i = begin; i < begin + segment; ++i) {
+        for (int i = begin; i < begin + segment; ++i, out += out_stride) {
             const int n = group.broadcast(found[0], i), j = first + i - SHIFT;
             if (!group.columns || j < 0 || j >= g.T) {
                 continue;
             }
             bf16x8 row = shared_row;
-            if (n >= 0) {
+            if (Columns::TURN || n >= 0) {
                 FloatRow sum = shared_sum;
-                sum.add(load128(x + n * x_stride));
-                row = sum.pack();
+                if (n >= 0) {
+                    sum.add(columns.load(x + n * x_stride));
+                }
+                row = columns.pack(sum);
             }
-            store128_streaming(out + j * out_stride, row);
+            columns.store(out, row);
         }
     }
 }

@@ -26,9 +26,8 @@ __global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, entries_to_tokens_bloc
     const RowGroup<ROW_LANES> group(a.grid, shape.D);
     const int64_t selection = group.b * shape.Hkv + lighthouse_kv_head(shape, group.head);
     add_entries_to_tokens<ROW_LANES, MAX_LEVELS, EntryOf::shifted_window>(
-        a.levels, group, a.positions + selection * a.levels.num_slots,
-        a.in.row(group.b, 0, group.head) + group.lane * 8, a.in.stride_t,
-        a.out.row(group.b, 0, group.head) + group.lane * 8, a.out.stride_t);
+        a.levels, group, a.positions + selection * a.levels.num_slots, a.in.row(group.b, 0, group.head), a.in.stride_t,
+        a.out.row(group.b, 0, group.head), a.out.stride_t, AdjacentColumns());
 }
 
 // out (=) [B, T, H, D] from x [B, S, H, D]: float32 sums, rounded once.

@@ -93,10 +93,10 @@ class GpuModel : public TrainableModel {
     }
     void rotate_forward(bf16* qkv, const Batch& batch);
     void rotate_backward(bf16* dqkv, const Batch& batch);
+    RopePositions rope_positions(const Batch& batch) const;
     void attention_forward(int l, const Batch& batch);
     void attention_output_again(int l, const Batch& batch);
     void attention_backward(int l, const Batch& batch);
-    void rotate(bf16* qkv, const Batch& batch, decltype(&rope_forward) rope);
     void reduce_gradients_after(int layer);
     void update_parameters(AdamWArguments arguments, double weight_decay);
     std::string first_bad_tensor(double loss);
@@ -491,8 +491,6 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
                            stream_);
     gemm_->backward_input(m.dattention, m.dresidual, weight(p.attention_out), rows, C, attention_width, stream_);
     attention_backward(l, batch);
-    stage("rotation");
-    rotate_backward(m.dqkv, batch);
     stage("qkv product");
     gemm_->backward_input(m.dattention_norm_out, m.dqkv, weight(p.qkv), rows, qkv_width, C, stream_);
     stage("norms");
@@ -524,22 +522,19 @@ HeadView<Element> head_view(Element* rows, const ModelConfig& config, int64_t T)
 }
 
 // A rank that shares sequences holds two chunks of each.
-inline void GpuModel::rotate(bf16* qkv, const Batch& batch, decltype(&rope_forward) rope) {
-    const int num_heads = config_.num_heads + config_.num_kv_heads, width = config_.qkv_width();
-    if (!batch.shared) {
-        rope(qkv, batch.B, batch.T, num_heads, width, config_.head_dim, rope_, 0, stream_);
-        return;
-    }
+inline RopePositions GpuModel::rope_positions(const Batch& batch) const {
     const ContextPartition& p = batch.partition;
-    for (int b = 0; b < batch.B; ++b) {
-        for (int half = 0; half < p.halves(); ++half) {
-            rope(qkv + (b * batch.T + half * p.chunk_rows()) * width, 1, p.chunk_rows(), num_heads, width,
-                 config_.head_dim, rope_, p.first_position(half), stream_);
-        }
-    }
+    return p.halves() == 1 ? rope_one_run(batch.T)
+                           : RopePositions{batch.T, p.chunk_rows(), {p.first_position(0), p.first_position(1)}};
 }
-inline void GpuModel::rotate_forward(bf16* qkv, const Batch& batch) { rotate(qkv, batch, rope_forward); }
-inline void GpuModel::rotate_backward(bf16* dqkv, const Batch& batch) { rotate(dqkv, batch, rope_backward); }
+inline void GpuModel::rotate_forward(bf16* qkv, const Batch& batch) {
+    rope_forward(qkv, batch.rows(), config_.num_heads + config_.num_kv_heads, config_.qkv_width(), config_.head_dim,
+                 rope_, rope_positions(batch), stream_);
+}
+inline void GpuModel::rotate_backward(bf16* dqkv, const Batch& batch) {
+    rope_backward(dqkv, batch.rows(), config_.num_heads + config_.num_kv_heads, config_.qkv_width(), config_.head_dim,
+                  rope_, rope_positions(batch), stream_);
+}
 
 inline void GpuModel::attention_forward(int l, const Batch& batch) {
     const BlockActivations& block = block_activations(l);
@@ -573,8 +568,11 @@ inline void GpuModel::attention_output_again(int l, const Batch& batch) {
     }
 }
 
+// m.dqkv (=) the gradient of the qkv product: dq and dk come turned back by attention itself or, where ranks share
+// sequences and so sum dk in float32 over ranks, are turned back afterwards.
 inline void GpuModel::attention_backward(int l, const Batch& batch) {
     const ModelBuffers& m = buffers_;
+    const RopeRotation rotation{rope_, rope_positions(batch)};
     const BlockActivations& block = block_activations(l);
     const QkvViews<bf16> din(m.dqkv, config_, batch.T);
     const HeadView<const bf16> dout = head_view(m.dattention, config_, batch.T);
@@ -584,7 +582,7 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
                                       lighthouse_shape_of(batch), settings_.deterministic, stream_);
     } else if (uses_lighthouse(l)) {
         lighthouse_backward(din.q, din.k, din.v, dout, block.lighthouse, m.lighthouse_backward_scratch,
-                            lighthouse_shape_of(batch), settings_.deterministic, stream_);
+                            lighthouse_shape_of(batch), settings_.deterministic, stream_, &rotation);
     } else {
         const QkvViews<const bf16> in(block.qkv, config_, batch.T);
         const HeadView<const bf16> out = head_view(block.attention, config_, batch.T);
@@ -594,8 +592,12 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
                             settings_.deterministic, stream_);
         } else {
             flash_attention_backward(din.q, din.k, din.v, dout, in.q, in.k, in.v, out, block.lse, m.attention_scratch,
-                                     shape, settings_.deterministic, stream_);
+                                     shape, settings_.deterministic, stream_, &rotation);
         }
+    }
+    if (batch.shared) {
+        stage("rotation");
+        rotate_backward(m.dqkv, batch);
     }
 }
 

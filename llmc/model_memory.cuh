@@ -421,7 +421,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     add_scratch(&m.attention_scratch, ring ? "ring attention scratch" : "flash_attention_backward scratch",
                 !any_trains_dense ? 0
                 : ring            ? ring->backward_scratch_bytes(dense_shape, settings.deterministic)
-                                  : flash_attention_backward_scratch_bytes(dense_shape, settings.deterministic));
+                                  : flash_attention_backward_scratch_bytes(dense_shape, settings.deterministic, true));
     plan.next_alternative();
     add_scratch(&m.lighthouse_backward_scratch, "lighthouse_backward scratch", lighthouse_backward_size);
     plan.end_alternatives();
