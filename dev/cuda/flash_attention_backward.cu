@@ -1,6 +1,7 @@
 // flash_attention_backward.cu: dq, dk, dv of attention from dout, out and lse. Bound: tensor cores, 10 Tq Tk D H
 // operations (half of them when causal); shared memory comes close, because five products read their operands from it.
 #define LLMC_WATCHDOG  // a deadlock becomes an error
+#include "dev/cuda/rope_cases.cuh"
 #include "flash_attention_cases.cuh"
 #include "llmc/flash_attention.cuh"
 
@@ -13,9 +14,11 @@ struct Launcher {
     bool only_hopper = false;
     bool takes_float32 = false;  // views of dk and dv
     bool when_small = false;     // checked with --small too: what ships
+    bool turns_back = false;     // dq and dk, by the rotation it is given
 
     bool runs(const AttentionShape& s) const {
-        return (!only_64_and_128 || s.D == 64 || s.D == 128) && (!only_hopper || flash_attention_is_hopper(s));
+        return (!only_64_and_128 || s.D == 64 || s.D == 128) && (!only_hopper || flash_attention_is_hopper(s)) &&
+               (!turns_back || s.Tq == s.Tk);
     }
 };
 
@@ -272,11 +275,17 @@ template <bool deterministic>
 static void flash_attention_backward_chosen(const AttentionBackwardOperands& x, const AttentionShape& shape,
                                             cudaStream_t stream) {
     flash_attention_backward(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, deterministic,
-                             stream);
+                             stream, x.rotation);
 }
-template <bool deterministic>
+template <bool deterministic, bool turns_back = false>
 static size_t chosen_scratch(const AttentionShape& shape) {
-    return flash_attention_backward_scratch_bytes(shape, deterministic);
+    return flash_attention_backward_scratch_bytes(shape, deterministic, turns_back);
+}
+static void flash_attention_backward_then_rope(const AttentionBackwardOperands& x, const AttentionShape& shape,
+                                               cudaStream_t stream) {
+    flash_attention_backward(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, false, stream);
+    rope_backward(x.dq.data, shape.B * shape.Tq, shape.H + shape.Hkv, (int)x.dq.stride_t, shape.D,
+                  x.rotation->frequencies, x.rotation->positions, stream);
 }
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
@@ -328,6 +337,17 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {21,
      "the same, deterministic",
      {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072, false, true, true}},
+    {22,
+     "variant 20, then rope_backward",
+     {flash_attention_backward_then_rope, chosen_scratch<false>, false, false, 131072, false, false, false, true}},
+    {23,
+     "variant 20, dq and dk turned back (llmc/flash_attention.cuh)",
+     {flash_attention_backward_chosen<false>, chosen_scratch<false, true>, false, false, 131072, false, false, true,
+      true}},
+    {24,
+     "the same, deterministic",
+     {flash_attention_backward_chosen<true>, chosen_scratch<true, true>, true, false, 131072, false, false, true,
+      true}},
 };
 
 // With --small one shape for each kernel: of the Hopper kernels with two tiles without masks, which their loops take
@@ -350,6 +370,80 @@ static const std::vector<PreparedCase>& backward_cases(const Harness& h) {
     return small_cases;
 }
 
+// positions: of the rows of q and k, where dq and dk are turned back; else nullptr.
+static void check_case(Harness& h, const Variant<Launcher>& variant, const PreparedCase& c,
+                       const RopePositions* positions) {
+    const AttentionShape& s = c.shape();
+    const ModelConfig config = rope_config(s.H, s.Hkv, s.D);
+    RopeRotation rotation;
+    std::string label = c.attention_case.label();
+    if (positions != nullptr) {
+        rotation = {make_rope_frequencies(config), *positions};
+        label += " turned back " + positions_label(*positions);
+    }
+    // The backward's inputs are the exact forward's, rounded: what is checked here is the backward alone.
+    DeviceBuffer<bf16> out(convert<bf16>(convert<float>(c.exact.out)));
+    DeviceBuffer<float> lse(convert<float>(c.exact.lse));
+    DeviceBuffer<bf16> gradients(packed_elements(s));
+    DeviceBuffer<char> scratch((int64_t)variant.launch.scratch_bytes(s));
+    const PackedViews in = c.operands(), d = packed_views(gradients, s);
+    const HeadView<bf16> out_view(out, s.Tq * s.H * s.D, (int64_t)s.H * s.D, s.D);
+    auto launch = [&] {
+        variant.launch.launch({d.q, d.k, d.v, c.dout_view(), in.q, in.k, in.v, out_view, lse, scratch,
+                               positions != nullptr ? &rotation : nullptr},
+                              s, h.stream);
+    };
+    launch();
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    const std::vector<bf16> buffer = gradients.download();
+    std::vector<char> read(buffer.size(), 0);
+    auto compare = [&](const char* name, HeadView<bf16> view, int64_t T, int heads, const std::vector<double>& expected,
+                       const std::vector<double>& plain) {
+        const double floor = c.gradient_floor(expected);
+        h.compare(name, label, read_view(buffer, gradients, view, s.B, T, heads, s.D, &read), expected,
+                  c.limit(expected, plain, floor), {s.B, T, heads, s.D}, floor);
+    };
+    // dq or dk as it should come out; of the plain result what a pass after attention makes, which rounds once more.
+    auto turned = [&](std::vector<double> rows, int heads) {
+        if (positions != nullptr) {
+            reference_turn(rows, s.B, *positions, heads, heads * s.D, s.D, rope_inverse_frequencies(config), true);
+        }
+        return rows;
+    };
+    auto rounded = [](const std::vector<double>& rows) { return to_double(convert<bf16>(convert<float>(rows))); };
+    compare("dq", d.q, s.Tq, s.H, turned(c.exact.dq, s.H), turned(rounded(c.rounded.dq), s.H));
+    compare("dk", d.k, s.Tk, s.Hkv, turned(c.exact.dk, s.Hkv), turned(rounded(c.rounded.dk), s.Hkv));
+    compare("dv", d.v, s.Tk, s.Hkv, c.exact.dv, c.rounded.dv);
+    if (!gradients.guards_intact() || !scratch.guards_intact() || !rest_untouched(buffer, read)) {
+        h.expect(false, "dq dk dv", label, "stray write");
+    }
+    if (variant.launch.takes_float32) {  // the same sums before they are rounded
+        const int64_t num_elements = s.B * s.Tk * s.Hkv * s.D;
+        DeviceBuffer<float> whole(2 * num_elements);
+        const auto view = [&](int64_t first) {
+            return HeadView<float>(whole + first, s.Tk * s.Hkv * s.D, (int64_t)s.Hkv * s.D, s.D);
+        };
+        variant.launch.launch(
+            {d.q, view(0), view(num_elements), c.dout_view(), in.q, in.k, in.v, out_view, lse, scratch}, s, h.stream);
+        CUDA_CHECK(cudaStreamSynchronize(h.stream));
+        std::vector<bf16> expected = read_view(buffer, gradients, d.k, s.B, s.Tk, s.Hkv, s.D, &read);
+        const std::vector<bf16> dv = read_view(buffer, gradients, d.v, s.B, s.Tk, s.Hkv, s.D, &read);
+        expected.insert(expected.end(), dv.begin(), dv.end());
+        const std::vector<bf16> rounded = convert<bf16>(whole.download());
+        const bool same = std::memcmp(rounded.data(), expected.data(), expected.size() * sizeof(bf16)) == 0;
+        h.expect(same && whole.guards_intact(), "dk dv float32", label,
+                 same ? "rounded, the bits of dk and dv" : "rounded, other bits than dk and dv");
+    }
+    if (variant.launch.dq_repeats) {
+        h.compare_repeats("dq dk dv", label, gradients, launch, h.small ? 1 : s.Tk == 1000 ? 50 : 2);
+    }
+}
+
+// Of the T rows of q and of k: far from the start; and two runs, of which the second starts inside a tile or with one.
+static std::vector<RopePositions> backward_positions(int64_t T) {
+    return {rope_one_run(T, 1000003), {T, T / 2, {5, 70000}}};
+}
+
 static void check(Harness& h, const Variant<Launcher>& variant) {
     if (h.small && !variant.launch.when_small) {
         return;
@@ -359,54 +453,12 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         if (!variant.launch.runs(s)) {
             continue;
         }
-        const std::string label = c.attention_case.label();
-        // The backward's inputs are the exact forward's, rounded: what is checked here is the backward alone.
-        DeviceBuffer<bf16> out(convert<bf16>(convert<float>(c.exact.out)));
-        DeviceBuffer<float> lse(convert<float>(c.exact.lse));
-        DeviceBuffer<bf16> gradients(packed_elements(s));
-        DeviceBuffer<char> scratch((int64_t)variant.launch.scratch_bytes(s));
-        const PackedViews in = c.operands(), d = packed_views(gradients, s);
-        const HeadView<bf16> out_view(out, s.Tq * s.H * s.D, (int64_t)s.H * s.D, s.D);
-        auto launch = [&] {
-            variant.launch.launch({d.q, d.k, d.v, c.dout_view(), in.q, in.k, in.v, out_view, lse, scratch}, s,
-                                  h.stream);
-        };
-        launch();
-        CUDA_CHECK(cudaStreamSynchronize(h.stream));
-        const std::vector<bf16> buffer = gradients.download();
-        std::vector<char> read(buffer.size(), 0);
-        auto compare = [&](const char* name, HeadView<bf16> view, int64_t T, int heads,
-                           const std::vector<double>& expected, const std::vector<double>& plain) {
-            const double floor = c.gradient_floor(expected);
-            h.compare(name, label, read_view(buffer, gradients, view, s.B, T, heads, s.D, &read), expected,
-                      c.limit(expected, plain, floor), {s.B, T, heads, s.D}, floor);
-        };
-        compare("dq", d.q, s.Tq, s.H, c.exact.dq, c.rounded.dq);
-        compare("dk", d.k, s.Tk, s.Hkv, c.exact.dk, c.rounded.dk);
-        compare("dv", d.v, s.Tk, s.Hkv, c.exact.dv, c.rounded.dv);
-        if (!gradients.guards_intact() || !scratch.guards_intact() || !rest_untouched(buffer, read)) {
-            h.expect(false, "dq dk dv", label, "stray write");
+        if (!variant.launch.turns_back) {
+            check_case(h, variant, c, nullptr);
+            continue;
         }
-        if (variant.launch.takes_float32) {  // the same sums before they are rounded
-            const int64_t num_elements = s.B * s.Tk * s.Hkv * s.D;
-            DeviceBuffer<float> whole(2 * num_elements);
-            const auto view = [&](int64_t first) {
-                return HeadView<float>(whole + first, s.Tk * s.Hkv * s.D, (int64_t)s.Hkv * s.D, s.D);
-            };
-            variant.launch.launch(
-                {d.q, view(0), view(num_elements), c.dout_view(), in.q, in.k, in.v, out_view, lse, scratch}, s,
-                h.stream);
-            CUDA_CHECK(cudaStreamSynchronize(h.stream));
-            std::vector<bf16> expected = read_view(buffer, gradients, d.k, s.B, s.Tk, s.Hkv, s.D, &read);
-            const std::vector<bf16> dv = read_view(buffer, gradients, d.v, s.B, s.Tk, s.Hkv, s.D, &read);
-            expected.insert(expected.end(), dv.begin(), dv.end());
-            const std::vector<bf16> rounded = convert<bf16>(whole.download());
-            const bool same = std::memcmp(rounded.data(), expected.data(), expected.size() * sizeof(bf16)) == 0;
-            h.expect(same && whole.guards_intact(), "dk dv float32", label,
-                     same ? "rounded, the bits of dk and dv" : "rounded, other bits than dk and dv");
-        }
-        if (variant.launch.dq_repeats) {
-            h.compare_repeats("dq dk dv", label, gradients, launch, h.small ? 1 : s.Tk == 1000 ? 50 : 2);
+        for (const RopePositions& positions : backward_positions(s.Tq)) {
+            check_case(h, variant, c, &positions);
         }
     }
 }
@@ -423,12 +475,14 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         qkv.fill_random(h.seed);
         dout.fill_random(h.seed + 1);
         const PackedViews in = packed_views(qkv, s), d = packed_views(gradients, s);
+        const RopeRotation rotation{make_rope_frequencies(rope_config(s.H, s.Hkv, s.D)), rope_one_run(s.Tq)};
         auto rows = [&](bf16* data) { return HeadView<bf16>(data, s.Tq * s.H * s.D, (int64_t)s.H * s.D, s.D); };
         flash_attention_mma_forward(rows(out), lse, in.q, in.k, in.v, s, h.stream);
         h.measure_flops(format_string("B%d T%lld H%d D%d causal", s.B, (long long)s.Tq, s.H, s.D),
                         2.5 * attention_flops(s), peak_bf16_tflops(), variant.idea, [&] {
-                            variant.launch.launch(
-                                {d.q, d.k, d.v, rows(dout), in.q, in.k, in.v, rows(out), lse, scratch}, s, h.stream);
+                            variant.launch.launch({d.q, d.k, d.v, rows(dout), in.q, in.k, in.v, rows(out), lse, scratch,
+                                                   variant.launch.turns_back ? &rotation : nullptr},
+                                                  s, h.stream);
                         });
     }
 }

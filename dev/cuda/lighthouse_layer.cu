@@ -9,6 +9,7 @@
 
 #include "dev/cuda/attention_truth.cuh"
 #include "dev/cuda/lighthouse_cases.cuh"
+#include "dev/cuda/rope_cases.cuh"
 #include "dev/test/golden_lighthouse.h"
 #include "llmc/lighthouse.cuh"
 
@@ -39,9 +40,9 @@ struct DeviceLayer {
     void forward(cudaStream_t stream) {
         lighthouse_forward(tokens(out), saved.data(), in().q, in().k, in().v, forward_scratch.data(), shape, stream);
     }
-    void backward(cudaStream_t stream, bool deterministic = true) {
+    void backward(cudaStream_t stream, bool deterministic = true, const RopeRotation* rotation = nullptr) {
         lighthouse_backward(din().q, din().k, din().v, tokens<const bf16>(dout), saved.data(), backward_scratch.data(),
-                            shape, deterministic, stream);
+                            shape, deterministic, stream, rotation);
     }
     LighthouseSaved saved_parts() const {
         MemoryArea area(saved.data());
@@ -226,6 +227,18 @@ static void check_case(Harness& h, const LighthouseCase& c, LighthouseScorer sco
     };
     h.compare_repeats("out", label, layer.out, both, 2);
     h.compare_repeats("dqkv", label, layer.dqkv, both, 2);
+
+    const ModelConfig config = rope_config(c.H, c.Hkv, c.D);
+    const RopeRotation rotation{make_rope_frequencies(config), rope_one_run(c.T, 70000)};
+    const auto turned = [&](std::vector<double> rows) {
+        reference_turn(rows, c.B, rotation.positions, c.H + c.Hkv, (int)width, c.D, rope_inverse_frequencies(config),
+                       true);
+        return rows;
+    };
+    layer.dqkv.poison();
+    layer.backward(h.stream, true, &rotation);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    check_against_host(h, label, layer.dqkv.download(), turned(exact.dqkv), turned(plain.dqkv), "dqkv turned back");
 }
 
 // A token's content may reach no output before it: signs of q and k and the whole of v change, the norms do not.
