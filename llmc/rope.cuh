@@ -190,7 +190,7 @@ inline void rope_backward(bf16* dqkv, int64_t rows, int num_rotated_heads, int r
 // ---- angles for fragments of tensor cores --------------------------------------------------------
 // A warp's accumulators hold rows g and g + 8 of 16 (g = lane / 4), so a kernel that turns them composes the exact
 // angle of the 16's first row, the angle of g positions and that of eight. All three come from a table, exact, float2
-// (cosine, sine): [9][D / 2] of 0 to 8 positions, then [tiles of 16 rows][D / 2]. Two sums of angles: 2^-22.
+// (cosine, sine): [9][D / 2] of 0 to 8 positions, then [tiles of 16 rows][D / 2]. Two sums of angles: 2^-21.
 constexpr int ROPE_TILE_ROWS = 16, ROPE_TABLE_OFFSETS = 9;
 // Tiles of the table: those of whole blocks of 128 rows, so that kernels need not look whether a row exists.
 inline int64_t rope_table_tiles(int64_t T) { return round_up<int64_t>(T, 128) / ROPE_TILE_ROWS; }
