@@ -1,5 +1,5 @@
 // ptx_hopper.cuh: the PTX instructions that only sm_90a has, each once, under a name: mbarriers, TMA copies and their
-// tensor maps, wgmma, stmatrix, named barriers, setmaxnreg. The PTX ISA 9.7 sections are named beside them.
+// tensor maps, clusters, wgmma, stmatrix, named barriers, setmaxnreg. The PTX ISA 9.7 sections are named beside them.
 //
 // Tiles in shared memory. All operands of wgmma and TMA here use the 128-byte swizzle: a tile of R rows and C columns
 // of bf16 is C / 64 blocks, one after the other, of R rows of 64 columns (128 bytes); within a row the 16-byte chunk at
@@ -73,6 +73,27 @@ inline CUtensorMap head_tensor_map(const HeadView<Element>& view, int64_t B, int
           "(CUresult %d)",
           (long long)B, (long long)T, (long long)heads, D, (long long)view.stride_b, (long long)view.stride_t,
           (long long)view.stride_h, (const void*)view.data, (int)status);
+    return map;
+}
+
+// The map of a row-major bf16 matrix [rows, columns] whose rows lie row_stride elements apart (a multiple of 8; data
+// aligned to 16 bytes): its copies move box_rows (at most 256) rows of 64 columns, one block of a tile as described
+// above. What lies outside reads as zeros, which count as bytes moved, and is not written.
+inline CUtensorMap matrix_tensor_map(const bf16* data, int64_t rows, int64_t columns, int64_t row_stride,
+                                     int box_rows) {
+    constexpr cuuint32_t BLOCK_COLUMNS = 64;
+    const cuuint64_t extents[2] = {(cuuint64_t)columns, (cuuint64_t)rows};
+    const cuuint64_t strides[1] = {(cuuint64_t)row_stride * sizeof(bf16)};
+    const cuuint32_t box[2] = {BLOCK_COLUMNS, (cuuint32_t)box_rows};
+    const cuuint32_t element_strides[2] = {1, 1};
+    CUtensorMap map;
+    const CUresult status =
+        tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(data), extents, strides, box,
+                             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    CHECK(status == CUDA_SUCCESS,
+          "cuTensorMapEncodeTiled refuses a matrix of %lld x %lld with rows %lld elements apart at %p (CUresult %d)",
+          (long long)rows, (long long)columns, (long long)row_stride, (const void*)data, (int)status);
     return map;
 }
 
@@ -165,6 +186,33 @@ struct PipelineState {
     }
 };
 
+// ---- clusters (9.7.13.4, 9.7.9.24) ---------------------------------------------------------------
+// This block's place in its cluster.
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+// All threads of all blocks of the cluster. Before a block touches another's shared memory, and before one leaves that
+// others may still touch.
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile(
+        "barrier.cluster.arrive.release.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::
+            : "memory");
+}
+// Arrives on the mbarrier at the same place in the shared memory of the cluster's block `rank`.
+__device__ __forceinline__ void mbarrier_arrive_at(uint32_t barrier, uint32_t rank) {
+    asm volatile(
+        "{\n"
+        ".reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
+        "}" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
 // ---- named barriers (9.7.13.1) -----------------------------------------------------------------
 // id 1 to 15 (0 is __syncthreads), threads a multiple of 32 that counts those that wait and those that only arrive.
 __device__ __forceinline__ void named_barrier_sync(int id, int threads) {
@@ -202,6 +250,32 @@ __device__ __forceinline__ void tma_load(uint32_t shared, const CUtensorMap* map
 __device__ __forceinline__ void tma_store(const CUtensorMap* map, uint32_t shared, int t, int h, int b) {
     asm volatile("cp.async.bulk.tensor.5d.global.shared::cta.bulk_group [%0, {%1, %2, %1, %3, %4}], [%5];" ::"l"(map),
                  "r"(0), "r"(t), "r"(h), "r"(b), "r"(shared)
+                 : "memory");
+}
+// A map of matrix_tensor_map: starts reading the box at (row, column); completes on the mbarrier for all of its bytes.
+// One thread.
+__device__ __forceinline__ void tma_load_block(uint32_t shared, const CUtensorMap* map, int row, int column,
+                                               uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+            shared),
+        "l"(map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+// The same to this place in the shared memory of every block of the cluster whose bit is set, each of which sees the
+// bytes complete on its own mbarrier.
+__device__ __forceinline__ void tma_load_block_multicast(uint32_t shared, const CUtensorMap* map, int row, int column,
+                                                         uint32_t barrier, uint16_t blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+        "l"(map), "r"(column), "r"(row), "r"(barrier), "h"(blocks)
+        : "memory");
+}
+// Starts writing a block to the box at (row, column), as tma_store.
+__device__ __forceinline__ void tma_store_block(const CUtensorMap* map, uint32_t shared, int row, int column) {
+    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(column),
+                 "r"(row), "r"(shared)
                  : "memory");
 }
 // Starts copying num_bytes (a multiple of 16, both addresses too) of global memory to shared memory.
@@ -344,6 +418,10 @@ __device__ __forceinline__ void wgmma_pin(uint32_t (&registers)[count]) {
 #define WGMMA_REGISTERS_9 WGMMA_REGISTERS_8 ", %72, %73, %74, %75, %76, %77, %78, %79"
 #define WGMMA_REGISTERS_10 WGMMA_REGISTERS_9 ", %80, %81, %82, %83, %84, %85, %86, %87"
 #define WGMMA_REGISTERS_11 WGMMA_REGISTERS_10 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define WGMMA_REGISTERS_12 WGMMA_REGISTERS_11 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define WGMMA_REGISTERS_13 WGMMA_REGISTERS_12 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define WGMMA_REGISTERS_14 WGMMA_REGISTERS_13 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define WGMMA_REGISTERS_15 WGMMA_REGISTERS_14 ", %120, %121, %122, %123, %124, %125, %126, %127"
 // Operands: MODE "+f" or "=f".
 #define WGMMA_EIGHT(MODE, d, i)                                                                                 \
     MODE(d[i]), MODE(d[i + 1]), MODE(d[i + 2]), MODE(d[i + 3]), MODE(d[i + 4]), MODE(d[i + 5]), MODE(d[i + 6]), \
@@ -358,6 +436,10 @@ __device__ __forceinline__ void wgmma_pin(uint32_t (&registers)[count]) {
 #define WGMMA_OUT_9(MODE, d) WGMMA_OUT_8(MODE, d), WGMMA_EIGHT(MODE, d, 72)
 #define WGMMA_OUT_10(MODE, d) WGMMA_OUT_9(MODE, d), WGMMA_EIGHT(MODE, d, 80)
 #define WGMMA_OUT_11(MODE, d) WGMMA_OUT_10(MODE, d), WGMMA_EIGHT(MODE, d, 88)
+#define WGMMA_OUT_12(MODE, d) WGMMA_OUT_11(MODE, d), WGMMA_EIGHT(MODE, d, 96)
+#define WGMMA_OUT_13(MODE, d) WGMMA_OUT_12(MODE, d), WGMMA_EIGHT(MODE, d, 104)
+#define WGMMA_OUT_14(MODE, d) WGMMA_OUT_13(MODE, d), WGMMA_EIGHT(MODE, d, 112)
+#define WGMMA_OUT_15(MODE, d) WGMMA_OUT_14(MODE, d), WGMMA_EIGHT(MODE, d, 120)
 #define WGMMA_ADD(register) "+f"(register)
 #define WGMMA_SET(register) "=f"(register)
 
@@ -396,5 +478,6 @@ WGMMA_FUNCTIONS(144, 8, "%72", "%73", "%74", "%75", "%76", "%77")
 WGMMA_FUNCTIONS(160, 9, "%80", "%81", "%82", "%83", "%84", "%85")
 WGMMA_FUNCTIONS(176, 10, "%88", "%89", "%90", "%91", "%92", "%93")
 WGMMA_FUNCTIONS(192, 11, "%96", "%97", "%98", "%99", "%100", "%101")
+WGMMA_FUNCTIONS(256, 15, "%128", "%129", "%130", "%131", "%132", "%133")
 
 #endif  // sm_90a

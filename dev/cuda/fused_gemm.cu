@@ -1,0 +1,244 @@
+// fused_gemm.cu: a product and what follows it: the rotation of q and k, or the feed-forward gate; and the product
+// alone, to compare with. Bound: tensor cores, 2 M N K operations.
+#include "dev/cuda/harness.cuh"
+#include "llmc/fused_gemm.cuh"
+#include "llmc/reference/gemm.h"
+#include "llmc/reference/rope.h"
+#include "llmc/reference/swiglu.h"
+
+// ---- problems ----------------------------------------------------------------------------------
+enum class Follows { nothing, rotation, gate };
+
+struct Problem {
+    Follows follows;
+    int64_t M, K;
+    int64_t N;  // with a gate 2F
+    // Of a rotation.
+    int D = 0, num_rotated_heads = 0;
+    ModelConfig config = {};
+    RopeRotation rotation = {};
+
+    ProductRotation rotated() const { return {D, num_rotated_heads, rotation}; }
+    std::string label() const {
+        std::string text = format_string("M%lld N%lld K%lld", (long long)M, (long long)N, (long long)K);
+        if (follows == Follows::rotation) {
+            const RopePositions& positions = rotation.positions;
+            text += format_string(" D%d T%lld from %lld", D, (long long)positions.T,
+                                  (long long)positions.first_position[0]);
+            if (positions.run_rows < positions.T) {
+                text += format_string(" and %lld", (long long)positions.first_position[1]);
+            }
+        }
+        return text + (follows == Follows::gate ? " gate" : "");
+    }
+};
+static Problem plain_problem(int64_t M, int64_t N, int64_t K) { return {Follows::nothing, M, K, N}; }
+static Problem gated_problem(int64_t M, int64_t F, int64_t K) { return {Follows::gate, M, K, 2 * F}; }
+static Problem rotated_problem(int64_t B, int H, int Hkv, int D, int64_t K, const RopePositions& positions) {
+    Problem p = {Follows::rotation, B * positions.T, K, (int64_t)(H + 2 * Hkv) * D};
+    p.D = D, p.num_rotated_heads = H + Hkv;
+    p.config.num_heads = H, p.config.num_kv_heads = Hkv, p.config.head_dim = D;
+    p.rotation = {make_rope_frequencies(p.config), positions};
+    return p;
+}
+
+// out [M, N]; swiglu [M, N / 2], of a gate.
+struct Operands {
+    bf16 *out, *swiglu;
+    const bf16 *in, *weight;
+};
+using Launcher = void (*)(Gemm& gemm, const Problem& p, const Operands& x, cudaStream_t stream);
+
+static void follow(const Problem& p, const Operands& x, cudaStream_t stream) {
+    if (p.follows == Follows::rotation) {
+        rope_forward(x.out, p.M, p.num_rotated_heads, (int)p.N, p.D, p.rotation.frequencies, p.rotation.positions,
+                     stream);
+    } else if (p.follows == Follows::gate) {
+        swiglu_forward(x.swiglu, x.out, p.M, (int)p.N / 2, stream);
+    }
+}
+
+// ---- 1: one thread an element, then a kernel for what follows ----------------------------------
+__global__ void fused_gemm_kernel1(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < M * N) {
+        float sum = 0.0f;
+        for (int64_t k = 0; k < K; ++k) {
+            sum += (float)in[i / N * K + k] * (float)weight[i % N * K + k];
+        }
+        out[i] = (bf16)sum;
+    }
+}
+static void fused_gemm1(Gemm&, const Problem& p, const Operands& x, cudaStream_t stream) {
+    fused_gemm_kernel1<<<ceil_div<int64_t>(p.M * p.N, 256), 256, 0, stream>>>(x.out, x.in, x.weight, p.M, p.N, p.K);
+    CUDA_CHECK_LAUNCH();
+    follow(p, x, stream);
+}
+
+// ---- 2: cuBLASLt, the fastest of its list, then a kernel for what follows ----------------------
+static void fused_gemm2(Gemm& gemm, const Problem& p, const Operands& x, cudaStream_t stream) {
+    gemm.set_search(true);
+    gemm.forward(x.out, x.in, x.weight, nullptr, p.M, p.N, p.K, stream);
+    follow(p, x, stream);
+}
+
+// ---- 3: what ships -----------------------------------------------------------------------------
+static void fused_gemm3(Gemm& gemm, const Problem& p, const Operands& x, cudaStream_t stream) {
+    switch (p.follows) {
+        case Follows::nothing:
+#ifdef LLMC_HOPPER
+            if (fused_gemm_is_hopper(x.out, x.in, x.weight, p.M, p.N, p.K)) {
+                return gemm_hopper(x.out, x.in, x.weight, p.M, p.N, p.K, stream);
+            }
+#endif
+            return gemm.forward(x.out, x.in, x.weight, nullptr, p.M, p.N, p.K, stream);
+        case Follows::rotation:
+            return rotated_product(x.out, x.in, x.weight, p.rotated(), p.M, p.N, p.K, gemm, stream);
+        case Follows::gate:
+            return gated_product(x.out, x.swiglu, x.in, x.weight, p.M, p.N / 2, p.K, gemm, stream);
+    }
+}
+
+static const std::vector<Variant<Launcher>> VARIANTS = {
+    {1, "one thread an element, then a kernel for what follows", fused_gemm1},
+    {2, "cuBLASLt with search, then a kernel for what follows", fused_gemm2},
+    {3, "one kernel on sm_90a (llmc/fused_gemm.cuh)", fused_gemm3},
+};
+
+// ---- checks ------------------------------------------------------------------------------------
+template <class Real>
+static std::vector<Real> reference_result(const Problem& p, const std::vector<bf16>& in,
+                                          const std::vector<bf16>& weight) {
+    std::vector<Real> out(p.M * p.N);
+    reference::gemm_forward<Real>(out.data(), convert<Real>(in).data(), convert<Real>(weight).data(), p.M, p.N, p.K,
+                                  false);
+    if (p.follows == Follows::rotation) {
+        const RopePositions& positions = p.rotation.positions;
+        for (int64_t row = 0; row < p.M; row += positions.T) {
+            const int64_t begins[3] = {0, positions.run_rows, positions.T};
+            for (int run = 0; run < 2; ++run) {
+                reference::rope_forward<Real>(out.data() + (row + begins[run]) * p.N, 1, begins[run + 1] - begins[run],
+                                              p.num_rotated_heads, (int)p.N, p.D, rope_inverse_frequencies(p.config),
+                                              positions.first_position[run]);
+            }
+        }
+    }
+    return out;
+}
+
+static void check_problem(Harness& h, const Variant<Launcher>& variant, Gemm& gemm, const Problem& p) {
+    if (h.leaves_out(p.M * p.N * p.K / 16)) {
+        return;
+    }
+    const int64_t F = p.N / 2;
+    const std::vector<bf16> in = random_vector<bf16>(p.M * p.K, h.seed),
+                            weight = random_vector<bf16>(p.N * p.K, h.seed + 1);
+    const std::vector<double> expected = reference_result<double>(p, in, weight);
+    DeviceBuffer<bf16> in_device(in), weight_device(weight), out(p.M * p.N), swiglu(p.M * F);
+    auto launch = [&] { variant.launch(gemm, p, {out, swiglu, in_device, weight_device}, h.stream); };
+    launch();
+    // Tensor cores cut off rather than round when they add: one unit in the last place of the sum for every 16 terms.
+    // Angles are right to 2^-21. A product rounded before it turns brings its rounding, at most six standard deviations
+    // of a pair, along.
+    double limit = twice_plain_error<bf16>(reference_result<float>(p, in, weight), expected) + p.K / 16 * 0x1p-23;
+    if (p.follows == Follows::rotation) {
+        limit += 6.0 * (0x1p-21 + unit_roundoff<bf16>());
+    }
+    h.compare("out", p.label(), out, expected, limit, {p.M, p.N});
+    h.compare_repeats("out", p.label(), out, launch);
+    if (p.follows == Follows::gate) {
+        const std::vector<bf16> gate_up = out.download(), gated = swiglu.download();
+        std::vector<double> expected_gated(p.M * F);
+        reference::swiglu_forward<double>(expected_gated.data(), to_double(gate_up).data(), p.M, (int)F);
+        // As in swiglu_forward.cu, for gates up to six standard deviations.
+        const double scale = 6.0 * std::sqrt((double)p.K);
+        h.compare("swiglu", p.label(), swiglu, expected_gated, unit_roundoff<bf16>() + scale * 0x1p-21, {p.M, F},
+                  1e-30);
+        DeviceBuffer<bf16> separate(p.M * F);
+        swiglu_forward(separate, out, p.M, (int)F, h.stream);
+        h.compare_exact("swiglu, as by a kernel of its own", p.label(), separate, gated);
+        h.compare_repeats("swiglu", p.label(), swiglu, launch);
+    }
+}
+
+// Offsets beyond 2^31: the last rows are looked at.
+static void check_last_rows(Harness& h, const Variant<Launcher>& variant, Gemm& gemm) {
+    const int64_t M = (1 << 21) + 40, F = 768, K = 64, tail = 100;
+    const Problem p = gated_problem(M, F, K);
+    DeviceBuffer<bf16> in(M * K), weight(p.N * K), out(M * p.N), swiglu(M * F);
+    in.fill_random(h.seed);
+    weight.fill_random(h.seed + 1);
+    variant.launch(gemm, p, {out, swiglu, in, weight}, h.stream);
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    std::vector<double> expected(tail * p.N), expected_gated(tail * F);
+    reference::gemm_forward<double>(expected.data(), to_double(in.download((M - tail) * K, tail * K)).data(),
+                                    to_double(weight.download()).data(), tail, p.N, K, false);
+    const std::vector<bf16> last = out.download((M - tail) * p.N, tail * p.N);
+    h.compare("out", p.label() + " last rows", last, expected, unit_roundoff<bf16>() + 1e-5, {tail, p.N});
+    reference::swiglu_forward<double>(expected_gated.data(), to_double(last).data(), tail, (int)F);
+    h.compare("swiglu", p.label() + " last rows", swiglu.download((M - tail) * F, tail * F), expected_gated,
+              unit_roundoff<bf16>() + 48 * 0x1p-21, {tail, F}, 1e-30);
+}
+
+static void check(Harness& h, const Variant<Launcher>& variant) {
+    DeviceBuffer<unsigned char> workspace(GEMM_WORKSPACE_BYTES);
+    Gemm gemm(workspace, GEMM_WORKSPACE_BYTES);
+    for (const auto& [M, N, K] : {std::array<int64_t, 3>{1, 8, 8},
+                                  {7, 72, 40},
+                                  {333, 200, 136},
+                                  {1000, 1024, 256},
+                                  {40001, 16, 24},
+                                  {2500, 2560, 192}}) {
+        check_problem(h, variant, gemm, plain_problem(M, N, K));
+        check_problem(h, variant, gemm, gated_problem(M, N, K));
+    }
+    // T that is no multiple of 64, and D that is neither 64 nor 128, are for the kernels of their own.
+    for (const Problem& p :
+         {rotated_problem(1, 1, 1, 64, 8, rope_one_run(64, 5)), rotated_problem(2, 4, 2, 64, 136, rope_one_run(1024)),
+          rotated_problem(3, 3, 1, 128, 200, {576, 256, {1040000, 7000}}),
+          rotated_problem(1, 8, 8, 128, 512, rope_one_run(2112, 1 << 24)),
+          rotated_problem(2, 5, 5, 64, 72, rope_one_run(264)),
+          rotated_problem(2, 2, 1, 128, 64, rope_one_run(77, 12345)),
+          rotated_problem(1, 3, 1, 24, 64, rope_one_run(128))}) {
+        check_problem(h, variant, gemm, p);
+    }
+    if (variant.number != 1 && !h.small) {
+        check_last_rows(h, variant, gemm);
+    }
+}
+
+// ---- timings -----------------------------------------------------------------------------------
+static void measure(Harness& h, const Variant<Launcher>& variant) {
+    if (variant.number == 1) {
+        return;  // minutes
+    }
+    DeviceBuffer<unsigned char> workspace(GEMM_WORKSPACE_BYTES);
+    Gemm gemm(workspace, GEMM_WORKSPACE_BYTES);
+    struct Case {
+        const char* what;
+        Problem problem;
+    };
+    const Case cases[] = {
+        {"530M qkv", plain_problem(98304, 3072, 1024)},
+        {"530M qkv", rotated_problem(1, 8, 8, 128, 1024, rope_one_run(98304))},
+        {"530M qkv", rotated_problem(4, 8, 8, 128, 1024, rope_one_run(8192))},
+        {"530M gate_up", gated_problem(98304, 1536, 1024)},
+        {"530M gate_up", gated_problem(32768, 1536, 1024)},
+        {"124M qkv", plain_problem(65536, 2304, 768)},
+        {"124M qkv", rotated_problem(64, 12, 12, 64, 768, rope_one_run(1024))},
+        {"124M gate_up", gated_problem(65536, 2048, 768)},
+        {"8B qkv", rotated_problem(1, 32, 8, 128, 4096, rope_one_run(32768))},
+        {"8B gate_up", gated_problem(32768, 14336, 4096)},
+    };
+    for (const auto& [what, p] : cases) {
+        DeviceBuffer<bf16> in(p.M * p.K), weight(p.N * p.K), out(p.M * p.N),
+            swiglu(p.follows == Follows::gate ? p.M * p.N / 2 : 1);
+        in.fill_random(h.seed);
+        weight.fill_random(h.seed + 1, 1.0f / std::sqrt((float)p.K));
+        h.measure_flops(what + (" " + p.label()), 2.0 * p.M * p.N * p.K, 0.0, variant.idea, [&, &p = p] {
+            variant.launch(gemm, p, {out, swiglu, in, weight}, h.stream);
+        });
+    }
+}
+
+int main(int argc, char** argv) { return run_variants(argc, argv, "fused_gemm", VARIANTS, check, measure); }

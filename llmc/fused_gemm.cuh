@@ -1,0 +1,53 @@
+// fused_gemm.cuh: the two products of a block's forward with what follows them, in one call:
+//   qkv product and rotation     qkv [M, N] = rope(in [M, K] weight [N, K]^T)
+//   gate and up product and gate gate_up [M, 2F] = in [M, K] weight [2F, K]^T, swiglu [M, F] of it
+// Which kernels run: on sm_90a one (gemm_hopper.cuh), for the rotation where D is 64 or 128 and rows come in whole
+// groups of 64 positions; elsewhere cuBLASLt (gemm.cuh), then rope.cuh or swiglu.cuh. The choice depends on the
+// GPU and the shape alone. Either way what follows works on the rounded product.
+#pragma once
+#include "gemm.cuh"
+#include "gpu_properties.cuh"
+#include "rope.cuh"
+#include "swiglu.cuh"
+#ifdef LLMC_HOPPER
+#include "gemm_hopper.cuh"
+#endif
+
+// The rotation of a product's first num_rotated_heads heads of D.
+struct ProductRotation {
+    int D, num_rotated_heads;
+    const RopeRotation& rotation;
+};
+
+#ifdef LLMC_HOPPER
+inline bool fused_gemm_is_hopper(const bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K) {
+    return gpu_properties().compute_capability == 90 && gemm_hopper_takes(in, weight, out, M, N, K);
+}
+#endif
+
+// qkv (=) [M, N] = in [M, K] weight [N, K]^T, turned forward. M a multiple of T of the positions; N and K of 8.
+inline void rotated_product(bf16* qkv, const bf16* in, const bf16* weight, const ProductRotation& rotated, int64_t M,
+                            int64_t N, int64_t K, Gemm& gemm, cudaStream_t stream) {
+    const RopePositions& p = rotated.rotation.positions;
+#ifdef LLMC_HOPPER
+    if (fused_gemm_is_hopper(qkv, in, weight, M, N, K) && (rotated.D == 64 || rotated.D == 128) && p.T % 64 == 0 &&
+        p.run_rows % 64 == 0) {
+        return gemm_hopper_rotated(qkv, in, weight, M, N, K, rotated.D, rotated.num_rotated_heads, rotated.rotation,
+                                   stream);
+    }
+#endif
+    gemm.forward(qkv, in, weight, nullptr, M, N, K, stream);
+    rope_forward(qkv, M, rotated.num_rotated_heads, (int)N, rotated.D, rotated.rotation.frequencies, p, stream);
+}
+
+// gate_up (=) [M, 2F] = in [M, K] weight [2F, K]^T and swiglu (=) [M, F] of it. F and K multiples of 8.
+inline void gated_product(bf16* gate_up, bf16* swiglu, const bf16* in, const bf16* weight, int64_t M, int64_t F,
+                          int64_t K, Gemm& gemm, cudaStream_t stream) {
+#ifdef LLMC_HOPPER
+    if (fused_gemm_is_hopper(gate_up, in, weight, M, 2 * F, K)) {
+        return gemm_hopper_swiglu(gate_up, swiglu, in, weight, M, F, K, stream);
+    }
+#endif
+    gemm.forward(gate_up, in, weight, nullptr, M, 2 * F, K, stream);
+    swiglu_forward(swiglu, gate_up, M, (int)F, stream);
+}

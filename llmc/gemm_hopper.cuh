@@ -1,0 +1,549 @@
+// gemm_hopper.cuh: products of a linear layer on sm_90a whose results are worked on before they leave the chip:
+//   out [M, N] = f(in [M, K] weight [N, K]^T), bf16 in and out, float32 accumulation
+// f is an epilogue: nothing, the rotation of q and k (rope.cuh), or the feed-forward gate (swiglu.cuh). What a kernel
+// of its own would read and write again costs nothing here, as long as the tensor cores are what the product waits for.
+//
+// A block makes tiles of 128 x 256, persistent. One thread loads blocks of 64 of the contraction by TMA into a ring of
+// four stages; two warpgroups of 64 rows each multiply them. Two blocks are a cluster: their tiles lie one below the
+// other, so each loads half of the weight's rows for both, and L2 is read once for two tiles. The multiplying
+// warpgroups leave a tile, rounded, in shared memory and go on with the next; three warps do what follows and write it
+// out, beside the products of the next tile. The multipliers run some stages apart, so that one has the tensor cores
+// while the other rounds.
+//
+// Cost: 2 M N K floating-point operations; bound by them where K is at least some hundreds. Who calls it, and what
+// serves other GPUs and shapes: fused_gemm.cuh. Checks and timings: dev/cuda/fused_gemm.cu.
+#pragma once
+#include <algorithm>
+#include <type_traits>
+
+#include "cuda_common.cuh"
+#include "gpu_properties.cuh"
+#include "ptx_hopper.cuh"
+#include "rope.cuh"
+#include "swiglu.cuh"
+
+// ---- the tile ----------------------------------------------------------------------------------
+struct HopperGemmTile {
+    static constexpr int CONSUMERS = 2;  // warpgroups that multiply
+    static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = 256, BLOCK_K = 64;
+    static constexpr int STAGES = 3;
+    static constexpr int CLUSTER = 2;
+    static constexpr int SHARED_N = BLOCK_N / CLUSTER;  // rows of weight that each block of a cluster loads for both
+    // One warpgroup loads, with its first warp, and finishes, with the others. No more: with m64n256k16 ptxas wants 160
+    // registers a thread at launch.
+    static constexpr int THREADS = WARPGROUP_SIZE * (1 + CONSUMERS);
+    static constexpr int FINISHER_WARPS = 3, FINISHER_THREADS = FINISHER_WARPS * WARP_SIZE;
+    // At launch all threads have the same; the finishers give up what the consumers then take. Were there less than
+    // they ask for, they would wait for ever.
+    static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
+    static constexpr int FINISHER_REGISTERS = 96, CONSUMER_REGISTERS = 200;
+    static_assert(FINISHER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * LAUNCH_REGISTERS,
+                  "registers");
+    static constexpr int HEAD_START = 2;  // blocks of the contraction that the first consumer has before the second
+    static constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * BLOCK_K * sizeof(bf16);
+    // A consumer's results: blocks of OUT_COLUMNS columns.
+    static constexpr int OUT_ROWS = 64, OUT_COLUMNS = 64, OUT_BLOCKS = BLOCK_N / OUT_COLUMNS;
+    static constexpr int MAX_ANGLES = 128;  // that the finishers share
+    static constexpr int OUT_BLOCK_BYTES = OUT_ROWS * OUT_COLUMNS * sizeof(bf16);
+
+    struct Shared {
+        alignas(1024) bf16 in[STAGES][BLOCK_M * BLOCK_K];
+        alignas(1024) bf16 weight[STAGES][BLOCK_N * BLOCK_K];
+        alignas(1024) bf16 out[CONSUMERS][OUT_BLOCKS][OUT_ROWS * OUT_COLUMNS];
+        float2 angles[MAX_ANGLES];
+        uint64_t full[STAGES], empty[STAGES];
+    };
+};
+
+template <class Epilogue>
+struct HopperGemmArguments {
+    CUtensorMap in, weight;       // boxes of BLOCK_M and SHARED_N rows
+    int num_depths;               // blocks of the contraction
+    int row_tiles, column_tiles;  // of a cluster, CLUSTER * BLOCK_M rows each
+    // Rows of weight of a tile: column tile * weight_step, and the second half of them weight_half further.
+    int weight_step, weight_half;
+    Epilogue epilogue;
+
+    // The tiles in an order in which those that are made at the same time share most of what they read: down
+    // GROUP_ROWS rows of tiles, then the next column.
+    static constexpr int GROUP_ROWS = 8;
+    __device__ int num_tiles() const { return row_tiles * column_tiles; }
+    __device__ void find(int tile, int& row_tile, int& column_tile) const {
+        const int first_row = tile / (GROUP_ROWS * column_tiles) * GROUP_ROWS;
+        const int rows = min(GROUP_ROWS, row_tiles - first_row), within = tile - first_row * column_tiles;
+        row_tile = first_row + within % rows;
+        column_tile = within / rows;
+    }
+};
+
+// Named barriers: the second consumer may begin; a consumer's results are in shared memory; it may leave some there;
+// and one among the finishers.
+enum HopperGemmBarrier {
+    HOPPER_GEMM_HEAD_START = 1,
+    HOPPER_GEMM_STAGED = 2,
+    HOPPER_GEMM_FREE = 4,
+    HOPPER_GEMM_DONE = 6
+};
+
+// ---- epilogues ---------------------------------------------------------------------------------
+// What the finishers do with a consumer's 64 rows: prepare, before they are there; finish: `blocks` is the address of
+// OUT_BLOCKS blocks of 64 x 64 (tiles as ptx_hopper.cuh has them), which may be overwritten, and a warp returns when it
+// needs them no more. All leaves by TMA: what finishers stored themselves, sparing shared memory a write and a read,
+// took 1 to 3 % more of the kernel's clocks.
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// A finisher's place, and what the finishers share.
+struct HopperGemmFinisher {
+    int warp, lane;
+    float2* angles;  // [HopperGemmTile::MAX_ANGLES]
+
+    __device__ __forceinline__ void sync() const {
+        named_barrier_sync(HOPPER_GEMM_DONE, HopperGemmTile::FINISHER_THREADS);
+    }
+    __device__ __forceinline__ bool stores() const { return warp == 0 && lane == 0; }
+};
+// The address of the 16 bytes that hold columns 8 pack to 8 pack + 7 of a row of a block.
+__device__ __forceinline__ uint32_t hopper_gemm_pack(uint32_t block, int row, int pack) {
+    return block + row * (HopperGemmTile::OUT_COLUMNS * (int)sizeof(bf16)) + (pack ^ row % 8) * 16;
+}
+__device__ __forceinline__ bf16x8 hopper_gemm_load(uint32_t address) {
+    bf16x8 values;
+    *reinterpret_cast<int4*>(values.data) = load_shared_b128(address);
+    return values;
+}
+__device__ __forceinline__ void hopper_gemm_store(uint32_t address, const bf16x8& values) {
+    store_shared_b128(address, *reinterpret_cast<const int4*>(values.data));
+}
+// Starts writing NUM_BLOCKS blocks side by side, the first to (row, column) of a map with boxes of OUT_ROWS. One lane.
+template <int NUM_BLOCKS>
+__device__ __forceinline__ void hopper_gemm_write(const CUtensorMap* map, uint32_t blocks, int row, int column) {
+    using Tile = HopperGemmTile;
+#pragma unroll
+    for (int i = 0; i < NUM_BLOCKS; ++i) {
+        tma_store_block(map, blocks + i * Tile::OUT_BLOCK_BYTES, row, column + i * Tile::OUT_COLUMNS);
+    }
+    bulk_commit();
+}
+#endif
+
+// out = in weight^T.
+struct PlainEpilogue {
+    CUtensorMap out;
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    struct State {
+        __device__ State(const PlainEpilogue&, const HopperGemmFinisher&) {}
+        __device__ void prepare(const PlainEpilogue&, const HopperGemmFinisher&, int) {}
+    };
+    __device__ __forceinline__ void finish(State&, const HopperGemmFinisher& self, uint32_t blocks, int row,
+                                           int column_tile) const {
+        using Tile = HopperGemmTile;
+        if (self.stores()) {
+            hopper_gemm_write<Tile::OUT_BLOCKS>(&out, blocks, row, column_tile * Tile::BLOCK_N);
+            bulk_wait_read<0>();
+        }
+        __syncwarp();
+    }
+#endif
+};
+
+// out = in weight^T, then the first rotated_columns, whole heads of D, turned by the positions of their rows, which of
+// 64 rows from a multiple of 64 on follow each other. A lane has eight frequencies and every ROW_STEP-th row; of 64
+// rows the first one's angles are exact, the others' are found by adding the angles of some positions.
+template <int D>
+struct RotationEpilogue {
+    CUtensorMap out;
+    RopeRotation rotation;
+    int rotated_columns;
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    static constexpr int PACKS = D / 2 / bf16x8::size;  // of half a head
+    static constexpr int WARP_ROWS = WARP_SIZE / PACKS, ROW_STEP = WARP_ROWS * HopperGemmTile::FINISHER_WARPS;
+    struct State {
+        float2 angles[bf16x8::size];  // of the row at hand
+        float2 first[bf16x8::size],
+            step[bf16x8::size];  // of as many positions as to a lane's first row, and to its next
+        int parity = 0;
+
+        __device__ State(const RotationEpilogue& e, const HopperGemmFinisher& self) {
+#pragma unroll
+            for (int k = 0; k < bf16x8::size; ++k) {
+                const double turns = e.rotation.frequencies.turns_per_position[self.lane % PACKS * bf16x8::size + k];
+                first[k] = rope_cos_sin(first_line(self), turns);
+                step[k] = rope_cos_sin(ROW_STEP, turns);
+            }
+        }
+        // The first row's angles, one a lane, shared; in two places by turns, so that one barrier is enough.
+        __device__ __forceinline__ void prepare(const RotationEpilogue& e, const HopperGemmFinisher& self, int row) {
+            static_assert(D / 2 <= HopperGemmTile::FINISHER_THREADS && D <= HopperGemmTile::MAX_ANGLES, "angles");
+            float2* const shared = self.angles + parity * (D / 2);
+            parity ^= 1;
+            const int i = self.warp * WARP_SIZE + self.lane;
+            if (i < D / 2) {
+                shared[i] = rope_cos_sin(e.rotation.positions.of(row), e.rotation.frequencies.turns_per_position[i]);
+            }
+            self.sync();
+#pragma unroll
+            for (int k = 0; k < bf16x8::size; k += 2) {
+                const float4 two = *reinterpret_cast<const float4*>(shared + self.lane % PACKS * bf16x8::size + k);
+                angles[k] = rope_add_angles(make_float2(two.x, two.y), first[k]);
+                angles[k + 1] = rope_add_angles(make_float2(two.z, two.w), first[k + 1]);
+            }
+        }
+        __device__ __forceinline__ void advance() {
+#pragma unroll
+            for (int k = 0; k < bf16x8::size; ++k) {
+                angles[k] = rope_add_angles(angles[k], step[k]);
+            }
+        }
+    };
+    // Rows that a warp has at a time lie in different banks of shared memory.
+    __device__ __forceinline__ static int first_line(const HopperGemmFinisher& self) {
+        const int line = self.lane / PACKS;
+        return self.warp * WARP_ROWS + (D == 128 ? line : line / 2 + line % 2 * 4);
+    }
+    __device__ __forceinline__ void finish(State& state, const HopperGemmFinisher& self, uint32_t blocks, int row,
+                                           int column_tile) const {
+        using Tile = HopperGemmTile;
+        const int column = column_tile * Tile::BLOCK_N;
+        if (column < rotated_columns) {
+            for (int line = first_line(self); line < Tile::OUT_ROWS; line += ROW_STEP) {
+#pragma unroll
+                for (int head = 0; head < Tile::BLOCK_N / D; ++head) {
+                    if (column + head * D < rotated_columns) {
+                        turn(state, self, blocks + head * (D / Tile::OUT_COLUMNS * Tile::OUT_BLOCK_BYTES), line);
+                    }
+                }
+                state.advance();
+            }
+            fence_async_shared();
+            self.sync();
+        }
+        if (self.stores()) {
+            hopper_gemm_write<Tile::OUT_BLOCKS>(&out, blocks, row, column);
+            bulk_wait_read<0>();
+        }
+        __syncwarp();
+    }
+
+  private:
+    // Eight pairs of the head that begins at `block`, of one of its lines.
+    __device__ __forceinline__ static void turn(const State& state, const HopperGemmFinisher& self, uint32_t block,
+                                                int line) {
+        const int pack = self.lane % PACKS;
+        const uint32_t low_address = hopper_gemm_pack(block, line, pack);
+        const uint32_t high_address =
+            D == 128 ? low_address + HopperGemmTile::OUT_BLOCK_BYTES : hopper_gemm_pack(block, line, pack + PACKS);
+        bf16x8 low = hopper_gemm_load(low_address), high = hopper_gemm_load(high_address);
+#pragma unroll
+        for (int k = 0; k < bf16x8::size; ++k) {
+            const float2 cs = state.angles[k];
+            const float a = __bfloat162float(low[k]), b = __bfloat162float(high[k]);
+            low[k] = __float2bfloat16(a * cs.x - b * cs.y);
+            high[k] = __float2bfloat16(b * cs.x + a * cs.y);
+        }
+        hopper_gemm_store(low_address, low);
+        hopper_gemm_store(high_address, high);
+    }
+#endif
+};
+
+// gate = in weight[0, F)^T and up = in weight[F, 2F)^T, and swiglu of them. A tile is 128 columns of gate, then the
+// same of up. swiglu takes gate's place in shared memory once that has left.
+struct SwigluEpilogue {
+    CUtensorMap gate, up, swiglu;
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    struct State {
+        __device__ State(const SwigluEpilogue&, const HopperGemmFinisher&) {}
+        __device__ void prepare(const SwigluEpilogue&, const HopperGemmFinisher&, int) {}
+    };
+    __device__ __forceinline__ void finish(State&, const HopperGemmFinisher& self, uint32_t blocks, int row,
+                                           int column_tile) const {
+        using Tile = HopperGemmTile;
+        constexpr int HALF = Tile::OUT_BLOCKS / 2, LINE_PACKS = Tile::OUT_COLUMNS / bf16x8::size;
+        constexpr int WARP_LINES = WARP_SIZE / LINE_PACKS, LINE_STEP = WARP_LINES * Tile::FINISHER_WARPS;
+        constexpr int LINES = HALF * Tile::OUT_ROWS, OWN_LINES = (LINES + LINE_STEP - 1) / LINE_STEP;
+        const int column = column_tile * (Tile::BLOCK_N / 2);
+        const uint32_t up_blocks = blocks + HALF * Tile::OUT_BLOCK_BYTES;
+        if (self.stores()) {
+            hopper_gemm_write<HALF>(&gate, blocks, row, column);
+            hopper_gemm_write<HALF>(&up, up_blocks, row, column);
+        }
+        // Blocks lie one behind the other, so their lines are numbered on: as many for each warp, or one more.
+        bf16x8 results[OWN_LINES];
+        auto for_own_lines = [&](auto&& work) {
+#pragma unroll
+            for (int i = 0; i < OWN_LINES; ++i) {
+                const int line = self.warp * WARP_LINES + self.lane / LINE_PACKS + i * LINE_STEP;
+                if (line < LINES) {
+                    work(results[i], hopper_gemm_pack(0, line, self.lane % LINE_PACKS));
+                }
+            }
+        };
+        for_own_lines([&](bf16x8& result, uint32_t place) {
+            const bf16x8 gates = hopper_gemm_load(blocks + place), ups = hopper_gemm_load(up_blocks + place);
+#pragma unroll
+            for (int k = 0; k < bf16x8::size; ++k) {
+                result[k] = __float2bfloat16(swiglu_value(__bfloat162float(gates[k]), __bfloat162float(ups[k])));
+            }
+        });
+        if (self.stores()) {
+            bulk_wait_read<1>();  // gate
+        }
+        self.sync();
+        for_own_lines([&](const bf16x8& result, uint32_t place) { hopper_gemm_store(blocks + place, result); });
+        fence_async_shared();
+        self.sync();
+        if (self.stores()) {
+            hopper_gemm_write<HALF>(&swiglu, blocks, row, column);
+            bulk_wait_read<0>();
+        }
+        __syncwarp();
+    }
+#endif
+};
+
+// ---- kernel ------------------------------------------------------------------------------------
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+// The loading thread: this block's rows of `in`, and its half of the weight's rows for both blocks of the cluster.
+template <class Epilogue>
+__device__ __forceinline__ void hopper_gemm_load(HopperGemmTile::Shared& shared,
+                                                 const HopperGemmArguments<Epilogue>& args) {
+    using Tile = HopperGemmTile;
+    const int rank = (int)cluster_rank();
+    PipelineState<Tile::STAGES> state;
+    for (int tile = blockIdx.x / Tile::CLUSTER; tile < args.num_tiles(); tile += gridDim.x / Tile::CLUSTER) {
+        int row_tile, column_tile;
+        args.find(tile, row_tile, column_tile);
+        const int row = (row_tile * Tile::CLUSTER + rank) * Tile::BLOCK_M;
+        const int weight_row = column_tile * args.weight_step + rank * args.weight_half;
+        for (int depth = 0; depth < args.num_depths; ++depth, state.advance()) {
+            const uint32_t full = shared_address(&shared.full[state.stage]);
+            mbarrier_wait(shared_address(&shared.empty[state.stage]), state.parity ^ 1);
+            mbarrier_arrive_expect(full, Tile::STAGE_BYTES);
+            tma_load_block(shared_address(shared.in[state.stage]), &args.in, row, depth * Tile::BLOCK_K, full);
+            tma_load_block_multicast(
+                shared_address(shared.weight[state.stage] + rank * (Tile::SHARED_N * Tile::BLOCK_K)), &args.weight,
+                weight_row, depth * Tile::BLOCK_K, full, (1 << Tile::CLUSTER) - 1);
+        }
+    }
+}
+
+// A consumer: its 64 rows of each tile.
+__device__ __forceinline__ void hopper_gemm_multiply(HopperGemmTile::Shared& shared, int num_depths, int num_tiles,
+                                                     int consumer) {
+    using Tile = HopperGemmTile;
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE % 4;
+    const uint32_t out = shared_address(shared.out[consumer]);
+    PipelineState<Tile::STAGES> state;
+    // A block of the contraction has been read by this warp: both blocks of the cluster may write where it was.
+    auto release = [&](int stage) {
+        if (lane < Tile::CLUSTER) {
+            mbarrier_arrive_at(shared_address(&shared.empty[stage]), lane);
+        }
+    };
+    bool leads = consumer == 0;  // and has to let the other begin
+    if (!leads) {
+        named_barrier_sync(HOPPER_GEMM_HEAD_START, Tile::CONSUMERS * WARPGROUP_SIZE);
+    }
+    auto let_other_begin = [&] {
+        named_barrier_arrive(HOPPER_GEMM_HEAD_START, Tile::CONSUMERS * WARPGROUP_SIZE);
+        leads = false;
+    };
+    for (int tile = blockIdx.x / Tile::CLUSTER; tile < num_tiles; tile += gridDim.x / Tile::CLUSTER) {
+        float sums[Tile::BLOCK_N / 2];
+        auto multiply = [&](auto is_first) {
+            mbarrier_wait(shared_address(&shared.full[state.stage]), state.parity);
+            const uint64_t in =
+                wgmma_descriptor_k_major(shared_address(shared.in[state.stage] + consumer * (64 * Tile::BLOCK_K)));
+            const uint64_t weight = wgmma_descriptor_k_major(shared_address(shared.weight[state.stage]));
+            wgmma_fence();
+            if constexpr (decltype(is_first)::value) {
+                wgmma_zero<0, 0>(sums, in, weight);
+            } else {
+                wgmma<0, 0>(sums, in, weight);
+            }
+#pragma unroll
+            for (int k = 1; k < Tile::BLOCK_K / 16; ++k) {
+                wgmma<0, 0>(sums, wgmma_advance(in, 32 * k), wgmma_advance(weight, 32 * k));
+            }
+            wgmma_commit();
+        };
+        multiply(std::true_type());
+        int previous = state.stage;
+        state.advance();
+        for (int depth = 1; depth < num_depths; ++depth, state.advance()) {
+            multiply(std::false_type());
+            wgmma_wait<1>();
+            release(previous);
+            previous = state.stage;
+            if (leads && depth + 1 == Tile::HEAD_START) {
+                let_other_begin();
+            }
+        }
+        wgmma_wait<0>();
+        wgmma_pin(sums);
+        release(previous);
+        if (leads) {
+            let_other_begin();
+        }
+        named_barrier_sync(HOPPER_GEMM_FREE + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
+#pragma unroll
+        for (int j = 0; j < Tile::BLOCK_N / 8; j += 2) {  // 8 columns each
+            uint32_t fragment[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                fragment[i] = pack_bf16x2(sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1]);
+            }
+            stmatrix_x4(hopper_gemm_pack(out + j / 8 * Tile::OUT_BLOCK_BYTES, 16 * warp + lane % 16, j % 8 + lane / 16),
+                        fragment);
+        }
+        fence_async_shared();
+        named_barrier_arrive(HOPPER_GEMM_STAGED + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
+    }
+}
+
+// The finishers.
+template <class Epilogue>
+__device__ __forceinline__ void hopper_gemm_finish(HopperGemmTile::Shared& shared,
+                                                   const HopperGemmArguments<Epilogue>& args) {
+    using Tile = HopperGemmTile;
+    const HopperGemmFinisher self{(int)threadIdx.x / WARP_SIZE - 1, (int)threadIdx.x % WARP_SIZE, shared.angles};
+    const int rank = (int)cluster_rank(), num_tiles = args.num_tiles(), tile_step = gridDim.x / Tile::CLUSTER;
+    typename Epilogue::State state(args.epilogue, self);
+    auto free_for = [&](int consumer) {
+        named_barrier_arrive(HOPPER_GEMM_FREE + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
+    };
+    free_for(0);
+    free_for(1);
+    for (int tile = blockIdx.x / Tile::CLUSTER; tile < num_tiles; tile += tile_step) {
+        int row_tile, column_tile;
+        args.find(tile, row_tile, column_tile);
+        for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
+            const int row = (row_tile * Tile::CLUSTER + rank) * Tile::BLOCK_M + Tile::OUT_ROWS * consumer;
+            state.prepare(args.epilogue, self, row);
+            named_barrier_sync(HOPPER_GEMM_STAGED + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
+            args.epilogue.finish(state, self, shared_address(shared.out[consumer]), row, column_tile);
+            if (tile + tile_step < num_tiles) {
+                free_for(consumer);
+            }
+        }
+    }
+}
+#endif  // sm_90a
+
+// Launch: THREADS threads, clusters of two blocks, at most one block an SM. Bound: tensor cores.
+template <class Epilogue>
+__global__ void __cluster_dims__(HopperGemmTile::CLUSTER) __launch_bounds__(HopperGemmTile::THREADS, 1)
+    gemm_hopper_kernel(const __grid_constant__ HopperGemmArguments<Epilogue> args) {
+#if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    using Tile = HopperGemmTile;
+    extern __shared__ __align__(1024) unsigned char gemm_shared_bytes[];
+    Tile::Shared& shared = *reinterpret_cast<Tile::Shared*>(gemm_shared_bytes);
+    const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / WARPGROUP_SIZE, 0);
+    if (threadIdx.x == 0) {
+        if (shared_address(&shared) % 1024 != 0) {
+            __trap();  // the swizzle is a function of the address
+        }
+        prefetch_tensor_map(&args.in);
+        prefetch_tensor_map(&args.weight);
+#pragma unroll
+        for (int i = 0; i < Tile::STAGES; ++i) {
+            mbarrier_init(shared_address(&shared.full[i]), 1);
+            mbarrier_init(shared_address(&shared.empty[i]), 4 * Tile::CONSUMERS * Tile::CLUSTER);
+        }
+        mbarrier_init_fence();
+    }
+    __syncwarp();
+    cluster_sync();
+    if (warpgroup == 0) {
+        registers_decrease<Tile::FINISHER_REGISTERS>();
+        if (threadIdx.x == 0) {
+            hopper_gemm_load(shared, args);
+        } else if (threadIdx.x >= WARP_SIZE) {
+            hopper_gemm_finish(shared, args);
+        }
+        __syncwarp();
+    } else {
+        registers_increase<Tile::CONSUMER_REGISTERS>();
+        hopper_gemm_multiply(shared, args.num_depths, args.num_tiles(), warpgroup - 1);
+    }
+    cluster_sync();  // the other block may still write here
+#endif
+}
+
+// ---- launchers ---------------------------------------------------------------------------------
+// Whether these kernels can run on the operands, on a GPU of compute capability 9.0: rows aligned to 16 bytes.
+inline bool gemm_hopper_takes(const bf16* in, const bf16* weight, const bf16* out, int64_t M, int64_t N, int64_t K) {
+    auto aligned = [](const bf16* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; };
+    constexpr int64_t LONGEST = (1 << 30) - 256;  // a row's number fits an int
+    return M >= 1 && M <= LONGEST && N >= 8 && N <= LONGEST && N % 8 == 0 && K >= 8 && K <= LONGEST && K % 8 == 0 &&
+           aligned(in) && aligned(weight) && aligned(out);
+}
+
+// column_tiles tiles in a row of them; weight has weight_rows rows.
+template <class Epilogue>
+inline void hopper_launch_gemm(const bf16* in, const bf16* weight, int64_t weight_rows, int64_t M, int64_t K,
+                               int64_t column_tiles, int weight_step, int weight_half, const Epilogue& epilogue,
+                               cudaStream_t stream) {
+    using Tile = HopperGemmTile;
+    HopperGemmArguments<Epilogue> args{};
+    args.in = matrix_tensor_map(in, M, K, K, Tile::BLOCK_M);
+    args.weight = matrix_tensor_map(weight, weight_rows, K, K, Tile::SHARED_N);
+    args.num_depths = (int)ceil_div<int64_t>(K, Tile::BLOCK_K);
+    const int64_t row_tiles = ceil_div<int64_t>(M, Tile::CLUSTER * Tile::BLOCK_M), num_tiles = row_tiles * column_tiles;
+    CHECK(num_tiles <= INT32_MAX / 2, "matrix product on Hopper: %lld tiles are too many", (long long)num_tiles);
+    args.row_tiles = (int)row_tiles, args.column_tiles = (int)column_tiles;
+    args.weight_step = weight_step, args.weight_half = weight_half;
+    args.epilogue = epilogue;
+    const auto kernel = gemm_hopper_kernel<Epilogue>;
+    constexpr int SHARED_BYTES = sizeof(Tile::Shared);
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
+    const int num_clusters = (int)std::min<int64_t>(num_tiles, gpu_properties().num_sms / Tile::CLUSTER);
+    kernel<<<num_clusters * Tile::CLUSTER, Tile::THREADS, SHARED_BYTES, stream>>>(args);
+    CUDA_CHECK_LAUNCH();
+}
+// A map for results [M, columns] in rows of row_stride.
+inline CUtensorMap gemm_hopper_out_map(bf16* out, int64_t M, int64_t columns, int64_t row_stride) {
+    return matrix_tensor_map(out, M, columns, row_stride, HopperGemmTile::OUT_ROWS);
+}
+
+// out (=) [M, N] = in [M, K] weight [N, K]^T. Takes what gemm_hopper_takes accepts. Repeats bit for bit, as the others.
+inline void gemm_hopper(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K,
+                        cudaStream_t stream) {
+    NVTX_RANGE();
+    using Tile = HopperGemmTile;
+    hopper_launch_gemm(in, weight, N, M, K, ceil_div<int64_t>(N, Tile::BLOCK_N), Tile::BLOCK_N, Tile::SHARED_N,
+                       PlainEpilogue{gemm_hopper_out_map(out, M, N, N)}, stream);
+}
+
+// out (=) the same, its first num_rotated_heads heads of D (64 or 128) turned: T and run_rows of the positions
+// multiples of 64.
+inline void gemm_hopper_rotated(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K, int D,
+                                int num_rotated_heads, const RopeRotation& rotation, cudaStream_t stream) {
+    NVTX_RANGE();
+    using Tile = HopperGemmTile;
+    const RopePositions& positions = rotation.positions;
+    CHECK((D == 64 || D == 128) && positions.T % 64 == 0 && positions.run_rows % 64 == 0,
+          "product with rotation on Hopper: head dim %d must be 64 or 128, and %lld and %lld rows multiples of 64", D,
+          (long long)positions.T, (long long)positions.run_rows);
+    auto launch = [&](auto epilogue) {
+        epilogue.out = gemm_hopper_out_map(out, M, N, N);
+        epilogue.rotation = rotation;
+        epilogue.rotated_columns = num_rotated_heads * D;
+        hopper_launch_gemm(in, weight, N, M, K, ceil_div<int64_t>(N, Tile::BLOCK_N), Tile::BLOCK_N, Tile::SHARED_N,
+                           epilogue, stream);
+    };
+    D == 64 ? launch(RotationEpilogue<64>{}) : launch(RotationEpilogue<128>{});
+}
+
+// gate_up (=) [M, 2F] = in [M, K] weight [2F, K]^T; swiglu (=) [M, F] of it, the bits of swiglu_forward.
+inline void gemm_hopper_swiglu(bf16* gate_up, bf16* swiglu, const bf16* in, const bf16* weight, int64_t M, int64_t F,
+                               int64_t K, cudaStream_t stream) {
+    NVTX_RANGE();
+    using Tile = HopperGemmTile;
+    constexpr int COLUMNS = Tile::BLOCK_N / 2;
+    const SwigluEpilogue epilogue{gemm_hopper_out_map(gate_up, M, F, 2 * F),
+                                  gemm_hopper_out_map(gate_up + F, M, F, 2 * F), gemm_hopper_out_map(swiglu, M, F, F)};
+    hopper_launch_gemm(in, weight, 2 * F, M, K, ceil_div<int64_t>(F, COLUMNS), COLUMNS, (int)F, epilogue, stream);
+}
