@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "fit.cuh"               // whether the plan fits
+#include "fused_gemm.cuh"        // products and what follows them
 #include "model_memory.cuh"      // settings, buffers, plan
 #include "offload.cuh"           // what lives in host memory
 #include "profile.cuh"           // times of the step's stages
@@ -91,7 +92,7 @@ class GpuModel : public TrainableModel {
             profile_.mark(pass_, name, stream_);
         }
     }
-    void rotate_forward(bf16* qkv, const Batch& batch);
+    void qkv_forward(int l, const Batch& batch);
     void rotate_backward(bf16* dqkv, const Batch& batch);
     RopePositions rope_positions(const Batch& batch) const;
     void attention_forward(int l, const Batch& batch);
@@ -354,10 +355,7 @@ inline void GpuModel::forward_block(int l, const Batch& batch, bf16* residual_ou
     const LayerParameters& p = table_.layers[l];
     const int64_t rows = batch.rows();
     const int C = config_.width, F = config_.ffn_width;
-    stage("qkv product");
-    gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), nullptr, rows, config_.qkv_width(), C, stream_);
-    stage("rotation");
-    rotate_forward(block.qkv, batch);
+    qkv_forward(l, batch);
     attention_forward(l, batch);
     stage("output product");
     gemm_->forward(block.residual_mid, block.attention, weight(p.attention_out), block.residual_in, rows, C,
@@ -365,10 +363,8 @@ inline void GpuModel::forward_block(int l, const Batch& batch, bf16* residual_ou
     stage("norms");
     rmsnorm_forward(m.norm_out, block.ffn_rstd, block.residual_mid, weight(p.ffn_norm), rows, C,
                     (float)config_.norm_eps, stream_);
-    stage("gate and up product");
-    gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), nullptr, rows, 2 * F, C, stream_);
-    stage("gate");
-    swiglu_forward(m.swiglu, block.gate_up, rows, F, stream_);
+    stage("gate and up product, gate");
+    gated_product(block.gate_up, m.swiglu, m.norm_out, weight(p.gate_up), rows, F, C, *gemm_, stream_);
     if (inputs_ && batch.keeps_inputs) {
         stage("wait for copies");
         inputs_->begin_write(l + 1, stream_);
@@ -393,10 +389,7 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
         stage("norms");
         rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C,
                           stream_);
-        stage("qkv product");
-        gemm_->forward(block.qkv, m.norm_out, weight(p.qkv), nullptr, rows, config_.qkv_width(), C, stream_);
-        stage("rotation");
-        rotate_forward(block.qkv, batch);
+        qkv_forward(l, batch);
     }
     if (!kept.attention_state) {
         attention_forward(l, batch);
@@ -410,8 +403,8 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
         stage("norms");
         rmsnorm_forward(m.norm_out, block.ffn_rstd, block.residual_mid, weight(p.ffn_norm), rows, C,
                         (float)config_.norm_eps, stream_);
-        stage("gate and up product");
-        gemm_->forward(block.gate_up, m.norm_out, weight(p.gate_up), nullptr, rows, 2 * F, C, stream_);
+        stage("gate and up product, gate");
+        gated_product(block.gate_up, m.swiglu, m.norm_out, weight(p.gate_up), rows, F, C, *gemm_, stream_);
     }
 }
 
@@ -527,9 +520,13 @@ inline RopePositions GpuModel::rope_positions(const Batch& batch) const {
     return p.halves() == 1 ? rope_one_run(batch.T)
                            : RopePositions{batch.T, p.chunk_rows(), {p.first_position(0), p.first_position(1)}};
 }
-inline void GpuModel::rotate_forward(bf16* qkv, const Batch& batch) {
-    rope_forward(qkv, batch.rows(), config_.num_heads + config_.num_kv_heads, config_.qkv_width(), config_.head_dim,
-                 rope_, rope_positions(batch), stream_);
+inline void GpuModel::qkv_forward(int l, const Batch& batch) {
+    const RopeRotation rotation{rope_, rope_positions(batch)};
+    const int num_rotated_heads = config_.num_heads + config_.num_kv_heads;
+    stage("qkv product, rotation");
+    rotated_product(block_activations(l).qkv, buffers_.norm_out, weight(table_.layers[l].qkv),
+                    {config_.head_dim, num_rotated_heads, rotation}, batch.rows(), config_.qkv_width(), config_.width,
+                    *gemm_, stream_);
 }
 inline void GpuModel::rotate_backward(bf16* dqkv, const Batch& batch) {
     rope_backward(dqkv, batch.rows(), config_.num_heads + config_.num_kv_heads, config_.qkv_width(), config_.head_dim,
