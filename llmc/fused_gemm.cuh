@@ -1,6 +1,7 @@
-// fused_gemm.cuh: the two products of a block's forward with what follows them, in one call:
+// fused_gemm.cuh: the products of a block with what follows them, in one call:
 //   qkv product and rotation     qkv [M, N] = rope(in [M, K] weight [N, K]^T)
 //   gate and up product and gate gate_up [M, 2F] = in [M, K] weight [2F, K]^T, swiglu [M, F] of it
+//   input of the down product    dswiglu = dout [M, K] weight [K, F], dgate_up [M, 2F] and swiglu [M, F] of it
 // Which kernels run: on sm_90a one (gemm_hopper.cuh), for the rotation where D is 64 or 128 and rows come in whole
 // groups of 64 positions; elsewhere cuBLASLt (gemm.cuh), then rope.cuh or swiglu.cuh. The choice depends on the
 // GPU and the shape alone. Either way what follows works on the rounded product.
@@ -50,4 +51,18 @@ inline void gated_product(bf16* gate_up, bf16* swiglu, const bf16* in, const bf1
 #endif
     gemm.forward(gate_up, in, weight, nullptr, M, 2 * F, K, stream);
     swiglu_forward(swiglu, gate_up, M, (int)F, stream);
+}
+
+// dgate_up (=) [M, 2F] and swiglu (=) [M, F], what gated_product gave: swiglu_backward of gate_up [M, 2F] and of
+// dswiglu = dout [M, K] weight [K, F]. dgate_up may be gate_up. F and K multiples of 8.
+inline void gated_product_backward(bf16* dgate_up, bf16* swiglu, const bf16* dout, const bf16* weight,
+                                   const bf16* gate_up, int64_t M, int64_t F, int64_t K, Gemm& gemm,
+                                   cudaStream_t stream) {
+#ifdef LLMC_HOPPER
+    if (fused_gemm_is_hopper(swiglu, dout, weight, M, 2 * F, K)) {
+        return gemm_hopper_swiglu_backward(dgate_up, swiglu, dout, weight, gate_up, M, F, K, stream);
+    }
+#endif
+    gemm.backward_input(swiglu, dout, weight, M, K, F, stream);
+    swiglu_backward(dgate_up, swiglu, swiglu, gate_up, M, (int)F, stream);
 }

@@ -1,17 +1,19 @@
 // gemm_hopper.cuh: products of a linear layer on sm_90a whose results are worked on before they leave the chip:
-//   out [M, N] = f(in [M, K] weight [N, K]^T), bf16 in and out, float32 accumulation
-// f is an epilogue: nothing, the rotation of q and k (rope.cuh), or the feed-forward gate (swiglu.cuh). What a kernel
-// of its own would read and write again costs nothing here, as long as the tensor cores are what the product waits for.
+//   out [M, N] = f(in [M, K] weight [N, K]^T), or of a weight [K, N]; bf16 in and out, float32 accumulation
+// f is an epilogue: the rotation of q and k (rope.cuh), the feed-forward gate or its backward (swiglu.cuh). What a
+// kernel of its own would read and write again costs little here, as long as the product is what a tile waits for.
 //
-// A block makes tiles of 128 x 256, persistent. One thread loads blocks of 64 of the contraction by TMA into a ring of
-// four stages; two warpgroups of 64 rows each multiply them. Two blocks are a cluster: their tiles lie one below the
-// other, so each loads half of the weight's rows for both, and L2 is read once for two tiles. The multiplying
-// warpgroups leave a tile, rounded, in shared memory and go on with the next; three warps do what follows and write it
-// out, beside the products of the next tile. The multipliers run some stages apart, so that one has the tensor cores
-// while the other rounds.
+// A block makes tiles of 128 rows, persistent. One thread loads blocks of 64 of the contraction by TMA into a ring of
+// stages; two warpgroups of 64 rows each, the consumers, multiply them. Two blocks are a cluster: their tiles lie one
+// below the other, so each loads half of the weight for both, and L2 is read once for two tiles. The consumers leave a
+// tile, rounded, in shared memory and go on with the next; other warps, the finishers, do what follows and write it out
+// beside the products of the next tile. The consumers run some stages apart, so that one has the tensor cores while the
+// other rounds.
 //
-// Cost: 2 M N K floating-point operations; bound by them where K is at least some hundreds. Who calls it, and what
-// serves other GPUs and shapes: fused_gemm.cuh. Checks and timings: dev/cuda/fused_gemm.cu.
+// Cost: 2 M N K floating-point operations. Bound: the tensor cores, and nearly as much shared memory at 128 bytes a
+// clock. For 16 of the contraction a 128 x 256 tile takes 256 clocks of the former; its products read 20 KiB, TMA
+// writes 12, 256 clocks; what goes out comes on top: 1024 a tile that is stored as it is, 2048 with a rotation. Who
+// calls it, and what serves other GPUs and shapes: fused_gemm.cuh. Checks and timings: dev/cuda/fused_gemm.cu.
 #pragma once
 #include <algorithm>
 #include <type_traits>
@@ -23,21 +25,21 @@
 #include "swiglu.cuh"
 
 // ---- the tile ----------------------------------------------------------------------------------
+// Of 128 rows. HELPERS: warpgroups that load, with one warp, and finish, with the others.
+template <int BLOCK_N_, int STAGES_, int HELPERS_, int FINISHER_REGISTERS_, int CONSUMER_REGISTERS_>
 struct HopperGemmTile {
     static constexpr int CONSUMERS = 2;  // warpgroups that multiply
-    static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = 256, BLOCK_K = 64;
-    static constexpr int STAGES = 3;
-    static constexpr int CLUSTER = 2;
-    static constexpr int SHARED_N = BLOCK_N / CLUSTER;  // rows of weight that each block of a cluster loads for both
-    // One warpgroup loads, with its first warp, and finishes, with the others. No more: with m64n256k16 ptxas wants 160
-    // registers a thread at launch.
-    static constexpr int THREADS = WARPGROUP_SIZE * (1 + CONSUMERS);
-    static constexpr int FINISHER_WARPS = 3, FINISHER_THREADS = FINISHER_WARPS * WARP_SIZE;
-    // At launch all threads have the same; the finishers give up what the consumers then take. Were there less than
-    // they ask for, they would wait for ever.
+    static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = BLOCK_N_, BLOCK_K = 64;
+    static constexpr int STAGES = STAGES_;
+    static constexpr int CLUSTER = 2;  // each block of it loads half of the weight's rows for both
+    static constexpr int HELPERS = HELPERS_, THREADS = WARPGROUP_SIZE * (HELPERS + CONSUMERS);
+    static constexpr int FINISHER_WARPS = 4 * HELPERS - 1, FINISHER_THREADS = FINISHER_WARPS * WARP_SIZE;
+    // At launch all threads have the same; the helpers give up what the consumers then take. Were there less than they
+    // ask for, they would wait for ever.
     static constexpr int LAUNCH_REGISTERS = 65536 / THREADS / 8 * 8;
-    static constexpr int FINISHER_REGISTERS = 96, CONSUMER_REGISTERS = 200;
-    static_assert(FINISHER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * LAUNCH_REGISTERS,
+    static constexpr int FINISHER_REGISTERS = FINISHER_REGISTERS_, CONSUMER_REGISTERS = CONSUMER_REGISTERS_;
+    static_assert(HELPERS * FINISHER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
+                      (HELPERS + CONSUMERS) * LAUNCH_REGISTERS,
                   "registers");
     static constexpr int HEAD_START = 2;  // blocks of the contraction that the first consumer has before the second
     static constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * BLOCK_K * sizeof(bf16);
@@ -45,6 +47,7 @@ struct HopperGemmTile {
     static constexpr int OUT_ROWS = 64, OUT_COLUMNS = 64, OUT_BLOCKS = BLOCK_N / OUT_COLUMNS;
     static constexpr int MAX_ANGLES = 128;  // that the finishers share
     static constexpr int OUT_BLOCK_BYTES = OUT_ROWS * OUT_COLUMNS * sizeof(bf16);
+    static_assert(BLOCK_N % 64 == 0, "tile");
 
     struct Shared {
         alignas(1024) bf16 in[STAGES][BLOCK_M * BLOCK_K];
@@ -53,14 +56,21 @@ struct HopperGemmTile {
         float2 angles[MAX_ANGLES];
         uint64_t full[STAGES], empty[STAGES];
     };
+    static_assert(sizeof(Shared) <= 227 * 1024, "shared memory");
 };
+// The usual one: it reads shared memory least. No more helpers: for m64n256k16 ptxas wants 160 registers a thread at
+// launch.
+using HopperGemmWideTile = HopperGemmTile<256, 3, 1, 120, 192>;
+// For what takes the finishers long: with three warps they, not the products, decided how long a tile takes.
+using HopperGemmHelpedTile = HopperGemmTile<192, 4, 2, 120, 136>;
 
 template <class Epilogue>
 struct HopperGemmArguments {
-    CUtensorMap in, weight;       // boxes of BLOCK_M and SHARED_N rows
+    CUtensorMap in, weight;       // boxes of BLOCK_M rows; of half of a tile's rows, of a weight [K, N] half a BLOCK_K
     int num_depths;               // blocks of the contraction
     int row_tiles, column_tiles;  // of a cluster, CLUSTER * BLOCK_M rows each
-    // Rows of weight of a tile: column tile * weight_step, and the second half of them weight_half further.
+    // Rows of a weight [N, K] that a tile needs, or columns of one [K, N]: from column tile * weight_step on; of a
+    // weight [N, K] the second half of them from weight_half further on.
     int weight_step, weight_half;
     Epilogue epilogue;
 
@@ -86,24 +96,30 @@ enum HopperGemmBarrier {
 };
 
 // ---- epilogues ---------------------------------------------------------------------------------
-// What the finishers do with a consumer's 64 rows: prepare, before they are there; finish: `blocks` is the address of
-// OUT_BLOCKS blocks of 64 x 64 (tiles as ptx_hopper.cuh has them), which may be overwritten, and a warp returns when it
-// needs them no more. All leaves by TMA: what finishers stored themselves, sparing shared memory a write and a read,
-// took 1 to 3 % more of the kernel's clocks.
+// WEIGHT_IS_TRANSPOSED: the weight is [K, N]. What the finishers do with a consumer's 64 rows: prepare, before they are
+// there; finish: `blocks` is the address of OUT_BLOCKS blocks of 64 x 64 (tiles as ptx_hopper.cuh has them), which may
+// be overwritten, and a warp returns when it needs them no more; `next` is where it will be called for next. Results
+// computed from a tile leave by TMA: stored by the finishers, sparing shared memory a write and a read, they cost 1 to
+// 3 % more clocks.
+template <class Tile>
+struct HopperGemmFinisher;
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-// A finisher's place, and what the finishers share.
+// 64 rows of a tile, of one consumer.
+struct HopperGemmPlace {
+    int row, column_tile;
+};
+// Which finisher a thread is, and what the finishers share.
+template <class Tile>
 struct HopperGemmFinisher {
     int warp, lane;
-    float2* angles;  // [HopperGemmTile::MAX_ANGLES]
+    float2* angles;  // [MAX_ANGLES]
 
-    __device__ __forceinline__ void sync() const {
-        named_barrier_sync(HOPPER_GEMM_DONE, HopperGemmTile::FINISHER_THREADS);
-    }
+    __device__ __forceinline__ void sync() const { named_barrier_sync(HOPPER_GEMM_DONE, Tile::FINISHER_THREADS); }
     __device__ __forceinline__ bool stores() const { return warp == 0 && lane == 0; }
 };
 // The address of the 16 bytes that hold columns 8 pack to 8 pack + 7 of a row of a block.
 __device__ __forceinline__ uint32_t hopper_gemm_pack(uint32_t block, int row, int pack) {
-    return block + row * (HopperGemmTile::OUT_COLUMNS * (int)sizeof(bf16)) + (pack ^ row % 8) * 16;
+    return block + row * 128 + (pack ^ row % 8) * 16;
 }
 __device__ __forceinline__ bf16x8 hopper_gemm_load(uint32_t address) {
     bf16x8 values;
@@ -114,9 +130,8 @@ __device__ __forceinline__ void hopper_gemm_store(uint32_t address, const bf16x8
     store_shared_b128(address, *reinterpret_cast<const int4*>(values.data));
 }
 // Starts writing NUM_BLOCKS blocks side by side, the first to (row, column) of a map with boxes of OUT_ROWS. One lane.
-template <int NUM_BLOCKS>
+template <class Tile, int NUM_BLOCKS = Tile::OUT_BLOCKS>
 __device__ __forceinline__ void hopper_gemm_write(const CUtensorMap* map, uint32_t blocks, int row, int column) {
-    using Tile = HopperGemmTile;
 #pragma unroll
     for (int i = 0; i < NUM_BLOCKS; ++i) {
         tma_store_block(map, blocks + i * Tile::OUT_BLOCK_BYTES, row, column + i * Tile::OUT_COLUMNS);
@@ -125,46 +140,28 @@ __device__ __forceinline__ void hopper_gemm_write(const CUtensorMap* map, uint32
 }
 #endif
 
-// out = in weight^T.
-struct PlainEpilogue {
-    CUtensorMap out;
-
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    struct State {
-        __device__ State(const PlainEpilogue&, const HopperGemmFinisher&) {}
-        __device__ void prepare(const PlainEpilogue&, const HopperGemmFinisher&, int) {}
-    };
-    __device__ __forceinline__ void finish(State&, const HopperGemmFinisher& self, uint32_t blocks, int row,
-                                           int column_tile) const {
-        using Tile = HopperGemmTile;
-        if (self.stores()) {
-            hopper_gemm_write<Tile::OUT_BLOCKS>(&out, blocks, row, column_tile * Tile::BLOCK_N);
-            bulk_wait_read<0>();
-        }
-        __syncwarp();
-    }
-#endif
-};
-
 // out = in weight^T, then the first rotated_columns, whole heads of D, turned by the positions of their rows, which of
 // 64 rows from a multiple of 64 on follow each other. A lane has eight frequencies and every ROW_STEP-th row; of 64
 // rows the first one's angles are exact, the others' are found by adding the angles of some positions.
 template <int D>
 struct RotationEpilogue {
+    using Tile = HopperGemmWideTile;
+    using Finisher = HopperGemmFinisher<Tile>;
+    static constexpr bool WEIGHT_IS_TRANSPOSED = false;
     CUtensorMap out;
     RopeRotation rotation;
     int rotated_columns;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     static constexpr int PACKS = D / 2 / bf16x8::size;  // of half a head
-    static constexpr int WARP_ROWS = WARP_SIZE / PACKS, ROW_STEP = WARP_ROWS * HopperGemmTile::FINISHER_WARPS;
+    static constexpr int WARP_ROWS = WARP_SIZE / PACKS, ROW_STEP = WARP_ROWS * Tile::FINISHER_WARPS;
     struct State {
         float2 angles[bf16x8::size];  // of the row at hand
-        float2 first[bf16x8::size],
-            step[bf16x8::size];  // of as many positions as to a lane's first row, and to its next
+        // Of as many positions as to a lane's first row, and from row to row.
+        float2 first[bf16x8::size], step[bf16x8::size];
         int parity = 0;
 
-        __device__ State(const RotationEpilogue& e, const HopperGemmFinisher& self) {
+        __device__ State(const RotationEpilogue& e, const Finisher& self) {
 #pragma unroll
             for (int k = 0; k < bf16x8::size; ++k) {
                 const double turns = e.rotation.frequencies.turns_per_position[self.lane % PACKS * bf16x8::size + k];
@@ -173,13 +170,15 @@ struct RotationEpilogue {
             }
         }
         // The first row's angles, one a lane, shared; in two places by turns, so that one barrier is enough.
-        __device__ __forceinline__ void prepare(const RotationEpilogue& e, const HopperGemmFinisher& self, int row) {
-            static_assert(D / 2 <= HopperGemmTile::FINISHER_THREADS && D <= HopperGemmTile::MAX_ANGLES, "angles");
+        __device__ __forceinline__ void prepare(const RotationEpilogue& e, const Finisher& self,
+                                                const HopperGemmPlace& place) {
+            static_assert(D / 2 <= Tile::FINISHER_THREADS && D <= Tile::MAX_ANGLES, "angles");
             float2* const shared = self.angles + parity * (D / 2);
             parity ^= 1;
             const int i = self.warp * WARP_SIZE + self.lane;
             if (i < D / 2) {
-                shared[i] = rope_cos_sin(e.rotation.positions.of(row), e.rotation.frequencies.turns_per_position[i]);
+                shared[i] =
+                    rope_cos_sin(e.rotation.positions.of(place.row), e.rotation.frequencies.turns_per_position[i]);
             }
             self.sync();
 #pragma unroll
@@ -197,14 +196,13 @@ struct RotationEpilogue {
         }
     };
     // Rows that a warp has at a time lie in different banks of shared memory.
-    __device__ __forceinline__ static int first_line(const HopperGemmFinisher& self) {
+    __device__ __forceinline__ static int first_line(const Finisher& self) {
         const int line = self.lane / PACKS;
         return self.warp * WARP_ROWS + (D == 128 ? line : line / 2 + line % 2 * 4);
     }
-    __device__ __forceinline__ void finish(State& state, const HopperGemmFinisher& self, uint32_t blocks, int row,
-                                           int column_tile) const {
-        using Tile = HopperGemmTile;
-        const int column = column_tile * Tile::BLOCK_N;
+    __device__ __forceinline__ void finish(State& state, const Finisher& self, uint32_t blocks,
+                                           const HopperGemmPlace& place, const HopperGemmPlace&) const {
+        const int column = place.column_tile * Tile::BLOCK_N;
         if (column < rotated_columns) {
             for (int line = first_line(self); line < Tile::OUT_ROWS; line += ROW_STEP) {
 #pragma unroll
@@ -219,7 +217,7 @@ struct RotationEpilogue {
             self.sync();
         }
         if (self.stores()) {
-            hopper_gemm_write<Tile::OUT_BLOCKS>(&out, blocks, row, column);
+            hopper_gemm_write<Tile>(&out, blocks, place.row, column);
             bulk_wait_read<0>();
         }
         __syncwarp();
@@ -227,12 +225,11 @@ struct RotationEpilogue {
 
   private:
     // Eight pairs of the head that begins at `block`, of one of its lines.
-    __device__ __forceinline__ static void turn(const State& state, const HopperGemmFinisher& self, uint32_t block,
-                                                int line) {
+    __device__ __forceinline__ static void turn(const State& state, const Finisher& self, uint32_t block, int line) {
         const int pack = self.lane % PACKS;
         const uint32_t low_address = hopper_gemm_pack(block, line, pack);
         const uint32_t high_address =
-            D == 128 ? low_address + HopperGemmTile::OUT_BLOCK_BYTES : hopper_gemm_pack(block, line, pack + PACKS);
+            D == 128 ? low_address + Tile::OUT_BLOCK_BYTES : hopper_gemm_pack(block, line, pack + PACKS);
         bf16x8 low = hopper_gemm_load(low_address), high = hopper_gemm_load(high_address);
 #pragma unroll
         for (int k = 0; k < bf16x8::size; ++k) {
@@ -250,24 +247,26 @@ struct RotationEpilogue {
 // gate = in weight[0, F)^T and up = in weight[F, 2F)^T, and swiglu of them. A tile is 128 columns of gate, then the
 // same of up. swiglu takes gate's place in shared memory once that has left.
 struct SwigluEpilogue {
+    using Tile = HopperGemmWideTile;
+    using Finisher = HopperGemmFinisher<Tile>;
+    static constexpr bool WEIGHT_IS_TRANSPOSED = false;
     CUtensorMap gate, up, swiglu;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     struct State {
-        __device__ State(const SwigluEpilogue&, const HopperGemmFinisher&) {}
-        __device__ void prepare(const SwigluEpilogue&, const HopperGemmFinisher&, int) {}
+        __device__ State(const SwigluEpilogue&, const Finisher&) {}
+        __device__ void prepare(const SwigluEpilogue&, const Finisher&, const HopperGemmPlace&) {}
     };
-    __device__ __forceinline__ void finish(State&, const HopperGemmFinisher& self, uint32_t blocks, int row,
-                                           int column_tile) const {
-        using Tile = HopperGemmTile;
+    __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
+                                           const HopperGemmPlace&) const {
         constexpr int HALF = Tile::OUT_BLOCKS / 2, LINE_PACKS = Tile::OUT_COLUMNS / bf16x8::size;
         constexpr int WARP_LINES = WARP_SIZE / LINE_PACKS, LINE_STEP = WARP_LINES * Tile::FINISHER_WARPS;
         constexpr int LINES = HALF * Tile::OUT_ROWS, OWN_LINES = (LINES + LINE_STEP - 1) / LINE_STEP;
-        const int column = column_tile * (Tile::BLOCK_N / 2);
+        const int column = place.column_tile * (Tile::BLOCK_N / 2);
         const uint32_t up_blocks = blocks + HALF * Tile::OUT_BLOCK_BYTES;
         if (self.stores()) {
-            hopper_gemm_write<HALF>(&gate, blocks, row, column);
-            hopper_gemm_write<HALF>(&up, up_blocks, row, column);
+            hopper_gemm_write<Tile, HALF>(&gate, blocks, place.row, column);
+            hopper_gemm_write<Tile, HALF>(&up, up_blocks, place.row, column);
         }
         // Blocks lie one behind the other, so their lines are numbered on: as many for each warp, or one more.
         bf16x8 results[OWN_LINES];
@@ -295,7 +294,90 @@ struct SwigluEpilogue {
         fence_async_shared();
         self.sync();
         if (self.stores()) {
-            hopper_gemm_write<HALF>(&swiglu, blocks, row, column);
+            hopper_gemm_write<Tile, HALF>(&swiglu, blocks, place.row, column);
+            bulk_wait_read<0>();
+        }
+        __syncwarp();
+    }
+#endif
+};
+
+// dswiglu = in weight, never written: it becomes dgate_up and swiglu, as swiglu_backward has them. gate_up comes
+// straight to the registers of the lane that needs it, a tile ahead; dgate_up leaves from there, so it may be
+// gate_up.
+struct SwigluBackwardEpilogue {
+    using Tile = HopperGemmHelpedTile;
+    using Finisher = HopperGemmFinisher<Tile>;
+    static constexpr bool WEIGHT_IS_TRANSPOSED = true;
+    CUtensorMap swiglu;
+    bf16* dgate_up;       // [rows, 2 F]
+    const bf16* gate_up;  // the same
+    int rows, F;
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    // A warp takes 4 lines of a block at a time, every FINISHER_WARPS-th four of a tile.
+    static constexpr int LINE_PACKS = Tile::OUT_COLUMNS / bf16x8::size, WARP_LINES = WARP_SIZE / LINE_PACKS;
+    static constexpr int BLOCK_ITEMS = Tile::OUT_ROWS / WARP_LINES, ITEMS = Tile::OUT_BLOCKS * BLOCK_ITEMS;
+    static constexpr int OWN_ITEMS = (ITEMS + Tile::FINISHER_WARPS - 1) / Tile::FINISHER_WARPS;
+    struct State {
+        // Packs of the next tile, each loaded when that of the last is used. No bf16: each would get a register.
+        int4 gates[OWN_ITEMS], ups[OWN_ITEMS];
+        bool loaded = false;
+
+        __device__ State(const SwigluBackwardEpilogue&, const Finisher&) {}
+        __device__ __forceinline__ void prepare(const SwigluBackwardEpilogue& e, const Finisher& self,
+                                                const HopperGemmPlace& place) {
+            if (!loaded) {
+#pragma unroll
+                for (int i = 0; i < OWN_ITEMS; ++i) {
+                    load(e, self, i, place);
+                }
+            }
+            loaded = true;
+        }
+        __device__ __forceinline__ void load(const SwigluBackwardEpilogue& e, const Finisher& self, int i,
+                                             const HopperGemmPlace& place) {
+            const Pack pack = e.find(self, i, place);
+            if (pack.exists) {
+                gates[i] = __ldcs(reinterpret_cast<const int4*>(e.gate_up + pack.offset));
+                ups[i] = __ldcs(reinterpret_cast<const int4*>(e.gate_up + pack.offset + e.F));
+            }
+        }
+    };
+    struct Pack {
+        bool exists;
+        int64_t offset;   // of its gates in gate_up
+        uint32_t shared;  // of its dswiglu in blocks
+    };
+    // This lane's pack of its warp's item i.
+    __device__ __forceinline__ Pack find(const Finisher& self, int i, const HopperGemmPlace& place) const {
+        // Opaque: found again for each use, as the places of all items would take registers that there are not.
+        const int item = opaque(self.warp) + i * Tile::FINISHER_WARPS, block = item / BLOCK_ITEMS;
+        const int line = item % BLOCK_ITEMS * WARP_LINES + self.lane / LINE_PACKS, pack = self.lane % LINE_PACKS;
+        const int column = place.column_tile * Tile::BLOCK_N + block * Tile::OUT_COLUMNS + pack * bf16x8::size;
+        return {item < ITEMS && place.row + line < rows && column < F, (int64_t)(place.row + line) * (2 * F) + column,
+                hopper_gemm_pack(block * Tile::OUT_BLOCK_BYTES, line, pack)};
+    }
+    __device__ __forceinline__ void finish(State& state, const Finisher& self, uint32_t blocks,
+                                           const HopperGemmPlace& place, const HopperGemmPlace& next) const {
+#pragma unroll
+        for (int i = 0; i < OWN_ITEMS; ++i) {
+            const Pack pack = find(self, i, place);
+            if (pack.exists) {
+                bf16x8 gates, ups, dgates, dups, outs;
+                *reinterpret_cast<int4*>(gates.data) = state.gates[i];
+                *reinterpret_cast<int4*>(ups.data) = state.ups[i];
+                swiglu_backward_pack(dgates, dups, outs, hopper_gemm_load(blocks + pack.shared), gates, ups);
+                store128(dgate_up + pack.offset, dgates);
+                store128(dgate_up + pack.offset + F, dups);
+                hopper_gemm_store(blocks + pack.shared, outs);
+            }
+            state.load(*this, self, i, next);
+        }
+        fence_async_shared();
+        self.sync();
+        if (self.stores()) {
+            hopper_gemm_write<Tile>(&swiglu, blocks, place.row, place.column_tile * Tile::BLOCK_N);
             bulk_wait_read<0>();
         }
         __syncwarp();
@@ -307,32 +389,45 @@ struct SwigluEpilogue {
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // The loading thread: this block's rows of `in`, and its half of the weight's rows for both blocks of the cluster.
 template <class Epilogue>
-__device__ __forceinline__ void hopper_gemm_load(HopperGemmTile::Shared& shared,
+__device__ __forceinline__ void hopper_gemm_load(typename Epilogue::Tile::Shared& shared,
                                                  const HopperGemmArguments<Epilogue>& args) {
-    using Tile = HopperGemmTile;
+    using Tile = typename Epilogue::Tile;
     const int rank = (int)cluster_rank();
     PipelineState<Tile::STAGES> state;
     for (int tile = blockIdx.x / Tile::CLUSTER; tile < args.num_tiles(); tile += gridDim.x / Tile::CLUSTER) {
         int row_tile, column_tile;
         args.find(tile, row_tile, column_tile);
         const int row = (row_tile * Tile::CLUSTER + rank) * Tile::BLOCK_M;
-        const int weight_row = column_tile * args.weight_step + rank * args.weight_half;
+        const int weight_begin =
+            column_tile * args.weight_step + (Epilogue::WEIGHT_IS_TRANSPOSED ? 0 : rank * args.weight_half);
         for (int depth = 0; depth < args.num_depths; ++depth, state.advance()) {
             const uint32_t full = shared_address(&shared.full[state.stage]);
             mbarrier_wait(shared_address(&shared.empty[state.stage]), state.parity ^ 1);
             mbarrier_arrive_expect(full, Tile::STAGE_BYTES);
             tma_load_block(shared_address(shared.in[state.stage]), &args.in, row, depth * Tile::BLOCK_K, full);
-            tma_load_block_multicast(
-                shared_address(shared.weight[state.stage] + rank * (Tile::SHARED_N * Tile::BLOCK_K)), &args.weight,
-                weight_row, depth * Tile::BLOCK_K, full, (1 << Tile::CLUSTER) - 1);
+            constexpr uint16_t WHOLE_CLUSTER = (1 << Tile::CLUSTER) - 1;
+            if constexpr (Epilogue::WEIGHT_IS_TRANSPOSED) {
+                constexpr int OWN_DEPTHS = Tile::BLOCK_K / Tile::CLUSTER;
+#pragma unroll
+                for (int i = 0; i < Tile::BLOCK_N / 64; ++i) {
+                    const int place = (i * Tile::BLOCK_K + rank * OWN_DEPTHS) * 64;
+                    tma_load_block_multicast(shared_address(shared.weight[state.stage] + place), &args.weight,
+                                             depth * Tile::BLOCK_K + rank * OWN_DEPTHS, weight_begin + 64 * i, full,
+                                             WHOLE_CLUSTER);
+                }
+            } else {
+                tma_load_block_multicast(
+                    shared_address(shared.weight[state.stage] + rank * (Tile::BLOCK_N / Tile::CLUSTER * Tile::BLOCK_K)),
+                    &args.weight, weight_begin, depth * Tile::BLOCK_K, full, WHOLE_CLUSTER);
+            }
         }
     }
 }
 
 // A consumer: its 64 rows of each tile.
-__device__ __forceinline__ void hopper_gemm_multiply(HopperGemmTile::Shared& shared, int num_depths, int num_tiles,
+template <class Tile, bool WEIGHT_IS_TRANSPOSED>
+__device__ __forceinline__ void hopper_gemm_multiply(typename Tile::Shared& shared, int num_depths, int num_tiles,
                                                      int consumer) {
-    using Tile = HopperGemmTile;
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE % 4;
     const uint32_t out = shared_address(shared.out[consumer]);
     PipelineState<Tile::STAGES> state;
@@ -356,16 +451,19 @@ __device__ __forceinline__ void hopper_gemm_multiply(HopperGemmTile::Shared& sha
             mbarrier_wait(shared_address(&shared.full[state.stage]), state.parity);
             const uint64_t in =
                 wgmma_descriptor_k_major(shared_address(shared.in[state.stage] + consumer * (64 * Tile::BLOCK_K)));
-            const uint64_t weight = wgmma_descriptor_k_major(shared_address(shared.weight[state.stage]));
+            const uint32_t weight_tile = shared_address(shared.weight[state.stage]);
+            const uint64_t weight = WEIGHT_IS_TRANSPOSED ? wgmma_descriptor_mn_major(weight_tile, Tile::BLOCK_K * 128)
+                                                         : wgmma_descriptor_k_major(weight_tile);
+            constexpr int TRANSPOSED = WEIGHT_IS_TRANSPOSED, WEIGHT_STEP = WEIGHT_IS_TRANSPOSED ? 16 * 128 : 32;
             wgmma_fence();
             if constexpr (decltype(is_first)::value) {
-                wgmma_zero<0, 0>(sums, in, weight);
+                wgmma_zero<0, TRANSPOSED>(sums, in, weight);
             } else {
-                wgmma<0, 0>(sums, in, weight);
+                wgmma<0, TRANSPOSED>(sums, in, weight);
             }
 #pragma unroll
             for (int k = 1; k < Tile::BLOCK_K / 16; ++k) {
-                wgmma<0, 0>(sums, wgmma_advance(in, 32 * k), wgmma_advance(weight, 32 * k));
+                wgmma<0, TRANSPOSED>(sums, wgmma_advance(in, 32 * k), wgmma_advance(weight, WEIGHT_STEP * k));
             }
             wgmma_commit();
         };
@@ -405,10 +503,10 @@ __device__ __forceinline__ void hopper_gemm_multiply(HopperGemmTile::Shared& sha
 
 // The finishers.
 template <class Epilogue>
-__device__ __forceinline__ void hopper_gemm_finish(HopperGemmTile::Shared& shared,
+__device__ __forceinline__ void hopper_gemm_finish(typename Epilogue::Tile::Shared& shared,
                                                    const HopperGemmArguments<Epilogue>& args) {
-    using Tile = HopperGemmTile;
-    const HopperGemmFinisher self{(int)threadIdx.x / WARP_SIZE - 1, (int)threadIdx.x % WARP_SIZE, shared.angles};
+    using Tile = typename Epilogue::Tile;
+    const HopperGemmFinisher<Tile> self{(int)threadIdx.x / WARP_SIZE - 1, (int)threadIdx.x % WARP_SIZE, shared.angles};
     const int rank = (int)cluster_rank(), num_tiles = args.num_tiles(), tile_step = gridDim.x / Tile::CLUSTER;
     typename Epilogue::State state(args.epilogue, self);
     auto free_for = [&](int consumer) {
@@ -416,30 +514,41 @@ __device__ __forceinline__ void hopper_gemm_finish(HopperGemmTile::Shared& share
     };
     free_for(0);
     free_for(1);
-    for (int tile = blockIdx.x / Tile::CLUSTER; tile < num_tiles; tile += tile_step) {
-        int row_tile, column_tile;
-        args.find(tile, row_tile, column_tile);
-        for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
-            const int row = (row_tile * Tile::CLUSTER + rank) * Tile::BLOCK_M + Tile::OUT_ROWS * consumer;
-            state.prepare(args.epilogue, self, row);
-            named_barrier_sync(HOPPER_GEMM_STAGED + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
-            args.epilogue.finish(state, self, shared_address(shared.out[consumer]), row, column_tile);
-            if (tile + tile_step < num_tiles) {
-                free_for(consumer);
-            }
+    // The rows of this block's `consumer` in a tile; beyond all rows when there is no such tile.
+    auto find = [&](int tile, int consumer) {
+        int row_tile = args.row_tiles, column_tile = 0;
+        if (tile < num_tiles) {
+            args.find(tile, row_tile, column_tile);
         }
+        return HopperGemmPlace{(row_tile * Tile::CLUSTER + rank) * Tile::BLOCK_M + Tile::OUT_ROWS * consumer,
+                               column_tile};
+    };
+    int tile = blockIdx.x / Tile::CLUSTER;
+    HopperGemmPlace place = find(tile, 0);
+    for (int consumer = 0; tile < num_tiles; consumer = 1 - consumer) {
+        const int next_tile = consumer == 0 ? tile : tile + tile_step;
+        const HopperGemmPlace next = find(next_tile, 1 - consumer);
+        state.prepare(args.epilogue, self, place);
+        named_barrier_sync(HOPPER_GEMM_STAGED + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
+        args.epilogue.finish(state, self, shared_address(shared.out[consumer]), place, next);
+        if (tile + tile_step < num_tiles) {
+            free_for(consumer);
+        }
+        tile = next_tile;
+        place = next;
     }
 }
 #endif  // sm_90a
 
-// Launch: THREADS threads, clusters of two blocks, at most one block an SM. Bound: tensor cores.
+// Launch: THREADS threads, clusters of two blocks, at most one block an SM. Bound: see above.
 template <class Epilogue>
-__global__ void __cluster_dims__(HopperGemmTile::CLUSTER) __launch_bounds__(HopperGemmTile::THREADS, 1)
+__global__ void __cluster_dims__(Epilogue::Tile::CLUSTER) __launch_bounds__(Epilogue::Tile::THREADS, 1)
     gemm_hopper_kernel(const __grid_constant__ HopperGemmArguments<Epilogue> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    using Tile = HopperGemmTile;
+    using Tile = typename Epilogue::Tile;
+    using Shared = typename Tile::Shared;
     extern __shared__ __align__(1024) unsigned char gemm_shared_bytes[];
-    Tile::Shared& shared = *reinterpret_cast<Tile::Shared*>(gemm_shared_bytes);
+    Shared& shared = *reinterpret_cast<Shared*>(gemm_shared_bytes);
     const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / WARPGROUP_SIZE, 0);
     if (threadIdx.x == 0) {
         if (shared_address(&shared) % 1024 != 0) {
@@ -456,7 +565,7 @@ __global__ void __cluster_dims__(HopperGemmTile::CLUSTER) __launch_bounds__(Hopp
     }
     __syncwarp();
     cluster_sync();
-    if (warpgroup == 0) {
+    if (warpgroup < Tile::HELPERS) {
         registers_decrease<Tile::FINISHER_REGISTERS>();
         if (threadIdx.x == 0) {
             hopper_gemm_load(shared, args);
@@ -466,7 +575,8 @@ __global__ void __cluster_dims__(HopperGemmTile::CLUSTER) __launch_bounds__(Hopp
         __syncwarp();
     } else {
         registers_increase<Tile::CONSUMER_REGISTERS>();
-        hopper_gemm_multiply(shared, args.num_depths, args.num_tiles(), warpgroup - 1);
+        hopper_gemm_multiply<Tile, Epilogue::WEIGHT_IS_TRANSPOSED>(shared, args.num_depths, args.num_tiles(),
+                                                                   warpgroup - Tile::HELPERS);
     }
     cluster_sync();  // the other block may still write here
 #endif
@@ -481,15 +591,17 @@ inline bool gemm_hopper_takes(const bf16* in, const bf16* weight, const bf16* ou
            aligned(in) && aligned(weight) && aligned(out);
 }
 
-// column_tiles tiles in a row of them; weight has weight_rows rows.
+// column_tiles tiles in a row of them; weight has weight_rows rows, or columns of a weight [K, N].
 template <class Epilogue>
 inline void hopper_launch_gemm(const bf16* in, const bf16* weight, int64_t weight_rows, int64_t M, int64_t K,
                                int64_t column_tiles, int weight_step, int weight_half, const Epilogue& epilogue,
                                cudaStream_t stream) {
-    using Tile = HopperGemmTile;
+    using Tile = typename Epilogue::Tile;
     HopperGemmArguments<Epilogue> args{};
     args.in = matrix_tensor_map(in, M, K, K, Tile::BLOCK_M);
-    args.weight = matrix_tensor_map(weight, weight_rows, K, K, Tile::SHARED_N);
+    args.weight = Epilogue::WEIGHT_IS_TRANSPOSED
+                      ? matrix_tensor_map(weight, K, weight_rows, weight_rows, Tile::BLOCK_K / Tile::CLUSTER)
+                      : matrix_tensor_map(weight, weight_rows, K, K, Tile::BLOCK_N / Tile::CLUSTER);
     args.num_depths = (int)ceil_div<int64_t>(K, Tile::BLOCK_K);
     const int64_t row_tiles = ceil_div<int64_t>(M, Tile::CLUSTER * Tile::BLOCK_M), num_tiles = row_tiles * column_tiles;
     CHECK(num_tiles <= INT32_MAX / 2, "matrix product on Hopper: %lld tiles are too many", (long long)num_tiles);
@@ -497,32 +609,24 @@ inline void hopper_launch_gemm(const bf16* in, const bf16* weight, int64_t weigh
     args.weight_step = weight_step, args.weight_half = weight_half;
     args.epilogue = epilogue;
     const auto kernel = gemm_hopper_kernel<Epilogue>;
-    constexpr int SHARED_BYTES = sizeof(Tile::Shared);
+    constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
-    const int num_clusters = (int)std::min<int64_t>(num_tiles, gpu_properties().num_sms / Tile::CLUSTER);
+    const int most = std::max(1, gpu_properties().num_sms / Tile::CLUSTER);
+    const int num_clusters = (int)std::min<int64_t>(num_tiles, most);
     kernel<<<num_clusters * Tile::CLUSTER, Tile::THREADS, SHARED_BYTES, stream>>>(args);
     CUDA_CHECK_LAUNCH();
 }
 // A map for results [M, columns] in rows of row_stride.
 inline CUtensorMap gemm_hopper_out_map(bf16* out, int64_t M, int64_t columns, int64_t row_stride) {
-    return matrix_tensor_map(out, M, columns, row_stride, HopperGemmTile::OUT_ROWS);
+    return matrix_tensor_map(out, M, columns, row_stride, HopperGemmWideTile::OUT_ROWS);
 }
 
-// out (=) [M, N] = in [M, K] weight [N, K]^T. Takes what gemm_hopper_takes accepts. Repeats bit for bit, as the others.
-inline void gemm_hopper(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K,
-                        cudaStream_t stream) {
-    NVTX_RANGE();
-    using Tile = HopperGemmTile;
-    hopper_launch_gemm(in, weight, N, M, K, ceil_div<int64_t>(N, Tile::BLOCK_N), Tile::BLOCK_N, Tile::SHARED_N,
-                       PlainEpilogue{gemm_hopper_out_map(out, M, N, N)}, stream);
-}
-
-// out (=) the same, its first num_rotated_heads heads of D (64 or 128) turned: T and run_rows of the positions
-// multiples of 64.
+// out (=) [M, N] = in [M, K] weight [N, K]^T, its first num_rotated_heads heads of D (64 or 128) turned: T and run_rows
+// of the positions multiples of 64. All of these take what gemm_hopper_takes accepts, and repeat bit for bit.
 inline void gemm_hopper_rotated(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K, int D,
                                 int num_rotated_heads, const RopeRotation& rotation, cudaStream_t stream) {
     NVTX_RANGE();
-    using Tile = HopperGemmTile;
+    using Tile = HopperGemmWideTile;
     const RopePositions& positions = rotation.positions;
     CHECK((D == 64 || D == 128) && positions.T % 64 == 0 && positions.run_rows % 64 == 0,
           "product with rotation on Hopper: head dim %d must be 64 or 128, and %lld and %lld rows multiples of 64", D,
@@ -531,7 +635,7 @@ inline void gemm_hopper_rotated(bf16* out, const bf16* in, const bf16* weight, i
         epilogue.out = gemm_hopper_out_map(out, M, N, N);
         epilogue.rotation = rotation;
         epilogue.rotated_columns = num_rotated_heads * D;
-        hopper_launch_gemm(in, weight, N, M, K, ceil_div<int64_t>(N, Tile::BLOCK_N), Tile::BLOCK_N, Tile::SHARED_N,
+        hopper_launch_gemm(in, weight, N, M, K, ceil_div<int64_t>(N, Tile::BLOCK_N), Tile::BLOCK_N, Tile::BLOCK_N / 2,
                            epilogue, stream);
     };
     D == 64 ? launch(RotationEpilogue<64>{}) : launch(RotationEpilogue<128>{});
@@ -541,9 +645,19 @@ inline void gemm_hopper_rotated(bf16* out, const bf16* in, const bf16* weight, i
 inline void gemm_hopper_swiglu(bf16* gate_up, bf16* swiglu, const bf16* in, const bf16* weight, int64_t M, int64_t F,
                                int64_t K, cudaStream_t stream) {
     NVTX_RANGE();
-    using Tile = HopperGemmTile;
+    using Tile = HopperGemmWideTile;
     constexpr int COLUMNS = Tile::BLOCK_N / 2;
     const SwigluEpilogue epilogue{gemm_hopper_out_map(gate_up, M, F, 2 * F),
                                   gemm_hopper_out_map(gate_up + F, M, F, 2 * F), gemm_hopper_out_map(swiglu, M, F, F)};
     hopper_launch_gemm(in, weight, 2 * F, M, K, ceil_div<int64_t>(F, COLUMNS), COLUMNS, (int)F, epilogue, stream);
+}
+
+// dgate_up (=) [M, 2F] and swiglu (=) [M, F]: what swiglu_backward makes of gate_up [M, 2F] and of dswiglu = dout [M,
+// K] weight [K, F], rounded. dgate_up may be gate_up.
+inline void gemm_hopper_swiglu_backward(bf16* dgate_up, bf16* swiglu, const bf16* dout, const bf16* weight,
+                                        const bf16* gate_up, int64_t M, int64_t F, int64_t K, cudaStream_t stream) {
+    NVTX_RANGE();
+    using Tile = HopperGemmHelpedTile;
+    const SwigluBackwardEpilogue epilogue{gemm_hopper_out_map(swiglu, M, F, F), dgate_up, gate_up, (int)M, (int)F};
+    hopper_launch_gemm(dout, weight, F, M, K, ceil_div<int64_t>(F, Tile::BLOCK_N), Tile::BLOCK_N, 0, epilogue, stream);
 }

@@ -463,11 +463,9 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     const bool add = !first_micro_batch_;
 
     pass_ = StepPass::backward;
-    stage("down product");
-    gemm_->backward_input(m.dswiglu, m.dresidual, weight(p.down), rows, C, F, stream_);
-    stage("gate");
-    bf16 *const dgate_up = block.gate_up, *const swiglu = m.dswiglu;  // in place: what they replace is needed no more
-    swiglu_backward(dgate_up, swiglu, m.dswiglu, block.gate_up, rows, F, stream_);
+    stage("down product, gate");
+    bf16 *const dgate_up = block.gate_up, *const swiglu = m.dswiglu;  // in place: gate_up is needed no more
+    gated_product_backward(dgate_up, swiglu, m.dresidual, weight(p.down), block.gate_up, rows, F, C, *gemm_, stream_);
     stage("down product");
     gemm_->backward_weight(gradient(p.down), m.dresidual, swiglu, rows, C, F, add, stream_);
     stage("gate and up product");

@@ -19,6 +19,19 @@ __device__ inline float swiglu_sigmoid(float gate) { return reciprocal_approx(1.
 // One expression for all kernels: the same bits.
 __device__ inline float swiglu_value(float gate, float up) { return gate * swiglu_sigmoid(gate) * up; }
 
+// Eight elements of the backward, and of the forward again, in its expression: the same bits.
+__device__ __forceinline__ void swiglu_backward_pack(bf16x8& dgates, bf16x8& dups, bf16x8& outs, const bf16x8& douts,
+                                                     const bf16x8& gates, const bf16x8& ups) {
+#pragma unroll
+    for (int k = 0; k < bf16x8::size; ++k) {
+        const float gate = __bfloat162float(gates[k]), up = __bfloat162float(ups[k]);
+        const float d = __bfloat162float(douts[k]), s = swiglu_sigmoid(gate);
+        dgates[k] = __float2bfloat16(d * up * s * (1.0f + gate * (1.0f - s)));
+        dups[k] = __float2bfloat16(d * gate * s);
+        outs[k] = __float2bfloat16(gate * s * up);
+    }
+}
+
 // ---- forward -----------------------------------------------------------------------------------
 // Launch: 1-D grid over 16-byte packs of out, SWIGLU_FORWARD_PACKS a thread, a block's packs contiguous. Bound:
 // bandwidth.
@@ -93,15 +106,7 @@ __global__ void __launch_bounds__(SWIGLU_THREADS)
         const int64_t pack = block_pack + i * SWIGLU_THREADS + threadIdx.x;
         if (pack < num_packs) {
             bf16x8 dgates, dups, outs;
-#pragma unroll
-            for (int k = 0; k < 8; ++k) {
-                const float gate = __bfloat162float(gates[i][k]), up = __bfloat162float(ups[i][k]);
-                const float d = __bfloat162float(douts[i][k]);
-                const float s = swiglu_sigmoid(gate);
-                dgates[k] = __float2bfloat16(d * up * s * (1.0f + gate * (1.0f - s)));
-                dups[k] = __float2bfloat16(d * gate * s);
-                outs[k] = __float2bfloat16(gate * s * up);  // the forward kernel's expression: the same bits
-            }
+            swiglu_backward_pack(dgates, dups, outs, douts[i], gates[i], ups[i]);
             store128(dgate_up + gate_offset[i], dgates);
             store128(dgate_up + gate_offset[i] + up_offset, dups);
             store128(out + pack * 8, outs);

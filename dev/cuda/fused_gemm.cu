@@ -1,5 +1,5 @@
-// fused_gemm.cu: a product and what follows it: the rotation of q and k, or the feed-forward gate; and the product
-// alone, to compare with. Bound: tensor cores, 2 M N K operations.
+// fused_gemm.cu: a product and what follows it: the rotation of q and k, or the feed-forward gate, or its backward; and
+// the product alone, to compare with. Bound: tensor cores, 2 M N K operations.
 #include "dev/cuda/harness.cuh"
 #include "llmc/fused_gemm.cuh"
 #include "llmc/reference/gemm.h"
@@ -7,12 +7,12 @@
 #include "llmc/reference/swiglu.h"
 
 // ---- problems ----------------------------------------------------------------------------------
-enum class Follows { nothing, rotation, gate };
+enum class Follows { nothing, rotation, gate, gate_backward };
 
 struct Problem {
     Follows follows;
     int64_t M, K;
-    int64_t N;  // with a gate 2F
+    int64_t N;  // with a gate 2F, of its backward F
     // Of a rotation.
     int D = 0, num_rotated_heads = 0;
     ModelConfig config = {};
@@ -29,11 +29,12 @@ struct Problem {
                 text += format_string(" and %lld", (long long)positions.first_position[1]);
             }
         }
-        return text + (follows == Follows::gate ? " gate" : "");
+        return text + (follows == Follows::gate ? " gate" : follows == Follows::gate_backward ? " gate backward" : "");
     }
 };
 static Problem plain_problem(int64_t M, int64_t N, int64_t K) { return {Follows::nothing, M, K, N}; }
 static Problem gated_problem(int64_t M, int64_t F, int64_t K) { return {Follows::gate, M, K, 2 * F}; }
+static Problem gate_backward_problem(int64_t M, int64_t F, int64_t K) { return {Follows::gate_backward, M, K, F}; }
 static Problem rotated_problem(int64_t B, int H, int Hkv, int D, int64_t K, const RopePositions& positions) {
     Problem p = {Follows::rotation, B * positions.T, K, (int64_t)(H + 2 * Hkv) * D};
     p.D = D, p.num_rotated_heads = H + Hkv;
@@ -42,10 +43,11 @@ static Problem rotated_problem(int64_t B, int H, int Hkv, int D, int64_t K, cons
     return p;
 }
 
-// out [M, N]; swiglu [M, N / 2], of a gate.
+// out [M, N], weight [N, K]; swiglu [M, N / 2], of a gate. Of its backward out is dgate_up [M, 2 N], swiglu [M, N], in
+// dout, weight [K, N], gate_up [M, 2 N].
 struct Operands {
     bf16 *out, *swiglu;
-    const bf16 *in, *weight;
+    const bf16 *in, *weight, *gate_up = nullptr;
 };
 using Launcher = void (*)(Gemm& gemm, const Problem& p, const Operands& x, cudaStream_t stream);
 
@@ -55,22 +57,31 @@ static void follow(const Problem& p, const Operands& x, cudaStream_t stream) {
                      stream);
     } else if (p.follows == Follows::gate) {
         swiglu_forward(x.swiglu, x.out, p.M, (int)p.N / 2, stream);
+    } else if (p.follows == Follows::gate_backward) {
+        swiglu_backward(x.out, x.swiglu, x.swiglu, x.gate_up, p.M, (int)p.N, stream);
     }
+}
+// Where the product goes before anything follows.
+static bf16* product_of(const Problem& p, const Operands& x) {
+    return p.follows == Follows::gate_backward ? x.swiglu : x.out;
 }
 
 // ---- 1: one thread an element, then a kernel for what follows ----------------------------------
-__global__ void fused_gemm_kernel1(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K) {
+__global__ void fused_gemm_kernel1(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K,
+                                   int64_t weight_column, int64_t weight_depth) {
     const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
     if (i < M * N) {
         float sum = 0.0f;
         for (int64_t k = 0; k < K; ++k) {
-            sum += (float)in[i / N * K + k] * (float)weight[i % N * K + k];
+            sum += (float)in[i / N * K + k] * (float)weight[i % N * weight_column + k * weight_depth];
         }
         out[i] = (bf16)sum;
     }
 }
 static void fused_gemm1(Gemm&, const Problem& p, const Operands& x, cudaStream_t stream) {
-    fused_gemm_kernel1<<<ceil_div<int64_t>(p.M * p.N, 256), 256, 0, stream>>>(x.out, x.in, x.weight, p.M, p.N, p.K);
+    const bool transposed = p.follows == Follows::gate_backward;
+    fused_gemm_kernel1<<<ceil_div<int64_t>(p.M * p.N, 256), 256, 0, stream>>>(
+        product_of(p, x), x.in, x.weight, p.M, p.N, p.K, transposed ? 1 : p.K, transposed ? p.N : 1);
     CUDA_CHECK_LAUNCH();
     follow(p, x, stream);
 }
@@ -78,11 +89,46 @@ static void fused_gemm1(Gemm&, const Problem& p, const Operands& x, cudaStream_t
 // ---- 2: cuBLASLt, the fastest of its list, then a kernel for what follows ----------------------
 static void fused_gemm2(Gemm& gemm, const Problem& p, const Operands& x, cudaStream_t stream) {
     gemm.set_search(true);
-    gemm.forward(x.out, x.in, x.weight, nullptr, p.M, p.N, p.K, stream);
+    if (p.follows == Follows::gate_backward) {
+        gemm.backward_input(x.swiglu, x.in, x.weight, p.M, p.K, p.N, stream);
+    } else {
+        gemm.forward(x.out, x.in, x.weight, nullptr, p.M, p.N, p.K, stream);
+    }
     follow(p, x, stream);
 }
 
-// ---- 3: what ships -----------------------------------------------------------------------------
+// ---- 3: what ships, and the product alone by the same kernel ------------------------------------
+#ifdef LLMC_HOPPER
+struct PlainEpilogue {
+    using Tile = HopperGemmWideTile;
+    using Finisher = HopperGemmFinisher<Tile>;
+    static constexpr bool WEIGHT_IS_TRANSPOSED = false;
+    CUtensorMap out;
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    struct State {
+        __device__ State(const PlainEpilogue&, const Finisher&) {}
+        __device__ void prepare(const PlainEpilogue&, const Finisher&, const HopperGemmPlace&) {}
+    };
+    __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
+                                           const HopperGemmPlace&) const {
+        if (self.stores()) {
+            hopper_gemm_write<Tile>(&out, blocks, place.row, place.column_tile * Tile::BLOCK_N);
+            bulk_wait_read<0>();
+        }
+        __syncwarp();
+    }
+#endif
+};
+
+// out (=) [M, N] = in [M, K] weight [N, K]^T.
+static void gemm_hopper(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K,
+                        cudaStream_t stream) {
+    using Tile = HopperGemmWideTile;
+    hopper_launch_gemm(in, weight, N, M, K, ceil_div<int64_t>(N, Tile::BLOCK_N), Tile::BLOCK_N, Tile::BLOCK_N / 2,
+                       PlainEpilogue{gemm_hopper_out_map(out, M, N, N)}, stream);
+}
+#endif
 static void fused_gemm3(Gemm& gemm, const Problem& p, const Operands& x, cudaStream_t stream) {
     switch (p.follows) {
         case Follows::nothing:
@@ -96,6 +142,8 @@ static void fused_gemm3(Gemm& gemm, const Problem& p, const Operands& x, cudaStr
             return rotated_product(x.out, x.in, x.weight, p.rotated(), p.M, p.N, p.K, gemm, stream);
         case Follows::gate:
             return gated_product(x.out, x.swiglu, x.in, x.weight, p.M, p.N / 2, p.K, gemm, stream);
+        case Follows::gate_backward:
+            return gated_product_backward(x.out, x.swiglu, x.in, x.weight, x.gate_up, p.M, p.N, p.K, gemm, stream);
     }
 }
 
@@ -161,6 +209,39 @@ static void check_problem(Harness& h, const Variant<Launcher>& variant, Gemm& ge
     }
 }
 
+// dgate_up in memory of its own and in the place of gate_up.
+static void check_gate_backward(Harness& h, const Variant<Launcher>& variant, Gemm& gemm, const Problem& p) {
+    if (h.leaves_out(p.M * p.N * p.K / 16)) {
+        return;
+    }
+    const int64_t F = p.N;
+    const std::vector<bf16> dout = random_vector<bf16>(p.M * p.K, h.seed),
+                            weight = random_vector<bf16>(p.K * F, h.seed + 1, 1.0f / std::sqrt((float)p.K)),
+                            gate_up = random_vector<bf16>(p.M * 2 * F, h.seed + 2, 2.0f);
+    std::vector<double> dswiglu(p.M * F), expected(p.M * 2 * F), expected_swiglu(p.M * F);
+    reference::gemm_backward_input<double>(dswiglu.data(), to_double(dout).data(), to_double(weight).data(), p.M, p.K,
+                                           F, false);
+    reference::swiglu_backward<double>(expected.data(), dswiglu.data(), to_double(gate_up).data(), p.M, (int)F);
+    reference::swiglu_forward<double>(expected_swiglu.data(), to_double(gate_up).data(), p.M, (int)F);
+    DeviceBuffer<bf16> dout_device(dout), weight_device(weight), gate_up_device(gate_up), dgate_up(p.M * 2 * F),
+        swiglu(p.M * F);
+    auto launch = [&] {
+        variant.launch(gemm, p, {dgate_up, swiglu, dout_device, weight_device, gate_up_device}, h.stream);
+    };
+    launch();
+    // dswiglu is rounded, and what is made of it. Its own sums are off by one unit in the last place for every 16
+    // terms, of sums of up to six standard deviations; an element's error is held to its size and the root mean square,
+    // of which the gate's derivative, at most 1.1, and up, seven, make at most eight.
+    const double limit = 8.0 * (2.0 * unit_roundoff<bf16>() + 6.0 * (double)p.K / 16 * 0x1p-23 + 0x1p-19);
+    h.compare("dgate_up", p.label(), dgate_up, expected, limit, {p.M, 2 * F});
+    h.compare("swiglu", p.label(), swiglu, expected_swiglu, unit_roundoff<bf16>() + 7 * 0x1p-21, {p.M, F}, 1e-30);
+    h.compare_repeats("dgate_up", p.label(), dgate_up, launch);
+    h.compare_repeats("swiglu", p.label(), swiglu, launch);
+    const std::vector<bf16> apart = dgate_up.download();
+    variant.launch(gemm, p, {gate_up_device, swiglu, dout_device, weight_device, gate_up_device}, h.stream);
+    h.compare_exact("dgate_up in place", p.label(), gate_up_device, apart);
+}
+
 // Offsets beyond 2^31: the last rows are looked at.
 static void check_last_rows(Harness& h, const Variant<Launcher>& variant, Gemm& gemm) {
     const int64_t M = (1 << 21) + 40, F = 768, K = 64, tail = 100;
@@ -191,6 +272,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
                                   {2500, 2560, 192}}) {
         check_problem(h, variant, gemm, plain_problem(M, N, K));
         check_problem(h, variant, gemm, gated_problem(M, N, K));
+        check_gate_backward(h, variant, gemm, gate_backward_problem(M, N, K));
     }
     // T that is no multiple of 64, and D that is neither 64 nor 128, are for the kernels of their own.
     for (const Problem& p :
@@ -224,19 +306,28 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         {"530M qkv", rotated_problem(4, 8, 8, 128, 1024, rope_one_run(8192))},
         {"530M gate_up", gated_problem(98304, 1536, 1024)},
         {"530M gate_up", gated_problem(32768, 1536, 1024)},
+        {"530M down, input", gate_backward_problem(98304, 1536, 1024)},
+        {"530M down, input", gate_backward_problem(32768, 1536, 1024)},
         {"124M qkv", plain_problem(65536, 2304, 768)},
         {"124M qkv", rotated_problem(64, 12, 12, 64, 768, rope_one_run(1024))},
         {"124M gate_up", gated_problem(65536, 2048, 768)},
+        {"124M down, input", gate_backward_problem(65536, 2048, 768)},
         {"8B qkv", rotated_problem(1, 32, 8, 128, 4096, rope_one_run(32768))},
         {"8B gate_up", gated_problem(32768, 14336, 4096)},
+        {"8B down, input", gate_backward_problem(32768, 14336, 4096)},
     };
     for (const auto& [what, p] : cases) {
-        DeviceBuffer<bf16> in(p.M * p.K), weight(p.N * p.K), out(p.M * p.N),
-            swiglu(p.follows == Follows::gate ? p.M * p.N / 2 : 1);
+        const bool gates = p.follows == Follows::gate, backward = p.follows == Follows::gate_backward;
+        DeviceBuffer<bf16> in(p.M * p.K), weight(p.N * p.K), out(p.M * p.N * (backward ? 2 : 1)),
+            swiglu(gates      ? p.M * p.N / 2
+                   : backward ? p.M * p.N
+                              : 8),
+            gate_up(backward ? p.M * 2 * p.N : 8);
+        gate_up.fill_random(h.seed + 2);
         in.fill_random(h.seed);
         weight.fill_random(h.seed + 1, 1.0f / std::sqrt((float)p.K));
         h.measure_flops(what + (" " + p.label()), 2.0 * p.M * p.N * p.K, 0.0, variant.idea, [&, &p = p] {
-            variant.launch(gemm, p, {out, swiglu, in, weight}, h.stream);
+            variant.launch(gemm, p, {out, swiglu, in, weight, gate_up}, h.stream);
         });
     }
 }
