@@ -163,48 +163,61 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
 
 // dq (=) scale * accumulator; TURNS_BACK: turned back by its rows' angles, from rope_make_table. A warpgroup's 64 x 64
 // part of a tile is in the order of its registers: float4 i (of 8) of thread t is float4 128 i + t: columns 8 i + 2 (t
-// % 4) and the next of row 16 (t / 32) + t % 32 / 4, then of the row 8 further down. Launch: a block a tile; a thread
-// reads the eight float4 that hold 8 columns of the first half of such two rows and the same of the second half, with
-// which they turn. Bound: bandwidth, 6D bytes a row.
+// % 4) and the next of row 16 (t / 32) + t % 32 / 4, then of the row 8 further down. Launch: a block a tile, of several
+// heads that turn by the same angles; a thread reads the eight float4 that hold 8 columns of the first half of such two
+// rows and the same of the second half, with which they turn. Bound: bandwidth, 6D bytes a row.
+template <bool TURNS_BACK>
+constexpr int HOPPER_DQ_HEADS = TURNS_BACK ? 4 : 1;
 template <int D, int BLOCK_M, bool TURNS_BACK>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     hopper_backward_dq_kernel(HeadView<bf16> dq, const float* dq_accumulator, const float2* angles, int64_t Tq,
                               int num_query_tiles, int H, float scale) {
     constexpr int VECTORS = D / 16, PART_FLOAT4 = 64 * 64 / 4;  // 8 columns each, of half a row
+    constexpr int HEADS = HOPPER_DQ_HEADS<TURNS_BACK>;
     static_assert(BLOCK_M * D == 32 * HOPPER_ROWS_THREADS, "two rows of 16 columns a thread");
-    wait_for_kernel_before();
-    const int64_t tile = blockIdx.x;
+    const int group = blockIdx.x / num_query_tiles, num_groups = (H + HEADS - 1) / HEADS;
+    const int tile = blockIdx.x - group * num_query_tiles, b = group / num_groups;
+    const int first_head = (group - b * num_groups) * HEADS, end_head = min(first_head + HEADS, H);
     const int i = threadIdx.x % VECTORS, quad = threadIdx.x / VECTORS % 32;
     const int first_part = D == 128 ? 0 : threadIdx.x / (32 * VECTORS);  // D = 128: the halves of a row are two parts
-    const float4* low = reinterpret_cast<const float4*>(dq_accumulator + tile * (BLOCK_M * D)) +
-                        first_part * PART_FLOAT4 + i * WARPGROUP_SIZE + quad * 4;
-    const float4* high = low + (D == 128 ? PART_FLOAT4 : VECTORS * WARPGROUP_SIZE);
-    const int64_t row = tile % num_query_tiles * BLOCK_M + 64 * first_part + quad / 8 * 16 + quad % 8;
-    bf16x8 out[2][2];  // of the upper and the lower row, low and high columns
+    const int64_t row = (int64_t)tile * BLOCK_M + 64 * first_part + quad / 8 * 16 + quad % 8;
+    RopeFragmentAngles angle[4];
+    wait_for_kernel_before();
+    if constexpr (TURNS_BACK) {
 #pragma unroll
-    for (int t = 0; t < 4; ++t) {
-        const float4 a = __ldcs(low + t), b = __ldcs(high + t);
-        float turned[2][2][2] = {{{a.x, a.y}, {b.x, b.y}}, {{a.z, a.w}, {b.z, b.w}}};  // [row][half][column]
-        if constexpr (TURNS_BACK) {
-            const RopeFragmentAngles angle =
-                rope_fragment_angles<D>(angles, row / ROPE_TILE_ROWS, quad % 8, 8 * i + 2 * t);
+        for (int t = 0; t < 4; ++t) {
+            angle[t] = rope_fragment_angles<D>(angles, row / ROPE_TILE_ROWS, quad % 8, 8 * i + 2 * t);
+        }
+    }
+    for (int head = first_head; head < end_head; ++head) {
+        const float* part = dq_accumulator + (((int64_t)b * H + head) * num_query_tiles + tile) * (BLOCK_M * D);
+        const float4* low =
+            reinterpret_cast<const float4*>(part) + first_part * PART_FLOAT4 + i * WARPGROUP_SIZE + quad * 4;
+        const float4* high = low + (D == 128 ? PART_FLOAT4 : VECTORS * WARPGROUP_SIZE);
+        bf16x8 out[2][2];  // of the upper and the lower row, low and high columns
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                rope_turn_back(turned[e / 2][0][e % 2], turned[e / 2][1][e % 2], angle.row[e / 2][e % 2]);
+        for (int t = 0; t < 4; ++t) {
+            const float4 lows = __ldcs(low + t), highs = __ldcs(high + t);
+            float turned[2][2][2] = {{{lows.x, lows.y}, {highs.x, highs.y}},
+                                     {{lows.z, lows.w}, {highs.z, highs.w}}};  // [row][half][column]
+            if constexpr (TURNS_BACK) {
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    rope_turn_back(turned[e / 2][0][e % 2], turned[e / 2][1][e % 2], angle[t].row[e / 2][e % 2]);
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 8; ++e) {
+                out[e / 4][e / 2 % 2][2 * t + e % 2] = __float2bfloat16(scale * turned[e / 4][e / 2 % 2][e % 2]);
             }
         }
 #pragma unroll
-        for (int e = 0; e < 8; ++e) {
-            out[e / 4][e / 2 % 2][2 * t + e % 2] = __float2bfloat16(scale * turned[e / 4][e / 2 % 2][e % 2]);
-        }
-    }
-    const int64_t head = tile / num_query_tiles;
-#pragma unroll
-    for (int lower = 0; lower < 2; ++lower) {
-        if (row + 8 * lower < Tq) {
-            bf16* const to = dq.row(head / H, row + 8 * lower, head % H) + 8 * i;
-            store128(to, out[lower][0]);
-            store128(to + D / 2, out[lower][1]);
+        for (int lower = 0; lower < 2; ++lower) {
+            if (row + 8 * lower < Tq) {
+                bf16* const to = dq.row(b, row + 8 * lower, head) + 8 * i;
+                store128(to, out[lower][0]);
+                store128(to + D / 2, out[lower][1]);
+            }
         }
     }
 }

@@ -124,10 +124,13 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
 template <class Tile>
 inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& args, const AttentionShape& s,
                              cudaStream_t stream) {
-    const auto kernel = args.angles != nullptr ? hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M, true>
-                                               : hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M, false>;
-    hopper_launch_kernel(kernel, !s.yields, (int64_t)s.B * s.H * args.num_query_tiles, HOPPER_ROWS_THREADS, 0, stream,
-                         dq, args.dq_accumulator, args.angles, s.Tq, args.num_query_tiles, s.H, s.scale);
+    const bool turns_back = args.angles != nullptr;
+    const auto kernel = turns_back ? hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M, true>
+                                   : hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M, false>;
+    const int64_t num_groups =
+        (int64_t)s.B * ceil_div(s.H, turns_back ? HOPPER_DQ_HEADS<true> : HOPPER_DQ_HEADS<false>);
+    hopper_launch_kernel(kernel, !s.yields, num_groups * args.num_query_tiles, HOPPER_ROWS_THREADS, 0, stream, dq,
+                         args.dq_accumulator, args.angles, s.Tq, args.num_query_tiles, s.H, s.scale);
 }
 
 template <class Tile>
