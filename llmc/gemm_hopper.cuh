@@ -540,9 +540,14 @@ __device__ __forceinline__ void hopper_gemm_finish(typename Epilogue::Tile::Shar
 }
 #endif  // sm_90a
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+#define HOPPER_GEMM_CLUSTERS __cluster_dims__(Epilogue::Tile::CLUSTER)
+#else  // an error there
+#define HOPPER_GEMM_CLUSTERS
+#endif
 // Launch: THREADS threads, clusters of two blocks, at most one block an SM. Bound: see above.
 template <class Epilogue>
-__global__ void __cluster_dims__(Epilogue::Tile::CLUSTER) __launch_bounds__(Epilogue::Tile::THREADS, 1)
+__global__ void HOPPER_GEMM_CLUSTERS __launch_bounds__(Epilogue::Tile::THREADS, 1)
     gemm_hopper_kernel(const __grid_constant__ HopperGemmArguments<Epilogue> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Tile = typename Epilogue::Tile;
