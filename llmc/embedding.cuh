@@ -323,23 +323,6 @@ inline void embedding_sort(const EmbeddingBackwardPlan& plan, void* scratch, con
         (int32_t*)(base + plan.sorted_row_of), (int)rows, 0, plan.token_bits, stream));
 }
 
-// dweight (+=) the rows of dout, in the order that embedding_sort left in scratch.
-inline void embedding_add_sorted(const EmbeddingBackwardPlan& plan, float* dweight, const bf16* dout, void* scratch,
-                                 int64_t rows, int C, cudaStream_t stream) {
-    char* const base = (char*)scratch;
-    const uint32_t* sorted_tokens = (const uint32_t*)(base + plan.sorted_tokens);
-    const int32_t* sorted_row_of = (const int32_t*)(base + plan.sorted_row_of);
-    float* partials = (float*)(base + plan.partials);
-    embedding_backward_chunk_kernel<<<plan.num_chunks * plan.column_tiles, plan.threads, 0, stream>>>(
-        dweight, partials, dout, sorted_tokens, sorted_row_of, (int)rows, plan.chunk, plan.column_tiles, C);
-    CUDA_CHECK_LAUNCH();
-    const int join_tiles = ceil_div(C, WARP_SIZE * 4);
-    embedding_backward_join_kernel<<<ceil_div(plan.num_chunks, EMBEDDING_JOIN_WARPS) * join_tiles,
-                                     EMBEDDING_JOIN_WARPS * WARP_SIZE, 0, stream>>>(
-        dweight, partials, sorted_tokens, (int)rows, plan.chunk, plan.num_chunks, join_tiles, C);
-    CUDA_CHECK_LAUNCH();
-}
-
 // Bytes of scratch that embedding_backward needs for so many rows or fewer; 256-byte aligned.
 inline size_t embedding_backward_scratch_bytes(int64_t rows, int C, int64_t V) {
     return EmbeddingBackwardPlan(rows, C, V).total_bytes;
@@ -351,6 +334,17 @@ inline void embedding_backward(float* dweight, const bf16* dout, const int32_t* 
                                int C, int64_t V, cudaStream_t stream) {
     NVTX_RANGE();
     const EmbeddingBackwardPlan plan(rows, C, V);
+    char* base = (char*)scratch;
+    const uint32_t* sorted_tokens = (const uint32_t*)(base + plan.sorted_tokens);
+    const int32_t* sorted_row_of = (const int32_t*)(base + plan.sorted_row_of);
+    float* partials = (float*)(base + plan.partials);
     embedding_sort(plan, scratch, tokens, rows, stream);
-    embedding_add_sorted(plan, dweight, dout, scratch, rows, C, stream);
+    embedding_backward_chunk_kernel<<<plan.num_chunks * plan.column_tiles, plan.threads, 0, stream>>>(
+        dweight, partials, dout, sorted_tokens, sorted_row_of, (int)rows, plan.chunk, plan.column_tiles, C);
+    CUDA_CHECK_LAUNCH();
+    const int join_tiles = ceil_div(C, WARP_SIZE * 4);
+    embedding_backward_join_kernel<<<ceil_div(plan.num_chunks, EMBEDDING_JOIN_WARPS) * join_tiles,
+                                     EMBEDDING_JOIN_WARPS * WARP_SIZE, 0, stream>>>(
+        dweight, partials, sorted_tokens, (int)rows, plan.chunk, plan.num_chunks, join_tiles, C);
+    CUDA_CHECK_LAUNCH();
 }

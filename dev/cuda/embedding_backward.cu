@@ -1,7 +1,5 @@
 // embedding_backward.cu: dweight[v] += the sum of the rows of dout whose token is v. Bound: bandwidth, C elements of
 // bf16 a row, and C float elements read and written for each token that occurs.
-#include <cub/block/block_scan.cuh>
-
 #include "dev/cuda/harness.cuh"
 #include "llmc/embedding.cuh"
 #include "llmc/reference/embedding.h"
@@ -48,150 +46,10 @@ static void embedding_backward2(float* dweight, const bf16* dout, const int32_t*
     CUDA_CHECK_LAUNCH();
 }
 
-// ---- 3: a counting sort for few tokens ---------------------------------------------------------
-// At 98304 rows of byte-level text the sort takes a fourth of the time: the numbering of rows and cub's passes over 0.4
-// MB, each of which waits for the one before. Where a block can count every token two launches do. Expected: 0.010 ms
-// for 0.026.
-constexpr int COUNTING_THREADS = 1024, COUNTING_WARPS = COUNTING_THREADS / WARP_SIZE;
-constexpr int COUNTING_MAX_V = 512;
-
-// How many lanes have this lane's token, and how many of them are before it. Lanes beyond the rows have token -1.
-struct EqualLanes {
-    int count, before;
-    __device__ explicit EqualLanes(int token) {
-        const unsigned mask = __match_any_sync(FULL_WARP, token);
-        count = __popc(mask);
-        before = __popc(mask & ((1u << threadIdx.x % WARP_SIZE) - 1));
-    }
-};
-
-// Launch: one block a tile of tile_rows rows, a multiple of COUNTING_THREADS; V at most COUNTING_MAX_V. Latency bound.
-// counts (=) [tiles, V]: how often each token occurs.
-static __global__ void __launch_bounds__(COUNTING_THREADS)
-    counting_sort_count_kernel(int32_t* counts, const int32_t* tokens, int64_t rows, int64_t tile_rows, int V) {
-    __shared__ int found[COUNTING_MAX_V];
-    if (threadIdx.x < V) {
-        found[threadIdx.x] = 0;
-    }
-    __syncthreads();
-    const int64_t begin = blockIdx.x * tile_rows, end = min(begin + tile_rows, rows);
-    for (int64_t first = begin; first < end; first += COUNTING_THREADS) {
-        const int token = first + threadIdx.x < end ? tokens[first + threadIdx.x] : -1;
-        const EqualLanes equal(token);
-        if (token >= 0 && equal.before == 0) {
-            atomicAdd(&found[token], equal.count);
-        }
-    }
-    __syncthreads();
-    if (threadIdx.x < V) {
-        counts[blockIdx.x * V + threadIdx.x] = found[threadIdx.x];
-    }
-}
-
-// Launch: as the count's. Every block adds up the counts of all tiles, then goes through its own rows, COUNTING_THREADS
-// at a time. padded_V: the power of two from V up. sorted_tokens, sorted_row_of (=) as embedding_sort.
-static __global__ void __launch_bounds__(COUNTING_THREADS)
-    counting_sort_place_kernel(uint32_t* sorted_tokens, int32_t* sorted_row_of, const int32_t* counts,
-                               const int32_t* tokens, int64_t rows, int64_t tile_rows, int V, int padded_V) {
-    using Scan = cub::BlockScan<int, COUNTING_THREADS>;
-    __shared__ Scan::TempStorage scan;
-    __shared__ int totals[COUNTING_THREADS], befores[COUNTING_THREADS];
-    __shared__ int next[COUNTING_MAX_V];                                       // place of a token's next row
-    __shared__ alignas(16) uint16_t in_warps[COUNTING_WARPS][COUNTING_MAX_V];  // of each warp, then of those before it
-    const int thread = threadIdx.x, warp = thread / WARP_SIZE;
-
-    // Neighbouring threads a token each, several such groups, each a part of the tiles.
-    const int v = thread % padded_V, groups = COUNTING_THREADS / padded_V;
-    int total = 0, before = 0;  // in all tiles, in those before this one
-#pragma unroll 8
-    for (int tile = thread / padded_V; tile < gridDim.x; tile += groups) {
-        const int count = v < V ? counts[tile * V + v] : 0;
-        total += count;
-        before += tile < blockIdx.x ? count : 0;
-    }
-    totals[thread] = total, befores[thread] = before;
-    __syncthreads();
-    total = before = 0;
-    for (int i = thread; thread < padded_V && i < COUNTING_THREADS; i += padded_V) {
-        total += totals[i], before += befores[i];
-    }
-    int smaller;  // rows of smaller tokens
-    Scan(scan).ExclusiveSum(total, smaller);
-    if (thread < V) {
-        next[thread] = smaller + before;
-    }
-
-    const int64_t begin = blockIdx.x * tile_rows, end = min(begin + tile_rows, rows);
-    for (int64_t first = begin; first < end; first += COUNTING_THREADS) {
-        for (int i = thread; i < (int)(sizeof in_warps / sizeof(int4)); i += COUNTING_THREADS) {
-            reinterpret_cast<int4*>(in_warps)[i] = make_int4(0, 0, 0, 0);
-        }
-        const int64_t row = first + thread;
-        const int token = row < end ? tokens[row] : -1;
-        const EqualLanes equal(token);
-        __syncthreads();
-        if (token >= 0 && equal.before == 0) {
-            in_warps[warp][token] = (uint16_t)equal.count;
-        }
-        __syncthreads();
-        int sum = 0;
-        if (thread < V) {
-#pragma unroll
-            for (int w = 0; w < COUNTING_WARPS; ++w) {
-                const int count = in_warps[w][thread];
-                in_warps[w][thread] = (uint16_t)sum;
-                sum += count;
-            }
-        }
-        __syncthreads();
-        if (token >= 0) {
-            const int place = next[token] + in_warps[warp][token] + equal.before;
-            sorted_tokens[place] = (uint32_t)token;
-            sorted_row_of[place] = (int32_t)row;
-        }
-        __syncthreads();
-        if (thread < V) {
-            next[thread] += sum;
-        }
-    }
-}
-
-// Whether the counts fit where cub's sort has the numbers of rows: at most half as many as rows, or V of one tile.
-static bool counting_sort_applies(int64_t rows, int64_t V) { return V <= std::min<int64_t>(rows, COUNTING_MAX_V); }
-static void counting_sort(const EmbeddingBackwardPlan& plan, void* scratch, const int32_t* tokens, int64_t rows,
-                          int64_t V, cudaStream_t stream) {
-    char* const base = (char*)scratch;
-    int32_t* const counts = (int32_t*)(base + plan.row_of);
-    const int64_t tile_rows =
-        round_up<int64_t>(ceil_div<int64_t>(rows, gpu_properties().num_sms), (int64_t)COUNTING_THREADS);
-    const int tiles = (int)ceil_div(rows, tile_rows);
-    int padded_V = 1;
-    while (padded_V < V) {
-        padded_V *= 2;
-    }
-    counting_sort_count_kernel<<<tiles, COUNTING_THREADS, 0, stream>>>(counts, tokens, rows, tile_rows, (int)V);
-    CUDA_CHECK_LAUNCH();
-    counting_sort_place_kernel<<<tiles, COUNTING_THREADS, 0, stream>>>((uint32_t*)(base + plan.sorted_tokens),
-                                                                       (int32_t*)(base + plan.sorted_row_of), counts,
-                                                                       tokens, rows, tile_rows, (int)V, padded_V);
-    CUDA_CHECK_LAUNCH();
-}
-static void embedding_backward3(float* dweight, const bf16* dout, const int32_t* tokens, void* scratch, int64_t rows,
-                                int C, int64_t V, cudaStream_t stream) {
-    const EmbeddingBackwardPlan plan(rows, C, V);
-    if (counting_sort_applies(rows, V)) {
-        counting_sort(plan, scratch, tokens, rows, V, stream);
-    } else {
-        embedding_sort(plan, scratch, tokens, rows, stream);
-    }
-    embedding_add_sorted(plan, dweight, dout, scratch, rows, C, stream);
-}
-
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one block a vocabulary entry reads all tokens", embedding_backward1},
     {2, "atomic additions: not repeatable", embedding_backward2},
-    {3, "what ships, after a counting sort where V is at most 512", embedding_backward3},
-    {4, "stable sort, runs in one wave of chunks, partial sums joined in order (llmc/embedding.cuh)",
+    {3, "stable sort, runs in one wave of chunks, partial sums joined in order (llmc/embedding.cuh)",
      embedding_backward},
 };
 
@@ -286,17 +144,11 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
                             num_bytes, variant.idea, [&, rows = rows, C = C, V = V] {
                                 variant.launch(dweight, dout, tokens_device, scratch, rows, C, V, h.stream);
                             });
-        const EmbeddingBackwardPlan plan(rows, C, V);
-        const auto measure_sort = [&, rows = rows, V = V](const char* idea, const std::function<void()>& sort) {
+        if (variant.number == VARIANTS.back().number) {
+            const EmbeddingBackwardPlan plan(rows, C, V);
             h.measure_bandwidth(format_string("rows%lld V%lld", (long long)rows, (long long)V),
-                                rows * 4.0 * sizeof(int32_t), idea, sort);
-        };
-        if (variant.launch == embedding_backward) {
-            measure_sort("the sort alone",
-                         [&, rows = rows] { embedding_sort(plan, scratch, tokens_device, rows, h.stream); });
-        } else if (variant.launch == embedding_backward3 && counting_sort_applies(rows, V)) {
-            measure_sort("the counting sort alone",
-                         [&, rows = rows, V = V] { counting_sort(plan, scratch, tokens_device, rows, V, h.stream); });
+                                rows * 4.0 * sizeof(int32_t), "the sort alone",
+                                [&, rows = rows] { embedding_sort(plan, scratch, tokens_device, rows, h.stream); });
         }
     }
 }
