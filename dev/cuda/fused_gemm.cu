@@ -1,9 +1,9 @@
 // fused_gemm.cu: a product and what follows it: the rotation of q and k, or the feed-forward gate, or its backward; and
 // the product alone, to compare with. Bound: tensor cores, 2 M N K operations.
-#include "dev/cuda/harness.cuh"
+#include "dev/cuda/gemm_cases.cuh"
+#include "dev/cuda/rope_cases.cuh"
 #include "llmc/fused_gemm.cuh"
 #include "llmc/reference/gemm.h"
-#include "llmc/reference/rope.h"
 #include "llmc/reference/swiglu.h"
 
 // ---- problems ----------------------------------------------------------------------------------
@@ -22,12 +22,8 @@ struct Problem {
     std::string label() const {
         std::string text = format_string("M%lld N%lld K%lld", (long long)M, (long long)N, (long long)K);
         if (follows == Follows::rotation) {
-            const RopePositions& positions = rotation.positions;
-            text += format_string(" D%d T%lld from %lld", D, (long long)positions.T,
-                                  (long long)positions.first_position[0]);
-            if (positions.run_rows < positions.T) {
-                text += format_string(" and %lld", (long long)positions.first_position[1]);
-            }
+            text +=
+                format_string(" D%d T%lld ", D, (long long)rotation.positions.T) + positions_label(rotation.positions);
         }
         return text + (follows == Follows::gate ? " gate" : follows == Follows::gate_backward ? " gate backward" : "");
     }
@@ -38,7 +34,7 @@ static Problem gate_backward_problem(int64_t M, int64_t F, int64_t K) { return {
 static Problem rotated_problem(int64_t B, int H, int Hkv, int D, int64_t K, const RopePositions& positions) {
     Problem p = {Follows::rotation, B * positions.T, K, (int64_t)(H + 2 * Hkv) * D};
     p.D = D, p.num_rotated_heads = H + Hkv;
-    p.config.num_heads = H, p.config.num_kv_heads = Hkv, p.config.head_dim = D;
+    p.config = rope_config(H, Hkv, D);
     p.rotation = {make_rope_frequencies(p.config), positions};
     return p;
 }
@@ -61,28 +57,14 @@ static void follow(const Problem& p, const Operands& x, cudaStream_t stream) {
         swiglu_backward(x.out, x.swiglu, x.swiglu, x.gate_up, p.M, (int)p.N, stream);
     }
 }
-// Where the product goes before anything follows.
-static bf16* product_of(const Problem& p, const Operands& x) {
-    return p.follows == Follows::gate_backward ? x.swiglu : x.out;
-}
 
 // ---- 1: one thread an element, then a kernel for what follows ----------------------------------
-__global__ void fused_gemm_kernel1(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K,
-                                   int64_t weight_column, int64_t weight_depth) {
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < M * N) {
-        float sum = 0.0f;
-        for (int64_t k = 0; k < K; ++k) {
-            sum += (float)in[i / N * K + k] * (float)weight[i % N * weight_column + k * weight_depth];
-        }
-        out[i] = (bf16)sum;
-    }
-}
 static void fused_gemm1(Gemm&, const Problem& p, const Operands& x, cudaStream_t stream) {
-    const bool transposed = p.follows == Follows::gate_backward;
-    fused_gemm_kernel1<<<ceil_div<int64_t>(p.M * p.N, 256), 256, 0, stream>>>(
-        product_of(p, x), x.in, x.weight, p.M, p.N, p.K, transposed ? 1 : p.K, transposed ? p.N : 1);
-    CUDA_CHECK_LAUNCH();
+    if (p.follows == Follows::gate_backward) {
+        naive_gemm(GemmOperation::backward_input, x.swiglu, x.in, x.weight, p.M, p.K, p.N, false, stream);
+    } else {
+        naive_gemm(GemmOperation::forward, x.out, x.in, x.weight, p.M, p.N, p.K, false, stream);
+    }
     follow(p, x, stream);
 }
 
@@ -106,10 +88,7 @@ struct PlainEpilogue {
     CUtensorMap out;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    struct State {
-        __device__ State(const PlainEpilogue&, const Finisher&) {}
-        __device__ void prepare(const PlainEpilogue&, const Finisher&, const HopperGemmPlace&) {}
-    };
+    using State = HopperGemmNoState;
     __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
                                            const HopperGemmPlace&) const {
         if (self.stores()) {
@@ -161,15 +140,8 @@ static std::vector<Real> reference_result(const Problem& p, const std::vector<bf
     reference::gemm_forward<Real>(out.data(), convert<Real>(in).data(), convert<Real>(weight).data(), p.M, p.N, p.K,
                                   false);
     if (p.follows == Follows::rotation) {
-        const RopePositions& positions = p.rotation.positions;
-        for (int64_t row = 0; row < p.M; row += positions.T) {
-            const int64_t begins[3] = {0, positions.run_rows, positions.T};
-            for (int run = 0; run < 2; ++run) {
-                reference::rope_forward<Real>(out.data() + (row + begins[run]) * p.N, 1, begins[run + 1] - begins[run],
-                                              p.num_rotated_heads, (int)p.N, p.D, rope_inverse_frequencies(p.config),
-                                              positions.first_position[run]);
-            }
-        }
+        reference_turn(out, p.M / p.rotation.positions.T, p.rotation.positions, p.num_rotated_heads, (int)p.N, p.D,
+                       rope_inverse_frequencies(p.config), false);
     }
     return out;
 }
@@ -262,8 +234,7 @@ static void check_last_rows(Harness& h, const Variant<Launcher>& variant, Gemm& 
 }
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
-    DeviceBuffer<unsigned char> workspace(GEMM_WORKSPACE_BYTES);
-    Gemm gemm(workspace, GEMM_WORKSPACE_BYTES);
+    GemmWithWorkspace gemm;
     for (const auto& [M, N, K] : {std::array<int64_t, 3>{1, 8, 8},
                                   {7, 72, 40},
                                   {333, 200, 136},
@@ -294,8 +265,7 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
     if (variant.number == 1) {
         return;  // minutes
     }
-    DeviceBuffer<unsigned char> workspace(GEMM_WORKSPACE_BYTES);
-    Gemm gemm(workspace, GEMM_WORKSPACE_BYTES);
+    GemmWithWorkspace gemm;
     struct Case {
         const char* what;
         Problem problem;

@@ -1,6 +1,5 @@
 // gemm.cu: the three products of a linear layer. Bound: tensor cores, 2 M N K operations each.
-#include "dev/cuda/harness.cuh"
-#include "llmc/gemm.cuh"
+#include "dev/cuda/gemm_cases.cuh"
 #include "llmc/reference/gemm.h"
 
 // One product; out is bf16, or float for backward_weight; a and b as Gemm's arguments.
@@ -8,36 +7,9 @@ using Launcher = void (*)(Gemm& gemm, GemmOperation operation, void* out, const 
                           int64_t N, int64_t K, bool accumulate, cudaStream_t stream);
 
 // ---- 1: one thread an element of the result ----------------------------------------------------
-// result [rows, cols] = sum over `depth` of a and b at these strides.
-template <class Element>
-__global__ void gemm_kernel1(Element* out, const bf16* a, const bf16* b, int64_t rows, int64_t cols, int64_t depth,
-                             int64_t a_row, int64_t a_depth, int64_t b_col, int64_t b_depth, bool accumulate) {
-    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
-    if (i < rows * cols) {
-        float sum = accumulate ? (float)out[i] : 0.0f;
-        for (int64_t d = 0; d < depth; ++d) {
-            sum += (float)a[i / cols * a_row + d * a_depth] * (float)b[i % cols * b_col + d * b_depth];
-        }
-        out[i] = (Element)sum;
-    }
-}
 static void gemm1(Gemm&, GemmOperation operation, void* out, const bf16* a, const bf16* b, int64_t M, int64_t N,
                   int64_t K, bool accumulate, cudaStream_t stream) {
-    switch (operation) {
-        case GemmOperation::forward:
-            gemm_kernel1<<<ceil_div<int64_t>(M * N, 256), 256, 0, stream>>>((bf16*)out, a, b, M, N, K, K, 1, K, 1,
-                                                                            accumulate);
-            break;
-        case GemmOperation::backward_input:
-            gemm_kernel1<<<ceil_div<int64_t>(M * K, 256), 256, 0, stream>>>((bf16*)out, a, b, M, K, N, N, 1, 1, K,
-                                                                            accumulate);
-            break;
-        case GemmOperation::backward_weight:
-            gemm_kernel1<<<ceil_div<int64_t>(N * K, 256), 256, 0, stream>>>((float*)out, a, b, N, K, M, 1, N, 1, K,
-                                                                            accumulate);
-            break;
-    }
-    CUDA_CHECK_LAUNCH();
+    naive_gemm(operation, out, a, b, M, N, K, accumulate, stream);
 }
 
 // ---- 2, 3: cuBLASLt ----------------------------------------------------------------------------
@@ -151,8 +123,7 @@ static void check_other_addend(Harness& h, const Variant<Launcher>& variant, Gem
 }
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
-    DeviceBuffer<unsigned char> workspace(GEMM_WORKSPACE_BYTES);
-    Gemm gemm(workspace, GEMM_WORKSPACE_BYTES);
+    GemmWithWorkspace gemm;
     struct Case {
         int64_t M, N, K;
     };
@@ -200,8 +171,7 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
     if (variant.number == 1) {
         return;  // minutes
     }
-    DeviceBuffer<unsigned char> workspace(GEMM_WORKSPACE_BYTES);
-    Gemm gemm(workspace, GEMM_WORKSPACE_BYTES);
+    GemmWithWorkspace gemm;
     struct Case {
         const char* what;
         int64_t M, N, K;

@@ -23,13 +23,14 @@ inline std::string positions_label(const RopePositions& p) {
     return text;
 }
 
-// rows (in place) [B * T, heads of D]: the first num_rotated_heads turn, back when `inverse`, in float64.
-inline void reference_turn(std::vector<double>& rows, int64_t B, const RopePositions& positions, int num_rotated_heads,
-                           int row_width, int D, const std::vector<double>& inverse_frequencies, bool inverse) {
+// rows (in place) [B * T, heads of D]: the first num_rotated_heads turn, back when `inverse`.
+template <class Real>
+void reference_turn(std::vector<Real>& rows, int64_t B, const RopePositions& positions, int num_rotated_heads,
+                    int row_width, int D, const std::vector<double>& inverse_frequencies, bool inverse) {
     const int64_t T = positions.T, run_rows = positions.run_rows;
     for (int64_t b = 0; b < B; ++b) {
-        double* const first = rows.data() + b * T * row_width;
-        const auto turn = inverse ? reference::rope_backward<double> : reference::rope_forward<double>;
+        Real* const first = rows.data() + b * T * row_width;
+        const auto turn = inverse ? reference::rope_backward<Real> : reference::rope_forward<Real>;
         turn(first, 1, run_rows, num_rotated_heads, row_width, D, inverse_frequencies, positions.first_position[0]);
         turn(first + run_rows * row_width, 1, T - run_rows, num_rotated_heads, row_width, D, inverse_frequencies,
              positions.first_position[1]);
