@@ -250,11 +250,7 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
                 target_logit = cross_entropy_element(logits_pack, next_target % 8);
             }
         };
-        auto read_slot = [&](int slot) {
-            bf16x8 pack;
-            *reinterpret_cast<int4*>(pack.data) = load_shared_b128(own + slot * slot_bytes);
-            return pack;
-        };
+        auto read_slot = [&](int slot) { return load128_shared(own + slot * slot_bytes); };
         auto add_slot = [&](int slot) {
             const int pack = threadIdx.x + slot * threads;
             if (gathers && pack < num_packs) {

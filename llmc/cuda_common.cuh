@@ -6,6 +6,7 @@
 #include <nvtx3/nvToolsExt.h>
 
 #include "check.h"
+#include "ptx.cuh"
 
 using bf16 = __nv_bfloat16;
 
@@ -68,6 +69,15 @@ __device__ inline void store128(Element* address, const Packed128<Element>& pack
     asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(address)), "r"(bits.x),
                  "r"(bits.y), "r"(bits.z), "r"(bits.w)
                  : "memory");
+}
+// In shared memory, by its address there.
+__device__ __forceinline__ bf16x8 load128_shared(uint32_t address) {
+    bf16x8 packed;
+    *reinterpret_cast<int4*>(packed.data) = load_shared_b128(address);
+    return packed;
+}
+__device__ __forceinline__ void store128_shared(uint32_t address, const bf16x8& packed) {
+    store_shared_b128(address, *reinterpret_cast<const int4*>(packed.data));
 }
 // Streaming forms: for data not read again soon.
 template <class Element>

@@ -117,17 +117,16 @@ struct HopperGemmFinisher {
     __device__ __forceinline__ void sync() const { named_barrier_sync(HOPPER_GEMM_DONE, Tile::FINISHER_THREADS); }
     __device__ __forceinline__ bool stores() const { return warp == 0 && lane == 0; }
 };
+// Of an epilogue that keeps nothing from tile to tile and prepares nothing.
+struct HopperGemmNoState {
+    template <class Epilogue, class Finisher>
+    __device__ HopperGemmNoState(const Epilogue&, const Finisher&) {}
+    template <class Epilogue, class Finisher>
+    __device__ void prepare(const Epilogue&, const Finisher&, const HopperGemmPlace&) {}
+};
 // The address of the 16 bytes that hold columns 8 pack to 8 pack + 7 of a row of a block.
-__device__ __forceinline__ uint32_t hopper_gemm_pack(uint32_t block, int row, int pack) {
+__device__ __forceinline__ uint32_t hopper_gemm_pack_address(uint32_t block, int row, int pack) {
     return block + row * 128 + (pack ^ row % 8) * 16;
-}
-__device__ __forceinline__ bf16x8 hopper_gemm_load(uint32_t address) {
-    bf16x8 values;
-    *reinterpret_cast<int4*>(values.data) = load_shared_b128(address);
-    return values;
-}
-__device__ __forceinline__ void hopper_gemm_store(uint32_t address, const bf16x8& values) {
-    store_shared_b128(address, *reinterpret_cast<const int4*>(values.data));
 }
 // Starts writing NUM_BLOCKS blocks side by side, the first to (row, column) of a map with boxes of OUT_ROWS. One lane.
 template <class Tile, int NUM_BLOCKS = Tile::OUT_BLOCKS>
@@ -227,10 +226,10 @@ struct RotationEpilogue {
     // Eight pairs of the head that begins at `block`, of one of its lines.
     __device__ __forceinline__ static void turn(const State& state, const Finisher& self, uint32_t block, int line) {
         const int pack = self.lane % PACKS;
-        const uint32_t low_address = hopper_gemm_pack(block, line, pack);
+        const uint32_t low_address = hopper_gemm_pack_address(block, line, pack);
         const uint32_t high_address =
-            D == 128 ? low_address + Tile::OUT_BLOCK_BYTES : hopper_gemm_pack(block, line, pack + PACKS);
-        bf16x8 low = hopper_gemm_load(low_address), high = hopper_gemm_load(high_address);
+            D == 128 ? low_address + Tile::OUT_BLOCK_BYTES : hopper_gemm_pack_address(block, line, pack + PACKS);
+        bf16x8 low = load128_shared(low_address), high = load128_shared(high_address);
 #pragma unroll
         for (int k = 0; k < bf16x8::size; ++k) {
             const float2 cs = state.angles[k];
@@ -238,8 +237,8 @@ struct RotationEpilogue {
             low[k] = __float2bfloat16(a * cs.x - b * cs.y);
             high[k] = __float2bfloat16(b * cs.x + a * cs.y);
         }
-        hopper_gemm_store(low_address, low);
-        hopper_gemm_store(high_address, high);
+        store128_shared(low_address, low);
+        store128_shared(high_address, high);
     }
 #endif
 };
@@ -253,10 +252,7 @@ struct SwigluEpilogue {
     CUtensorMap gate, up, swiglu;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    struct State {
-        __device__ State(const SwigluEpilogue&, const Finisher&) {}
-        __device__ void prepare(const SwigluEpilogue&, const Finisher&, const HopperGemmPlace&) {}
-    };
+    using State = HopperGemmNoState;
     __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
                                            const HopperGemmPlace&) const {
         constexpr int HALF = Tile::OUT_BLOCKS / 2, LINE_PACKS = Tile::OUT_COLUMNS / bf16x8::size;
@@ -275,12 +271,12 @@ struct SwigluEpilogue {
             for (int i = 0; i < OWN_LINES; ++i) {
                 const int line = self.warp * WARP_LINES + self.lane / LINE_PACKS + i * LINE_STEP;
                 if (line < LINES) {
-                    work(results[i], hopper_gemm_pack(0, line, self.lane % LINE_PACKS));
+                    work(results[i], hopper_gemm_pack_address(0, line, self.lane % LINE_PACKS));
                 }
             }
         };
-        for_own_lines([&](bf16x8& result, uint32_t place) {
-            const bf16x8 gates = hopper_gemm_load(blocks + place), ups = hopper_gemm_load(up_blocks + place);
+        for_own_lines([&](bf16x8& result, uint32_t at) {
+            const bf16x8 gates = load128_shared(blocks + at), ups = load128_shared(up_blocks + at);
 #pragma unroll
             for (int k = 0; k < bf16x8::size; ++k) {
                 result[k] = __float2bfloat16(swiglu_value(__bfloat162float(gates[k]), __bfloat162float(ups[k])));
@@ -290,7 +286,7 @@ struct SwigluEpilogue {
             bulk_wait_read<1>();  // gate
         }
         self.sync();
-        for_own_lines([&](const bf16x8& result, uint32_t place) { hopper_gemm_store(blocks + place, result); });
+        for_own_lines([&](const bf16x8& result, uint32_t at) { store128_shared(blocks + at, result); });
         fence_async_shared();
         self.sync();
         if (self.stores()) {
@@ -356,7 +352,7 @@ struct SwigluBackwardEpilogue {
         const int line = item % BLOCK_ITEMS * WARP_LINES + self.lane / LINE_PACKS, pack = self.lane % LINE_PACKS;
         const int column = place.column_tile * Tile::BLOCK_N + block * Tile::OUT_COLUMNS + pack * bf16x8::size;
         return {item < ITEMS && place.row + line < rows && column < F, (int64_t)(place.row + line) * (2 * F) + column,
-                hopper_gemm_pack(block * Tile::OUT_BLOCK_BYTES, line, pack)};
+                hopper_gemm_pack_address(block * Tile::OUT_BLOCK_BYTES, line, pack)};
     }
     __device__ __forceinline__ void finish(State& state, const Finisher& self, uint32_t blocks,
                                            const HopperGemmPlace& place, const HopperGemmPlace& next) const {
@@ -367,10 +363,10 @@ struct SwigluBackwardEpilogue {
                 bf16x8 gates, ups, dgates, dups, outs;
                 *reinterpret_cast<int4*>(gates.data) = state.gates[i];
                 *reinterpret_cast<int4*>(ups.data) = state.ups[i];
-                swiglu_backward_pack(dgates, dups, outs, hopper_gemm_load(blocks + pack.shared), gates, ups);
+                swiglu_backward_pack(dgates, dups, outs, load128_shared(blocks + pack.shared), gates, ups);
                 store128(dgate_up + pack.offset, dgates);
                 store128(dgate_up + pack.offset + F, dups);
-                hopper_gemm_store(blocks + pack.shared, outs);
+                store128_shared(blocks + pack.shared, outs);
             }
             state.load(*this, self, i, next);
         }
@@ -493,8 +489,9 @@ __device__ __forceinline__ void hopper_gemm_multiply(typename Tile::Shared& shar
             for (int i = 0; i < 4; ++i) {
                 fragment[i] = pack_bf16x2(sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1]);
             }
-            stmatrix_x4(hopper_gemm_pack(out + j / 8 * Tile::OUT_BLOCK_BYTES, 16 * warp + lane % 16, j % 8 + lane / 16),
-                        fragment);
+            stmatrix_x4(
+                hopper_gemm_pack_address(out + j / 8 * Tile::OUT_BLOCK_BYTES, 16 * warp + lane % 16, j % 8 + lane / 16),
+                fragment);
         }
         fence_async_shared();
         named_barrier_arrive(HOPPER_GEMM_STAGED + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);

@@ -93,8 +93,7 @@ class GpuModel : public TrainableModel {
         }
     }
     void qkv_forward(int l, const Batch& batch);
-    void rotate_backward(bf16* dqkv, const Batch& batch);
-    RopePositions rope_positions(const Batch& batch) const;
+    RopeRotation rope_rotation(const Batch& batch) const;
     void attention_forward(int l, const Batch& batch);
     void attention_output_again(int l, const Batch& batch);
     void attention_backward(int l, const Batch& batch);
@@ -513,22 +512,18 @@ HeadView<Element> head_view(Element* rows, const ModelConfig& config, int64_t T)
 }
 
 // A rank that shares sequences holds two chunks of each.
-inline RopePositions GpuModel::rope_positions(const Batch& batch) const {
+inline RopeRotation GpuModel::rope_rotation(const Batch& batch) const {
     const ContextPartition& p = batch.partition;
-    return p.halves() == 1 ? rope_one_run(batch.T)
-                           : RopePositions{batch.T, p.chunk_rows(), {p.first_position(0), p.first_position(1)}};
+    return {rope_, p.halves() == 1
+                       ? rope_one_run(batch.T)
+                       : RopePositions{batch.T, p.chunk_rows(), {p.first_position(0), p.first_position(1)}}};
 }
 inline void GpuModel::qkv_forward(int l, const Batch& batch) {
-    const RopeRotation rotation{rope_, rope_positions(batch)};
-    const int num_rotated_heads = config_.num_heads + config_.num_kv_heads;
+    const RopeRotation rotation = rope_rotation(batch);
     stage("qkv product, rotation");
     rotated_product(block_activations(l).qkv, buffers_.norm_out, weight(table_.layers[l].qkv),
-                    {config_.head_dim, num_rotated_heads, rotation}, batch.rows(), config_.qkv_width(), config_.width,
-                    *gemm_, stream_);
-}
-inline void GpuModel::rotate_backward(bf16* dqkv, const Batch& batch) {
-    rope_backward(dqkv, batch.rows(), config_.num_heads + config_.num_kv_heads, config_.qkv_width(), config_.head_dim,
-                  rope_, rope_positions(batch), stream_);
+                    {config_.head_dim, config_.num_heads + config_.num_kv_heads, rotation}, batch.rows(),
+                    config_.qkv_width(), config_.width, *gemm_, stream_);
 }
 
 inline void GpuModel::attention_forward(int l, const Batch& batch) {
@@ -567,7 +562,7 @@ inline void GpuModel::attention_output_again(int l, const Batch& batch) {
 // sequences and so sum dk in float32 over ranks, are turned back afterwards.
 inline void GpuModel::attention_backward(int l, const Batch& batch) {
     const ModelBuffers& m = buffers_;
-    const RopeRotation rotation{rope_, rope_positions(batch)};
+    const RopeRotation rotation = rope_rotation(batch);
     const BlockActivations& block = block_activations(l);
     const QkvViews<bf16> din(m.dqkv, config_, batch.T);
     const HeadView<const bf16> dout = head_view(m.dattention, config_, batch.T);
@@ -592,7 +587,8 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
     }
     if (batch.shared) {
         stage("rotation");
-        rotate_backward(m.dqkv, batch);
+        rope_backward(m.dqkv, batch.rows(), config_.num_heads + config_.num_kv_heads, config_.qkv_width(),
+                      config_.head_dim, rotation.frequencies, rotation.positions, stream_);
     }
 }
 

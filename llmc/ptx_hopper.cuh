@@ -14,6 +14,8 @@
 #include <cuda.h>
 #include <cudaTypedefs.h>
 
+#include <algorithm>
+
 #include "attention_shape.cuh"
 #include "ptx.cuh"
 
@@ -46,6 +48,19 @@ inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
     return encoder;
 }
 
+constexpr cuuint32_t TILE_BLOCK_COLUMNS = 64;
+
+// cuTensorMapEncodeTiled's status: map (=) of a bf16 tensor whose innermost dimension is contiguous, to move boxes of
+// TILE_BLOCK_COLUMNS of it to or from tiles as described above. strides: bytes, of the other dimensions.
+template <int RANK>
+inline CUresult encode_tensor_map(CUtensorMap& map, const bf16* data, const cuuint64_t (&extents)[RANK],
+                                  const cuuint64_t (&strides)[RANK - 1], const cuuint32_t (&box)[RANK]) {
+    cuuint32_t element_strides[RANK];
+    std::fill(element_strides, element_strides + RANK, 1);
+    return tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, RANK, const_cast<bf16*>(data), extents, strides,
+                                box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+}
 // The map of a bf16 view of [B, T, heads, D], D a multiple of 64, whose copies move box_rows (at most 256) consecutive
 // rows of one head between memory and a tile as described above. Rows outside [0, T) read as zeros, which count as
 // bytes moved, and are not written.
@@ -53,21 +68,16 @@ template <class Element>
 inline CUtensorMap head_tensor_map(const HeadView<Element>& view, int64_t B, int64_t T, int64_t heads, int D,
                                    int box_rows) {
     static_assert(std::is_same_v<std::remove_const_t<Element>, bf16>, "tiles are bf16");
-    constexpr cuuint32_t BLOCK_COLUMNS = 64;
     auto stride_bytes = [](int64_t stride, int64_t extent) {
         return (cuuint64_t)(extent == 1 ? 16 : stride * (int64_t)sizeof(Element));  // any valid one where none is taken
     };
-    const cuuint64_t extents[5] = {BLOCK_COLUMNS, (cuuint64_t)T, (cuuint64_t)D / BLOCK_COLUMNS, (cuuint64_t)heads,
-                                   (cuuint64_t)B};
-    const cuuint64_t strides[4] = {stride_bytes(view.stride_t, T), BLOCK_COLUMNS * sizeof(Element),
+    const cuuint64_t extents[5] = {TILE_BLOCK_COLUMNS, (cuuint64_t)T, (cuuint64_t)D / TILE_BLOCK_COLUMNS,
+                                   (cuuint64_t)heads, (cuuint64_t)B};
+    const cuuint64_t strides[4] = {stride_bytes(view.stride_t, T), TILE_BLOCK_COLUMNS * sizeof(Element),
                                    stride_bytes(view.stride_h, heads), stride_bytes(view.stride_b, B)};
-    const cuuint32_t box[5] = {BLOCK_COLUMNS, (cuuint32_t)box_rows, (cuuint32_t)D / BLOCK_COLUMNS, 1, 1};
-    const cuuint32_t element_strides[5] = {1, 1, 1, 1, 1};
+    const cuuint32_t box[5] = {TILE_BLOCK_COLUMNS, (cuuint32_t)box_rows, (cuuint32_t)D / TILE_BLOCK_COLUMNS, 1, 1};
     CUtensorMap map;
-    const CUresult status =
-        tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 5, const_cast<bf16*>(view.data), extents, strides,
-                             box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult status = encode_tensor_map(map, view.data, extents, strides, box);
     CHECK(status == CUDA_SUCCESS,
           "cuTensorMapEncodeTiled refuses [B %lld, T %lld, heads %lld, D %d] with strides %lld, %lld, %lld at %p "
           "(CUresult %d)",
@@ -81,16 +91,11 @@ inline CUtensorMap head_tensor_map(const HeadView<Element>& view, int64_t B, int
 // above. What lies outside reads as zeros, which count as bytes moved, and is not written.
 inline CUtensorMap matrix_tensor_map(const bf16* data, int64_t rows, int64_t columns, int64_t row_stride,
                                      int box_rows) {
-    constexpr cuuint32_t BLOCK_COLUMNS = 64;
     const cuuint64_t extents[2] = {(cuuint64_t)columns, (cuuint64_t)rows};
     const cuuint64_t strides[1] = {(cuuint64_t)row_stride * sizeof(bf16)};
-    const cuuint32_t box[2] = {BLOCK_COLUMNS, (cuuint32_t)box_rows};
-    const cuuint32_t element_strides[2] = {1, 1};
+    const cuuint32_t box[2] = {TILE_BLOCK_COLUMNS, (cuuint32_t)box_rows};
     CUtensorMap map;
-    const CUresult status =
-        tensor_map_encoder()(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, const_cast<bf16*>(data), extents, strides, box,
-                             element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    const CUresult status = encode_tensor_map(map, data, extents, strides, box);
     CHECK(status == CUDA_SUCCESS,
           "cuTensorMapEncodeTiled refuses a matrix of %lld x %lld with rows %lld elements apart at %p (CUresult %d)",
           (long long)rows, (long long)columns, (long long)row_stride, (const void*)data, (int)status);

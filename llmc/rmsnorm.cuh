@@ -338,11 +338,7 @@ __global__ void __launch_bounds__(RMSNORM_MAX_THREADS_PER_ROW,
     auto address = [&](int stage, Operand operand, int i) {
         return own + ((stage * RMSNORM_BACKWARD_OPERANDS + operand) * PACKS + i) * pack_bytes;
     };
-    auto read = [&](int stage, Operand operand, int i) {
-        bf16x8 pack;
-        *reinterpret_cast<int4*>(pack.data) = load_shared_b128(address(stage, operand, i));
-        return pack;
-    };
+    auto read = [&](int stage, Operand operand, int i) { return load128_shared(address(stage, operand, i)); };
     auto start_loading = [&](int64_t row, int stage) {
         if (row < rows) {
 #pragma unroll

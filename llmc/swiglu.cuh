@@ -19,7 +19,7 @@ __device__ inline float swiglu_sigmoid(float gate) { return reciprocal_approx(1.
 // One expression for all kernels: the same bits.
 __device__ inline float swiglu_value(float gate, float up) { return gate * swiglu_sigmoid(gate) * up; }
 
-// Eight elements of the backward, and of the forward again, in its expression: the same bits.
+// Eight elements of the backward, and of the forward again.
 __device__ __forceinline__ void swiglu_backward_pack(bf16x8& dgates, bf16x8& dups, bf16x8& outs, const bf16x8& douts,
                                                      const bf16x8& gates, const bf16x8& ups) {
 #pragma unroll
@@ -28,7 +28,7 @@ __device__ __forceinline__ void swiglu_backward_pack(bf16x8& dgates, bf16x8& dup
         const float d = __bfloat162float(douts[k]), s = swiglu_sigmoid(gate);
         dgates[k] = __float2bfloat16(d * up * s * (1.0f + gate * (1.0f - s)));
         dups[k] = __float2bfloat16(d * gate * s);
-        outs[k] = __float2bfloat16(gate * s * up);
+        outs[k] = __float2bfloat16(swiglu_value(gate, up));
     }
 }
 
