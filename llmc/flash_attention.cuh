@@ -41,9 +41,10 @@ inline size_t flash_attention_backward_scratch_bytes(const AttentionShape& shape
 }
 
 // dq, dk, dv (=) from dout and the forward's operands, out and lse; dk and dv are bf16 or float32 views. deterministic:
-// all three repeat bit for bit; otherwise dq is summed in an order that varies. scratch need not be zero. rotation: q
-// and k are packed rows of the same positions that rope_forward has turned, so are dq and dk, and these come out turned
-// back, by kernels that write them where these can, else by rope_backward.
+// all three repeat bit for bit; otherwise dq, and with long groups of heads dk and dv, are summed in an order that
+// varies. scratch need not be zero. rotation: q and k are packed rows of the same positions that rope_forward has
+// turned, so are dq and dk, and these come out turned back, by kernels that write them where these can, else by
+// rope_backward.
 inline void flash_attention_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
                                      HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
                                      HeadView<const bf16> v, HeadView<const bf16> out, const float* lse, void* scratch,

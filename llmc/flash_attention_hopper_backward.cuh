@@ -7,11 +7,12 @@
 // positions (rope.cuh), dq and dk can be turned back as they are rounded, which spares a pass over them.
 //
 // A block owns 128 keys of a kv head, keeps their k and v in shared memory, and walks over the query tiles of every
-// query head of the group, so dk and dv are sums in one block, in a fixed order. Two consumer warpgroups own 64 keys
-// each. Scores are computed transposed, so that P^T and dS^T, once rounded, are register operands of the products that
-// make dv and dk. dS also goes to shared memory, once, for dq, which needs both warpgroups' keys. A producer warp loads
-// q, dout and statistics two tiles ahead; a writer warp adds the finished tiles of dq to a float32 accumulator in
-// scratch by bulk reductions, whose order, and so the last bits of dq, vary.
+// query head of the group, so dk and dv are sums in one block, in a fixed order; or of one query head, when its dk and
+// dv are added to float32 accumulators in scratch (KeySums). Two consumer warpgroups own 64 keys each. Scores are
+// computed transposed, so that P^T and dS^T, once rounded, are register operands of the products that make dv and dk.
+// dS also goes to shared memory, once, for dq, which needs both warpgroups' keys. A producer warp loads q, dout and
+// statistics two tiles ahead; a writer warp adds the finished tiles of dq to a float32 accumulator in scratch by bulk
+// reductions, whose order, and so the last bits of dq, vary.
 //
 // Deterministic calls fix that order: a query tile's sum takes the blocks of keys from the last that it sees to the
 // first, a writer waiting until the one before has said that its part is in memory. Blocks start in that order too:
@@ -56,10 +57,23 @@ inline BackwardBlocks hopper_backward_blocks(const AttentionShape& s, bool deter
                                                                                       : BackwardBlocks::ONE_AN_ITEM;
 }
 
-// An item of work: BLOCK_N keys of a kv head and, for every query head of its group, the query tiles [first_tile,
-// end_tile) that see any of them. Tiles from first_unmasked on see all of them. b = -1: there is no more work.
+// Where dk and dv of a kv head's query heads become one sum. IN_A_BLOCK: an item has all heads of the group, one after
+// another. IN_MEMORY: an item has one head, and adds. Items of all heads drift apart, because those of later keys have
+// fewer queries: once a group's q, dout and dq's accumulator do not fit the L2 cache, nothing is read twice from it (H
+// = 128, Hkv = 8, T = 32768 on an H200: 293 GB from and to memory and 474 TFLOP/s, where 128 kv heads have 590; taking
+// all heads' tiles a few at a time, from the last down, 557). The price: 8 D bytes a key to zero and to round, and H /
+// Hkv times that to add, in an order that varies.
+enum class KeySums { IN_A_BLOCK, IN_MEMORY };
+inline KeySums hopper_key_sums(const AttentionShape& s, bool deterministic) {
+    const int64_t group_bytes = s.Tq * (s.H / s.Hkv) * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float));
+    return s.H == s.Hkv || deterministic || group_bytes <= L2_GROUP_BYTES ? KeySums::IN_A_BLOCK : KeySums::IN_MEMORY;
+}
+
+// An item of work: BLOCK_N keys of a kv head and, for heads_an_item query heads of its group from first_head on, the
+// query tiles [first_tile, end_tile) that see any of them. Tiles from first_unmasked on see all of them. b = -1: there
+// is no more work.
 struct KeyBlock {
-    int b, kv_head, first_key;
+    int b, kv_head, first_head, first_key;
     int first_tile, first_unmasked, end_tile;
 };
 
@@ -108,15 +122,17 @@ struct HopperBackwardArguments {
     CUtensorMap k, v;         // of BLOCK_N rows
     CUtensorMap dk, dv;       // of 64 rows
     const float* statistics;  // [B * H][query tiles][2][BLOCK_M], see hopper_backward_prepare_kernel
-    float* dq_accumulator;    // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_dq_kernel
+    float* dq_accumulator;    // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_round_kernel
     int* next_item;           // the first that no block has taken; see backward_load
     int* dq_parts;            // deterministic: [B * H][query tiles], blocks of keys whose part of dq is in memory
     const float2* angles;     // rope_make_table's: dq and dk are turned back; nullptr: they are not
     int64_t Tq, Tk, key_offset;
-    int H, heads_per_kv_head, num_query_tiles, num_items, num_blocks;
+    int H, heads_per_kv_head, heads_an_item, num_query_tiles, num_key_blocks, num_items, num_blocks;
     float scale, scale_log2;
     TileOrder order;
-    // Where dk and dv go instead when these have data.
+    // Where dk and dv go instead when these have data: of KeySums::IN_MEMORY [B * Hkv][key blocks][consumer][D / 64]
+    // parts of 64 x 64, see hopper_backward_round_kernel; otherwise rows.
+    float *dk_accumulator, *dv_accumulator;
     HeadView<float> dk_whole, dv_whole;
 };
 
@@ -161,26 +177,40 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     }
 }
 
-// dq (=) scale * accumulator; TURNS_BACK: turned back by its rows' angles, from rope_make_table. A warpgroup's 64 x 64
-// part of a tile is in the order of its registers: float4 i (of 8) of thread t is float4 128 i + t: columns 8 i + 2 (t
-// % 4) and the next of row 16 (t / 32) + t % 32 / 4, then of the row 8 further down. Launch: a block a tile, of several
-// heads that turn by the same angles; a thread reads the eight float4 that hold 8 columns of the first half of such two
-// rows and the same of the second half, with which they turn. Bound: bandwidth, 6D bytes a row.
+// rows (=) factor * accumulator, of H heads of T rows; TURNS_BACK: turned back by the rows' angles, from
+// rope_make_table. Element: bf16 or float. A warpgroup's 64 x 64 part of a tile is in the order of its registers:
+// float4 i (of 8) of thread t is float4 128 i + t: columns 8 i + 2 (t % 4) and the next of row 16 (t / 32) + t % 32 /
+// 4, then of the row 8 further down. Parts of a tile are its halves of columns (D = 128) or of rows (D = 64). Launch: a
+// block a tile, of several heads that turn by the same angles; a thread reads the eight float4 that hold 8 columns of
+// the first half of such two rows and the same of the second half, with which they turn. Bound: bandwidth, 4D bytes a
+// row read and D elements written.
 template <bool TURNS_BACK>
-constexpr int HOPPER_DQ_HEADS = TURNS_BACK ? 4 : 1;
-template <int D, int BLOCK_M, bool TURNS_BACK>
+constexpr int HOPPER_ROUND_HEADS = TURNS_BACK ? 4 : 1;
+__device__ __forceinline__ void store_8_columns(bf16* to, const float (&values)[8]) {
+    bf16x8 pack;
+#pragma unroll
+    for (int e = 0; e < 8; ++e) {
+        pack[e] = __float2bfloat16(values[e]);
+    }
+    store128(to, pack);
+}
+__device__ __forceinline__ void store_8_columns(float* to, const float (&values)[8]) {
+    reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
+    reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
+}
+template <int D, int TILE_ROWS, bool TURNS_BACK, class Element>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
-    hopper_backward_dq_kernel(HeadView<bf16> dq, const float* dq_accumulator, const float2* angles, int64_t Tq,
-                              int num_query_tiles, int H, float scale) {
+    hopper_backward_round_kernel(HeadView<Element> rows, const float* accumulator, const float2* angles, int64_t T,
+                                 int num_tiles, int H, float factor) {
     constexpr int VECTORS = D / 16, PART_FLOAT4 = 64 * 64 / 4;  // 8 columns each, of half a row
-    constexpr int HEADS = HOPPER_DQ_HEADS<TURNS_BACK>;
-    static_assert(BLOCK_M * D == 32 * HOPPER_ROWS_THREADS, "two rows of 16 columns a thread");
-    const int group = blockIdx.x / num_query_tiles, num_groups = (H + HEADS - 1) / HEADS;
-    const int tile = blockIdx.x - group * num_query_tiles, b = group / num_groups;
+    constexpr int HEADS = HOPPER_ROUND_HEADS<TURNS_BACK>;
+    static_assert(TILE_ROWS * D == 32 * HOPPER_ROWS_THREADS, "two rows of 16 columns a thread");
+    const int group = blockIdx.x / num_tiles, num_groups = (H + HEADS - 1) / HEADS;
+    const int tile = blockIdx.x - group * num_tiles, b = group / num_groups;
     const int first_head = (group - b * num_groups) * HEADS, end_head = min(first_head + HEADS, H);
     const int i = threadIdx.x % VECTORS, quad = threadIdx.x / VECTORS % 32;
     const int first_part = D == 128 ? 0 : threadIdx.x / (32 * VECTORS);  // D = 128: the halves of a row are two parts
-    const int64_t row = (int64_t)tile * BLOCK_M + 64 * first_part + quad / 8 * 16 + quad % 8;
+    const int64_t row = (int64_t)tile * TILE_ROWS + 64 * first_part + quad / 8 * 16 + quad % 8;
     RopeFragmentAngles angle[4];
     wait_for_kernel_before();
     if constexpr (TURNS_BACK) {
@@ -190,11 +220,11 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
         }
     }
     for (int head = first_head; head < end_head; ++head) {
-        const float* part = dq_accumulator + (((int64_t)b * H + head) * num_query_tiles + tile) * (BLOCK_M * D);
+        const float* part = accumulator + (((int64_t)b * H + head) * num_tiles + tile) * (TILE_ROWS * D);
         const float4* low =
             reinterpret_cast<const float4*>(part) + first_part * PART_FLOAT4 + i * WARPGROUP_SIZE + quad * 4;
         const float4* high = low + (D == 128 ? PART_FLOAT4 : VECTORS * WARPGROUP_SIZE);
-        bf16x8 out[2][2];  // of the upper and the lower row, low and high columns
+        float out[2][2][8];  // of the upper and the lower row, low and high columns
 #pragma unroll
         for (int t = 0; t < 4; ++t) {
             const float4 lows = __ldcs(low + t), highs = __ldcs(high + t);
@@ -208,15 +238,15 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
             }
 #pragma unroll
             for (int e = 0; e < 8; ++e) {
-                out[e / 4][e / 2 % 2][2 * t + e % 2] = __float2bfloat16(scale * turned[e / 4][e / 2 % 2][e % 2]);
+                out[e / 4][e / 2 % 2][2 * t + e % 2] = factor * turned[e / 4][e / 2 % 2][e % 2];
             }
         }
 #pragma unroll
         for (int lower = 0; lower < 2; ++lower) {
-            if (row + 8 * lower < Tq) {
-                bf16* const to = dq.row(b, row + 8 * lower, head) + 8 * i;
-                store128(to, out[lower][0]);
-                store128(to + D / 2, out[lower][1]);
+            if (row + 8 * lower < T) {
+                Element* const to = rows.row(b, row + 8 * lower, head) + 8 * i;
+                store_8_columns(to, out[lower][0]);
+                store_8_columns(to + D / 2, out[lower][1]);
             }
         }
     }
@@ -235,9 +265,10 @@ enum HopperBackwardBarrier { DS_WRITTEN = 1, OUT_FULL = 2, OUT_EMPTY = 4, WRITER
 template <class Tile>
 __device__ __forceinline__ void find_key_block(KeyBlock& block, const HopperBackwardArguments& args, int item) {
     const TileOrder::Place place = args.order.place(item);
-    const int num_kv_heads = args.H / args.heads_per_kv_head;
-    block.b = place.head / num_kv_heads;
-    block.kv_head = place.head % num_kv_heads;
+    const int items_a_key_block = args.H / args.heads_an_item;
+    block.b = place.head / items_a_key_block;
+    block.first_head = place.head % items_a_key_block * args.heads_an_item;
+    block.kv_head = block.first_head / args.heads_per_kv_head;
     // The first keys are seen by most queries: they start first, unless the order of the sums asks for the reverse.
     const int key_block = Tile::DETERMINISTIC ? args.order.num_tiles - 1 - place.tile : place.tile;
     const int first_key = key_block * Tile::BLOCK_N;
@@ -270,12 +301,12 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
         KeyBlock& block = shared.block[slot];
         find_key_block<Tile>(block, args, item);
         bool kv_to_come = true;
-        int heads_to_come = block.first_tile < block.end_tile ? args.heads_per_kv_head : 0, tile = block.first_tile;
+        int heads_to_come = block.first_tile < block.end_tile ? args.heads_an_item : 0, tile = block.first_tile;
 #pragma unroll 1
         while (heads_to_come > 0 || kv_to_come) {
             if (heads_to_come > 0) {
                 const int stage = state.stage, row = tile * Tile::BLOCK_M;
-                const int h = (block.kv_head + 1) * args.heads_per_kv_head - heads_to_come;
+                const int h = block.first_head + args.heads_an_item - heads_to_come;
                 const uint32_t q_full = shared_address(&shared.q_full[stage]);
                 named_barrier_sync(Q_EMPTY + stage, Tile::Q_EMPTY_THREADS);
                 mbarrier_arrive_expect(q_full, TILE_BYTES + STATISTICS_BYTES);
@@ -318,13 +349,13 @@ __device__ __forceinline__ int last_key_block(const HopperBackwardArguments& arg
     return min((int)args.Tk - 1, last_query + (int)args.key_offset) / Tile::BLOCK_N;
 }
 
-// Moves what the consumers put into shared.out to global memory: their parts of dq, tile after tile, then dv, then dk.
-// WRITERS warps in turn, of which this is number `writer`. Deterministic there are two: while one waits until its part
-// of dq is in memory, to say so, the other looks whether the next is due.
+// Moves what the consumers put into shared.out to global memory: their parts of dq, tile after tile, then dv, then dk
+// (to accumulators, in KEY_PARTS parts each). WRITERS warps in turn, of which this is number `writer`. Deterministic
+// there are two: while one waits until its part of dq is in memory, to say so, the other looks whether the next is due.
 template <class Tile>
 __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, const HopperBackwardArguments& args,
                                                int writer) {
-    constexpr int THREADS = WARPGROUP_SIZE + WARP_SIZE;
+    constexpr int THREADS = WARPGROUP_SIZE + WARP_SIZE, KEY_PARTS = Tile::D / 64;
     const bool leader = threadIdx.x % WARP_SIZE == 0;
     bool due = writer == 0;
     // start(w): by the leader, for each warpgroup w once it has filled its part. finish: by the leader, when both are
@@ -382,10 +413,12 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
             mbarrier_arrive(shared_address(&shared.kv_empty));
         }
 #pragma unroll 1
-        for (int i = 0; i < args.heads_per_kv_head; ++i) {
+        for (int i = 0; i < (Tile::DETERMINISTIC ? args.heads_per_kv_head : args.heads_an_item); ++i) {
 #pragma unroll 1
             for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
-                const int head = block.b * args.H + block.kv_head * args.heads_per_kv_head + i;
+                // The same, but for 24 registers.
+                const int first_head = Tile::DETERMINISTIC ? block.kv_head * args.heads_per_kv_head : block.first_head;
+                const int head = block.b * args.H + first_head + i;
                 const int query_tile = opaque(head) * args.num_query_tiles + tile;  // computed anew: 24 registers
                 write(
                     [&](int w) {
@@ -406,6 +439,23 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
                         }
                     });
             }
+        }
+        if (!Tile::DETERMINISTIC && args.dk_accumulator != nullptr) {
+#pragma unroll 1
+            for (int i = 0; i < 2 * KEY_PARTS; ++i) {
+                write(
+                    [&](int w) {
+                        const int num_kv_heads = args.H / args.heads_per_kv_head;
+                        const int64_t head = (int64_t)block.b * num_kv_heads + block.kv_head;
+                        const int64_t first_part = (head * args.num_key_blocks + block.first_key / Tile::BLOCK_N) *
+                                                   (Tile::CONSUMERS * KEY_PARTS);
+                        bulk_reduce_add_f32((i < KEY_PARTS ? args.dv_accumulator : args.dk_accumulator) +
+                                                (first_part + w * KEY_PARTS + i % KEY_PARTS) * Tile::DQ_ELEMENTS,
+                                            shared_address(shared.out[w]), sizeof(shared.out[w]));
+                    },
+                    [] {});
+            }
+            continue;
         }
         if (args.dk_whole.data != nullptr) {
             continue;  // the consumers store them
@@ -496,26 +546,34 @@ __device__ __forceinline__ void mask_key_rows(float (&s)[Tile::BLOCK_M / 2], con
         }
     }
 }
-// s (=) P^T = 2^(scale_log2 s - lse); lse: of the tile's queries, shared memory.
+// pairs (=) what `statistics`, of a tile's queries, shared memory, holds of this lane's columns.
 template <int COUNT>
-__device__ __forceinline__ void exponentiate(float (&s)[COUNT], const float* lse, float scale_log2) {
-    const float2* pairs = reinterpret_cast<const float2*>(lse) + threadIdx.x % 4;
+__device__ __forceinline__ void read_statistics(float2 (&pairs)[COUNT], const float* statistics) {
+    const float2* const from = reinterpret_cast<const float2*>(statistics) + threadIdx.x % 4;
+#pragma unroll
+    for (int j = 0; j < COUNT; ++j) {
+        pairs[j] = from[4 * j];
+    }
+}
+// s (=) P^T = 2^(scale_log2 s - lse); lse: of this lane's columns.
+template <int COUNT>
+__device__ __forceinline__ void exponentiate(float (&s)[COUNT], const float2 (&lse)[COUNT / 4], float scale_log2) {
 #pragma unroll
     for (int j = 0; j < COUNT / 4; ++j) {
-        const float2 pair = pairs[4 * j];
+        const float2 pair = lse[j];
         s[4 * j] = exp2_approx(fmaf(s[4 * j], scale_log2, -pair.x));
         s[4 * j + 1] = exp2_approx(fmaf(s[4 * j + 1], scale_log2, -pair.y));
         s[4 * j + 2] = exp2_approx(fmaf(s[4 * j + 2], scale_log2, -pair.x));
         s[4 * j + 3] = exp2_approx(fmaf(s[4 * j + 3], scale_log2, -pair.y));
     }
 }
-// dp (=) dS^T = P^T (dp - delta).
+// dp (=) dS^T = P^T (dp - delta); delta: of this lane's columns.
 template <int COUNT>
-__device__ __forceinline__ void differentiate(float (&dp)[COUNT], const float (&p)[COUNT], const float* delta) {
-    const float2* pairs = reinterpret_cast<const float2*>(delta) + threadIdx.x % 4;
+__device__ __forceinline__ void differentiate(float (&dp)[COUNT], const float (&p)[COUNT],
+                                              const float2 (&delta)[COUNT / 4]) {
 #pragma unroll
     for (int j = 0; j < COUNT / 4; ++j) {
-        const float2 pair = pairs[4 * j];
+        const float2 pair = delta[j];
         dp[4 * j] = p[4 * j] * (dp[4 * j] - pair.x);
         dp[4 * j + 1] = p[4 * j + 1] * (dp[4 * j + 1] - pair.y);
         dp[4 * j + 2] = p[4 * j + 2] * (dp[4 * j + 2] - pair.x);
@@ -591,6 +649,16 @@ __device__ __forceinline__ void store_whole_key_gradient(const HeadView<float>& 
         }
     }
 }
+// part (=) 64 columns of a warpgroup's 64 rows, from FIRST_COLUMN on, in the order of its registers.
+template <class Tile, int FIRST_COLUMN, int COUNT>
+__device__ __forceinline__ void store_part(float* part, const float (&rows)[COUNT]) {
+    float4* const out = reinterpret_cast<float4*>(part) + threadIdx.x % WARPGROUP_SIZE;
+#pragma unroll
+    for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
+        const float* const from = rows + FIRST_COLUMN / 2 + 4 * i;
+        out[i * WARPGROUP_SIZE] = make_float4(from[0], from[1], from[2], from[3]);
+    }
+}
 // Gives this warpgroup's part of shared.out, which fill() fills, to the writer warp.
 template <class Tile, class Fill>
 __device__ __forceinline__ void give_to_writer(int warpgroup, Fill fill) {
@@ -626,6 +694,10 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     if (!STARTED) {
         start_scores_of(p, state);
     }
+    float2 lse[BLOCK_M / 8], delta[BLOCK_M / 8];
+    if constexpr (Tile::D == 128) {  // at D = 64 registers are short
+        read_statistics(lse, shared.statistics[stage][0]);
+    }
     float dp[BLOCK_M / 2];
     mbarrier_wait(shared_address(&shared.dout_full[stage]), state.parity);
     wgmma_fence();
@@ -635,7 +707,10 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     if (MASKED) {
         mask_key_rows<Tile>(p, args, block.first_key + 64 * warpgroup, tile * BLOCK_M);
     }
-    exponentiate(p, shared.statistics[stage][0], args.scale_log2);
+    if constexpr (Tile::D == 64) {
+        read_statistics(lse, shared.statistics[stage][0]);
+    }
+    exponentiate(p, lse, args.scale_log2);
     uint32_t p_operand[BLOCK_M / 16][4], ds_operand[BLOCK_M / 16][4];
     round_to_operand(p_operand, p);
     if (Tile::DV_START == DvStart::BEFORE_DS) {
@@ -646,7 +721,8 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
         wgmma_wait<0>();
     }
     wgmma_pin(dp);
-    differentiate(dp, p, shared.statistics[stage][1]);
+    read_statistics(delta, shared.statistics[stage][1]);
+    differentiate(dp, p, delta);
     round_to_operand(ds_operand, dp);
     store_transposed<Tile>(ds, ds_operand, warpgroup);
     if (Tile::DV_START == DvStart::AFTER_DS) {
@@ -659,19 +735,14 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     float dq[Tile::DQ_ELEMENTS / WARPGROUP_SIZE];
     wgmma_fence();
     start_dq<Tile>(dq, ds, k, warpgroup);
-    start_key_gradient<Tile>(dk, ds_operand, q);
-    wgmma_wait<1>();  // dv and dq
-    wgmma_pin(dq);
+    wgmma_wait<1>();  // dv
     if (warp_leader) {
         mbarrier_arrive(shared_address(&shared.dout_empty[stage]));
     }
-    give_to_writer<Tile>(warpgroup, [&] {
-        float4* out = reinterpret_cast<float4*>(shared.out[warpgroup]) + thread;
-#pragma unroll
-        for (int i = 0; i < Tile::DQ_ELEMENTS / WARPGROUP_SIZE / 4; ++i) {
-            out[i * WARPGROUP_SIZE] = make_float4(dq[4 * i], dq[4 * i + 1], dq[4 * i + 2], dq[4 * i + 3]);
-        }
-    });
+    start_key_gradient<Tile>(dk, ds_operand, q);
+    wgmma_wait<1>();  // dq
+    wgmma_pin(dq);
+    give_to_writer<Tile>(warpgroup, [&] { store_part<Tile, 0>(shared.out[warpgroup], dq); });
     state.advance();
     if (START_NEXT) {
         start_scores_of(next, state);
@@ -701,7 +772,7 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
         }
         float dk[Tile::D / 2] = {}, dv[Tile::D / 2] = {};
 #pragma unroll 1
-        for (int i = 0; i < args.heads_per_kv_head; ++i) {
+        for (int i = 0; i < args.heads_an_item; ++i) {
             // Whole groups of TILES_A_TURN remain for the second loop.
             const int masked_end = block.first_unmasked + (block.end_tile - block.first_unmasked) % Tile::TILES_A_TURN;
             int tile = block.first_tile;
@@ -731,7 +802,7 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
         }
         wgmma_pin(dk);
         wgmma_pin(dv);
-        const bool whole = args.dk_whole.data != nullptr;
+        const bool whole = args.dk_accumulator == nullptr && args.dk_whole.data != nullptr;
         const int first_key = block.first_key + 64 * warpgroup;
         if (whole) {  // before `block` may change
             store_whole_key_gradient<Tile>(args.dv_whole, dv, 1.0f, block, warpgroup, args.Tk);
@@ -742,6 +813,18 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
             mbarrier_arrive(shared_address(&shared.kv_empty));
         }
         if (whole) {
+            continue;
+        }
+        if (!Tile::DETERMINISTIC && args.dk_accumulator != nullptr) {
+            float* const part = shared.out[warpgroup];
+            give_to_writer<Tile>(warpgroup, [&] { store_part<Tile, 0>(part, dv); });
+            if constexpr (Tile::D == 128) {
+                give_to_writer<Tile>(warpgroup, [&] { store_part<Tile, 64>(part, dv); });
+            }
+            give_to_writer<Tile>(warpgroup, [&] { store_part<Tile, 0>(part, dk); });
+            if constexpr (Tile::D == 128) {
+                give_to_writer<Tile>(warpgroup, [&] { store_part<Tile, 64>(part, dk); });
+            }
             continue;
         }
         const uint32_t out = shared_address(shared.out[warpgroup]);

@@ -1,5 +1,5 @@
 // flash_attention_hopper_backward_launch.cuh: the call of the backward of attention for sm_90a, D = 64 and 128: its
-// scratch and its three kernels (flash_attention_hopper_backward.cuh). The second and the third may start while the
+// scratch and its kernels (flash_attention_hopper_backward.cuh). Those after the first may start while the
 // last blocks of the one before run.
 #pragma once
 #include <algorithm>
@@ -16,14 +16,25 @@ constexpr size_t HOPPER_NEXT_ITEM_BYTES = 256;  // keeps the rest aligned to cac
 inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
     return (size_t)s.B * s.H * round_up<int64_t>(s.Tq, hopper_backward_block_m(s.D)) * 2 * sizeof(float);
 }
-// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; deterministic: and 4 a tile; where it
-// turns dq and dk back: and rope_table_bytes.
+// Of dk and of dv, each, where they are summed in memory.
+inline size_t hopper_key_accumulator_bytes(const AttentionShape& s) {
+    return (size_t)s.B * s.Hkv * round_up<int64_t>(s.Tk, HopperBackwardTile<128>::BLOCK_N) * s.D * sizeof(float);
+}
+// Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; with KeySums::IN_MEMORY: and 8 D a key
+// row and head, rows rounded up to a block of keys; deterministic: and 4 a query tile; where it turns dq and dk back:
+// and rope_table_bytes.
 inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic,
-                                                            bool turns_back = false) {
+                                                            bool turns_back, KeySums key_sums) {
     const int block_m = hopper_backward_block_m(s.D);
     const size_t num_tiles = (size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, block_m);
     return HOPPER_NEXT_ITEM_BYTES + hopper_backward_statistics_bytes(s) + num_tiles * block_m * s.D * sizeof(float) +
+           (key_sums == KeySums::IN_MEMORY ? 2 * hopper_key_accumulator_bytes(s) : 0) +
            (turns_back ? rope_table_bytes(s.Tq, s.D) : 0) + (deterministic ? num_tiles * sizeof(int) : 0);
+}
+inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic,
+                                                            bool turns_back = false) {
+    return flash_attention_hopper_backward_scratch_bytes(s, deterministic, turns_back,
+                                                         hopper_key_sums(s, deterministic));
 }
 
 // ---- launches ---------------------------------------------------------------------------------
@@ -43,10 +54,10 @@ inline void hopper_launch_kernel(void (*kernel)(Parameters...), bool overlaps, i
     CUDA_CHECK_LAUNCH();
 }
 
-// Checks the operands, fills the statistics and the table of angles, and zeroes dq's accumulator.
+// Checks the operands, fills the statistics and the table of angles, and zeroes the accumulators.
 template <class Tile>
 inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOperands& x, const AttentionShape& s,
-                                                     BackwardBlocks blocks, cudaStream_t stream) {
+                                                     BackwardBlocks blocks, KeySums key_sums, cudaStream_t stream) {
     attention_check_shape(s);
     CHECK(s.D == Tile::D, "attention on Hopper: head dim D = %d, expected %d", s.D, Tile::D);
     CHECK(s.Tq <= INT32_MAX / 4 && s.Tk <= INT32_MAX / 4,
@@ -86,13 +97,13 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
     }
     args.Tq = s.Tq, args.Tk = s.Tk, args.key_offset = attention_key_offset(s);
     args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
+    args.heads_an_item = key_sums == KeySums::IN_MEMORY ? 1 : args.heads_per_kv_head;
     args.num_query_tiles = (int)num_query_tiles;
+    args.num_key_blocks = (int)ceil_div<int64_t>(s.Tk, Tile::BLOCK_N);
     args.scale = s.scale, args.scale_log2 = s.scale * LOG2_E;
-    // What the blocks of a head share: q, dout and dq's accumulator.
-    args.order =
-        attention_tile_order(ceil_div<int64_t>(s.Tk, Tile::BLOCK_N), s.B, s.Hkv, 1,
-                             s.Tq * args.heads_per_kv_head * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float)));
-
+    // What the items of the same heads share: q, dout and dq's accumulator.
+    args.order = attention_tile_order(args.num_key_blocks, s.B, s.H / args.heads_an_item, 1,
+                                      s.Tq * args.heads_an_item * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float)));
     args.num_items = args.order.num_tiles * args.order.num_heads;
     args.num_blocks =
         blocks == BackwardBlocks::ONE_AN_ITEM ? args.num_items : std::min(args.num_items, gpu_properties().num_sms);
@@ -102,6 +113,14 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
     args.dq_accumulator = statistics + hopper_backward_statistics_bytes(s) / sizeof(float);
     const int64_t padded_Tq = (int64_t)args.num_query_tiles * Tile::BLOCK_M, num_tile_rows = s.B * s.H * padded_Tq;
     char* rest = reinterpret_cast<char*>(args.dq_accumulator + num_tile_rows * s.D);
+    if (key_sums == KeySums::IN_MEMORY) {
+        CHECK(!Tile::DETERMINISTIC, "attention on Hopper: dk and dv of deterministic calls are not summed in memory");
+        const size_t num_bytes = hopper_key_accumulator_bytes(s);
+        args.dk_accumulator = reinterpret_cast<float*>(rest);
+        args.dv_accumulator = reinterpret_cast<float*>(rest + num_bytes);
+        CUDA_CHECK(cudaMemsetAsync(rest, 0, 2 * num_bytes, stream));
+        rest += 2 * num_bytes;
+    }
     if (x.rotation != nullptr) {
         float2* const angles = reinterpret_cast<float2*>(rest);
         rope_make_table(angles, s.D, *x.rotation, stream);
@@ -120,33 +139,50 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
                          padded_Tq, s.H);
     return args;
 }
-// dq (=) from its accumulator. Beside transfers it starts late: blocks that wait would hold what others could use.
-template <class Tile>
-inline void hopper_finish_dq(HeadView<bf16> dq, const HopperBackwardArguments& args, const AttentionShape& s,
-                             cudaStream_t stream) {
-    const bool turns_back = args.angles != nullptr;
-    const auto kernel = turns_back ? hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M, true>
-                                   : hopper_backward_dq_kernel<Tile::D, Tile::BLOCK_M, false>;
+// rows (=) factor * accumulator, of H heads; angles: turned back, nullptr: not. Beside transfers it starts late: blocks
+// that wait would hold what others could use.
+template <class Tile, class Element>
+inline void hopper_round(HeadView<Element> rows, const float* accumulator, const float2* angles, int64_t T,
+                         int64_t num_tiles, int H, float factor, const AttentionShape& s, cudaStream_t stream) {
+    const bool turns_back = angles != nullptr;
+    const auto kernel = turns_back ? hopper_backward_round_kernel<Tile::D, Tile::BLOCK_M, true, Element>
+                                   : hopper_backward_round_kernel<Tile::D, Tile::BLOCK_M, false, Element>;
     const int64_t num_groups =
-        (int64_t)s.B * ceil_div(s.H, turns_back ? HOPPER_DQ_HEADS<true> : HOPPER_DQ_HEADS<false>);
-    hopper_launch_kernel(kernel, !s.yields, num_groups * args.num_query_tiles, HOPPER_ROWS_THREADS, 0, stream, dq,
-                         args.dq_accumulator, args.angles, s.Tq, args.num_query_tiles, s.H, s.scale);
+        (int64_t)s.B * ceil_div(H, turns_back ? HOPPER_ROUND_HEADS<true> : HOPPER_ROUND_HEADS<false>);
+    hopper_launch_kernel(kernel, !s.yields, num_groups * num_tiles, HOPPER_ROWS_THREADS, 0, stream, rows, accumulator,
+                         angles, T, (int)num_tiles, H, factor);
+}
+// dq (=) from its accumulator, and dk, dv (=) from theirs, where they have any.
+template <class Tile>
+inline void hopper_finish_backward(const AttentionBackwardOperands& x, const HopperBackwardArguments& args,
+                                   const AttentionShape& s, cudaStream_t stream) {
+    static_assert(Tile::BLOCK_N % Tile::BLOCK_M == 0, "a block of keys is whole tiles of rows");
+    hopper_round<Tile>(x.dq, args.dq_accumulator, args.angles, s.Tq, args.num_query_tiles, s.H, s.scale, s, stream);
+    if (args.dk_accumulator != nullptr) {
+        const int64_t num_tiles = args.num_key_blocks * (int64_t)(Tile::BLOCK_N / Tile::BLOCK_M);
+        const auto finish = [&](auto dk, auto dv) {
+            hopper_round<Tile>(dk, args.dk_accumulator, args.angles, s.Tk, num_tiles, s.Hkv, s.scale, s, stream);
+            hopper_round<Tile>(dv, args.dv_accumulator, nullptr, s.Tk, num_tiles, s.Hkv, 1.0f, s, stream);
+        };
+        x.dk.whole.data != nullptr ? finish(x.dk.whole, x.dv.whole) : finish(x.dk.rounded, x.dv.rounded);
+    }
 }
 
 template <class Tile>
 inline void hopper_launch_backward(const AttentionBackwardOperands& x, const AttentionShape& shape,
-                                   BackwardBlocks blocks, cudaStream_t stream) {
-    const HopperBackwardArguments args = hopper_begin_backward<Tile>(x, shape, blocks, stream);
+                                   BackwardBlocks blocks, KeySums key_sums, cudaStream_t stream) {
+    const HopperBackwardArguments args = hopper_begin_backward<Tile>(x, shape, blocks, key_sums, stream);
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_hopper_backward_kernel<Tile>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
     hopper_launch_kernel(kernel, true, args.num_blocks, Tile::THREADS, SHARED_BYTES, stream, args);
-    hopper_finish_dq<Tile>(x.dq, args, shape, stream);
+    hopper_finish_backward<Tile>(x, args, shape, stream);
 }
 
 // dq, dk, dv (=), D = 64 or 128. out and lse are the forward's (or, of a chunk of keys, those of all keys together: the
 // gradients are then the chunk's share). scratch: flash_attention_hopper_backward_scratch_bytes, aligned to 16 bytes,
-// need not be zero. dk and dv always repeat bit for bit; dq does when deterministic. rotation: q and k are rows of its
+// need not be zero. Deterministic, all repeat bit for bit; otherwise dq varies, and dk and dv with KeySums::IN_MEMORY.
+// rotation: q and k are rows of its
 // positions (Tq = Tk) that it has turned, and dq and dk come out turned back; rope_table_fits(its positions).
 inline void flash_attention_hopper_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
                                             HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
@@ -157,7 +193,8 @@ inline void flash_attention_hopper_backward(HeadView<bf16> dq, KeyGradientView d
     attention_check_shape(shape);
     const AttentionBackwardOperands x{dq, dk, dv, dout, q, k, v, out, lse, scratch, rotation};
     const BackwardBlocks blocks = hopper_backward_blocks(shape, deterministic);
-    auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(x, shape, blocks, stream); };
+    const KeySums key_sums = hopper_key_sums(shape, deterministic);
+    auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(x, shape, blocks, key_sums, stream); };
     // clang-format off
     if (shape.D == 64) { deterministic ? launch(HopperBackwardTile<64, true>())  : launch(HopperBackwardTile<64>()); }
     else               { deterministic ? launch(HopperBackwardTile<128, true>()) : launch(HopperBackwardTile<128>()); }

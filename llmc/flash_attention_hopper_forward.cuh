@@ -694,6 +694,12 @@ inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float
     return args;
 }
 
+// From so many keys on, each tile is a block, started when another ends. Persistent blocks, whose lists are fixed,
+// drift apart, some multiprocessors being a little slower, and no longer read the same keys at about the same time:
+// H200, H = 8, D = 128, T = 524288: 1.90 TB from memory and 578 to 642 TFLOP/s, one block a tile 666; at 131072 651 and
+// 663, 98304 689 and 686, 32768 686 and 676, 8192 695 and 672.
+constexpr int64_t FORWARD_DRIFT_KEYS = 131072;
+
 template <class Tile>
 inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k,
                                   HeadView<const bf16> v, const AttentionShape& shape, cudaStream_t stream) {
@@ -702,7 +708,7 @@ inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const
     constexpr int num_bytes = (int)sizeof(typename Tile::Shared);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
     int num_blocks = args.order.num_tiles * args.order.num_heads;
-    if (Tile::PERSISTENT && !shape.yields) {
+    if (Tile::PERSISTENT && !shape.yields && shape.Tk < FORWARD_DRIFT_KEYS) {
         num_blocks = std::min(num_blocks, Tile::BLOCKS_PER_SM * gpu_properties().num_sms);
     }
     kernel<<<num_blocks, Tile::THREADS, num_bytes, stream>>>(args);
