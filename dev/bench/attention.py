@@ -6,6 +6,8 @@ a table (ms, TFLOP/s, ratio to the faster peer) and saves attention.json and att
 
     make build/dev/attention_timing && python3 dev/bench/attention.py        every shape up to 131072
     python3 dev/bench/attention.py --shapes d128,gqa32 --longest 524288      some shapes, further
+    python3 dev/bench/attention.py --peer fa3=PROGRAM                        with one more peer, any program that
+                                                                             speaks as attention_timing does
     python3 dev/bench/attention.py --list                                    what there is
     python3 dev/bench/attention.py --from_json a.json,b.json                 plot of earlier runs; needs no GPU
 
@@ -39,10 +41,11 @@ def flops(B, H, D, T, direction):
     return 2.0 * B * H * D * T * T * (2.5 if direction != "forward" else 1.0)
 
 
-class Ours:
-    """dev/cuda/attention_timing.cu: a line in, a line out."""
+class LineProgram:
+    """dev/cuda/attention_timing.cu, or a peer that speaks as it does: a line in, a line out."""
 
     def __init__(self, binary):
+        self.binary = binary
         self.process = subprocess.Popen([binary], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def time(self, direction, shape, T, runs):
@@ -54,7 +57,7 @@ class Ours:
         except BrokenPipeError:
             answer = []
         if not answer or answer[0] != "ok":
-            raise RuntimeError(answer[1].strip() if len(answer) > 1 else "attention_timing ended")
+            raise RuntimeError(answer[1].strip() if len(answer) > 1 else f"{self.binary} ended")
         return [float(word) for word in answer[1].split()]
 
     def close(self):
@@ -62,7 +65,7 @@ class Ours:
         self.process.wait()
 
 
-class Peer:
+class TorchPeer:
     """scaled_dot_product_attention with one backend."""
 
     def __init__(self, backend):
@@ -144,6 +147,8 @@ def plot(results, path):
         return
     figure, axes = plt.subplots(len(names), 2, figsize=(13, 4.5 * len(names)), squeeze=False)
     colors = {"this": "tab:green", "cudnn": "tab:orange", "fa2": "tab:blue"}
+    measured = [program for name in names for row in results[name] for program in row["tflops"]]
+    colors.update({program: None for program in dict.fromkeys(measured) if program not in colors})  # the next free ones
     for line, name in zip(axes, names):
         for axis, direction in zip(line, PASSES):
             for program, color in colors.items():
@@ -174,6 +179,7 @@ def main():
     parser.add_argument("--rounds", type=int, default=5, help="turns each program gets")
     parser.add_argument("--slice_ms", type=float, default=20.0, help="a turn's timed runs, at least one")
     parser.add_argument("--only", default="this,cudnn,fa2", help="programs, with commas between them")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PROGRAM", help="one more, always run")
     parser.add_argument("--timing", default="build/dev/attention_timing", help="this project's timing program")
     parser.add_argument("--out", default=".", help="folder for attention.json and attention.png")
     parser.add_argument("--from_json", help="attention.json of earlier runs, commas between them: only the plot of them")
@@ -200,16 +206,22 @@ def main():
     programs = {}
     selected = options.only.split(",")
     if "this" in selected:
-        programs["this"] = Ours(options.timing)
+        programs["this"] = LineProgram(options.timing)
     if "cudnn" in selected or "fa2" in selected:
         import torch
         from torch.nn.attention import SDPBackend
         print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
               f"cuDNN {torch.backends.cudnn.version()}")
         if "cudnn" in selected:
-            programs["cudnn"] = Peer(SDPBackend.CUDNN_ATTENTION)
+            programs["cudnn"] = TorchPeer(SDPBackend.CUDNN_ATTENTION)
         if "fa2" in selected:
-            programs["fa2"] = Peer(SDPBackend.FLASH_ATTENTION)
+            programs["fa2"] = TorchPeer(SDPBackend.FLASH_ATTENTION)
+
+    for peer in options.peer:
+        name, _, binary = peer.partition("=")
+        if not name or not os.access(binary, os.X_OK) or name in programs:
+            parser.error(f"--peer {peer}: expected NAME=PROGRAM, a new name and a program that can be run")
+        programs[name] = LineProgram(binary)
 
     results, failed = {}, False
     names = list(programs)
@@ -239,10 +251,11 @@ def main():
                 with open(os.path.join(options.out, "attention.json"), "w") as file:
                     json.dump(results, file, indent=1)
             for program in programs.values():
-                if isinstance(program, Peer):
+                if isinstance(program, TorchPeer):
                     program.drop()
-    if "this" in programs:
-        programs["this"].close()
+    for program in programs.values():
+        if isinstance(program, LineProgram):
+            program.close()
     plot(results, os.path.join(options.out, "attention.png"))
     return 1 if failed else 0
 
