@@ -193,6 +193,10 @@ def main():
         unknown = [name for name in wanted.split(",") if name not in known]
         if unknown:
             parser.error(f"{flag}: no such {', '.join(unknown)}; there are {', '.join(known)}")
+    peers = dict(peer.partition("=")[::2] for peer in options.peer)
+    for name, binary in peers.items():
+        if not name or name in ("this", "cudnn", "fa2") or not os.access(binary, os.X_OK):
+            parser.error(f"--peer {name}={binary}: expected NAME=PROGRAM, a new name and a program that can be run")
     os.makedirs(options.out, exist_ok=True)
     if options.from_json:
         results = {}
@@ -217,10 +221,7 @@ def main():
         if "fa2" in selected:
             programs["fa2"] = TorchPeer(SDPBackend.FLASH_ATTENTION)
 
-    for peer in options.peer:
-        name, _, binary = peer.partition("=")
-        if not name or not os.access(binary, os.X_OK) or name in programs:
-            parser.error(f"--peer {peer}: expected NAME=PROGRAM, a new name and a program that can be run")
+    for name, binary in peers.items():
         programs[name] = LineProgram(binary)
 
     results, failed = {}, False
