@@ -35,6 +35,8 @@ SHAPES = {
     "batch4": (4, 8, 8, 128, [8192]),
 }
 PASSES = ("forward", "backward")
+COLORS = {"this": "tab:green", "cudnn": "tab:orange", "fa2": "tab:blue"}  # the programs there always are
+PEER_COLORS = ["tab:red", "tab:purple", "tab:brown", "tab:gray"]  # of what --peer names, in turn
 
 
 def flops(B, H, D, T, direction):
@@ -147,16 +149,16 @@ def plot(results, path):
     if not names:
         return
     figure, axes = plt.subplots(len(names), 2, figsize=(13, 4.5 * len(names)), squeeze=False)
-    colors = {"this": "tab:green", "cudnn": "tab:orange", "fa2": "tab:blue"}
-    measured = [program for name in names for row in results[name] for program in row["tflops"]]
-    colors.update({program: None for program in dict.fromkeys(measured) if program not in colors})  # the next free ones
+    measured = dict.fromkeys(program for name in names for row in results[name] for program in row["tflops"])
+    peers = [program for program in measured if program not in COLORS]
+    colors = COLORS | {peer: PEER_COLORS[i % len(PEER_COLORS)] for i, peer in enumerate(peers)}
     for line, name in zip(axes, names):
         for axis, direction in zip(line, PASSES):
-            for program, color in colors.items():
+            for program in measured:
                 points = [(row["T"], row["tflops"][program]) for row in results[name]
                           if row["pass"] == direction and program in row["tflops"]]
                 if points:
-                    axis.plot(*zip(*points), "o-", color=color, label=program)
+                    axis.plot(*zip(*points), "o-", color=colors[program], label=program)
             B, H, Hkv, D = SHAPES[name][:4]
             axis.set_title(f"{direction}, causal, B={B} H={H}/{Hkv} D={D}")
             axis.set_xscale("log", base=2)
@@ -177,9 +179,9 @@ def main():
     parser.add_argument("--passes", default=",".join(PASSES), help="forward, backward, deterministic")
     parser.add_argument("--shortest", type=int, default=0)
     parser.add_argument("--longest", type=int, default=131072)
-    parser.add_argument("--rounds", type=int, default=6, help="turns each program gets")
+    parser.add_argument("--rounds", type=int, default=6, help="turns each program gets, best an even number")
     parser.add_argument("--slice_ms", type=float, default=20.0, help="a turn's timed runs, at least one")
-    parser.add_argument("--only", default="this,cudnn,fa2", help="programs, with commas between them")
+    parser.add_argument("--only", default=",".join(COLORS), help="programs, with commas between them")
     parser.add_argument("--peer", action="append", default=[], metavar="NAME=PROGRAM", help="one more, always run")
     parser.add_argument("--timing", default="build/dev/attention_timing", help="this project's timing program")
     parser.add_argument("--out", default=".", help="folder for attention.json and attention.png")
@@ -189,15 +191,17 @@ def main():
         for name, (B, H, Hkv, D, lengths) in SHAPES.items():
             print(f"{name}: B {B}, H {H}/{Hkv}, D {D}, T {' '.join(map(str, lengths))}")
         return 0
-    for wanted, known, flag in ((options.shapes, SHAPES, "--shapes"), (options.only, ("this", "cudnn", "fa2"), "--only"),
+    for wanted, known, flag in ((options.shapes, SHAPES, "--shapes"), (options.only, COLORS, "--only"),
                                 (options.passes, PASSES + ("deterministic",), "--passes")):
         unknown = [name for name in wanted.split(",") if name not in known]
         if unknown:
             parser.error(f"{flag}: no such {', '.join(unknown)}; there are {', '.join(known)}")
-    peers = dict(peer.partition("=")[::2] for peer in options.peer)
-    for name, binary in peers.items():
-        if not name or name in ("this", "cudnn", "fa2") or not os.access(binary, os.X_OK):
-            parser.error(f"--peer {name}={binary}: expected NAME=PROGRAM, a new name and a program that can be run")
+    peers = {}
+    for peer in options.peer:
+        name, _, binary = peer.partition("=")
+        if not name or name in COLORS or name in peers or not os.access(binary, os.X_OK):
+            parser.error(f"--peer {peer}: expected NAME=PROGRAM, a new name and a program that can be run")
+        peers[name] = binary
     os.makedirs(options.out, exist_ok=True)
     if options.from_json:
         results = {}
@@ -221,9 +225,7 @@ def main():
             programs["cudnn"] = TorchPeer(SDPBackend.CUDNN_ATTENTION)
         if "fa2" in selected:
             programs["fa2"] = TorchPeer(SDPBackend.FLASH_ATTENTION)
-
-    for name, binary in peers.items():
-        programs[name] = LineProgram(binary)
+    programs.update((name, LineProgram(binary)) for name, binary in peers.items())
 
     results, failed = {}, False
     names = list(programs)
