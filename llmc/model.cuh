@@ -16,6 +16,7 @@
 #include <string>
 #include <vector>
 
+#include "embedding.cuh"         // rows of the table
 #include "fit.cuh"               // whether the plan fits
 #include "fused_gemm.cuh"        // products and what follows them
 #include "model_memory.cuh"      // settings, buffers, plan

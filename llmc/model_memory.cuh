@@ -12,7 +12,7 @@
 #include "adamw.cuh"               // weights are updated
 #include "classifier.cuh"          // chunk and scratch sizes
 #include "config.h"                // Recompute
-#include "embedding.cuh"           // scratch size of the backward
+#include "embedding_backward.cuh"  // scratch size
 #include "flash_attention.cuh"     // scratch size of the backward
 #include "gemm.cuh"                // workspace size
 #include "grad_norm.cuh"           // scratch size

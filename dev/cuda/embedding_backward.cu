@@ -1,11 +1,16 @@
 // embedding_backward.cu: dweight[v] += the sum of the rows of dout whose token is v. Bound: bandwidth, C elements of
 // bf16 a row, and C float elements read and written for each token that occurs.
 #include "dev/cuda/harness.cuh"
-#include "llmc/embedding.cuh"
+#include "llmc/embedding_backward.cuh"
 #include "llmc/reference/embedding.h"
 
-using Launcher = void (*)(float* dweight, const bf16* dout, const int32_t* tokens, void* scratch, int64_t rows, int C,
-                          int64_t V, cudaStream_t stream);
+struct Launcher {
+    void (*backward)(float* dweight, const bf16* dout, const int32_t* tokens, void* scratch, int64_t rows, int C,
+                     int64_t V, cudaStream_t stream);
+    size_t (*scratch_bytes)(int64_t rows, int C, int64_t V);
+    bool (*takes)(int64_t rows, int C, int64_t V) = [](int64_t, int, int64_t) { return true; };
+};
+static size_t no_scratch_bytes(int64_t, int, int64_t) { return 0; }
 
 // ---- 1: one block a vocabulary entry reads all tokens ------------------------------------------
 __global__ void embedding_backward_kernel1(float* dweight, const bf16* dout, const int32_t* tokens, int64_t rows,
@@ -46,11 +51,30 @@ static void embedding_backward2(float* dweight, const bf16* dout, const int32_t*
     CUDA_CHECK_LAUNCH();
 }
 
+// ---- 3 to 7: the two paths of llmc/embedding_backward.cuh --------------------------------------
+static size_t sort_scratch_bytes(int64_t rows, int C, int64_t V) { return EmbeddingSortPlan(rows, C, V).total_bytes; }
+template <class Tile>
+static size_t ranges_scratch_bytes(int64_t rows, int C, int64_t V) {
+    return EmbeddingRangePlan<Tile>(rows, C, V).total_bytes;
+}
+template <class Tile>
+static Launcher ranges_launcher() {
+    return {embedding_backward_by_ranges<Tile>, ranges_scratch_bytes<Tile>, EmbeddingRangePlan<Tile>::takes};
+}
+
 static const std::vector<Variant<Launcher>> VARIANTS = {
-    {1, "one block a vocabulary entry reads all tokens", embedding_backward1},
-    {2, "atomic additions: not repeatable", embedding_backward2},
-    {3, "stable sort, runs in one wave of chunks, partial sums joined in order (llmc/embedding.cuh)",
-     embedding_backward},
+    {1, "one block a vocabulary entry reads all tokens", {embedding_backward1, no_scratch_bytes}},
+    {2, "atomic additions: not repeatable", {embedding_backward2, no_scratch_bytes}},
+    {3,
+     "stable sort, runs in one wave of chunks, partial sums joined in order",
+     {embedding_backward_by_sort, sort_scratch_bytes}},
+    {4, "ranges sorted by their blocks, two blocks an SM, 2 columns a lane",
+     ranges_launcher<EmbeddingRangeTile<2, 16>>()},
+    {5, "the same, 4 columns a lane", ranges_launcher<EmbeddingRangeTile<4, 16>>()},
+    {6, "the same, 8 columns a lane", ranges_launcher<EmbeddingRangeTile<8, 16>>()},
+    {7,
+     "sorted by cub or, for few tokens, by blocks of 32 warps, 4 columns a lane (llmc/embedding_backward.cuh)",
+     {embedding_backward, embedding_backward_scratch_bytes}},
 };
 
 // Tokens as text has them: half of them one token, the rest uniform; or all one token; or all uniform.
@@ -75,12 +99,31 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         int64_t V;
         TokenMix mix;
     };
-    for (const Case& c :
-         {Case{1, 8, 2, TokenMix::uniform}, Case{64, 8, 2, TokenMix::all_one}, Case{65, 1000, 3, TokenMix::uniform},
-          Case{1000, 72, 259, TokenMix::half_one}, Case{12345, 64, 256, TokenMix::all_one},
-          Case{3000, 1032, 128256, TokenMix::half_one}, Case{200000, 16, 100, TokenMix::half_one},
-          Case{50000, 40, 3000, TokenMix::uniform}, Case{16896, 1032, 500, TokenMix::half_one}}) {
-        if (h.leaves_out(c.rows * c.C / 4)) {
+    // From the tenth on for ranges: one that is not full, several, the longest (on 132 SMs); more column tiles than
+    // SMs; warps without a row or a position; runs over all warps, over some, within one; tokens that do not occur.
+    for (const Case& c : {Case{1, 8, 2, TokenMix::uniform},
+                          Case{64, 8, 2, TokenMix::all_one},
+                          Case{65, 1000, 3, TokenMix::uniform},
+                          Case{1000, 72, 259, TokenMix::half_one},
+                          Case{12345, 64, 256, TokenMix::all_one},
+                          Case{3000, 1032, 128256, TokenMix::half_one},
+                          Case{200000, 16, 100, TokenMix::half_one},
+                          Case{50000, 40, 3000, TokenMix::uniform},
+                          Case{16896, 1032, 500, TokenMix::half_one},
+                          Case{1, 8, 1, TokenMix::uniform},
+                          Case{7, 72, 512, TokenMix::uniform},
+                          Case{17, 1000, 1, TokenMix::all_one},
+                          Case{255, 8, 256, TokenMix::uniform},
+                          Case{257, 72, 512, TokenMix::half_one},
+                          Case{523, 1032, 259, TokenMix::all_one},
+                          Case{4099, 1000, 2, TokenMix::half_one},
+                          Case{33333, 72, 512, TokenMix::uniform},
+                          Case{2 * 16384 + 3, 1032, 256, TokenMix::uniform},
+                          Case{5 * 16384 + 3, 72, 259, TokenMix::half_one},
+                          Case{700, 16904, 3, TokenMix::half_one},
+                          Case{132 * 16384 - 5, 8, 512, TokenMix::uniform},
+                          Case{264 * 16384 - 5, 8, 512, TokenMix::uniform}}) {
+        if (!variant.launch.takes(c.rows, c.C, c.V) || h.leaves_out(c.rows * c.C / 4)) {
             continue;
         }
         const std::string label =
@@ -95,12 +138,12 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         DeviceBuffer<float> dweight(initial);
         DeviceBuffer<bf16> dout_device(dout);
         DeviceBuffer<int32_t> tokens_device(tokens);
-        DeviceBuffer<unsigned char> scratch(embedding_backward_scratch_bytes(c.rows, c.C, c.V));
+        DeviceBuffer<unsigned char> scratch(variant.launch.scratch_bytes(c.rows, c.C, c.V));
         auto launch = [&] {
             dweight.upload(initial);
             scratch.poison();
             CUDA_CHECK(cudaDeviceSynchronize());
-            variant.launch(dweight, dout_device, tokens_device, scratch, c.rows, c.C, c.V, h.stream);
+            variant.launch.backward(dweight, dout_device, tokens_device, scratch, c.rows, c.C, c.V, h.stream);
         };
         launch();
         // Atomic additions come in any order: their error may be that of any order.
@@ -122,10 +165,10 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
     };
     for (const auto [rows, C, V, mix] :
          {Shape{98304, 1024, 256, TokenMix::uniform}, Shape{98304, 1024, 256, TokenMix::half_one},
-          Shape{98304, 1024, 128256, TokenMix::half_one}, Shape{1048576, 1024, 256, TokenMix::half_one},
-          Shape{65536, 768, 50304, TokenMix::uniform}}) {
-        if (variant.number == 1 && V > 1000) {
-            continue;  // V times rows: seconds
+          Shape{98304, 1024, 512, TokenMix::uniform}, Shape{98304, 1024, 128256, TokenMix::half_one},
+          Shape{1048576, 1024, 256, TokenMix::half_one}, Shape{65536, 768, 50304, TokenMix::uniform}}) {
+        if (!variant.launch.takes(rows, C, V) || (variant.number == 1 && V > 1000)) {
+            continue;  // variant 1 reads V times rows: seconds
         }
         const std::vector<int32_t> tokens = make_tokens(rows, V, mix, h.seed);
         std::vector<bool> occurs(V);
@@ -139,13 +182,13 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         dweight.fill_random(h.seed);
         dout.fill_random(h.seed + 1);
         DeviceBuffer<int32_t> tokens_device(tokens);
-        DeviceBuffer<unsigned char> scratch(embedding_backward_scratch_bytes(rows, C, V));
+        DeviceBuffer<unsigned char> scratch(variant.launch.scratch_bytes(rows, C, V));
         h.measure_bandwidth(format_string("rows%lld C%d V%lld %s", (long long)rows, C, (long long)V, mix_name(mix)),
                             num_bytes, variant.idea, [&, rows = rows, C = C, V = V] {
-                                variant.launch(dweight, dout, tokens_device, scratch, rows, C, V, h.stream);
+                                variant.launch.backward(dweight, dout, tokens_device, scratch, rows, C, V, h.stream);
                             });
-        if (variant.number == VARIANTS.back().number) {
-            const EmbeddingBackwardPlan plan(rows, C, V);
+        if (variant.launch.backward == embedding_backward_by_sort) {
+            const EmbeddingSortPlan plan(rows, C, V);
             h.measure_bandwidth(format_string("rows%lld V%lld", (long long)rows, (long long)V),
                                 rows * 4.0 * sizeof(int32_t), "the sort alone",
                                 [&, rows = rows] { embedding_sort(plan, scratch, tokens_device, rows, h.stream); });
