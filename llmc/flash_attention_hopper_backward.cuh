@@ -64,9 +64,15 @@ inline BackwardBlocks hopper_backward_blocks(const AttentionShape& s, bool deter
 // all heads' tiles a few at a time, from the last down, 557). The price: 8 D bytes a key to zero and to round, and H /
 // Hkv times that to add, in an order that varies.
 enum class KeySums { IN_A_BLOCK, IN_MEMORY };
+// What the items of the same query heads share: q, dout and dq's accumulator.
+inline int64_t hopper_shared_bytes(const AttentionShape& s, int num_heads) {
+    return s.Tq * num_heads * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float));
+}
 inline KeySums hopper_key_sums(const AttentionShape& s, bool deterministic) {
-    const int64_t group_bytes = s.Tq * (s.H / s.Hkv) * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float));
-    return s.H == s.Hkv || deterministic || group_bytes <= L2_GROUP_BYTES ? KeySums::IN_A_BLOCK : KeySums::IN_MEMORY;
+    const int heads_a_group = s.H / s.Hkv;
+    return heads_a_group == 1 || deterministic || hopper_shared_bytes(s, heads_a_group) <= L2_GROUP_BYTES
+               ? KeySums::IN_A_BLOCK
+               : KeySums::IN_MEMORY;
 }
 
 // An item of work: BLOCK_N keys of a kv head and, for heads_an_item query heads of its group from first_head on, the
@@ -177,13 +183,7 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     }
 }
 
-// rows (=) factor * accumulator, of H heads of T rows; TURNS_BACK: turned back by the rows' angles, from
-// rope_make_table. Element: bf16 or float. A warpgroup's 64 x 64 part of a tile is in the order of its registers:
-// float4 i (of 8) of thread t is float4 128 i + t: columns 8 i + 2 (t % 4) and the next of row 16 (t / 32) + t % 32 /
-// 4, then of the row 8 further down. Parts of a tile are its halves of columns (D = 128) or of rows (D = 64). Launch: a
-// block a tile, of several heads that turn by the same angles; a thread reads the eight float4 that hold 8 columns of
-// the first half of such two rows and the same of the second half, with which they turn. Bound: bandwidth, 4D bytes a
-// row read and D elements written.
+// Heads a block of the rounding kernel: those that turn read their angles once.
 template <bool TURNS_BACK>
 constexpr int HOPPER_ROUND_HEADS = TURNS_BACK ? 4 : 1;
 __device__ __forceinline__ void store_8_columns(bf16* to, const float (&values)[8]) {
@@ -198,6 +198,13 @@ __device__ __forceinline__ void store_8_columns(float* to, const float (&values)
     reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
     reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
 }
+// rows (=) factor * accumulator, of H heads of T rows; TURNS_BACK: turned back by the rows' angles, from
+// rope_make_table. Element: bf16 or float. A warpgroup's 64 x 64 part of a tile is in the order of its registers:
+// float4 i (of 8) of thread t is float4 128 i + t: columns 8 i + 2 (t % 4) and the next of row 16 (t / 32) + t % 32 /
+// 4, then of the row 8 further down. Parts of a tile are its halves of columns (D = 128) or of rows (D = 64). Launch: a
+// block a tile, of several heads that turn by the same angles; a thread reads the eight float4 that hold 8 columns of
+// the first half of such two rows and the same of the second half, with which they turn. Bound: bandwidth, 4D bytes a
+// row read and D elements written.
 template <int D, int TILE_ROWS, bool TURNS_BACK, class Element>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     hopper_backward_round_kernel(HeadView<Element> rows, const float* accumulator, const float2* angles, int64_t T,
@@ -412,14 +419,14 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
         if (leader) {
             mbarrier_arrive(shared_address(&shared.kv_empty));
         }
+        // Deterministic, both are the same: what is computed anew, or constant, is not kept in one of 24 registers.
 #pragma unroll 1
         for (int i = 0; i < (Tile::DETERMINISTIC ? args.heads_per_kv_head : args.heads_an_item); ++i) {
 #pragma unroll 1
             for (int tile = block.first_tile; tile < block.end_tile; ++tile) {
-                // The same, but for 24 registers.
                 const int first_head = Tile::DETERMINISTIC ? block.kv_head * args.heads_per_kv_head : block.first_head;
                 const int head = block.b * args.H + first_head + i;
-                const int query_tile = opaque(head) * args.num_query_tiles + tile;  // computed anew: 24 registers
+                const int query_tile = opaque(head) * args.num_query_tiles + tile;
                 write(
                     [&](int w) {
                         if (Tile::DETERMINISTIC && w == 0) {
@@ -735,7 +742,7 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     float dq[Tile::DQ_ELEMENTS / WARPGROUP_SIZE];
     wgmma_fence();
     start_dq<Tile>(dq, ds, k, warpgroup);
-    wgmma_wait<1>();  // dv
+    wgmma_wait<1>();  // dv: dout's stage is free before dk's product is even started, and the next dout comes sooner
     if (warp_leader) {
         mbarrier_arrive(shared_address(&shared.dout_empty[stage]));
     }

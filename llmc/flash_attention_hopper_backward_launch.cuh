@@ -1,6 +1,6 @@
 // flash_attention_hopper_backward_launch.cuh: the call of the backward of attention for sm_90a, D = 64 and 128: its
-// scratch and its kernels (flash_attention_hopper_backward.cuh). Those after the first may start while the
-// last blocks of the one before run.
+// scratch and its kernels (flash_attention_hopper_backward.cuh). Those after the first may start while the last blocks
+// of the one before run.
 #pragma once
 #include <algorithm>
 #include <utility>
@@ -101,9 +101,8 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
     args.num_query_tiles = (int)num_query_tiles;
     args.num_key_blocks = (int)ceil_div<int64_t>(s.Tk, Tile::BLOCK_N);
     args.scale = s.scale, args.scale_log2 = s.scale * LOG2_E;
-    // What the items of the same heads share: q, dout and dq's accumulator.
     args.order = attention_tile_order(args.num_key_blocks, s.B, s.H / args.heads_an_item, 1,
-                                      s.Tq * args.heads_an_item * s.D * (int64_t)(2 * sizeof(bf16) + sizeof(float)));
+                                      hopper_shared_bytes(s, args.heads_an_item));
     args.num_items = args.order.num_tiles * args.order.num_heads;
     args.num_blocks =
         blocks == BackwardBlocks::ONE_AN_ITEM ? args.num_items : std::min(args.num_items, gpu_properties().num_sms);
@@ -182,8 +181,8 @@ inline void hopper_launch_backward(const AttentionBackwardOperands& x, const Att
 // dq, dk, dv (=), D = 64 or 128. out and lse are the forward's (or, of a chunk of keys, those of all keys together: the
 // gradients are then the chunk's share). scratch: flash_attention_hopper_backward_scratch_bytes, aligned to 16 bytes,
 // need not be zero. Deterministic, all repeat bit for bit; otherwise dq varies, and dk and dv with KeySums::IN_MEMORY.
-// rotation: q and k are rows of its
-// positions (Tq = Tk) that it has turned, and dq and dk come out turned back; rope_table_fits(its positions).
+// rotation: q and k are rows of its positions (Tq = Tk) that it has turned, and dq and dk come out turned back;
+// rope_table_fits(its positions).
 inline void flash_attention_hopper_backward(HeadView<bf16> dq, KeyGradientView dk, KeyGradientView dv,
                                             HeadView<const bf16> dout, HeadView<const bf16> q, HeadView<const bf16> k,
                                             HeadView<const bf16> v, HeadView<const bf16> out, const float* lse,

@@ -688,9 +688,6 @@ inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float
     args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
     args.order = attention_tile_order(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M), s.B, s.H, args.heads_per_kv_head,
                                       s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
-    // Groups of one size: a small last one would be dealt out unevenly.
-    const int num_groups = ceil_div(args.order.num_heads, args.order.heads_per_group);
-    args.order.heads_per_group = round_up(ceil_div(args.order.num_heads, num_groups), args.heads_per_kv_head);
     return args;
 }
 

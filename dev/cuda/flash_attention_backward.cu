@@ -23,6 +23,12 @@ struct Launcher {
     }
 };
 
+// Turns dq and dk, heads of packed rows, back by the rotation that x has.
+static void turn_back_packed(const AttentionBackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
+    rope_backward(x.dq.data, shape.B * shape.Tq, shape.H + shape.Hkv, (int)x.dq.stride_t, shape.D,
+                  x.rotation->frequencies, x.rotation->positions, stream);
+}
+
 // ---- 1: one warp a row of dq, then one warp a row of dk and dv ---------------------------------
 // P and dS of a query row and a key row: the lanes share the columns.
 __device__ static float2 p_and_ds(const MmaBackwardArguments& args, const bf16* q, const bf16* k, const bf16* v,
@@ -270,8 +276,7 @@ static void flash_attention_backward_in_memory(const AttentionBackwardOperands& 
     flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, BackwardBlocks::ONE_AN_ITEM, KeySums::IN_MEMORY>(
         operands, shape, stream);
     if (!fused) {
-        rope_backward(x.dq.data, shape.B * shape.Tq, shape.H + shape.Hkv, (int)x.dq.stride_t, shape.D,
-                      x.rotation->frequencies, x.rotation->positions, stream);
+        turn_back_packed(x, shape, stream);
     }
 }
 template <KeySums key_sums = KeySums::IN_A_BLOCK, bool turns_back = false>
@@ -304,8 +309,7 @@ static size_t chosen_scratch(const AttentionShape& shape) {
 static void flash_attention_backward_then_rope(const AttentionBackwardOperands& x, const AttentionShape& shape,
                                                cudaStream_t stream) {
     flash_attention_backward(x.dq, x.dk, x.dv, x.dout, x.q, x.k, x.v, x.out, x.lse, x.scratch, shape, false, stream);
-    rope_backward(x.dq.data, shape.B * shape.Tq, shape.H + shape.Hkv, (int)x.dq.stride_t, shape.D,
-                  x.rotation->frequencies, x.rotation->positions, stream);
+    turn_back_packed(x, shape, stream);
 }
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
