@@ -134,7 +134,8 @@ class LighthouseContext {
 
     // dq, dk, dv (=) as lighthouse_backward.
     void backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout, void* saved,
-                  void* scratch, const LighthouseShape& chunks, bool deterministic, cudaStream_t stream) {
+                  void* scratch, const LighthouseShape& chunks, bool deterministic, cudaStream_t stream,
+                  const RopeRotation* rotation = nullptr) {
         NVTX_RANGE();
         MemoryArea saved_area(saved), scratch_area(scratch);
         const LighthouseContextSaved m(saved_area, chunks);
@@ -158,7 +159,7 @@ class LighthouseContext {
             gradients,
             {lighthouse_gathered_view(d.dq, chunks.H, chunks), lighthouse_gathered_view(d.dk, chunks.Hkv, chunks),
              lighthouse_gathered_view(d.dv, chunks.Hkv, chunks)},
-            s.positions, chunks, stream);
+            s.positions, chunks, stream, rotation);
     }
 
   private:

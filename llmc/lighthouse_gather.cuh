@@ -154,19 +154,21 @@ __global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, entries_to_tokens_bloc
         steps[threadIdx.x] = rope_cos_sin(1, turns);
     }
     __syncthreads();
-    add_entries(TurningColumns(shape.D / 2, group.lane, arguments.rotation.positions.at(group.piece * ROW_LANES),
-                               turns_per_position, steps));
+    const int64_t token = (unsigned)group.b % shape.chunks * shape.geometry.T + group.piece * ROW_LANES;
+    add_entries(TurningColumns(shape.D / 2, group.lane, arguments.rotation.positions.at(token), turns_per_position,
+                               steps));
 }
 
 // dqkv (=) [B, T, ...] from dout, the gradients of the gathered rows [B, S, ...]. rotation: the tokens' q and k had
-// been turned by it, and dq and dk come out turned back; its T rows are one run.
+// been turned by it, and dq and dk come out turned back; its runs of rows are a sequence's shape.chunks chunks of T.
 inline void lighthouse_gather_backward(const QkvHeads<bf16>& dqkv, const QkvHeads<const bf16>& dout,
                                        const int32_t* positions, const LighthouseShape& shape, cudaStream_t stream,
                                        const RopeRotation* rotation = nullptr) {
     NVTX_RANGE();
     const LighthouseGeometry& g = shape.geometry;
-    CHECK(rotation == nullptr || (rotation->positions.T == g.T && rotation->positions.run_rows == g.T),
-          "Lighthouse attention: rows that are turned back must be one run of %lld positions", (long long)g.T);
+    CHECK(rotation == nullptr || (rotation->positions.T == shape.chunks * g.T && rotation->positions.run_rows == g.T),
+          "Lighthouse attention: rows that are turned back must be %d runs of %lld positions", shape.chunks,
+          (long long)g.T);
     launch_row_groups(
         g.T, 0, shape.num_heads(), shape, [&](auto row_lanes, auto max_levels, const RowGrid& grid, unsigned blocks) {
             constexpr int ROW_LANES = decltype(row_lanes)::value, MAX_LEVELS = decltype(max_levels)::value;

@@ -559,8 +559,8 @@ inline void GpuModel::attention_output_again(int l, const Batch& batch) {
     }
 }
 
-// m.dqkv (=) the gradient of the qkv product: dq and dk come turned back by attention itself or, where ranks share
-// sequences and so sum dk in float32 over ranks, are turned back afterwards.
+// m.dqkv (=) the gradient of the qkv product: dq and dk come turned back by attention itself or, of dense attention
+// whose ranks share sequences and so sum dk in float32 over ranks, are turned back afterwards.
 inline void GpuModel::attention_backward(int l, const Batch& batch) {
     const ModelBuffers& m = buffers_;
     const RopeRotation rotation = rope_rotation(batch);
@@ -570,7 +570,7 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
     stage(uses_lighthouse(l) ? "Lighthouse attention" : "dense attention");
     if (uses_lighthouse(l) && batch.shared) {
         lighthouse_context_->backward(din.q, din.k, din.v, dout, block.lighthouse, m.lighthouse_backward_scratch,
-                                      lighthouse_shape_of(batch), settings_.deterministic, stream_);
+                                      lighthouse_shape_of(batch), settings_.deterministic, stream_, &rotation);
     } else if (uses_lighthouse(l)) {
         lighthouse_backward(din.q, din.k, din.v, dout, block.lighthouse, m.lighthouse_backward_scratch,
                             lighthouse_shape_of(batch), settings_.deterministic, stream_, &rotation);
@@ -586,7 +586,7 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
                                      shape, settings_.deterministic, stream_, &rotation);
         }
     }
-    if (batch.shared) {
+    if (batch.shared && !uses_lighthouse(l)) {
         stage("rotation");
         rope_backward(m.dqkv, batch.rows(), config_.num_heads + config_.num_kv_heads, config_.qkv_width(),
                       config_.head_dim, rotation.frequencies, rotation.positions, stream_);

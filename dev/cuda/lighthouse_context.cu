@@ -1,9 +1,11 @@
 // lighthouse_context.cu: Lighthouse attention of sequences on W ranks (llmc/lighthouse_context.cuh) against one GPU's
 // layer on the same sequences: the same entries, outputs and gradients equal up to the rounding of partial results, and
-// no byte sent beyond the least. The ranks are threads on one GPU (loopback_comm.cuh).
+// no byte sent beyond the least; dq and dk turned back by their positions. The ranks are threads on one GPU
+// (loopback_comm.cuh).
 //   build/dev/lighthouse_context [--variant N] [--check_only] [--small] [--seed N]
 #include "dev/cuda/lighthouse_cases.cuh"
 #include "dev/cuda/loopback_comm.cuh"
+#include "dev/cuda/rope_cases.cuh"
 #include "llmc/lighthouse_context.cuh"
 
 using Launcher = ContextExchange;
@@ -31,6 +33,11 @@ static std::vector<ContextCase> context_cases(bool small) {
             {4, {2, 16384, 3, 2, 1024, 4, 4, 64}}};
 }
 
+// By which dq and dk come out turned back; positions: of all rows or of a rank's two chunks.
+static RopeRotation rotation_of(const LighthouseShape& shape, const RopePositions& positions) {
+    return {make_rope_frequencies(rope_config(shape.H, shape.Hkv, shape.D)), positions};
+}
+
 // What the layer makes of packed qkv and dout; all of it on the host, in the order of the sequence.
 struct LayerResults {
     std::vector<bf16> out, dqkv;
@@ -51,8 +58,9 @@ static LayerResults run_one_gpu(const std::vector<bf16>& qkv_rows, const std::ve
     const QkvHeads<bf16> in = packed_heads(qkv.data(), T, shape), d = packed_heads(dqkv.data(), T, shape);
     lighthouse_forward(plain_heads(out.data(), T, shape.H, shape.D), saved, in.q, in.k, in.v, forward_scratch, shape,
                        stream);
+    const RopeRotation rotation = rotation_of(shape, rope_one_run(T));
     lighthouse_backward(d.q, d.k, d.v, plain_heads(dout.data(), T, shape.H, shape.D), saved, backward_scratch, shape,
-                        true, stream);
+                        true, stream, &rotation);
     CUDA_CHECK(cudaStreamSynchronize(stream));
     LayerResults result;
     result.out = out.download(), result.dqkv = dqkv.download();
@@ -121,8 +129,10 @@ struct RankWork {
             delay_kernel<<<1, 1, 0, stream>>>(3 * delay_cycles * comm.rank());
             CUDA_CHECK_LAUNCH();
         }
+        const RopeRotation rotation = rotation_of(
+            whole, {rows, partition.chunk_rows(), {partition.first_position(0), partition.first_position(1)}});
         layer.backward(d.q, d.k, d.v, plain_heads(dout.data(), rows, whole.H, whole.D), saved, backward_scratch, chunks,
-                       true, stream);
+                       true, stream, &rotation);
         backward_bytes = comm.bytes_received() - forward_bytes;
     }
     // [2 B, Hkv, S], addresses within the chunks.
