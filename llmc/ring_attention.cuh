@@ -235,7 +235,7 @@ class RingAttentionPlan {
     };
     struct RingBackward {
         KeyBuffer<bf16> own, in[2];
-        KeyBuffer<float> gradients_out[2], gradients_in;
+        KeyBuffer<float> gradients_out[2], gradients_in[2];
         KeyBuffer<float> sum;     // of the local keys' gradients, [B, 2n, 2 Hkv, D]
         bf16* dq_part[2];         // [B, up to 2n, H, D]; step 0 writes to its place
         float* dq_sum;            // [B, 2n, H, D]
@@ -245,7 +245,7 @@ class RingAttentionPlan {
             : own(area, s.kv_elements()),
               in{{area, s.kv_elements()}, {area, s.kv_elements()}},
               gradients_out{{area, s.kv_elements()}, {area, s.kv_elements()}},
-              gradients_in(area, s.kv_elements()),
+              gradients_in{{area, s.kv_elements()}, {area, s.kv_elements()}},
               sum(area, s.kv_elements()),
               dq_part{s.W > 2 ? area.take<bf16>(s.q_elements()) : nullptr, area.take<bf16>(s.q_elements())},
               dq_sum(area.take<float>(s.q_elements())),
@@ -463,15 +463,22 @@ class RingAttention : public RingAttentionPlan {
         });
     }
 
-    // Round s: what step s + 1 needs comes while step s computes; it may overwrite what step s - 1 read, of which step
-    // 0 reads nothing. `computed[s]` and `arrived[s]` of even and odd s take turns.
+    // Round s: what step s + 1 needs comes while step s computes, and what step s - 1 found goes out. It begins once
+    // the attention of step s - 1 is over; step 0's reads and sends nothing. The events of even and odd s take turns.
     void begin_rounds(cudaStream_t stream) {
         wait_for(stream_, stream, start_);
         CUDA_CHECK(cudaStreamWaitEvent(beside_, start_));
     }
+    // own (=) the local keys as they travel. The computation on `stream` begins only now, just after the transfer that
+    // is enqueued next: its blocks would leave that no multiprocessor until the first of them are over.
+    void pack_keys(bf16* own, HeadView<const bf16> k, HeadView<const bf16> v, const Sizes& size, cudaStream_t stream) {
+        ring_pack(key_heads(own, HALVES * size.n, size), k, v, {size.B, HALVES * size.n, 2 * size.Hkv, size.D},
+                  stream_);
+        wait_for(stream, stream_, packed_);
+    }
     void run_round(int s, const Transfers& transfers, const char* operation) {
         if (s > 1) {
-            CUDA_CHECK(cudaStreamWaitEvent(stream_, computed_[(s - 1) % 2]));
+            CUDA_CHECK(cudaStreamWaitEvent(stream_, attended_[(s - 1) % 2]));
         }
         if (!transfers.sends.empty() || !transfers.receives.empty()) {
             probe_.begin(TransferLane::transfers, s, stream_);
@@ -491,7 +498,9 @@ class RingAttention : public RingAttentionPlan {
         work();
         probe_.end(lane, on);
     }
-    // Step s is computed when what is on its stream now is; sums follow one another in the order of steps.
+    // The attention of step s is over when what is on its stream now is.
+    void end_attention(int s, cudaStream_t on) { CUDA_CHECK(cudaEventRecord(attended_[s % 2], on)); }
+    // And so is the whole step; sums follow one another in the order of steps.
     void end_step(int s, cudaStream_t on) { CUDA_CHECK(cudaEventRecord(computed_[s % 2], on)); }
     void wait_for_step(int s, cudaStream_t on) { CUDA_CHECK(cudaStreamWaitEvent(on, computed_[s % 2])); }
 
@@ -511,7 +520,7 @@ class RingAttention : public RingAttentionPlan {
         };
 
         begin_rounds(stream);
-        ring_pack(key_heads(m.own.data, HALVES * n, size), k, v, {size.B, HALVES * n, 2 * size.Hkv, size.D}, stream_);
+        pack_keys(m.own.data, k, v, size, stream);
         send_keys_of(1);
         compute(0, stream, [&] { flash_attention_forward(out, lse, q, k, v, beside_others(local), stream); });
         end_step(0, stream);
@@ -528,6 +537,7 @@ class RingAttention : public RingAttentionPlan {
                 flash_attention_forward(part, found.lse, rows_from(q, step.queries.first_row(n)), keys.k, keys.v, shape,
                                         on);
             });
+            end_attention(s, on);
             wait_for_step(s - 1, on);
             compute(s, on, [&] {
                 for (int half = 0; half < HALVES; ++half) {
@@ -605,7 +615,11 @@ class RingAttention : public RingAttentionPlan {
                 add_keys(transfers, m.own.data, m.in[(s + 1) % 2].data, steps_[s + 1], size);
             }
             if (s - 1 >= 1) {
-                add_gradients(transfers, m.gradients_out[(s - 1) % 2].data, m.gradients_in.data, steps_[s - 1], size);
+                add_gradients(transfers, m.gradients_out[(s - 1) % 2].data, m.gradients_in[s % 2].data, steps_[s - 1],
+                              size);
+            }
+            if (s >= 4) {
+                wait_for_step(s - 2, stream_);  // which added up the gradients that came in round s - 2
             }
             run_round(s, transfers, "ring attention: keys and their gradients");
         };
@@ -624,8 +638,7 @@ class RingAttention : public RingAttentionPlan {
             take_half_lse(m.half_lse[half], saved.lse, half, size, stream);
         }
         begin_rounds(stream);
-        ring_pack(key_heads(m.own.data, HALVES * n, size), saved.k, saved.v, {size.B, HALVES * n, 2 * size.Hkv, size.D},
-                  stream_);
+        pack_keys(m.own.data, saved.k, saved.v, size, stream);
         round(0);
         compute(0, stream, [&] {
             backward_of_half(0, 1, key_views(m.sum.data, HALVES * n, size), stream);
@@ -650,6 +663,7 @@ class RingAttention : public RingAttentionPlan {
                                          step.queries == TAIL ? m.half_lse[1] : saved.lse, m.attention[s % 2], shape,
                                          deterministic, on);
             });
+            end_attention(s, on);
             wait_for_step(s - 1, on);
             compute(s, on, [&] {
                 if (const Contribution c = step.to_queries[0]; c.any) {  // the part of step 0 comes last
@@ -663,8 +677,9 @@ class RingAttention : public RingAttentionPlan {
             });
             wait_for_round(s, on);
             if (s > 1) {
-                compute(s, on,
-                        [&] { add_returned(gradients, m.sum.data, m.gradients_in.data, steps_[s - 1], size, on); });
+                compute(s, on, [&] {
+                    add_returned(gradients, m.sum.data, m.gradients_in[s % 2].data, steps_[s - 1], size, on);
+                });
             }
             end_step(s, on);
         }
@@ -683,7 +698,8 @@ class RingAttention : public RingAttentionPlan {
             }
         });
         wait_for_round(W, on);
-        compute(W, on, [&] { add_returned(gradients, m.sum.data, m.gradients_in.data, steps_[W - 1], size, on); });
+        compute(W, on,
+                [&] { add_returned(gradients, m.sum.data, m.gradients_in[W % 2].data, steps_[W - 1], size, on); });
         end_step(W, on);
         wait_for_step(W, stream);
     }
@@ -820,6 +836,6 @@ class RingAttention : public RingAttentionPlan {
     Comm& comm_;
     CommStream stream_;                              // of transfers
     CudaStream beside_{CudaStream::BEFORE_DEFAULT};  // of odd steps: a first step's results are the first to travel
-    CudaEvent start_, computed_[2], arrived_[2];
+    CudaEvent start_, packed_, attended_[2], computed_[2], arrived_[2];
     TransferProbe probe_;
 };
