@@ -13,6 +13,7 @@ ended with what it has timed; --keep goes on where an earlier call with the same
     python3 dev/bench/ranks.py --ranks 2                                   every row
     python3 dev/bench/ranks.py --ranks 2 --seq_lens 98304 --attention lighthouse
     python3 dev/bench/ranks.py --ranks 4 --meshes context:ring,data --keep --out bench
+    CUDA_VISIBLE_DEVICES=1 python3 dev/bench/ranks.py --ranks 4 --meshes ""    one GPU alone, the second
 """
 import argparse
 import datetime
@@ -166,7 +167,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=2, help="GPUs of a mesh [2]")
     parser.add_argument("--seq_lens", default="98304,262144,524288", help="tokens of a sequence, commas between them")
     parser.add_argument("--attention", default="lighthouse,dense", help="of lighthouse and dense")
-    parser.add_argument("--meshes", default=",".join(MESHES), help="beside one GPU: of " + ", ".join(MESHES))
+    parser.add_argument("--meshes", default=",".join(MESHES), help="beside one GPU: none or some of " + ", ".join(MESHES))
     parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
     parser.add_argument("--steps", type=int, help="timed steps; the median counts [5, of long sequences 2]")
     parser.add_argument("--time_limit", type=float, default=240, help="seconds a row may take [240]")
@@ -175,7 +176,7 @@ def main():
     parser.add_argument("--keep", action="store_true", help="rows that --out has are not run again")
     parser.add_argument("--out", default=".", help="folder for ranks.json and ranks.png")
     options = parser.parse_args()
-    meshes, attentions = options.meshes.split(","), options.attention.split(",")
+    meshes, attentions = [mesh for mesh in options.meshes.split(",") if mesh], options.attention.split(",")
     lengths = [int(T) for T in options.seq_lens.split(",")]
     if not set(meshes) <= set(MESHES) or not set(attentions) <= {"dense", "lighthouse"} or options.ranks < 2:
         parser.error("--meshes, --attention or --ranks: see --help")

@@ -2,7 +2,7 @@
 # ./train_gpt on several ranks, from end to end: every mesh of data x context parallel gives the losses and gradient norms
 # of one GPU, dense and Lighthouse; a rank that is killed ends the job, and its checkpoints go on on other numbers of ranks.
 # With the host transport all ranks share the GPUs there are, so one GPU is enough; where there are 2, 4 or 8, as many
-# ranks also train by NCCL, and one of two is killed or stands still. Needs a GPU; about four minutes, five with NCCL.
+# ranks also train by NCCL, and one of two or four is killed or stands still. Needs a GPU; about four minutes, five with NCCL.
 #   dev/test/e2e_ranks.sh [TRAINER]
 #   GPUS=2 PARTS="nccl nccl_failures" dev/test/e2e_ranks.sh build/train_gpt    the first 2 GPUs, some parts
 # PARTS: of meshes, lighthouse, failures (host transport), nccl, nccl_failures; all of them unless set.
@@ -120,16 +120,21 @@ if [[ $parts = *' nccl '* ]]; then
         for ranks in 4 8; do
             [ "$gpus" -ge $ranks ] || continue
             # Chunks of whole tiles: a longer sequence, and its own run on one GPU.
-            longer=(--seq_len $((1024 * ranks)) --global_batch 2)
+            longer=(--seq_len $((1024 * ranks)) --global_batch $ranks)
             tiles=("${lighthouse[@]}" --lighthouse_topk $((256 * ranks)))
             train dense_for$ranks 1 "${longer[@]}" --batch_size 2 || bad "dense_for$ranks"
             train lighthouse_for$ranks 1 "${longer[@]}" --batch_size 2 "${tiles[@]}" || bad "lighthouse_for$ranks"
-            mesh nccl_ring$ranks dense_for$ranks $ranks --comm_transport nccl "${longer[@]}" --batch_size 2 \
-                --context_parallel $ranks --context_exchange ring
+            mesh nccl_data$ranks dense_for$ranks $ranks --comm_transport nccl "${longer[@]}" --batch_size 1
+            for exchange in ring gather; do
+                whole=(--comm_transport nccl "${longer[@]}" --batch_size 2 --context_parallel $ranks
+                    --context_exchange $exchange)
+                mesh nccl_$exchange$ranks dense_for$ranks $ranks "${whole[@]}"
+                mesh nccl_lighthouse${ranks}_$exchange lighthouse_for$ranks $ranks "${whole[@]}" "${tiles[@]}"
+            done
             mesh nccl_data2_ring$((ranks / 2)) dense_for$ranks $ranks --comm_transport nccl "${longer[@]}" \
                 --batch_size 1 --context_parallel $((ranks / 2)) --context_exchange ring
-            mesh nccl_lighthouse$ranks lighthouse_for$ranks $ranks --comm_transport nccl "${longer[@]}" --batch_size 2 \
-                --context_parallel $ranks "${tiles[@]}"
+            mesh nccl_data2_lighthouse$((ranks / 2)) lighthouse_for$ranks $ranks --comm_transport nccl "${longer[@]}" \
+                --batch_size 1 --context_parallel $((ranks / 2)) "${tiles[@]}"
         done
     else
         echo "not run: NCCL between two GPUs (one here)"
@@ -184,12 +189,12 @@ wait_for_step() {
     done
     return 1
 }
-# interrupt NAME SIGNAL SECONDS FLAG...: two ranks in the middle of training, with a checkpoint after every step; rank 1
+# interrupt NAME RANKS SIGNAL SECONDS FLAG...: ranks in the middle of training, with a checkpoint after every step; rank 1
 # gets the signal after step 5, and the job has to end. Later checkpoints go, so that there are steps to compare.
 interrupt() {
-    local name=$1 signal=$2 limit=$3 folder
-    shift 3
-    start "$name" 2 "$@" --checkpoint_every 1 --keep_checkpoints 0 --max_steps 100000
+    local name=$1 ranks=$2 signal=$3 limit=$4 folder
+    shift 4
+    start "$name" "$ranks" "$@" --checkpoint_every 1 --keep_checkpoints 0 --max_steps 100000
     if ! wait_for_step "$name" 5 || ! kill_rank 1 "$signal"; then
         bad "$name: $(tail -3 "$work/$name.out")"
         return 1
@@ -206,7 +211,7 @@ interrupt() {
 if [[ $parts = *' failures '* ]]; then
     context2=("${host[@]}" --batch_size 2 --context_parallel 2)
     # Gone on with on one rank, then on four.
-    if interrupt killed KILL $((timeout + 15)) "${context2[@]}"; then
+    if interrupt killed 2 KILL $((timeout + 15)) "${context2[@]}"; then
         cp -r "$work/killed" "$work/on_four"
         mesh killed dense 1 --resume --batch_size 2 --context_parallel 1 --comm_transport auto --max_steps 20
         grep -q 'resumed from.*step 5$' "$work/killed.out" && ok "two ranks' checkpoint, one rank" || bad "resumed elsewhere"
@@ -238,12 +243,18 @@ if [[ $parts = *' failures '* ]]; then
     done
 fi
 if [[ $parts = *' nccl_failures '* ]] && [ "$gpus" -ge 2 ]; then
-    context2=(--comm_transport nccl --batch_size 2 --context_parallel 2)
-    # Killed: the other rank's transfer never ends. Standing still: the same, and the launcher has to kill it.
+    # Two ranks that share sequences or, of four GPUs, two pairs. Killed: the transfers of its partner never end. Standing
+    # still: the same, and the launcher has to kill it. Gone on with on as many ranks as there were, on two and on one.
+    ranks=2 batch=2
+    [ "$gpus" -ge 4 ] && ranks=4 batch=1
+    pairs=(--comm_transport nccl --context_parallel 2)
     for signal in KILL STOP; do
-        if interrupt nccl_$signal $signal $((timeout + 40)) "${context2[@]}"; then
-            mesh nccl_$signal dense 2 --resume "${context2[@]}" --max_steps 20
-        fi
+        interrupt nccl_$signal $ranks $signal $((timeout + 40)) "${pairs[@]}" --batch_size $batch || continue
+        cp -r "$work/nccl_$signal" "$work/nccl_${signal}_on_one"
+        cp -r "$work/nccl_$signal" "$work/nccl_${signal}_on_two"
+        mesh nccl_$signal dense $ranks --resume "${pairs[@]}" --batch_size $batch --max_steps 20
+        mesh nccl_${signal}_on_one dense 1 --resume --batch_size 2 --context_parallel 1 --comm_transport auto --max_steps 20
+        [ $ranks -eq 2 ] || mesh nccl_${signal}_on_two dense 2 --resume "${pairs[@]}" --batch_size 2 --max_steps 20
     done
 fi
 exit $failed
