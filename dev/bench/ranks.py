@@ -167,7 +167,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=2, help="GPUs of a mesh [2]")
     parser.add_argument("--seq_lens", default="98304,262144,524288", help="tokens of a sequence, commas between them")
     parser.add_argument("--attention", default="lighthouse,dense", help="of lighthouse and dense")
-    parser.add_argument("--meshes", default=",".join(MESHES), help="beside one GPU: none or some of " + ", ".join(MESHES))
+    parser.add_argument("--meshes", default=",".join(MESHES), help="beside one GPU: none, or of " + ", ".join(MESHES))
     parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
     parser.add_argument("--steps", type=int, help="timed steps; the median counts [5, of long sequences 2]")
     parser.add_argument("--time_limit", type=float, default=240, help="seconds a row may take [240]")

@@ -2,7 +2,7 @@
 # ./train_gpt on several ranks, from end to end: every mesh of data x context parallel gives the losses and gradient norms
 # of one GPU, dense and Lighthouse; a rank that is killed ends the job, and its checkpoints go on on other numbers of ranks.
 # With the host transport all ranks share the GPUs there are, so one GPU is enough; where there are 2, 4 or 8, as many
-# ranks also train by NCCL, and one of two or four is killed or stands still. Needs a GPU; about four minutes, five with NCCL.
+# ranks also train by NCCL, and one of two or four is killed or stands still. Needs a GPU; four minutes, five with NCCL.
 #   dev/test/e2e_ranks.sh [TRAINER]
 #   GPUS=2 PARTS="nccl nccl_failures" dev/test/e2e_ranks.sh build/train_gpt    the first 2 GPUs, some parts
 # PARTS: of meshes, lighthouse, failures (host transport), nccl, nccl_failures; all of them unless set.
@@ -189,8 +189,8 @@ wait_for_step() {
     done
     return 1
 }
-# interrupt NAME RANKS SIGNAL SECONDS FLAG...: ranks in the middle of training, with a checkpoint after every step; rank 1
-# gets the signal after step 5, and the job has to end. Later checkpoints go, so that there are steps to compare.
+# interrupt NAME RANKS SIGNAL SECONDS FLAG...: ranks in the middle of training, with a checkpoint after every step; rank
+# 1 gets the signal after step 5, and the job has to end. Later checkpoints go, so that there are steps to compare.
 interrupt() {
     local name=$1 ranks=$2 signal=$3 limit=$4 folder
     shift 4
@@ -243,18 +243,19 @@ if [[ $parts = *' failures '* ]]; then
     done
 fi
 if [[ $parts = *' nccl_failures '* ]] && [ "$gpus" -ge 2 ]; then
-    # Two ranks that share sequences or, of four GPUs, two pairs. Killed: the transfers of its partner never end. Standing
-    # still: the same, and the launcher has to kill it. Gone on with on as many ranks as there were, on two and on one.
-    ranks=2 batch=2
-    [ "$gpus" -ge 4 ] && ranks=4 batch=1
-    pairs=(--comm_transport nccl --context_parallel 2)
+    # Two ranks that share sequences or, of four GPUs, two pairs. Killed: its partner's transfers never end. Standing
+    # still: the same, and the launcher has to kill it. Gone on with on fewer ranks, and on as many as there were.
+    ranks=2 batch=2 others=1
+    [ "$gpus" -ge 4 ] && ranks=4 batch=1 others="1 2"
+    pairs=(--comm_transport nccl --batch_size $batch --context_parallel 2)
     for signal in KILL STOP; do
-        interrupt nccl_$signal $ranks $signal $((timeout + 40)) "${pairs[@]}" --batch_size $batch || continue
-        cp -r "$work/nccl_$signal" "$work/nccl_${signal}_on_one"
-        cp -r "$work/nccl_$signal" "$work/nccl_${signal}_on_two"
-        mesh nccl_$signal dense $ranks --resume "${pairs[@]}" --batch_size $batch --max_steps 20
-        mesh nccl_${signal}_on_one dense 1 --resume --batch_size 2 --context_parallel 1 --comm_transport auto --max_steps 20
-        [ $ranks -eq 2 ] || mesh nccl_${signal}_on_two dense 2 --resume "${pairs[@]}" --batch_size 2 --max_steps 20
+        interrupt nccl_$signal $ranks $signal $((timeout + 40)) "${pairs[@]}" || continue
+        for other in $others; do
+            cp -r "$work/nccl_$signal" "$work/nccl_${signal}_on_$other"
+            mesh nccl_${signal}_on_$other dense "$other" --resume --comm_transport auto --batch_size 2 \
+                --context_parallel "$other" --max_steps 20
+        done
+        mesh nccl_$signal dense $ranks --resume "${pairs[@]}" --max_steps 20
     done
 fi
 exit $failed
