@@ -83,17 +83,16 @@ inline void attention_check_key_gradients(const KeyGradientView& dk, const KeyGr
     attention_check_view("dv", dv.whole);
 }
 
-// num_tiles a head, of `heads` heads a sequence; heads_sharing neighbours read the same operands, of head_bytes. As many
-// heads a group as fit the L2 cache together or, where these have few tiles, more: after a group's shortest tiles come
-// the next one's longest, and only the last group's short ones even out the end. So no group is left small either.
+// num_tiles a head, of `heads` heads a sequence; heads_sharing neighbours read the same operands, of head_bytes. As
+// many heads a group as fit the L2 cache together or, where these have few tiles, more: after a group's shortest tiles
+// come the next one's longest, and only the last group's short ones even out the end. So no group is left small either.
 // (H200, backward, H = 8, D = 128, TFLOP/s with what fits and with this: T = 4608 342 and 504, 9216 516 and 588, 18432
 // 588 and 601; H = 32, Hkv = 8, T = 8192: 445 and 574.)
 inline TileOrder attention_tile_order(int64_t num_tiles, int B, int heads, int heads_sharing, int64_t head_bytes) {
     const int64_t num_heads = (int64_t)B * heads, num_units = num_heads / heads_sharing;
     CHECK(num_tiles * num_heads <= INT32_MAX / 2, "attention: %lld tiles of %lld heads are more than a grid holds",
           (long long)num_tiles, (long long)num_heads);
-    const int64_t least =
-        ceil_div<int64_t>(GROUP_TILES_AN_SM * gpu_properties().num_sms, num_tiles * heads_sharing);
+    const int64_t least = ceil_div<int64_t>(GROUP_TILES_AN_SM * gpu_properties().num_sms, num_tiles * heads_sharing);
     const auto is_even = [&](int64_t units) { return num_units % units == 0 || num_units % units >= least; };
     int64_t units = std::clamp<int64_t>(L2_GROUP_BYTES / head_bytes, 1, num_units);
     while (units > least && !is_even(units)) {

@@ -155,8 +155,8 @@ __global__ void __launch_bounds__(LIGHTHOUSE_ROW_THREADS, entries_to_tokens_bloc
     }
     __syncthreads();
     const int64_t token = (unsigned)group.b % shape.chunks * shape.geometry.T + group.piece * ROW_LANES;
-    add_entries(TurningColumns(shape.D / 2, group.lane, arguments.rotation.positions.at(token), turns_per_position,
-                               steps));
+    add_entries(
+        TurningColumns(shape.D / 2, group.lane, arguments.rotation.positions.at(token), turns_per_position, steps));
 }
 
 // dqkv (=) [B, T, ...] from dout, the gradients of the gathered rows [B, S, ...]. rotation: the tokens' q and k had

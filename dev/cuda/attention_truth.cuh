@@ -1,10 +1,10 @@
-// attention_truth.cuh: attention forward and backward in float64 on the GPU, for checking kernels at sizes where a CPU loop
-// would take minutes. Naive: the whole score matrix is kept, a thread an output. Itself checked against
+// attention_truth.cuh: attention forward and backward in float64 on the GPU, for checking kernels at sizes where a CPU
+// loop would take minutes. Naive: the whole score matrix is kept, a thread an output. Itself checked against
 // llmc/reference/attention.h at small sizes (dev/cuda/flash_attention_hopper_backward.cu).
 //
-// With `rounded`, P and dS are rounded to bf16 before they are multiplied and out to bf16 before delta, as any attention
-// with bf16 operands does: the distance of this result from the exact one is the error that the format itself costs, and
-// kernels are allowed twice that.
+// With `rounded`, P and dS are rounded to bf16 before they are multiplied and out to bf16 before delta, as any
+// attention with bf16 operands does: the distance of this result from the exact one is the error that the format itself
+// costs, and kernels are allowed twice that.
 #pragma once
 #include <vector>
 
@@ -123,8 +123,8 @@ static __global__ void truth_keys_kernel(TruthArguments a) {
 inline AttentionTruth attention_truth(HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
                                       HeadView<const bf16> dout, const AttentionShape& s, bool rounded) {
     const int64_t rows = (int64_t)s.B * s.H * s.Tq, key_rows = (int64_t)s.B * s.Hkv * s.Tk;
-    DeviceBuffer<double> p(rows * s.Tk), ds(rows * s.Tk), out(rows * s.D), lse(rows), dq(rows * s.D), dk(key_rows * s.D),
-        dv(key_rows * s.D);
+    DeviceBuffer<double> p(rows * s.Tk), ds(rows * s.Tk), out(rows * s.D), lse(rows), dq(rows * s.D),
+        dk(key_rows * s.D), dv(key_rows * s.D);
     const TruthArguments a{q, k, v, dout, s, p, ds, out, lse, dq, dk, dv, rounded};
     truth_rows_kernel<<<(unsigned)rows, 256>>>(a);
     CUDA_CHECK_LAUNCH();

@@ -119,8 +119,8 @@ inline void lighthouse_top(std::vector<int64_t>& candidates, const std::vector<f
 }
 
 // The selection of one sequence and key/value head. entries (=) [S], positions (=) [num_slots]; q_scores [q_heads, T]
-// and k_scores [k_heads, T]: token scores of the heads that share the selection. starts_sequence: false for a chunk that
-// is not a sequence's first.
+// and k_scores [k_heads, T]: token scores of the heads that share the selection. starts_sequence: false for a chunk
+// that is not a sequence's first.
 inline void lighthouse_select(int32_t* entries, int32_t* positions, const float* q_scores, int q_heads,
                               const float* k_scores, int k_heads, const LighthouseGeometry& g,
                               bool starts_sequence = true) {
