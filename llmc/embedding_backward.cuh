@@ -1,6 +1,6 @@
 // embedding_backward.cuh: the gradient of a table of embeddings, which adds up the rows of equal tokens.
 // Shapes: tokens [rows] in [0, V), dout [rows, C], dweight [V, C]; rows = B * T; C a multiple of 8.
-// Cost: memory bound; reads each row of dout once, wherever it lies, 2C bytes. Two paths (embedding_has_few_tokens):
+// Cost: memory bound; reads each row of dout once, wherever it lies, 2C bytes. Two paths (EmbeddingRangePlan::takes):
 //   any vocabulary  a stable sort brings equal tokens together. A run of them may be as long as the batch, so what is
 //                   sorted is cut into chunks that are summed in parallel, and what runs leave in several chunks is
 //                   joined. The sort takes 0.026 of 0.107 ms at 98304 x 1024, V 256 (H100).
@@ -355,9 +355,9 @@ struct EmbeddingRangePlan {
     int column_tiles, range_rows, num_ranges;
     size_t total_bytes;  // of scratch, for so many rows or fewer
 
+    static int num_column_tiles(int C) { return ceil_div(C, Tile::BLOCK_COLUMNS); }
     static int64_t most_ranges(int C) {
-        const int column_tiles = ceil_div(C, Tile::BLOCK_COLUMNS);
-        return std::max(1, gpu_properties().num_sms * Tile::BLOCKS_PER_SM / column_tiles);
+        return std::max(1, gpu_properties().num_sms * Tile::BLOCKS_PER_SM / num_column_tiles(C));
     }
     // Whether blocks can count so many tokens, and sort the rows in one wave.
     static bool takes(int64_t rows, int C, int64_t V) {
@@ -368,7 +368,7 @@ struct EmbeddingRangePlan {
         embedding_check_sizes(rows, C, V);
         CHECK(takes(rows, C, V), "embedding: %lld rows of %lld tokens are too many for the sums of ranges",
               (long long)rows, (long long)V);
-        column_tiles = ceil_div(C, Tile::BLOCK_COLUMNS);
+        column_tiles = num_column_tiles(C);
         range_rows = (int)std::max<int64_t>(EMBEDDING_MIN_RANGE, ceil_div(rows, most_ranges(C)));
         num_ranges = (int)ceil_div<int64_t>(rows, range_rows);
         // Of any number of rows up to these: fewer may make more ranges.
@@ -620,14 +620,9 @@ inline void embedding_backward_by_ranges(float* dweight, const bf16* dout, const
 }
 
 // ---- the choice --------------------------------------------------------------------------------
-// One block an SM and 256 bytes of a row a warp: a wave has half as many ranges as with two blocks.
+// One block an SM and 256 bytes of a row a warp: a wave has half as many ranges as with two blocks. H200, C = 1024, V =
+// 256, ms by ranges and by the sort: 0.070 and 0.093 at 98304 rows; in several waves, at a million, 0.607 and 0.582.
 using EmbeddingRanges = EmbeddingRangeTile<4, 32>;
-
-// Whether embedding_backward takes the path for few tokens. H200, C = 1024, V = 256, ms by ranges and by the sort:
-// 0.070 and 0.093 at 98304 rows; in several waves, at a million, 0.607 and 0.582.
-inline bool embedding_has_few_tokens(int64_t rows, int C, int64_t V) {
-    return EmbeddingRangePlan<EmbeddingRanges>::takes(rows, C, V);
-}
 
 // Bytes of scratch that embedding_backward needs for so many rows or fewer; 256-byte aligned. For either path: of few
 // tokens, fewer rows may take the one and more the other.
@@ -645,7 +640,8 @@ inline size_t embedding_backward_scratch_bytes(int64_t rows, int C, int64_t V) {
 inline void embedding_backward(float* dweight, const bf16* dout, const int32_t* tokens, void* scratch, int64_t rows,
                                int C, int64_t V, cudaStream_t stream) {
     NVTX_RANGE();
-    if (embedding_has_few_tokens(rows, C, V)) {
+    embedding_check_sizes(rows, C, V);
+    if (EmbeddingRangePlan<EmbeddingRanges>::takes(rows, C, V)) {
         embedding_backward_by_ranges<EmbeddingRanges>(dweight, dout, tokens, scratch, rows, C, V, stream);
     } else {
         embedding_backward_by_sort(dweight, dout, tokens, scratch, rows, C, V, stream);
