@@ -602,6 +602,8 @@ inline GpuModel::Batch GpuModel::upload(const int32_t* tokens, int B, int64_t T,
     CHECK(B >= 1 && T >= 1 && B <= settings_.max_batch_size && T <= max_T,
           "a batch of %d sequences of %lld tokens: memory was planned for at most %d of %lld", B, (long long)T,
           settings_.max_batch_size, (long long)max_T);
+    CHECK(!shared || T == max_T, "a sequence of %lld tokens: ranks share sequences of %lld alone", (long long)T,
+          (long long)max_T);
     const ContextPartition partition =
         shared ? make_context_partition(T, settings_.mesh.context_parallel, settings_.mesh.context_rank())
                : ContextPartition{1, 0, T};

@@ -11,6 +11,8 @@
 //         Steps run on two streams in turn, each as soon as its keys are there: where the last blocks of one leave
 //         multiprocessors idle, the next one's begin. All blocks of a step are equally long, so that on 132
 //         multiprocessors 1536 of them take the time of 1584, and each of a few hundred short ones counts.
+//         Long sequences go round in parts, one after another, each a sequence and some of its key/value heads with
+//         their queries: scratch memory is that of one part, and a part's steps are long enough to lose nothing.
 // gather  for short shards, where a step's computation could not hide what it costs to start one: all keys first, then
 //         one attention for each half of the queries, exactly as on one GPU, the two side by side; backward, one sum
 //         over all ranks, float32.
@@ -146,29 +148,36 @@ inline ContextExchange choose_context_exchange(const AttentionShape& local) {
 }
 
 // ---- sizes -------------------------------------------------------------------------------------
+// Keys of a chunk, over all heads of a part: as few heads as have so many. 4096 tiles of 128 keys are 31 on each of 132
+// multiprocessors, so that what the last of them leave idle is 1.5 % at most, most of which the next step fills.
+constexpr int64_t RING_PART_KEYS = (int64_t)1 << 19;
+
 // What one rank's attention needs, known before there are other ranks: to plan memory.
 class RingAttentionPlan {
   public:
     // Rank `rank` of W that share every sequence. automatic: by choose_context_exchange, for each shape.
-    RingAttentionPlan(int W, int rank, ContextExchange exchange)
-        : W_(W), rank_(rank), exchange_(exchange), steps_(make_ring_schedule(W, rank)) {
+    RingAttentionPlan(int W, int rank, ContextExchange exchange, int64_t part_keys = RING_PART_KEYS)
+        : W_(W), rank_(rank), exchange_(exchange), part_keys_(part_keys), steps_(make_ring_schedule(W, rank)) {
         CHECK(W >= 2, "ring attention: needs at least 2 ranks on a sequence, not %d", W);
     }
 
     ContextExchange exchange() const { return exchange_; }
 
-    // `local`: the shape of the local rows on each other: Tq = Tk = 2n, causal, no offset.
+    // `local`: the shape of the local rows on each other: Tq = Tk = 2n, causal, no offset. Fewer sequences need no
+    // more, but shorter ones may, as they go in larger parts.
     size_t forward_scratch_bytes(const AttentionShape& local) const {
         MemoryArea area(nullptr);
-        gathers(local) ? (void)GatherForward(area, sizes(local)) : (void)RingForward(area, sizes(local));
+        gathers(local) ? (void)GatherForward(area, sizes(local)) : (void)RingForward(area, sizes(part_shape(local)));
         return area.num_bytes();
     }
     size_t backward_scratch_bytes(const AttentionShape& local, bool deterministic) const {
         MemoryArea area(nullptr);
-        const Sizes size = sizes(local);
-        const AttentionBytes attention_bytes = attention_scratch_bytes(local, deterministic);
-        gathers(local) ? (void)GatherBackward(area, size, attention_bytes)
-                       : (void)RingBackward(area, size, attention_bytes);
+        if (gathers(local)) {
+            GatherBackward(area, sizes(local), gather_scratch_bytes(local, deterministic));
+        } else {
+            const AttentionShape part = part_shape(local);
+            RingBackward(area, sizes(part), ring_scratch_bytes(part, deterministic));
+        }
         return area.num_bytes();
     }
 
@@ -224,31 +233,35 @@ class RingAttentionPlan {
               lse(used ? area.take<float>(HALVES * s.half_rows()) : nullptr) {}
     };
     struct RingForward {
-        KeyBuffer<bf16> own, in[2];
-        QueryPart part[2];  // step 0 writes to its place
-        float* sum;         // [B, 2n, H, D]; two partial results need none
+        KeyBuffer<bf16> own, in[2];  // of two ranks, only [1] is used
+        QueryPart part[2];           // step 0 writes to its place
+        float* sum;                  // [B, 2n, H, D]; two partial results need none
         RingForward(MemoryArea& area, const Sizes& s)
             : own(area, s.kv_elements()),
-              in{{area, s.kv_elements()}, {area, s.kv_elements()}},
+              in{{area, s.W > 2 ? s.kv_elements() : 0}, {area, s.kv_elements()}},
               part{{area, s, s.W > 2}, {area, s, true}},
               sum(s.W > 2 ? area.take<float>(s.q_elements()) : nullptr) {}
     };
+    // Of two ranks, step 1 is the only one whose keys come and whose gradients leave.
     struct RingBackward {
         KeyBuffer<bf16> own, in[2];
-        KeyBuffer<float> gradients_out[2], gradients_in[2];
+        KeyBuffer<float> gradients_out[2];  // of two ranks, [0] is for the keys of the own head alone
+        KeyBuffer<float> gradients_in[2];
         KeyBuffer<float> sum;     // of the local keys' gradients, [B, 2n, 2 Hkv, D]
         bf16* dq_part[2];         // [B, up to 2n, H, D]; step 0 writes to its place
-        float* dq_sum;            // [B, 2n, H, D]
+        int64_t dq_sum_rows;      // of two ranks the tail's sum is whole after its first part
+        float* dq_sum;            // [B, dq_sum_rows, H, D]
         float* half_lse[HALVES];  // [B, H, n]
         std::byte* attention[2];
         RingBackward(MemoryArea& area, const Sizes& s, const AttentionBytes& attention_bytes)
             : own(area, s.kv_elements()),
-              in{{area, s.kv_elements()}, {area, s.kv_elements()}},
-              gradients_out{{area, s.kv_elements()}, {area, s.kv_elements()}},
-              gradients_in{{area, s.kv_elements()}, {area, s.kv_elements()}},
+              in{{area, s.W > 2 ? s.kv_elements() : 0}, {area, s.kv_elements()}},
+              gradients_out{{area, s.W > 2 ? s.kv_elements() : s.kv_elements() / HALVES}, {area, s.kv_elements()}},
+              gradients_in{{area, s.kv_elements()}, {area, s.W > 2 ? s.kv_elements() : 0}},
               sum(area, s.kv_elements()),
               dq_part{s.W > 2 ? area.take<bf16>(s.q_elements()) : nullptr, area.take<bf16>(s.q_elements())},
-              dq_sum(area.take<float>(s.q_elements())),
+              dq_sum_rows(s.W > 2 ? HALVES * s.n : s.n),
+              dq_sum(area.take<float>(s.B * dq_sum_rows * s.H * s.D)),
               half_lse{area.take<float>(s.half_rows()), area.take<float>(s.half_rows())},
               attention{area.take<std::byte>((int64_t)attention_bytes[0]),
                         area.take<std::byte>((int64_t)attention_bytes[1])} {}
@@ -282,7 +295,32 @@ class RingAttentionPlan {
                ContextExchange::gather;
     }
 
-    // ---- attention of parts of the local queries on parts of the keys
+    // ---- parts of a batch
+
+    // The part that the ring takes at once: the whole batch, or one sequence with some of its heads.
+    AttentionShape part_shape(const AttentionShape& local) const {
+        const int64_t n = local.Tq / HALVES;
+        AttentionShape part = local;
+        if (local.Hkv * n >= part_keys_) {
+            part.B = 1, part.Hkv = 1;
+            while (part.Hkv * n < part_keys_ || local.Hkv % part.Hkv != 0) {
+                ++part.Hkv;
+            }
+            part.H = local.H / local.Hkv * part.Hkv;
+        }
+        return part;
+    }
+    // visit(sequence, query head, key/value head): where each part begins.
+    template <class Visit>
+    static void for_each_part(const AttentionShape& local, const AttentionShape& part, Visit visit) {
+        for (int b = 0; b < local.B; b += part.B) {
+            for (int kv_head = 0; kv_head < local.Hkv; kv_head += part.Hkv) {
+                visit(b, local.H / local.Hkv * kv_head, kv_head);
+            }
+        }
+    }
+
+    // ---- attention of some of the local queries on some of the keys
 
     static AttentionShape full_shape(const AttentionShape& local, int64_t num_queries, int64_t num_keys) {
         AttentionShape shape = local;
@@ -317,27 +355,28 @@ class RingAttentionPlan {
         shape.causal_offset = (chunks - 1) * s.n;
         return beside_others(shape);
     }
-    AttentionBytes attention_scratch_bytes(const AttentionShape& local, bool deterministic) const {
+    // Scratch of flash attention in what the ring takes at once, and in gathering.
+    AttentionBytes ring_scratch_bytes(const AttentionShape& part, bool deterministic) const {
         AttentionBytes num_bytes = {};
         const auto include = [&](int step, const AttentionShape& shape) {
             size_t& largest = num_bytes[step % 2];
             largest = std::max(largest, flash_attention_backward_scratch_bytes(shape, deterministic));
         };
-        if (gathers(local)) {
-            include(0, half_shape(local, 0));
-            include(1, half_shape(local, 1));
-        } else {
-            include(0, own_shape(local, 1));
-            for (int s = 1; s < W_; ++s) {
-                include(s, step_shape(local, steps_[s]));
-            }
-            include(W_, own_shape(local, 0));
+        include(0, own_shape(part, 1));
+        for (int s = 1; s < W_; ++s) {
+            include(s, step_shape(part, steps_[s]));
         }
+        include(W_, own_shape(part, 0));
         return num_bytes;
+    }
+    AttentionBytes gather_scratch_bytes(const AttentionShape& local, bool deterministic) const {
+        return {flash_attention_backward_scratch_bytes(half_shape(local, 0), deterministic),
+                flash_attention_backward_scratch_bytes(half_shape(local, 1), deterministic)};
     }
 
     int W_, rank_;
     ContextExchange exchange_;
+    int64_t part_keys_;
     std::vector<RingStep> steps_;
 };
 
@@ -346,8 +385,9 @@ class RingAttentionPlan {
 class RingAttention : public RingAttentionPlan {
   public:
     // The ranks of `context` share every sequence. automatic: by choose_context_exchange, for each shape.
-    explicit RingAttention(Comm& context, ContextExchange exchange = ContextExchange::automatic)
-        : RingAttentionPlan(context.size(), context.rank(), exchange), comm_(context) {}
+    explicit RingAttention(Comm& context, ContextExchange exchange = ContextExchange::automatic,
+                           int64_t part_keys = RING_PART_KEYS)
+        : RingAttentionPlan(context.size(), context.rank(), exchange, part_keys), comm_(context) {}
 
     // From here on `profile`, which must outlive this, sees every call: as operations called `name`, and the pass.
     void set_profile(TransferProfile* profile, const std::string& name) { probe_.attach(profile, name); }
@@ -358,12 +398,16 @@ class RingAttention : public RingAttentionPlan {
                  void* scratch, const AttentionShape& local, cudaStream_t stream) {
         NVTX_RANGE();
         check_shape(local);
-        probe_.begin_operation("forward");
         if (gathers(local)) {
-            gather_forward(out, lse, q, k, v, scratch, local, stream);
-        } else {
-            ring_forward(out, lse, q, k, v, scratch, local, stream);
+            probe_.begin_operation("forward");
+            return gather_forward(out, lse, q, k, v, scratch, local, stream);
         }
+        const AttentionShape part = part_shape(local);
+        for_each_part(local, part, [&](int b, int head, int kv_head) {
+            probe_.begin_operation("forward");
+            ring_forward(part_from(out, b, head), part_lse(lse, b, head, local), part_from(q, b, head),
+                         part_from(k, b, kv_head), part_from(v, b, kv_head), scratch, part, stream);
+        });
     }
 
     // dq, dk, dv (=) of the local rows, from dout, the forward's operands, out and lse. scratch:
@@ -374,14 +418,18 @@ class RingAttention : public RingAttentionPlan {
                   cudaStream_t stream) {
         NVTX_RANGE();
         check_shape(local);
-        const Gradients gradients = {dq, dk, dv};
-        const Saved saved = {dout, q, k, v, out, lse};
-        probe_.begin_operation("backward");
         if (gathers(local)) {
-            gather_backward(gradients, saved, scratch, local, deterministic, stream);
-        } else {
-            ring_backward(gradients, saved, scratch, local, deterministic, stream);
+            probe_.begin_operation("backward");
+            return gather_backward({dq, dk, dv}, {dout, q, k, v, out, lse}, scratch, local, deterministic, stream);
         }
+        const AttentionShape part = part_shape(local);
+        for_each_part(local, part, [&](int b, int head, int kv_head) {
+            const Gradients gradients = {part_from(dq, b, head), part_from(dk, b, kv_head), part_from(dv, b, kv_head)};
+            const Saved saved = {part_from(dout, b, head), part_from(q, b, head),   part_from(k, b, kv_head),
+                                 part_from(v, b, kv_head), part_from(out, b, head), part_lse(lse, b, head, local)};
+            probe_.begin_operation("backward");
+            ring_backward(gradients, saved, scratch, part, deterministic, stream);
+        });
     }
 
   private:
@@ -390,6 +438,17 @@ class RingAttention : public RingAttentionPlan {
               "ring attention: the local rows must be two equal chunks, causal on each other, not %lld queries and "
               "%lld keys",
               (long long)s.Tq, (long long)s.Tk);
+    }
+
+    // Of a part that begins there.
+    template <class Element>
+    static HeadView<Element> part_from(HeadView<Element> view, int b, int head) {
+        view.data = view.row(b, 0, head);
+        return view;
+    }
+    template <class Float>
+    static Float* part_lse(Float* lse, int b, int head, const AttentionShape& local) {
+        return lse + ((int64_t)b * local.H + head) * local.Tq;
     }
 
     template <class Element>
@@ -463,8 +522,7 @@ class RingAttention : public RingAttentionPlan {
         });
     }
 
-    // Round s: what step s + 1 needs comes while step s computes, and what step s - 1 found goes out. It begins once
-    // the attention of step s - 1 is over; step 0's reads and sends nothing. The events of even and odd s take turns.
+    // Both streams beside the caller's go on where that is now.
     void begin_rounds(cudaStream_t stream) {
         wait_for(stream_, stream, start_);
         CUDA_CHECK(cudaStreamWaitEvent(beside_, start_));
@@ -476,6 +534,8 @@ class RingAttention : public RingAttentionPlan {
                   stream_);
         wait_for(stream, stream_, packed_);
     }
+    // Round s: what step s + 1 needs comes while step s computes, and what step s - 1 found goes out. It begins once
+    // the attention of step s - 1 is over; step 0's sends no results. The events of even and odd s take turns.
     void run_round(int s, const Transfers& transfers, const char* operation) {
         if (s > 1) {
             CUDA_CHECK(cudaStreamWaitEvent(stream_, attended_[(s - 1) % 2]));
@@ -605,7 +665,7 @@ class RingAttention : public RingAttentionPlan {
                        bool deterministic, cudaStream_t stream) {
         const Sizes size = sizes(local);
         MemoryArea area(scratch);
-        const RingBackward m(area, size, attention_scratch_bytes(local, deterministic));
+        const RingBackward m(area, size, ring_scratch_bytes(local, deterministic));
         const int W = size.W;
         const int64_t n = size.n;
         // The keys of step s + 1 and the gradients of step s - 1.
@@ -631,7 +691,7 @@ class RingAttention : public RingAttentionPlan {
                                      rows_from(saved.q, row), saved.k, saved.v, rows_from(saved.out, row),
                                      m.half_lse[half], m.attention[s % 2], own_shape(local, half), deterministic, on);
         };
-        const HeadView<float> dq_sum = query_view(m.dq_sum, HALVES * n, size);
+        const HeadView<float> dq_sum = query_view(m.dq_sum, m.dq_sum_rows, size);
         const RowBlock half_rows(size.B, n, size.H, size.D);
 
         for (int half = 0; half < HALVES; ++half) {
@@ -779,7 +839,7 @@ class RingAttention : public RingAttentionPlan {
                          bool deterministic, cudaStream_t stream) {
         const Sizes size = sizes(local);
         MemoryArea area(scratch);
-        const GatherBackward m(area, size, attention_scratch_bytes(local, deterministic));
+        const GatherBackward m(area, size, gather_scratch_bytes(local, deterministic));
         const ContextPartition p = size.partition();
         const int64_t n = size.n;
         gather_keys(m.all.data, saved.k, saved.v, size, stream);

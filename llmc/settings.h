@@ -140,7 +140,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("print_memory", c.print_memory, "print the plan of GPU and host memory, every buffer by name");
     add_unsaved("fit", c.fit, "print the longest --seq_len for each --recompute and --offload, and end");
     add("gpu_memory", c.gpu_memory, "GiB of GPU memory the run may use; 0: all that is free; --fit then needs no GPU");
-    add("host_memory", c.host_memory, "GiB of host memory --offload may use; 0: all that is available");
+    add("host_memory", c.host_memory, "GiB of host memory for --offload, a process; 0: its share of what is free");
     add("profile", c.profile, "at the end, print where the time of a step and of its transfers went");
     add("plain", c.plain, "no progress bar on a terminal");
     return settings;

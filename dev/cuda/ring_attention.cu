@@ -122,6 +122,12 @@ struct RingOutputs {
     bool guards_intact = true;
 };
 
+// How keys travel, and how many a part of the batch has at least.
+struct Launcher {
+    ContextExchange exchange;
+    int64_t part_keys = RING_PART_KEYS;
+};
+
 // What one rank works on. Operands lie packed; outputs in buffers of NaN.
 struct RankWork {
     LoopbackComm& comm;
@@ -134,12 +140,11 @@ struct RankWork {
     DeviceBuffer<char> forward_scratch, backward_scratch;
     int64_t forward_bytes = 0, backward_bytes = 0;  // received
 
-    RankWork(LoopbackComm& comm, const WholeRows& in, const AttentionShape& whole, ContextExchange exchange,
-             bool deterministic)
+    RankWork(LoopbackComm& comm, const WholeRows& in, const AttentionShape& whole, Launcher launch, bool deterministic)
         : comm(comm),
           partition(make_context_partition(whole.Tq, comm.size(), comm.rank())),
           local(local_shape(whole, comm.size())),
-          ring(comm, exchange),
+          ring(comm, launch.exchange, launch.part_keys),
           qkv(pack_local(in, partition, local)),
           dout(to_bf16(local_rows(in.dout, partition))),
           out(dout.size()),
@@ -170,9 +175,9 @@ struct RankWork {
 };
 
 // Forward and backward on W ranks.
-static RingOutputs run_ring(const WholeRows& in, const AttentionShape& whole, int W, ContextExchange exchange,
+static RingOutputs run_ring(const WholeRows& in, const AttentionShape& whole, int W, Launcher launch,
                             bool deterministic, int64_t delay_cycles) {
-    LoopbackRanks<RankWork> ranks(W, delay_cycles, in, whole, exchange, deterministic);
+    LoopbackRanks<RankWork> ranks(W, delay_cycles, in, whole, launch, deterministic);
     ranks.run([&](RankWork& rank) { rank.run(deterministic, delay_cycles); });
     RingOutputs result;
     result.rows.out = empty_like(in.q), result.rows.dq = empty_like(in.q);
@@ -205,9 +210,7 @@ static bool same_rows(const Rows& a, const Rows& b) {
 }
 
 // ---- the checks --------------------------------------------------------------------------------
-using Launcher = ContextExchange;
-
-static void check_case(Harness& h, const RingCase& ring, ContextExchange exchange) {
+static void check_case(Harness& h, const RingCase& ring, Launcher launch) {
     const PreparedCase c = prepare_case(ring.attention_case, h.seed);
     const AttentionShape& s = c.shape();
     const int W = ring.W;
@@ -222,7 +225,7 @@ static void check_case(Harness& h, const RingCase& ring, ContextExchange exchang
         in.dout = to_rows(padded_view(dout.data(), s), s.B, s.Tq, s.H, s.D);
     }
     const WholeRows plain = emulate(in, W);
-    const RingOutputs found = run_ring(in, s, W, exchange, true, 0);
+    const RingOutputs found = run_ring(in, s, W, launch, true, 0);
     const auto compare = [&](const char* name, const Rows& rows, const Rows& ring_plain,
                              const std::vector<double>& expected, const std::vector<double>& rounded, double floor) {
         const double ring_error = difference(to_bf16(ring_plain), expected, floor).max_error;
@@ -247,7 +250,7 @@ static void check_case(Harness& h, const RingCase& ring, ContextExchange exchang
 
     // Other timing, the same bits: transfers slowed down, and ranks that lag.
     for (const int64_t delay : {(int64_t)0, (int64_t)200000}) {
-        const RingOutputs again = run_ring(in, s, W, exchange, true, delay);
+        const RingOutputs again = run_ring(in, s, W, launch, true, delay);
         const bool same = same_rows(again.rows.out, found.rows.out) && same_rows(again.rows.lse, found.rows.lse) &&
                           same_rows(again.rows.dq, found.rows.dq) && same_rows(again.rows.dk, found.rows.dk) &&
                           same_rows(again.rows.dv, found.rows.dv);
@@ -255,7 +258,7 @@ static void check_case(Harness& h, const RingCase& ring, ContextExchange exchang
                  format_string("delay %lld cycles: %s", (long long)delay, same ? "the same bits" : "other bits"));
     }
     // The fast backward, whose dq is summed in any order.
-    const RingOutputs fast = run_ring(in, s, W, exchange, false, 0);
+    const RingOutputs fast = run_ring(in, s, W, launch, false, 0);
     const double floor = c.gradient_floor(c.exact.dq);
     const double ring_error = difference(to_bf16(plain.dq), c.exact.dq, floor).max_error;
     h.compare("dq_fast", label, to_bf16(fast.rows.dq), c.exact.dq,
@@ -369,9 +372,9 @@ struct TimedRank {
     std::vector<double> times[2];  // milliseconds of forward, of backward
     int64_t bytes[2] = {};         // received in one
 
-    TimedRank(LoopbackComm& comm, const AttentionShape& local, ContextExchange exchange, uint64_t seed)
+    TimedRank(LoopbackComm& comm, const AttentionShape& local, Launcher launch, uint64_t seed)
         : comm(comm),
-          ring(comm, exchange),
+          ring(comm, launch.exchange, launch.part_keys),
           a(local, seed + 2 * comm.rank()),
           scratch((int64_t)std::max(ring.forward_scratch_bytes(local), ring.backward_scratch_bytes(local, false))) {}
     void forward() { ring.forward(a.rows(a.out), a.lse, a.in.q, a.in.k, a.in.v, scratch, a.shape, stream); }
@@ -445,8 +448,9 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
 
 int main(int argc, char** argv) {
     static const std::vector<Variant<Launcher>> VARIANTS = {
-        {1, "gather all keys, then attention as on one GPU", ContextExchange::gather},
-        {2, "ring: a step's transfer beside a step's attention", ContextExchange::ring},
+        {1, "gather all keys, then attention as on one GPU", {ContextExchange::gather}},
+        {2, "ring: a step's transfer beside a step's attention", {ContextExchange::ring}},
+        {3, "the same, one sequence and key/value head after another", {ContextExchange::ring, 1}},
     };
     return run_variants(argc, argv, "ring_attention", VARIANTS, check, measure);
 }
