@@ -1,15 +1,17 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: the whole model against the CPU reference (test_gpt), every kernel variant of
-# dev/cuda against its reference, and compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Programs run side by
-# side, on all GPUs. Ends with 'N passed, N failed' and records GPU, date, the hash of the kernel sources and every
-# program's result in dev/gpu_check.txt.
+# Everything that needs a GPU, in one command: the whole model against the CPU reference (test_gpt), the trainer against
+# the CPU's on random models (dev/test/random_runs.py), every kernel variant of dev/cuda against its reference, and
+# compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Programs run side by side, on all GPUs. Ends with
+# 'N passed, N failed' and records GPU, date, the hash of the kernel sources and every program's result in
+# dev/gpu_check.txt.
 #   scripts/gpu_check.sh              build, check, record
 #   scripts/gpu_check.sh --no_build   check the programs that are already built
 #   scripts/gpu_check.sh --part checks|sanitizer   only the checks, or only those under compute-sanitizer; the record keeps
 #                                     the other part's results while they are of the same sources
 #   scripts/gpu_check.sh --stale      exit 1 when the record lacks a part or is not of these sources (needs no GPU)
 #   scripts/gpu_check.sh --hash       print the hash of the sources
-# BUILD and BIN say where the programs are, as for make: build/dev/* and ./test_gpt unless set. JOBS: programs at a time.
+# BUILD and BIN say where the programs are, as for make: build/dev/* and ./test_gpt, ./train_gpt, ./train_gpt_cpu unless
+# set. JOBS: programs at a time.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 record=dev/gpu_check.txt
@@ -58,7 +60,7 @@ done
 
 command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 || { echo "no NVIDIA GPU here" >&2; exit 1; }
 if [ $build = yes ]; then
-    make -j"$(nproc)" "${BIN:-}test_gpt" dev || { echo "the build failed" >&2; exit 1; }
+    make -j"$(nproc)" "${BIN:-}test_gpt" "${BIN:-}train_gpt" "${BIN:-}train_gpt_cpu" dev || { echo "the build failed" >&2; exit 1; }
 fi
 
 log=$(mktemp -d)
@@ -108,6 +110,8 @@ for part in $parts; do
         start_check test_gpt_memory 100 "$test_gpt" --memory
         wait # it looks at what the whole GPU has free
         start_check test_gpt 500 "$test_gpt"
+        start_check random_runs 300 python3 dev/test/random_runs.py --gpu "${BIN:-./}train_gpt" \
+            --cpu "${BIN:-./}train_gpt_cpu" --runs 24 --jobs 4
         for program in $(program_list); do
             start_check "$(basename "$program")" 300 "$program" --check_only
         done
