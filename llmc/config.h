@@ -135,7 +135,7 @@ inline void validate(const RunConfig& c) {
           (long long)c.global_batch, c.batch_size,
           c.data_parallel == 1 ? "" : format_string(" times the %d groups of ranks", c.data_parallel).c_str(),
           (long long)(at_once * std::max<int64_t>(1, (c.global_batch + at_once / 2) / at_once)));
-    CHECK(c.model.max_positions == 0 || c.model.max_positions >= c.seq_len,
+    CHECK(c.fit || c.model.max_positions == 0 || c.model.max_positions >= c.seq_len,
           "--max_positions %lld: must be at least --seq_len %lld (0: equal to it)", (long long)c.model.max_positions,
           (long long)c.seq_len);
     in_range("max_steps", c.max_steps, 0, (int64_t)1 << 40);

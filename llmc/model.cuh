@@ -100,6 +100,7 @@ class GpuModel : public TrainableModel {
     void attention_backward(int l, const Batch& batch);
     void reduce_gradients_after(int layer);
     void update_parameters(AdamWArguments arguments, double weight_decay);
+    void write_weights(bf16* to, const float* masters, int64_t num_elements);
     std::string first_bad_tensor(double loss);
     bool is_bad_tensor(int tensor);
 
@@ -757,27 +758,32 @@ inline void GpuModel::write_state_piece(StateKind kind, int tensor, const StateP
     float* const to = state(kind, tensor, piece.begin);
     if (host_optimizer_) {
         host_optimizer_->wait();
-        std::copy(in, in + num_elements, to);
+#pragma omp parallel for schedule(static)
+        for (int64_t i = 0; i < num_elements; ++i) {
+            to[i] = in[i];
+        }
     } else {
         CUDA_CHECK(cudaMemcpyAsync(to, in, num_elements * sizeof(float), cudaMemcpyHostToDevice, stream_));
+        CUDA_CHECK(cudaStreamSynchronize(stream_));
     }
-    std::vector<bf16> rounded;
     if (kind == StateKind::master) {
-        rounded.resize(num_elements);
-        std::transform(in, in + num_elements, rounded.begin(), [](float master) { return __float2bfloat16(master); });
-        CUDA_CHECK(cudaMemcpyAsync(weight(tensor) + piece.begin, rounded.data(), num_elements * sizeof(bf16),
-                                   cudaMemcpyHostToDevice, stream_));
+        write_weights(weight(tensor) + piece.begin, in, num_elements);
     }
+}
+// to (=) on the device, num_elements masters rounded. All threads: models of billions of parameters start with it.
+inline void GpuModel::write_weights(bf16* to, const float* masters, int64_t num_elements) {
+    const std::unique_ptr<bf16[]> rounded(new bf16[num_elements]);
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < num_elements; ++i) {
+        rounded[i] = __float2bfloat16(masters[i]);
+    }
+    CUDA_CHECK(cudaMemcpyAsync(to, rounded.get(), num_elements * sizeof(bf16), cudaMemcpyHostToDevice, stream_));
     CUDA_CHECK(cudaStreamSynchronize(stream_));
 }
 inline void GpuModel::write_state(StateKind kind, int tensor, const float* in) {
     gathered_.reset();
     if (zero_ && kind == StateKind::master) {  // weights are whole on every rank
-        std::vector<bf16> rounded(table_.tensors[tensor].num_elements());
-        std::transform(in, in + rounded.size(), rounded.begin(), [](float master) { return __float2bfloat16(master); });
-        CUDA_CHECK(cudaMemcpyAsync(weight(tensor), rounded.data(), rounded.size() * sizeof(bf16),
-                                   cudaMemcpyHostToDevice, stream_));
-        CUDA_CHECK(cudaStreamSynchronize(stream_));
+        write_weights(weight(tensor), in, table_.tensors[tensor].num_elements());
     }
     for (const StatePiece& piece : state_pieces(tensor)) {
         write_state_piece(kind, tensor, piece, in + piece.begin);

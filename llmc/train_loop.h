@@ -116,22 +116,31 @@ class TrainingRun {
     // Normal random numbers that depend on seed, tensor and element alone; norms are 1.
     void initialize_weights() {
         const std::vector<ParameterTensor>& tensors = model_.parameters().tensors;
+        std::vector<float> values(largest_tensor());
         for (size_t i = 0; i < tensors.size(); ++i) {
-            std::vector<float> values(tensors[i].num_elements(), 1.0f);
+            const int64_t num_elements = tensors[i].num_elements();
             if (tensors[i].init_std > 0.0) {
                 const RandomStream random(config_.seed, RandomUse::initial_weights, i);
-                fill_normal(values.data(), tensors[i].num_elements(), tensors[i].init_std, random);
+                fill_normal(values.data(), num_elements, tensors[i].init_std, random);
+            } else {
+                std::fill_n(values.begin(), num_elements, 1.0f);
             }
             model_.write_state(StateKind::master, (int)i, values.data());
         }
     }
     void clear_optimizer() {
-        const std::vector<ParameterTensor>& tensors = model_.parameters().tensors;
-        for (size_t i = 0; i < tensors.size(); ++i) {
-            const std::vector<float> zeros(tensors[i].num_elements(), 0.0f);
+        const std::vector<float> zeros(largest_tensor(), 0.0f);
+        for (size_t i = 0; i < model_.parameters().tensors.size(); ++i) {
             model_.write_state(StateKind::exp_avg, (int)i, zeros.data());
             model_.write_state(StateKind::exp_avg_sq, (int)i, zeros.data());
         }
+    }
+    int64_t largest_tensor() const {
+        int64_t largest = 0;
+        for (const ParameterTensor& tensor : model_.parameters().tensors) {
+            largest = std::max(largest, tensor.num_elements());
+        }
+        return largest;
     }
 
     void print_start() {
