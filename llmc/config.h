@@ -191,6 +191,9 @@ inline void validate(const RunConfig& c) {
     at_least("classifier_chunk_rows", c.classifier_chunk_rows, 0);
 
     at_least("lighthouse_steps", c.lighthouse_steps, -1);
+    CHECK(c.lighthouse.topk <= (int64_t)1 << 29,
+          "--lighthouse_topk %lld: must be at most %lld, more than any sequence has", (long long)c.lighthouse.topk,
+          1ll << 29);
     CHECK(!c.print_influence || c.attention == AttentionMode::lighthouse,
           "--print_influence: is about the selection of Lighthouse attention; add --attention lighthouse, or leave it "
           "out");

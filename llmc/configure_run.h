@@ -95,7 +95,8 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (config.max_steps > 0 && config.output_dir.empty() && !config.fit) {
         config.output_dir = ranks.first_decides(new_output_dir, "choice of the output folder");
     }
-    if (config.fit && config.attention == AttentionMode::lighthouse && parsed.given.count("seq_len") == 0) {
+    if (config.fit && config.attention == AttentionMode::lighthouse && parsed.given.count("seq_len") == 0 &&
+        config.lighthouse.topk <= (int64_t)1 << 29) {
         config.seq_len = shortest_lighthouse_length(config.lighthouse);  // the default may not be a legal one
     }
     validate(config);
@@ -103,8 +104,9 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         return config;
     }
     CHECK(config.max_steps == 0 || config.resume || !holds_a_run(config.output_dir),
-          "--output_dir %s already holds a run: give --resume to go on with it, or name another folder",
-          config.output_dir.c_str());
+          "--output_dir %s already holds a run%s or name another folder", config.output_dir.c_str(),
+          checkpoint::list(config.output_dir).empty() ? " that has written no checkpoint: remove it,"
+                                                      : ": give --resume to go on with it,");
     const RunData data = open_data(config);  // for what it refuses: before the time and memory that a model takes
     std::string common = settings_toml(config) + config.checkpoint;
     for (const std::optional<SequenceSet>* set : {&data.train, &data.validation}) {

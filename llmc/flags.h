@@ -114,6 +114,7 @@ inline SettingsLayer layer_from_file(const std::vector<Setting>& settings, const
 struct ParsedFlags {
     RunConfig config;             // not validated yet
     std::set<std::string> given;  // names set on the command line or in the --config file
+    std::set<std::string> typed;  // of these, on the command line
     bool help = false;            // --help was given: print help_text() and end
 };
 
@@ -132,10 +133,11 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
     std::string config_file;
     std::map<std::string, CLI::Option*> options;
     std::map<std::string, Words> sink;  // CLI11 wants a variable for each option; the values are read from the options
-    options["config"] = app.add_option("--config", config_file)->expected(1);
+    options["config"] = app.add_option("--config", config_file)->expected(1)->allow_extra_args(false);
     for (const Setting& s : settings) {
         CLI::Option* option = app.add_option("--" + s.name, sink[s.name]);
         option->expected(s.is_toggle ? 0 : 1, s.is_list ? 1 << 20 : 1);
+        option->allow_extra_args(false);  // or "[INST]" would lose its brackets, which CLI11 takes for a list's
         // Scripts append flags to override theirs; a repeated list goes on.
         option->multi_option_policy(s.is_list ? CLI::MultiOptionPolicy::TakeAll : CLI::MultiOptionPolicy::TakeLast);
         options[s.name] = option;
@@ -205,6 +207,9 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
             if (layer != &saved) {
                 parsed.given.insert(s.name);
             }
+            if (layer == &command_line) {
+                parsed.typed.insert(s.name);
+            }
             try {
                 s.set(found->second);
             } catch (const Error& rule) {
@@ -219,26 +224,38 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
     for (const Setting& s : settings) {
         apply(s);
     }
+    if (parsed.config.val_fraction > 0.0 && parsed.typed.count("val_fraction") > 0 &&
+        parsed.typed.count("val_data") == 0) {
+        parsed.config.val_data.clear();  // of the saved run, or of a file
+    }
     return parsed;
 }
 
 // ---- contradictions ------------------------------------------------------------------------------
 
 // Throws Error when flags that were given contradict each other whatever their values: a setting that nothing would
-// read.
+// read. A file says of a setting that nothing reads it only when its value is not the default (settings.toml of a run
+// has them all), and the command line overrules it.
 inline void check_given_flags(const ParsedFlags& parsed) {
     const RunConfig& c = parsed.config;
     auto given = [&](const char* name) { return parsed.given.count(name) > 0; };
+    RunConfig of_run = c, of_default;
+    const std::vector<Setting> values = list_settings(of_run), defaults = list_settings(of_default);
+    auto contradicts = [&](const char* name, const char* other) {
+        const bool typed = parsed.typed.count(name) > 0, overruled = parsed.typed.count(other) > 0;
+        const bool is_default = find_setting(values, name)->get() == find_setting(defaults, name)->get();
+        return typed || (given(name) && !overruled && !is_default);
+    };
     // A Lighthouse run may be resumed under dense attention with its other flags as they were.
     if (c.attention == AttentionMode::dense && !c.resume) {
         for (const char* name : {"lighthouse_levels", "lighthouse_pool", "lighthouse_topk", "lighthouse_scorer",
                                  "lighthouse_dilation", "lighthouse_dense_layers", "lighthouse_steps"}) {
-            CHECK(!given(name),
+            CHECK(!contradicts(name, "attention"),
                   "--%s and --attention dense contradict each other: add --attention lighthouse, or leave it out",
                   name);
         }
     }
-    CHECK(!given("val_fraction") || c.val_fraction == 0.0 || c.val_data.empty(),
+    CHECK(!contradicts("val_fraction", "val_data") || c.val_fraction == 0.0 || c.val_data.empty(),
           "--val_fraction and --val_data contradict each other: validation data comes from one place; leave one out");
     CHECK(!given("eval_every") || c.eval_every == 0 || !c.val_data.empty() || c.val_fraction > 0.0,
           "--eval_every %lld needs validation data: give --val_data, or a --val_fraction above 0",

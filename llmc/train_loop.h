@@ -45,6 +45,11 @@ class TrainingRun {
         if (config_.max_steps == 0) {
             return evaluate_only();
         }
+        if (state_.step >= config_.max_steps) {
+            terminal_.print(format_string("already at step %lld of --max_steps %lld: nothing is left to train",
+                                          (long long)state_.step, (long long)config_.max_steps));
+            return 0;
+        }
         open_output();
         while (state_.step < config_.max_steps && !stop_requested()) {
             switch_attention_when_due();
@@ -102,6 +107,9 @@ class TrainingRun {
     void load_or_initialize() {
         if (config_.resume) {
             state_ = load_checkpoint(model_, config_.checkpoint, ranks_);
+            if (state_.skipped_in_a_row >= config_.max_skipped) {
+                state_.skipped_in_a_row = 0;  // that ended the run before; this one may try as often
+            }
             checkpoint_ = config_.checkpoint, saved_step_ = state_.step;
             return;
         }
@@ -244,7 +252,7 @@ class TrainingRun {
         for (int64_t i = 0; i < num_micro_batches; ++i) {
             // Ranks that share sequences read the same; a step's sequences are the same however many ranks there are.
             const int64_t begin = position + i * config_.sequences_at_once();
-            read_batch(*data_.train, begin + ranks_.mesh().data_rank() * config_.batch_size, config_.batch_size);
+            read_training_batch(begin + ranks_.mesh().data_rank() * config_.batch_size);
             model_.accumulate_gradients(tokens_.data(), config_.batch_size, config_.seq_len,
                                         1.0 / (double)num_micro_batches);
         }
@@ -262,6 +270,17 @@ class TrainingRun {
         return result;
     }
 
+    // What has been trained so far is kept where the data proves bad. Not of several ranks: the others know nothing.
+    void read_training_batch(int64_t position) {
+        try {
+            read_batch(*data_.train, position, config_.batch_size);
+        } catch (const Error&) {
+            if (ranks_.size() == 1 && state_.step > first_step_) {
+                save();
+            }
+            throw;
+        }
+    }
     // The B sequences from `position` on, into tokens_.
     void read_batch(const SequenceSet& set, int64_t position, int B) {
         const int64_t row = config_.seq_len + 1;
@@ -444,6 +463,9 @@ class TrainingRun {
             ended = tokenizer_->ends_text(*token);
         }
         model_.set_attention(attention_);
+        if (stop_signal::received != 0) {
+            return;  // cut short
+        }
         const std::string text = tokenizer_->decode(tokens);
         terminal_.print(format_string("step %lld | sample, %.1f s:\n%s", (long long)state_.step, seconds_since(start),
                                       terminal_safe(text).c_str()));
@@ -452,7 +474,8 @@ class TrainingRun {
 
     // ---- checkpoints and the end
 
-    // Unless the newest checkpoint is of this step.
+    // Unless the newest checkpoint is of this step. While steps are skipped no older one is removed for it: these
+    // weights may be what is wrong.
     void save() {
         if (saved_step_ == state_.step) {
             return;
@@ -460,7 +483,9 @@ class TrainingRun {
         const Clock::time_point start = Clock::now();
         const bool weights_bf16 =
             config_.save_dtype == SaveDtype::bf16 || (config_.save_dtype == SaveDtype::automatic && device_.is_gpu);
-        checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
+        RunConfig config = config_;
+        config.keep_checkpoints = state_.skipped_in_a_row > 0 ? 0 : config_.keep_checkpoints;
+        checkpoint_ = save_checkpoint(model_, state_, config, weights_bf16, config_.output_dir,
                                       checkpoint::OPTIMIZER_SHARD_BYTES, ranks_);
         saved_step_ = state_.step;
         terminal_.print(format_string("step %lld | checkpoint %s, %.1f s", (long long)state_.step, checkpoint_.c_str(),
@@ -493,7 +518,8 @@ class TrainingRun {
         std::fprintf(stderr,
                      "%s: %lld steps in a row had a loss or gradient norm that is not finite (first: %s): stopped at "
                      "--max_skipped after writing %s; look at the data from sequence %lld on, or lower "
-                     "--learning_rate\n",
+                     "--learning_rate; if these weights are bad already, remove that folder to go on from the one "
+                     "before\n",
                      config_.program.c_str(), (long long)state_.skipped_in_a_row, result.first_bad_tensor.c_str(),
                      checkpoint_.c_str(),
                      (long long)(state_.data_position - state_.skipped_in_a_row * config_.sequences_per_step()));
@@ -502,9 +528,12 @@ class TrainingRun {
 
     int finish() {
         terminal_.end_progress();
+        save();  // before what may fail
         evaluate();
         sample();
-        save();
+        if (stop_requested()) {
+            return stop_on_signal();
+        }
         terminal_.print(format_string("checkpoint  %s\nmetrics     %s/metrics.jsonl", checkpoint_.c_str(),
                                       config_.output_dir.c_str()));
         return 0;

@@ -17,6 +17,7 @@ vocabularies up to 65536, else uint32 (magic 20240801, version 7). --tokenizer n
 """
 import argparse
 import array
+import glob
 import os
 import sys
 
@@ -93,6 +94,10 @@ def make_writer(tokenizer_name):
 
 def write_split(arguments, writer):
     """All documents through `writer` into the validation file and the training files."""
+    old = glob.glob(glob.escape(arguments.out) + "_val_*") + glob.glob(glob.escape(arguments.out) + "_train_*")
+    if old:
+        sys.exit(f"--out {arguments.out}: {min(old)} is there already: remove what an earlier run wrote, or a pattern "
+                 f"would take both, or give another name")
     num_files = {"val": 0, "train": 0}
     total = 0
 
@@ -113,7 +118,8 @@ def write_split(arguments, writer):
     if writer.pending and (num_files["val"] > 0 or arguments.val_size == 0):
         write("train", len(writer.pending))
     if num_files["train"] == 0:
-        sys.exit(f"--val_size {arguments.val_size}: the documents are no longer than that, nothing is left to train on")
+        less = f"--limit {arguments.limit}" if arguments.limit else "the documents"
+        sys.exit(f"--val_size {arguments.val_size}: {less} gives no more than that, nothing is left to train on")
 
 
 def main():

@@ -90,6 +90,15 @@ TEST(Flags, EveryKindOfValue) {
     EXPECT_TRUE(parse_line({"--lighthouse_dense_layers", "none"}).config.lighthouse.dense_layers.empty());
 }
 
+TEST(Flags, BracketsAreOrdinaryLetters) {
+    const RunConfig c =
+        parse_line({"--train_data", "[a-z]*", "b", "--sample_prompt", "[INST] hi [/INST]", "--output_dir", "[run1]"})
+            .config;
+    EXPECT_EQ(c.train_data, (std::vector<std::string>{"[a-z]*", "b"}));
+    EXPECT_EQ(c.sample_prompt, "[INST] hi [/INST]");
+    EXPECT_EQ(c.output_dir, "[run1]");
+}
+
 TEST(Flags, ScriptsMayAppendFlagsThatWin) {
     EXPECT_EQ(parse_line({"--max_steps", "420", "--max_steps", "1000"}).config.max_steps, 1000);
 }
@@ -156,6 +165,19 @@ TEST(Flags, Contradictions) {
     expect_refused({"--train_data", "x", "--schedule", "constant", "--decay_steps", "5"}, "--schedule constant");
     expect_refused({"--train_data", "x", "--warmup_steps", "9", "--decay_steps", "5"}, "--decay_steps 5");
     expect_refused({"--max_steps", "0"}, "--val_data");
+    // A file may say what it does not use as it is anyway, and the command line overrules it.
+    TemporaryFolder folder;
+    const std::string as_saved = folder.write("saved.toml",
+                                              "train_data = ['x']\nval_data = ['y']\nval_fraction = 0.05\n"
+                                              "attention = 'dense'\nlighthouse_levels = 3\n");
+    EXPECT_EQ(refusal({"--config", as_saved.c_str()}), "");
+    EXPECT_TRUE(parse_line({"--config", as_saved.c_str(), "--val_fraction", "0.1"}).config.val_data.empty());
+    expect_refused({"--config", as_saved.c_str(), "--lighthouse_levels", "3"}, "--attention lighthouse");
+    const std::string lighthouse = folder.write(
+        "lighthouse.toml", "train_data = ['x']\nattention = 'lighthouse'\nlighthouse_topk = 128\nseq_len = 2048\n");
+    EXPECT_EQ(refusal({"--config", lighthouse.c_str(), "--attention", "dense"}), "");
+    const std::string unused = folder.write("unused.toml", "train_data = ['x']\nlighthouse_topk = 128\n");
+    expect_refused({"--config", unused.c_str()}, "--attention lighthouse");
     RunConfig both;
     both.train_data = {"x"}, both.init_from = "y", both.resume = true, both.output_dir = "z";
     EXPECT_THROW(validate(both), Error);
@@ -166,6 +188,9 @@ TEST(Flags, LighthouseGeometryIsCheckedAtStartUp) {
                    "--seq_len 2000");
     expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "100", "--seq_len", "2048"},
                    "--lighthouse_topk 100");
+    expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_levels", "6", "--lighthouse_pool",
+                    "16", "--lighthouse_topk", "2251799813685248"},
+                   "--lighthouse_topk 2251799813685248: must be at most");
     expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "128", "--seq_len", "2048",
                     "--lighthouse_dense_layers", "7"},
                    "--lighthouse_dense_layers 7: there is no such layer");

@@ -58,6 +58,9 @@ class FakeModel : public TrainableModel {
     }
 
     double evaluate(const int32_t*, int, int64_t) override {
+        if (on_evaluate) {
+            on_evaluate();
+        }
         attention_of_evaluations.push_back(attention);
         return attention == AttentionMode::dense ? 1.0 : 2.0;
     }
@@ -82,6 +85,7 @@ class FakeModel : public TrainableModel {
 
     std::function<bool(int)> is_bad;  // whether update n (1 is the first) is not finite
     std::function<void(int)> on_update;
+    std::function<void()> on_evaluate;
     int num_updates = 0;
     std::vector<int64_t> adam_steps;
     AttentionMode attention = AttentionMode::dense;
@@ -230,6 +234,45 @@ TEST_F(TrainLoop, TooManySkipsInARowStopWithACheckpoint) {
     FakeModel after(config_.model);
     EXPECT_EQ(run(after, resumed(config_)), 0) << "a checkpoint was written";
     EXPECT_EQ(after.adam_steps, (std::vector<int64_t>{2, 3}));
+}
+
+// A run that is resumed on weights that are bad tries as often as any, and removes no checkpoint that may be good.
+TEST_F(TrainLoop, GoingOnAfterTooManySkipsCostsNoCheckpoint) {
+    config_.max_skipped = 2, config_.keep_checkpoints = 1, config_.checkpoint_every = 1;
+    RunConfig first = config_;
+    first.max_steps = 2;
+    FakeModel good(config_.model);
+    EXPECT_EQ(run(good, first), 0);
+    const std::string last_good = find_newest_checkpoint(config_.output_dir).value();
+    for (int attempt = 0; attempt < 3; ++attempt) {
+        FakeModel bad(config_.model);
+        bad.is_bad = [](int) { return true; };
+        RunConfig longer = resumed(config_);
+        longer.max_steps = 100;
+        EXPECT_EQ(run(bad, longer), 1);
+        EXPECT_EQ(bad.num_updates, 2);
+        EXPECT_TRUE(std::filesystem::exists(last_good)) << attempt;
+    }
+}
+
+TEST_F(TrainLoop, WhatIsTrainedIsSavedBeforeWhatMayFail) {
+    FakeModel model(config_.model);
+    config_.val_data = config_.train_data;
+    model.on_evaluate = [] { fail("the validation data are bad"); };
+    EXPECT_THROW(run(model, config_), Error);
+    testing::internal::GetCapturedStdout();
+    testing::internal::GetCapturedStderr();
+    EXPECT_NE(find_newest_checkpoint(config_.output_dir).value().find("step00000008"), std::string::npos);
+}
+
+TEST_F(TrainLoop, ARunThatIsOverIsNotWrittenToAgain) {
+    FakeModel model(config_.model), after(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    const size_t starts = events("start").size();
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    EXPECT_EQ(after.num_updates, 0);
+    EXPECT_NE(out_.find("already at step 8"), std::string::npos) << out_;
+    EXPECT_EQ(events("start").size(), starts);
 }
 
 TEST_F(TrainLoop, SkipsInARowAreCountedAcrossAResume) {
