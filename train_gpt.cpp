@@ -5,10 +5,20 @@
 #include <exception>
 #include <new>
 
+#include "llmc/comm_launch.h"      // whether a launcher started several
 #include "llmc/reference/model.h"  // Llama forward, backward and update in plain C++
 #include "llmc/train_loop.h"       // settings, data, steps, evaluation, checkpoints
 
+// A launcher's ranks would each train alone, and all write the same files.
+static void refuse_ranks() {
+    for (const char* variable : {"LLMC_WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS"}) {
+        const char* const size = launch::several_ranks(variable);
+        CHECK(size == nullptr, "started as one of %s ranks (%s): on the CPU training is one process", size, variable);
+    }
+}
+
 static int train(int argc, char** argv) {
+    refuse_ranks();
     const std::optional<RunConfig> config = configure_run(argc, argv);
     if (!config) {
         return 0;  // --help

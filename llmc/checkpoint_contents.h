@@ -17,7 +17,8 @@
 struct TrainingState {
     int64_t step = 0;              // steps done, skipped ones included
     int64_t adam_step = 0;         // updates applied: AdamW's bias correction
-    int64_t data_position = 0;     // sequences consumed
+    int64_t data_position = 0;     // sequences consumed, of seq_len tokens
+    int64_t seq_len = 0;           // 0: not known
     int64_t skipped = 0;           // steps with a non-finite loss or gradient norm
     int64_t skipped_in_a_row = 0;  // of those, the last ones without an applied update between
 };
@@ -79,6 +80,9 @@ inline TrainingState parse_state(std::string_view text, const std::string& path)
     state.step = object.integer("step", 0, INT64_MAX);
     state.adam_step = object.integer("adam_step", 0, state.step);
     state.data_position = object.integer("data_position", 0, INT64_MAX);
+    if (object.has("settings")) {
+        state.seq_len = object.object("settings").integer_or(0, "seq_len", 1, INT64_MAX);
+    }
     state.skipped = object.integer("skipped", 0, state.step);
     state.skipped_in_a_row = object.integer("skipped_in_a_row", 0, state.skipped);
     return state;

@@ -77,7 +77,8 @@ inline void verify_file(const std::string& folder, const std::string& name, cons
     CHECK(num_bytes == expected.num_bytes, "%s: has %llu bytes and not the %llu that %s says", path.c_str(),
           (unsigned long long)num_bytes, (unsigned long long)expected.num_bytes, MANIFEST);
     CHECK(!contents || digest_file(path).xxh3 == expected.xxh3,
-          "%s: is damaged: its bytes are not those that %s says (delete that file if you changed this one on purpose)",
+          "%s: is damaged: its bytes are not those that %s says (to start from it all the same with --init_from, "
+          "delete that file)",
           path.c_str(), MANIFEST);
 }
 
@@ -169,17 +170,37 @@ inline void rename_folder(const std::string& from, const std::string& to) {
           std::strerror(errno));
 }
 
+// What is not needed any more: that it stays costs space alone, so that is said and training goes on.
+inline void remove_if_possible(const std::string& folder) {
+    try {
+        remove_folder(folder);
+    } catch (const Error& error) {
+        std::fprintf(stderr, "%s; it stays\n", error.what());
+    }
+}
+
 // What an interrupted save or removal has left.
 inline void remove_leftovers(const std::string& output_dir) {
     for (const std::string& name : names_in(output_dir)) {
-        if (name.rfind(PARTIAL, 0) == 0) {
-            remove_folder(output_dir + "/" + name);
+        if (name.rfind(std::string(PARTIAL) + "step", 0) == 0) {
+            remove_if_possible(output_dir + "/" + name);
         }
     }
 }
 
+// By the lengths of its files.
+inline bool is_whole(const std::string& folder) {
+    try {
+        verify(folder, false);
+    } catch (const Error&) {
+        return false;
+    }
+    return true;
+}
+
 // Removes the oldest checkpoints: `keep` stay, `newest` (just written) among them. Those that cannot be whole, by their
-// files' lengths, neither count nor go; nor do those of later steps, which a resumed run has passed over.
+// files' lengths, neither count nor go; nor do those of later steps, which a resumed run has passed over. One that
+// cannot be removed stays.
 inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
     const std::map<int64_t, std::string> folders = list(output_dir);
     int64_t num_kept = 1;
@@ -188,16 +209,17 @@ inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
         if (step >= newest) {
             continue;
         }
-        bool whole = true;
-        try {
-            verify(folder, false);
-        } catch (const Error&) {
-            whole = false;
-        }
-        if (whole && ++num_kept > keep) {
+        if (is_whole(folder) && ++num_kept > keep) {
             const std::string partial = output_dir + "/" + PARTIAL + folder_name(step);
             rename_folder(folder, partial);  // never half a checkpoint under its name
-            remove_folder(partial);
+            try {
+                remove_folder(partial);
+            } catch (const Error& error) {
+                std::fprintf(stderr, "%s; it stays\n", error.what());
+                if (is_whole(partial)) {
+                    rename_folder(partial, folder);
+                }
+            }
         }
     }
 }

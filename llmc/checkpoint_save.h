@@ -87,7 +87,7 @@ inline void publish(PartialFolder& partial, const std::string& folder, const std
     }
     partial.keep();
     sync_folder(output_dir);
-    remove_folder(old);
+    remove_if_possible(old);
 }
 
 // ---- files beside the weights ------------------------------------------------------------------
@@ -150,26 +150,41 @@ inline SpecialTokens special_tokens(const std::string& source, const RunConfig& 
     return tokens;
 }
 
-// config.json, and the files that say how to use the weights: those of `source`; without one, of a byte vocabulary.
-inline void write_companions(PartialFolder& folder, const std::string& source, const RunConfig& config,
-                             const ModelConfig& m, bool weights_bf16) {
-    const SpecialTokens tokens = special_tokens(source, config, m.vocab_size);
-    const int64_t max_positions = m.max_positions > 0 ? m.max_positions : config.seq_len;
-    const auto write = [&](const char* name, const Json& json) { folder.write_text(name, json.dump(1) + "\n"); };
-    write("config.json", hf_config_json(m, max_positions, weights_bf16, tokens));
+// What says how to use the weights: files by name, and the special tokens of config.json.
+struct Companions {
+    SpecialTokens tokens;
+    std::map<std::string, std::string> files;
+};
+inline int64_t max_positions_of(const RunConfig& config, const ModelConfig& m) {
+    return m.max_positions > 0 ? m.max_positions : config.seq_len;
+}
+// Those of `source`; without one, of a byte vocabulary. Throws Error for a file that cannot be read.
+inline Companions read_companions(const std::string& source, const RunConfig& config, const ModelConfig& m) {
+    Companions companions = {special_tokens(source, config, m.vocab_size), {}};
     if (!source.empty()) {
         for (const char* name : COMPANIONS) {
             if (exists(source + "/" + name)) {
-                folder.write_text(name, read_text_file(source + "/" + name));
+                companions.files[name] = read_text_file(source + "/" + name);
             }
         }
     } else if (is_byte_vocabulary(m.vocab_size)) {
         const bool markers = has_byte_markers(config, m.vocab_size);
-        write("tokenizer.json", byte_tokenizer_json(markers));
-        write("tokenizer_config.json", byte_tokenizer_config_json(markers, max_positions));
+        const auto add = [&](const char* name, const Json& json) { companions.files[name] = json.dump(1) + "\n"; };
+        add("tokenizer.json", byte_tokenizer_json(markers));
+        add("tokenizer_config.json", byte_tokenizer_config_json(markers, max_positions_of(config, m)));
         if (markers) {
-            write("generation_config.json", {{"bos_token_id", tokens.begin}, {"eos_token_id", tokens.end}});
+            const SpecialTokens& tokens = companions.tokens;
+            add("generation_config.json", {{"bos_token_id", tokens.begin}, {"eos_token_id", tokens.end}});
         }
+    }
+    return companions;
+}
+inline void write_companions(PartialFolder& folder, const Companions& companions, const RunConfig& config,
+                             const ModelConfig& m, bool weights_bf16) {
+    const Json json = hf_config_json(m, max_positions_of(config, m), weights_bf16, companions.tokens);
+    folder.write_text("config.json", json.dump(1) + "\n");
+    for (const auto& [name, text] : companions.files) {
+        folder.write_text(name, text);
     }
 }
 
@@ -265,21 +280,26 @@ struct OptimizerFiles {
 // Writes a checkpoint of `state.step` into `output_dir` (made when missing) and returns its folder; then removes those
 // that --keep_checkpoints does not keep. weights_bf16: model.safetensors in bfloat16, the float32 master beside it.
 // Holds one tensor at a time. All ranks call it: each writes its part of the optimizer's state, rank 0 the rest. Throws
-// Error, on all ranks, when anything fails on any: what was there before then still is.
+// Error, on all ranks, when anything fails on any: what was there before then still is. companions: what lies beside
+// the weights, read when the run began; nullptr: read now.
 inline std::string save_checkpoint(TrainableModel& model, const TrainingState& state, const RunConfig& config,
                                    bool weights_bf16, const std::string& output_dir,
                                    uint64_t optimizer_shard_bytes = checkpoint::OPTIMIZER_SHARD_BYTES,
-                                   const RunRanks& ranks = RunRanks()) {
+                                   const RunRanks& ranks = RunRanks(),
+                                   const checkpoint::Companions* companions = nullptr) {
     const std::string name = checkpoint::folder_name(state.step), folder = output_dir + "/" + name;
     const std::string partial_path = output_dir + "/" + checkpoint::PARTIAL + name;
-    std::string source;
+    std::optional<checkpoint::Companions> companions_now;
     std::optional<checkpoint::PartialFolder> partial;
     const auto make_folder = [&]() -> std::string {
         std::error_code error;
         std::filesystem::create_directories(output_dir, error);
         CHECK(!error, "--output_dir %s: cannot make this folder: %s", output_dir.c_str(), error.message().c_str());
         checkpoint::remove_leftovers(output_dir);
-        source = checkpoint::companion_source(config.checkpoint, output_dir);
+        if (companions == nullptr) {
+            companions_now = checkpoint::read_companions(checkpoint::companion_source(config.checkpoint, output_dir),
+                                                         config, model.config());
+        }
         partial.emplace(partial_path);
         return "";
     };
@@ -296,7 +316,8 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
         std::string outcome;
         try {
             if (ranks.is_first()) {
-                checkpoint::write_companions(*partial, source, config, model.config(), weights_bf16);
+                checkpoint::write_companions(*partial, companions != nullptr ? *companions : *companions_now, config,
+                                             model.config(), weights_bf16);
                 checkpoint::write_weights(*partial, model, weights_bf16);
             }
             optimizer.write(*partial, model);

@@ -83,7 +83,9 @@ inline Socket try_connect(const TcpAddress& to) {
     addrinfo hints{}, *found = nullptr;
     hints.ai_family = AF_INET;
     hints.ai_socktype = SOCK_STREAM;
-    if (getaddrinfo(to.host.c_str(), std::to_string(to.port).c_str(), &hints, &found) != 0) {
+    // A machine, a container above all, need not know its own name.
+    const std::string host = to.host == host_name() ? "127.0.0.1" : to.host;
+    if (getaddrinfo(host.c_str(), std::to_string(to.port).c_str(), &hints, &found) != 0) {
         return Socket();
     }
     Socket connection(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));

@@ -20,8 +20,8 @@ inline void on_signal(int signal_number) {
     received = signal_number;
 }
 
-// Installs the handlers. A write to a closed pipe (`train_gpt | head`) is an error of the write rather than a silent
-// death.
+// Installs the handlers. A write to a closed pipe (`train_gpt | head`) or beyond a limit of file sizes is an error of
+// the write rather than a silent death.
 inline void install_handlers() {
     struct sigaction action = {};
     action.sa_handler = on_signal;
@@ -31,6 +31,7 @@ inline void install_handlers() {
         sigaction(signal_number, &action, nullptr);
     }
     signal(SIGPIPE, SIG_IGN);
+    signal(SIGXFSZ, SIG_IGN);
 }
 
 inline const char* name_of(int signal_number) {

@@ -209,7 +209,9 @@ inline std::vector<TomlEntry> read_toml(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     CHECK(file.good(), "%s: cannot open this settings file", path.c_str());
     std::ostringstream text;
-    text << file.rdbuf();
+    if (file.peek() != std::ifstream::traits_type::eof()) {  // an empty file gives no settings
+        text << file.rdbuf();
+    }
     CHECK(!file.bad() && !text.fail(), "%s: cannot read this settings file", path.c_str());
     return TomlReader(text.str(), path).read();
 }

@@ -110,6 +110,11 @@ class TrainingRun {
             if (state_.skipped_in_a_row >= config_.max_skipped) {
                 state_.skipped_in_a_row = 0;  // that ended the run before; this one may try as often
             }
+            if (state_.seq_len > 0 && state_.seq_len != config_.seq_len) {  // on behind the tokens that it has seen
+                const uint64_t tokens = checked_mul((uint64_t)state_.data_position, (uint64_t)state_.seq_len, "tokens");
+                state_.data_position = (int64_t)ceil_div<uint64_t>(tokens, (uint64_t)config_.seq_len);
+            }
+            state_.seq_len = config_.seq_len;
             checkpoint_ = config_.checkpoint, saved_step_ = state_.step;
             return;
         }
@@ -199,6 +204,9 @@ class TrainingRun {
         if (!ranks_.is_first()) {
             return;
         }
+        // Now: a file that cannot be read is not to be found out by the first checkpoint.
+        companions_ = checkpoint::read_companions(checkpoint::companion_source(config_.checkpoint, config_.output_dir),
+                                                  config_, model_.config());
         std::error_code error;
         std::filesystem::create_directories(config_.output_dir, error);
         CHECK(!error, "--output_dir %s: cannot make this folder: %s", config_.output_dir.c_str(),
@@ -486,7 +494,7 @@ class TrainingRun {
         RunConfig config = config_;
         config.keep_checkpoints = state_.skipped_in_a_row > 0 ? 0 : config_.keep_checkpoints;
         checkpoint_ = save_checkpoint(model_, state_, config, weights_bf16, config_.output_dir,
-                                      checkpoint::OPTIMIZER_SHARD_BYTES, ranks_);
+                                      checkpoint::OPTIMIZER_SHARD_BYTES, ranks_, companions_ ? &*companions_ : nullptr);
         saved_step_ = state_.step;
         terminal_.print(format_string("step %lld | checkpoint %s, %.1f s", (long long)state_.step, checkpoint_.c_str(),
                                       seconds_since(start)));
@@ -503,8 +511,12 @@ class TrainingRun {
         terminal_.end_progress();
         const char* const name = stop_signal::name_of(stop_signal_);
         log("stop", {{"signal", name}});
-        terminal_.print(format_string("stopped by %s after step %lld of %lld; go on with:\n  %s", name,
-                                      (long long)state_.step, (long long)config_.max_steps, resume_command().c_str()));
+        const std::string how =
+            ranks_.size() == 1
+                ? "go on with:"
+                : format_string("go on, started as before (%d ranks; others may do), with:", ranks_.size());
+        terminal_.print(format_string("stopped by %s after step %lld of %lld; %s\n  %s", name, (long long)state_.step,
+                                      (long long)config_.max_steps, how.c_str(), resume_command().c_str()));
         return 0;
     }
 
@@ -548,13 +560,14 @@ class TrainingRun {
     std::optional<Tokenizer> tokenizer_;  // of the training data
     std::vector<int32_t> prompt_;         // of samples
     std::optional<MetricsLog> metrics_;
-    TrainingState state_;                             // what a checkpoint restores, beside the model's
-    AttentionMode attention_ = AttentionMode::dense;  // of the next step
-    std::vector<int32_t> tokens_;                     // [B, T + 1], the batch at hand
-    std::string checkpoint_;                          // the newest this run has written
-    int64_t saved_step_ = -1;                         // its step
-    int64_t first_step_ = 0;                          // of this process
-    int stop_signal_ = 0;                             // what asked to stop, once all ranks know
+    TrainingState state_;                               // what a checkpoint restores, beside the model's
+    AttentionMode attention_ = AttentionMode::dense;    // of the next step
+    std::vector<int32_t> tokens_;                       // [B, T + 1], the batch at hand
+    std::optional<checkpoint::Companions> companions_;  // rank 0's, of all checkpoints
+    std::string checkpoint_;                            // the newest this run has written
+    int64_t saved_step_ = -1;                           // its step
+    int64_t first_step_ = 0;                            // of this process
+    int stop_signal_ = 0;                               // what asked to stop, once all ranks know
     Clock::time_point second_step_start_;
 };
 

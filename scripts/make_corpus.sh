@@ -4,7 +4,7 @@
 #   scripts/make_corpus.sh FILE [MIB]     writes FILE, at most MIB MiB (default 16)
 set -euo pipefail
 
-[ $# -ge 1 ] || { echo "usage: scripts/make_corpus.sh FILE [MIB]" >&2; exit 2; }
+[[ ${1:-} =~ ^[^-] && ${2:-16} =~ ^[1-9][0-9]{0,6}$ ]] || { echo "usage: scripts/make_corpus.sh FILE [MIB]" >&2; exit 2; }
 out=$1
 limit=$((${2:-16} << 20))
 folders=()

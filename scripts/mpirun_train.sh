@@ -7,7 +7,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in
-'' | -h | --help | *[!0-9]*) sed -n 's/^#   //p' "$0"; exit 2 ;;
+'' | 0* | -h | --help | *[!0-9]*) sed -n 's/^#   //p' "$0"; exit 2 ;;
 esac
 ranks=$1
 shift
@@ -24,4 +24,15 @@ make -s train_gpt
 for variable in $(env | sed -n 's/^\(NCCL_[A-Z0-9_]*\)=.*/\1/p'); do
     mpi_flags+=(-x "$variable")
 done
-exec mpirun -np "$ranks" --bind-to none "${mpi_flags[@]}" ./train_gpt "$@"
+# Ctrl-C ends mpirun's ranks within seconds, before a long step is over: they get SIGUSR1 instead, which it passes on, and
+# finish the step and write a checkpoint.
+set -m
+mpirun -np "$ranks" --bind-to none "${mpi_flags[@]}" ./train_gpt "$@" </dev/null &
+job=$!
+trap 'kill -USR1 $job' INT TERM
+status=0
+while true; do
+    wait $job && status=0 || status=$?
+    kill -0 $job 2>/dev/null || break
+done
+exit $status

@@ -3,38 +3,47 @@
 #   scripts/spawn_ranks.sh N PROGRAM [ARGUMENT...]
 #   scripts/spawn_ranks.sh 2 ./train_gpt --context_parallel 2 --comm_transport host ...
 # Ends with the status of the first rank that failed, or 0. Ranks that do not end when they are told to are killed after
-# SPAWN_GRACE seconds (30): one that hangs may be why another failed. For several machines: scripts/slurm_train.sh.
+# SPAWN_GRACE seconds (30): one that hangs may be why another failed. Ctrl-C and SIGTERM are passed on once, and the ranks
+# are waited for: they finish their step and write a checkpoint. For several machines: scripts/slurm_train.sh.
 set -uo pipefail
 case ${1:-} in
-'' | -h | --help | *[!0-9]*) sed -n 's/^#   //p' "$0"; exit 2 ;;
+'' | 0* | -h | --help | *[!0-9]*) sed -n 's/^#   //p' "$0"; exit 2 ;;
 esac
+[ $# -ge 2 ] || { echo "spawn_ranks: no program: scripts/spawn_ranks.sh N PROGRAM [ARGUMENT...]" >&2; exit 2; }
 size=$1
 shift
 LLMC_RENDEZVOUS=$(mktemp -u "${TMPDIR:-/tmp}/llmc_rendezvous.XXXXXXXX")
 export LLMC_RENDEZVOUS LLMC_WORLD_SIZE=$size
 
+set -m # each rank is a process group of its own, which the terminal's Ctrl-C does not reach beside this script
 ranks=()
-end_all() { kill -- "${ranks[@]}" 2>/dev/null; }
-trap 'end_all; exit 130' INT
-trap 'end_all; exit 143' TERM
+signals=0
+send() { for rank in "${ranks[@]}"; do kill "-$1" -- "-$rank" 2>/dev/null; done; }
+trap '((++signals)); send INT' INT
+trap '((++signals)); send TERM' TERM
 for ((rank = 0; rank < size; ++rank)); do
-    LLMC_RANK=$rank "$@" &
+    LLMC_RANK=$rank "$@" </dev/null &
     ranks+=($!)
 done
 status=0
-for ((left = size; left > 0; --left)); do
+left=$size
+while [ "$left" -gt 0 ]; do
+    before=$signals
     wait -n
     ended=$?
+    if [ "$signals" -ne "$before" ] && [ $ended -gt 128 ]; then continue; fi # the signal ended the wait, not a rank
+    if [ $ended -eq 127 ] && [ -z "$(jobs -rp)" ]; then break; fi
+    ((--left))
     if [ $ended -ne 0 ] && [ $status -eq 0 ]; then
         status=$ended
         echo "spawn_ranks: a rank ended with status $ended; ending the others" >&2
         sleep 1 # for their own words about it
-        end_all
+        send TERM
         for ((i = 0; i < 10 * ${SPAWN_GRACE:-30}; ++i)); do
-            kill -0 -- "${ranks[@]}" 2>/dev/null || break
+            [ -n "$(jobs -rp)" ] || break
             sleep 0.1
         done
-        kill -9 -- "${ranks[@]}" 2>/dev/null
+        send KILL
     fi
 done
 rm -f "$LLMC_RENDEZVOUS"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# scripts/spawn_ranks.sh with ranks that end well, fail, and stand still: its status, and that none of them lives on.
+# scripts/spawn_ranks.sh with ranks that end well, fail, stand still, and are stopped: its status, and that none of them lives on.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 work=$(mktemp -d)
@@ -33,6 +33,8 @@ expect() {
     expect "all end" 0 5 '[ $LLMC_WORLD_SIZE = 3 ] && [ -n "$LLMC_RENDEZVOUS" ] && sleep 0.$LLMC_RANK'
     expect "one fails" 7 8 '[ $LLMC_RANK = 1 ] && sleep 0.5 && exit 7; exec sleep 50'
     expect "one is killed" 137 8 '[ $LLMC_RANK = 2 ] && sleep 0.5 && kill -9 $$; exec sleep 50'
+    expect "stopped: each is told once, and may finish" 0 8 \
+        'trap "sleep 1; exit 0" TERM; trap "exit 9" INT; [ $LLMC_RANK = 0 ] && sleep 0.5 && kill -TERM $PPID; for i in {1..99}; do sleep 0.1; done; exit 8'
     expect "one stands still" 7 12 '[ $LLMC_RANK = 0 ] && sleep 1 && exit 7; [ $LLMC_RANK = 1 ] && kill -STOP $$; exec sleep 50'
 }
 exit $failed
