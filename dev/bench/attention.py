@@ -21,6 +21,7 @@ import statistics
 import subprocess
 import sys
 
+from built import require_built
 from plotting import pyplot
 
 # name: B, H, Hkv, D, lengths
@@ -196,6 +197,8 @@ def main():
         unknown = [name for name in wanted.split(",") if name not in known]
         if unknown:
             parser.error(f"{flag}: no such {', '.join(unknown)}; there are {', '.join(known)}")
+    if not options.from_json:
+        require_built(parser, "--timing", options.timing)
     peers = {}
     for peer in options.peer:
         name, _, binary = peer.partition("=")

@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 
+from built import require_built
 from plotting import pyplot
 
 MODEL = dict(num_layers=8, width=512, num_heads=8, num_kv_heads=8, head_dim=64, ffn_width=1408, vocab_size=258)
@@ -194,6 +195,8 @@ def main():
     parser.add_argument("--from_json", help="an earlier run's learning.json: table and plot of it, nothing is trained")
     options = parser.parse_args()
     switches = [float(word) for word in options.switches.split(",") if word]
+    if not options.from_json:
+        require_built(parser, "--train_gpt", options.train_gpt)
     os.makedirs(options.out, exist_ok=True)
     path = lambda extension: os.path.join(options.out, "learning." + extension)
 

@@ -30,6 +30,7 @@ import subprocess
 import sys
 import time
 
+from built import require_built
 from plotting import pyplot
 from step import run_limited
 
@@ -328,6 +329,8 @@ def main():
     unknown = [name for name in options.blocks if name not in BLOCKS]
     if unknown:
         parser.error(f"--blocks: no such block: {', '.join(unknown)}; there are {', '.join(BLOCKS)}")
+    if not options.from_json:
+        require_built(parser, "--layer", options.layer)
     os.makedirs(options.out, exist_ok=True)
     path = lambda extension: os.path.join(options.out, "lighthouse." + extension)
 

@@ -23,6 +23,7 @@ import re
 import subprocess
 import sys
 
+from built import require_built
 from plotting import pyplot
 from step import ALL_BUT_ATTENTION, LIGHTHOUSE_98K, LIGHTHOUSE_LONG, LLAMA_530M, LONG, cell, run_trainer, steps_to_time
 
@@ -181,6 +182,7 @@ def main():
     if not set(meshes) <= set(MESHES) or not set(attentions) <= {"dense", "lighthouse"} or options.ranks < 2:
         parser.error("--meshes, --attention or --ranks: see --help")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast over NVLink needs rights that a container may lack
+    require_built(parser, "--train_gpt", options.train_gpt)
     os.makedirs(options.out, exist_ok=True)
     rows, failed = load(options), False
 

@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 
+from built import require_built
 from plotting import pyplot
 
 LLAMA_530M = dict(num_layers=30, width=1024, num_heads=8, num_kv_heads=8, head_dim=128, ffn_width=1536,
@@ -248,6 +249,8 @@ def main():
         parser.error(f"no such row: {', '.join(unknown)}; --list shows them")
     if options.only == "lighthouse_peer" and not options.lighthouse_peer:
         parser.error("--only lighthouse_peer: needs --lighthouse_peer")
+    if options.only in ("all", "train_gpt"):
+        require_built(parser, "--train_gpt", options.train_gpt)
     os.makedirs(options.out, exist_ok=True)
 
     results, failed = {}, False
