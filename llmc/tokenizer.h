@@ -5,6 +5,7 @@
 // patterns, normalisation) is left out: training does not need it, and a checkpoint here is one that Hugging Face tools
 // sample from with the tokenizer beside it.
 #pragma once
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <sstream>
@@ -76,13 +77,39 @@ class Tokenizer {
     int32_t first_token_ = 0;
 };
 
-// `text` with its control characters, other than line ends and tabs, written as \x1b: a sample cannot command the
-// terminal.
+// Bytes of the UTF-8 character that begins at text[at]; 0 where none does, cut short or in disguise included.
+inline size_t utf8_length(const std::string& text, size_t at) {
+    const unsigned char first = text[at];
+    const size_t length = first < 0x80                    ? 1
+                          : first >= 0xc2 && first < 0xe0 ? 2
+                          : first >= 0xe0 && first < 0xf0 ? 3
+                          : first >= 0xf0 && first < 0xf5 ? 4
+                                                          : 0;
+    if (at + length > text.size()) {
+        return 0;
+    }
+    for (size_t i = 1; i < length; ++i) {
+        if (((unsigned char)text[at + i] & 0xc0) != 0x80) {
+            return 0;
+        }
+    }
+    return length;
+}
+
+// `text` with its control characters, other than line ends and tabs, and what is not UTF-8 written as \x1b: a sample
+// cannot command the terminal.
 inline std::string terminal_safe(const std::string& text) {
     std::string result;
-    for (const unsigned char c : text) {
-        const bool is_control = (c < 0x20 && c != '\n' && c != '\t') || c == 0x7f;
-        result += is_control ? format_string("\\x%02x", c) : std::string(1, (char)c);
+    for (size_t at = 0; at < text.size();) {
+        const unsigned char c = text[at];
+        const size_t length = utf8_length(text, at), num_bytes = std::max<size_t>(length, 1);
+        const bool is_c1 = length == 2 && c == 0xc2 && (unsigned char)text[at + 1] < 0xa0;  // U+0080 to U+009F
+        const bool is_control = (c < 0x20 && c != '\n' && c != '\t') || c == 0x7f || is_c1;
+        for (size_t i = 0; i < num_bytes; ++i) {
+            const bool escaped = length == 0 || is_control;
+            result += escaped ? format_string("\\x%02x", (unsigned char)text[at + i]) : std::string(1, text[at + i]);
+        }
+        at += num_bytes;
     }
     return result;
 }

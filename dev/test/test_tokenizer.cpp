@@ -64,4 +64,9 @@ TEST_F(TokenizerTest, ShardsAreNumbers) {
 TEST_F(TokenizerTest, TextCannotCommandTheTerminal) {
     EXPECT_EQ(terminal_safe("a\tb\n\x1b[2J\r\x7f\xc3\xa9" + std::string(1, '\0')),
               "a\tb\n\\x1b[2J\\x0d\\x7f\xc3\xa9\\x00");
+    EXPECT_EQ(terminal_safe("\xc2\x9b"
+                            "2J\x9b"
+                            "\xe2\x82\xac\xe2\x82\xf0\x9f\x98\x80\xc0\xaf\xc2"),
+              "\\xc2\\x9b2J\\x9b\xe2\x82\xac\\xe2\\x82\xf0\x9f\x98\x80\\xc0\\xaf\\xc2")
+        << "controls of two bytes, and bytes that are no character";
 }
