@@ -170,13 +170,15 @@ inline void rename_folder(const std::string& from, const std::string& to) {
           std::strerror(errno));
 }
 
-// What is not needed any more: that it stays costs space alone, so that is said and training goes on.
-inline void remove_if_possible(const std::string& folder) {
+// What is not needed any more: that it stays costs space alone, so that is said and training goes on. Whether it went.
+inline bool remove_if_possible(const std::string& folder) {
     try {
         remove_folder(folder);
     } catch (const Error& error) {
         std::fprintf(stderr, "%s; it stays\n", error.what());
+        return false;
     }
+    return true;
 }
 
 // What an interrupted save or removal has left.
@@ -212,13 +214,8 @@ inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
         if (is_whole(folder) && ++num_kept > keep) {
             const std::string partial = output_dir + "/" + PARTIAL + folder_name(step);
             rename_folder(folder, partial);  // never half a checkpoint under its name
-            try {
-                remove_folder(partial);
-            } catch (const Error& error) {
-                std::fprintf(stderr, "%s; it stays\n", error.what());
-                if (is_whole(partial)) {
-                    rename_folder(partial, folder);
-                }
+            if (!remove_if_possible(partial) && is_whole(partial)) {
+                rename_folder(partial, folder);
             }
         }
     }

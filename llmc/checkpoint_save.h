@@ -278,7 +278,8 @@ struct OptimizerFiles {
 // ---- what a run calls --------------------------------------------------------------------------
 
 // Writes a checkpoint of `state.step` into `output_dir` (made when missing) and returns its folder; then removes those
-// that --keep_checkpoints does not keep. weights_bf16: model.safetensors in bfloat16, the float32 master beside it.
+// that --keep_checkpoints does not keep, unless steps are being skipped: then these weights may be what is wrong.
+// weights_bf16: model.safetensors in bfloat16, the float32 master beside it.
 // Holds one tensor at a time. All ranks call it: each writes its part of the optimizer's state, rank 0 the rest. Throws
 // Error, on all ranks, when anything fails on any: what was there before then still is. companions: what lies beside
 // the weights, read when the run began; nullptr: read now.
@@ -341,7 +342,7 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
     } catch (const Error& what) {
         fail("%s%s", what.what(), advice);
     }
-    if (config.keep_checkpoints > 0 && ranks.is_first()) {
+    if (config.keep_checkpoints > 0 && state.skipped_in_a_row == 0 && ranks.is_first()) {
         checkpoint::prune(output_dir, state.step, config.keep_checkpoints);
     }
     return folder;

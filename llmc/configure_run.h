@@ -96,7 +96,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         config.output_dir = ranks.first_decides(new_output_dir, "choice of the output folder");
     }
     if (config.fit && config.attention == AttentionMode::lighthouse && parsed.given.count("seq_len") == 0 &&
-        config.lighthouse.topk <= (int64_t)1 << 29) {
+        config.lighthouse.topk <= MOST_LIGHTHOUSE_TOPK) {
         config.seq_len = shortest_lighthouse_length(config.lighthouse);  // the default may not be a legal one
     }
     validate(config);

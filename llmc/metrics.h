@@ -39,8 +39,8 @@ class MetricsLog {
         object.update(fields);
         const std::string line = to_text(object) + "\n";
         const bool written = std::fwrite(line.data(), 1, line.size(), file_) == line.size() && std::fflush(file_) == 0;
-        CHECK(written, "%s: cannot write: %s; make room, then go on from the newest checkpoint with --resume", path_.c_str(),
-              std::strerror(errno));
+        CHECK(written, "%s: cannot write: %s; make room, then go on from the newest checkpoint with --resume",
+              path_.c_str(), std::strerror(errno));
     }
 
   private:

@@ -482,8 +482,7 @@ class TrainingRun {
 
     // ---- checkpoints and the end
 
-    // Unless the newest checkpoint is of this step. While steps are skipped no older one is removed for it: these
-    // weights may be what is wrong.
+    // Unless the newest checkpoint is of this step.
     void save() {
         if (saved_step_ == state_.step) {
             return;
@@ -491,9 +490,7 @@ class TrainingRun {
         const Clock::time_point start = Clock::now();
         const bool weights_bf16 =
             config_.save_dtype == SaveDtype::bf16 || (config_.save_dtype == SaveDtype::automatic && device_.is_gpu);
-        RunConfig config = config_;
-        config.keep_checkpoints = state_.skipped_in_a_row > 0 ? 0 : config_.keep_checkpoints;
-        checkpoint_ = save_checkpoint(model_, state_, config, weights_bf16, config_.output_dir,
+        checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
                                       checkpoint::OPTIMIZER_SHARD_BYTES, ranks_, companions_ ? &*companions_ : nullptr);
         saved_step_ = state_.step;
         terminal_.print(format_string("step %lld | checkpoint %s, %.1f s", (long long)state_.step, checkpoint_.c_str(),
