@@ -12,7 +12,7 @@
 
 // --print_memory: the plan, and what else would fit; also of a run that does not. --fit: what would fit.
 static void print_memory(const RunConfig& config, const GpuModelSettings& settings, const FreeMemory& free) {
-    const std::string plan = config.print_memory ? planned_memory(config.model, settings).table() : "";
+    const std::string plan = config.print_memory ? largest_planned_memory(config.model, settings).table() : "";
     std::printf("%s%s", plan.c_str(), fit_table(config.model, settings, free).c_str());
     std::fflush(stdout);
 }

@@ -106,9 +106,6 @@ struct RunConfig {
     }
 };
 
-// No sequence under Lighthouse attention is longer, so none has more entries to hand down.
-constexpr int64_t MOST_LIGHTHOUSE_TOPK = (int64_t)1 << 29;
-
 // Throws Error for the first setting that breaks a rule: flag, value, rule, and the nearest value that works. The
 // model's shape is checked too: call it once the shape is known (with --init_from and --resume it comes from a
 // checkpoint).
@@ -194,9 +191,6 @@ inline void validate(const RunConfig& c) {
     at_least("classifier_chunk_rows", c.classifier_chunk_rows, 0);
 
     at_least("lighthouse_steps", c.lighthouse_steps, -1);
-    CHECK(c.lighthouse.topk <= MOST_LIGHTHOUSE_TOPK,
-          "--lighthouse_topk %lld: must be at most %lld, more than any sequence has", (long long)c.lighthouse.topk,
-          (long long)MOST_LIGHTHOUSE_TOPK);
     CHECK(!c.print_influence || c.attention == AttentionMode::lighthouse,
           "--print_influence: is about the selection of Lighthouse attention; add --attention lighthouse, or leave it "
           "out");

@@ -95,9 +95,11 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (config.max_steps > 0 && config.output_dir.empty() && !config.fit) {
         config.output_dir = ranks.first_decides(new_output_dir, "choice of the output folder");
     }
-    if (config.fit && config.attention == AttentionMode::lighthouse && parsed.given.count("seq_len") == 0 &&
-        config.lighthouse.topk <= MOST_LIGHTHOUSE_TOPK) {
-        config.seq_len = shortest_lighthouse_length(config.lighthouse);  // the default may not be a legal one
+    if (config.fit && parsed.given.count("seq_len") == 0) {  // the default may not be a legal one
+        const ContextPartition partition{config.context_parallel, 0, 0};
+        config.seq_len = config.attention == AttentionMode::lighthouse
+                             ? shortest_lighthouse_length(config.lighthouse)
+                             : round_up<int64_t>(config.seq_len, partition.num_chunks());
     }
     validate(config);
     if (config.fit) {

@@ -317,7 +317,7 @@ inline void launch_cross_entropy_long_rows(float* losses, bf16* logits, const in
     const int most_bytes = gpu.shared_bytes_per_block() - STATIC_SHARED_BYTES_PER_BLOCK;
     // A row of which half a multiprocessor's shared memory holds all leaves room for other blocks.
     int threads = CROSS_ENTROPY_MAX_THREADS;
-    if (row_packs * 16 <=
+    if ((int64_t)row_packs * 16 <=
         gpu.shared_bytes_per_sm / 2 - RESERVED_SHARED_BYTES_PER_BLOCK - STATIC_SHARED_BYTES_PER_BLOCK) {
         threads = 64;
         while (threads < CROSS_ENTROPY_MAX_THREADS / 2 && threads * 8 < row_packs) {

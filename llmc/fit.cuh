@@ -1,6 +1,7 @@
 // fit.cuh: whether a plan fits into the memory that is there, what would, and how long sequences may be (--fit).
 #pragma once
 #include <algorithm>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -37,8 +38,8 @@ inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse, 
     }
 }
 
-// The longest --seq_len that these settings leave room for, a multiple of 128 or of what the Lighthouse geometry asks;
-// 0: none.
+// The longest --seq_len that these settings leave room for on every rank, a multiple of 128 or of what the Lighthouse
+// geometry asks; 0: none.
 inline int64_t longest_seq_len(const ModelConfig& config, GpuModelSettings settings, const FreeMemory& free) {
     // units; of several ranks each holds two chunks
     int64_t unit = 128 * ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks(), smallest = 1;
@@ -46,18 +47,32 @@ inline int64_t longest_seq_len(const ModelConfig& config, GpuModelSettings setti
         const LighthouseGeometry g = make_lighthouse_geometry(settings.max_seq_len, *settings.lighthouse);
         unit = g.tiles * g.window(g.levels - 1), smallest = LIGHTHOUSE_TILE_BUDGET;
     }
-    auto fits = [&](int64_t units) {
+    auto with_length = [&](int64_t units) {
         settings.max_seq_len = units * unit;
-        return free.holds(planned_memory(config, settings));
+        return settings;
+    };
+    auto fits = [&](int64_t units) { return free.holds(largest_planned_memory(config, with_length(units))); };
+    auto parts = [&](int64_t units) { return num_attention_parts(config, with_length(units)); };
+    // The most units from first to last that fit, or 0. Longer sequences need more but where attention takes them in
+    // more parts.
+    const std::function<int64_t(int64_t, int64_t)> most = [&](int64_t first, int64_t last) -> int64_t {
+        if (first > last) {
+            return 0;
+        }
+        if (parts(first) != parts(last)) {
+            const int64_t middle = (first + last) / 2, longer = most(middle + 1, last);
+            return longer > 0 ? longer : most(first, middle);
+        }
+        int64_t fitting = first - 1, beyond = last + 1;
+        while (beyond - fitting > 1) {
+            const int64_t middle = fitting + (beyond - fitting) / 2;
+            (fits(middle) ? fitting : beyond) = middle;
+        }
+        return fitting < first ? 0 : fitting;
     };
     // Of the lengths that --seq_len and --batch_size may have.
-    int64_t fitting = smallest - 1,
-            beyond = std::min(((int64_t)1 << 24) / unit, (int64_t)INT32_MAX / settings.max_batch_size / unit) + 1;
-    while (beyond - fitting > 1) {
-        const int64_t middle = (fitting + beyond) / 2;
-        (fits(middle) ? fitting : beyond) = middle;
-    }
-    return fitting < smallest ? 0 : fitting * unit;
+    return unit *
+           most(smallest, std::min(((int64_t)1 << 24) / unit, (int64_t)INT32_MAX / settings.max_batch_size / unit));
 }
 
 // The ways of offloading that these ranks have.
@@ -104,7 +119,7 @@ inline void check_fits(const MemoryPlan& plan, const FreeMemory& free, const Mod
     }
     std::string advice;
     auto suggest = [&](const GpuModelSettings& other) {
-        const MemoryPlan needed = planned_memory(config, other);
+        const MemoryPlan needed = largest_planned_memory(config, other);
         if (advice.empty() && free.holds(needed)) {
             advice = format_string("; --recompute %s --offload %s --batch_size %d --seq_len %lld would need %.2f GiB",
                                    choice_name(other.recompute), choice_name(other.offload), other.max_batch_size,

@@ -23,6 +23,7 @@
 constexpr int LIGHTHOUSE_TILE_BUDGET = 128;  // m: entries selected per tile and level, half by query, half by key score
 constexpr int LIGHTHOUSE_MAX_LEVELS = 6;
 constexpr int LIGHTHOUSE_MAX_POOL = 32;
+constexpr int64_t LIGHTHOUSE_MAX_LENGTH = (int64_t)1 << 29;  // tokens: entries are counted in 32 bits
 
 struct LighthouseGeometry {
     int64_t T = 0;          // tokens
@@ -96,9 +97,9 @@ inline std::string nearest_lengths(int64_t T, int64_t unit, int64_t minimum) {
 
 // The least T that has a geometry; for settings that no T has one for, a number that it refuses.
 inline int64_t shortest_lighthouse_length(const LighthouseConfig& config) {
-    int64_t T = std::max<int64_t>(config.topk, 1);
+    int64_t T = std::clamp<int64_t>(config.topk, 1, LIGHTHOUSE_MAX_LENGTH);
     for (int l = 1; l < std::min(config.levels, LIGHTHOUSE_MAX_LEVELS); ++l) {
-        T = std::min<int64_t>(T * std::max(config.pool, 1), (int64_t)1 << 29);
+        T = std::min(T * std::max(config.pool, 1), LIGHTHOUSE_MAX_LENGTH);
     }
     return T;
 }
@@ -121,9 +122,13 @@ inline LighthouseGeometry make_lighthouse_geometry(int64_t T, const LighthouseCo
     }
     CHECK(config.topk >= m && config.topk % m == 0,
           "--lighthouse_topk %lld: must be a positive multiple of %lld; the nearest is %lld", (long long)config.topk,
-          (long long)m, (long long)(config.topk < m ? m : (config.topk + m / 2) / m * m));
-    CHECK(T <= (int64_t)1 << 29, "--seq_len %lld: Lighthouse attention counts entries in 32 bits; at most %lld",
-          (long long)T, 1LL << 29);
+          (long long)m,
+          (long long)(config.topk < m ? m : (std::min(config.topk, LIGHTHOUSE_MAX_LENGTH) + m / 2) / m * m));
+    CHECK(config.topk <= LIGHTHOUSE_MAX_LENGTH,
+          "--lighthouse_topk %lld: must be at most %lld, more than any sequence has", (long long)config.topk,
+          (long long)LIGHTHOUSE_MAX_LENGTH);
+    CHECK(T <= LIGHTHOUSE_MAX_LENGTH, "--seq_len %lld: Lighthouse attention counts entries in 32 bits; at most %lld",
+          (long long)T, (long long)LIGHTHOUSE_MAX_LENGTH);
 
     LighthouseGeometry g;
     g.T = T, g.levels = L, g.pool = p, g.topk = config.topk, g.tiles = config.topk / m;

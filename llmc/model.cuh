@@ -600,11 +600,9 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
 inline GpuModel::Batch GpuModel::upload(const int32_t* tokens, int B, int64_t T, bool with_targets, bool shared) {
     NVTX_RANGE();
     const int64_t max_T = shared ? settings_.max_seq_len : settings_.local_seq_len();
-    CHECK(B >= 1 && T >= 1 && B <= settings_.max_batch_size && T <= max_T,
-          "a batch of %d sequences of %lld tokens: memory was planned for at most %d of %lld", B, (long long)T,
-          settings_.max_batch_size, (long long)max_T);
-    CHECK(!shared || T == max_T, "a sequence of %lld tokens: ranks share sequences of %lld alone", (long long)T,
-          (long long)max_T);
+    CHECK(B >= 1 && B <= settings_.max_batch_size && T >= (shared ? max_T : 1) && T <= max_T,
+          "a batch of %d sequences of %lld tokens: memory was planned for at most %d of %s%lld", B, (long long)T,
+          settings_.max_batch_size, shared ? "exactly " : "at most ", (long long)max_T);
     const ContextPartition partition =
         shared ? make_context_partition(T, settings_.mesh.context_parallel, settings_.mesh.context_rank())
                : ContextPartition{1, 0, T};

@@ -448,3 +448,30 @@ inline MemoryPlan planned_memory(const ModelConfig& config, const GpuModelSettin
                  settings);
     return plan;
 }
+// Of the ranks that share a sequence, the plan of one that needs most: their steps of ring attention differ.
+inline MemoryPlan largest_planned_memory(const ModelConfig& config, const GpuModelSettings& settings) {
+    GpuModelSettings of_rank = settings;
+    std::optional<MemoryPlan> largest;
+    for (int rank = 0; rank < settings.mesh.context_parallel; ++rank) {
+        of_rank.mesh.rank = rank;
+        MemoryPlan plan = planned_memory(config, of_rank);
+        if (!largest || plan.num_bytes() > largest->num_bytes()) {
+            largest = std::move(plan);
+        }
+    }
+    return std::move(*largest);
+}
+// In how many parts attention takes a batch, all of a layer's rings together. Where a longer sequence goes in more
+// parts it may need less memory.
+inline int64_t num_attention_parts(const ModelConfig& config, const GpuModelSettings& settings) {
+    if (settings.mesh.context_parallel == 1) {
+        return 1;
+    }
+    auto parts = [&](const AttentionShape& shape) { return ring_attention_plan(settings, shape).num_parts(shape); };
+    int64_t num_parts = parts(dense_attention_shape(config, settings.max_batch_size, settings.local_seq_len()));
+    if (settings.lighthouse) {
+        num_parts += parts(lighthouse_context_inner_shape(lighthouse_shape(
+            config, *settings.lighthouse, settings.mesh, settings.max_batch_size, settings.max_seq_len)));
+    }
+    return num_parts;
+}

@@ -181,6 +181,13 @@ class RingAttentionPlan {
         return area.num_bytes();
     }
 
+    // How many parts a batch is taken in; 0: it is gathered. Of longer sequences at least as many, and where there are
+    // as many, longer sequences need more scratch.
+    int64_t num_parts(const AttentionShape& local) const {
+        const AttentionShape part = part_shape(local);
+        return gathers(local) ? 0 : (int64_t)ceil_div(local.B, part.B) * (local.Hkv / part.Hkv);
+    }
+
     // Bytes that this rank receives in one forward, and in one backward: the keys again, and float32 gradients of its
     // own keys from all who see them. What it sends is the same with keys and their readers exchanged, so over all
     // ranks as much.
@@ -297,25 +304,30 @@ class RingAttentionPlan {
 
     // ---- parts of a batch
 
-    // The part that the ring takes at once: the whole batch, or one sequence with some of its heads.
+    // The largest part that the ring takes at once: as few sequences as have part_keys keys in a chunk; where one has,
+    // as few of its heads as have, and divide all. With fewer sequences it is no larger.
     AttentionShape part_shape(const AttentionShape& local) const {
         const int64_t n = local.Tq / HALVES;
         AttentionShape part = local;
+        part.B = (int)std::min<int64_t>(local.B, ceil_div(part_keys_, local.Hkv * n));
         if (local.Hkv * n >= part_keys_) {
-            part.B = 1, part.Hkv = 1;
-            while (part.Hkv * n < part_keys_ || local.Hkv % part.Hkv != 0) {
+            part.Hkv = (int)ceil_div(part_keys_, n);
+            while (local.Hkv % part.Hkv != 0) {
                 ++part.Hkv;
             }
             part.H = local.H / local.Hkv * part.Hkv;
         }
         return part;
     }
-    // visit(sequence, query head, key/value head): where each part begins.
+    // visit(part, sequence, query head, key/value head): each part and where it begins.
     template <class Visit>
-    static void for_each_part(const AttentionShape& local, const AttentionShape& part, Visit visit) {
-        for (int b = 0; b < local.B; b += part.B) {
+    void for_each_part(const AttentionShape& local, Visit visit) const {
+        AttentionShape part = part_shape(local);
+        const int most = part.B;
+        for (int b = 0; b < local.B; b += most) {
+            part.B = std::min(most, local.B - b);
             for (int kv_head = 0; kv_head < local.Hkv; kv_head += part.Hkv) {
-                visit(b, local.H / local.Hkv * kv_head, kv_head);
+                visit(part, b, local.H / local.Hkv * kv_head, kv_head);
             }
         }
     }
@@ -402,8 +414,7 @@ class RingAttention : public RingAttentionPlan {
             probe_.begin_operation("forward");
             return gather_forward(out, lse, q, k, v, scratch, local, stream);
         }
-        const AttentionShape part = part_shape(local);
-        for_each_part(local, part, [&](int b, int head, int kv_head) {
+        for_each_part(local, [&](const AttentionShape& part, int b, int head, int kv_head) {
             probe_.begin_operation("forward");
             ring_forward(part_from(out, b, head), part_lse(lse, b, head, local), part_from(q, b, head),
                          part_from(k, b, kv_head), part_from(v, b, kv_head), scratch, part, stream);
@@ -422,8 +433,7 @@ class RingAttention : public RingAttentionPlan {
             probe_.begin_operation("backward");
             return gather_backward({dq, dk, dv}, {dout, q, k, v, out, lse}, scratch, local, deterministic, stream);
         }
-        const AttentionShape part = part_shape(local);
-        for_each_part(local, part, [&](int b, int head, int kv_head) {
+        for_each_part(local, [&](const AttentionShape& part, int b, int head, int kv_head) {
             const Gradients gradients = {part_from(dq, b, head), part_from(dk, b, kv_head), part_from(dv, b, kv_head)};
             const Saved saved = {part_from(dout, b, head), part_from(q, b, head),   part_from(k, b, kv_head),
                                  part_from(v, b, kv_head), part_from(out, b, head), part_lse(lse, b, head, local)};

@@ -23,7 +23,11 @@ static __global__ void delay_kernel(int64_t cycles) {
 // What the ranks of one communicator share.
 class LoopbackHub {
   public:
-    explicit LoopbackHub(int size) : size_(size) {}
+    explicit LoopbackHub(int size) : size_(size), events_(NUM_EVENTS) {
+        for (const CudaEvent& event : events_) {
+            free_events_.push_back(event);
+        }
+    }
     int size() const { return size_; }
     // A rank has failed: nobody waits for it.
     void give_up() {
@@ -41,12 +45,23 @@ class LoopbackHub {
     };
     using Ends = std::pair<int, int>;  // (from, to)
 
-    // Lives as long as the hub.
+    // Of messages that are on their way, and of their acknowledgements. All are made before the ranks start, as their
+    // memory is: nothing is created beside running kernels.
+    static constexpr int NUM_EVENTS = 2048;
+    // To be given back by wait.
     cudaEvent_t record(cudaStream_t stream) {
         const std::lock_guard<std::mutex> lock(mutex_);
-        events_.push_back(std::make_unique<CudaEvent>());
-        CUDA_CHECK(cudaEventRecord(*events_.back(), stream));
-        return *events_.back();
+        CHECK(!free_events_.empty(), "loopback: more than %d messages are on their way", NUM_EVENTS);
+        const cudaEvent_t event = free_events_.back();
+        free_events_.pop_back();
+        CUDA_CHECK(cudaEventRecord(event, stream));
+        return event;
+    }
+    // What the stream waits for is settled when this returns, so that the event may be recorded anew.
+    void wait(cudaStream_t stream, cudaEvent_t event) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        CUDA_CHECK(cudaStreamWaitEvent(stream, event));
+        free_events_.push_back(event);
     }
     template <class Item>
     void push(std::map<Ends, std::queue<Item>>& queues, Ends ends, const Item& item) {
@@ -71,7 +86,8 @@ class LoopbackHub {
     bool given_up_ = false;
     std::map<Ends, std::queue<Message>> messages_;
     std::map<Ends, std::queue<cudaEvent_t>> received_;  // acknowledged to the sender
-    std::vector<std::unique_ptr<CudaEvent>> events_;
+    std::vector<CudaEvent> events_;
+    std::vector<cudaEvent_t> free_events_;
 };
 
 class LoopbackComm : public Comm {
@@ -95,13 +111,13 @@ class LoopbackComm : public Comm {
             const LoopbackHub::Message message = hub_.pop(hub_.messages_, {r.peer, rank()});
             CHECK(message.num_bytes == r.num_bytes, "loopback, %s: rank %d sends %zu bytes where rank %d expects %zu",
                   operation, r.peer, message.num_bytes, rank(), r.num_bytes);
-            CUDA_CHECK(cudaStreamWaitEvent(stream, message.ready));
+            hub_.wait(stream, message.ready);
             CUDA_CHECK(cudaMemcpyAsync(r.data, message.data, r.num_bytes, cudaMemcpyDefault, stream));
             hub_.push(hub_.received_, {rank(), r.peer}, hub_.record(stream));
             bytes_received_ += r.peer == rank() ? 0 : (int64_t)r.num_bytes;
         }
         for (const DeviceSend& s : sends) {
-            CUDA_CHECK(cudaStreamWaitEvent(stream, hub_.pop(hub_.received_, {s.peer, rank()})));
+            hub_.wait(stream, hub_.pop(hub_.received_, {s.peer, rank()}));
         }
     }
     void all_gather(void* out, const void* in, size_t num_bytes, const char* operation, cudaStream_t stream) override {

@@ -27,6 +27,8 @@ static std::vector<RingCase> ring_cases(bool small) {
     return {
         ring_case(2, 1, 4, 2, 1, 64),
         ring_case(2, 2, 1000, 4, 2, 128),
+        ring_case(2, 3, 516, 2, 1, 64),  // of variant 4's parts the last is smaller
+        ring_case(2, 1, 516, 6, 6, 64),  // and heads go in twos
         ring_case(4, 1, 1024, 4, 4, 64),
         ring_case(4, 2, 776, 8, 2, 128),
         ring_case(3, 1, 606, 3, 1, 96),
@@ -451,6 +453,7 @@ int main(int argc, char** argv) {
         {1, "gather all keys, then attention as on one GPU", {ContextExchange::gather}},
         {2, "ring: a step's transfer beside a step's attention", {ContextExchange::ring}},
         {3, "the same, one sequence and key/value head after another", {ContextExchange::ring, 1}},
+        {4, "the same, as few sequences or heads as have 256 keys a chunk", {ContextExchange::ring, 256}},
     };
     return run_variants(argc, argv, "ring_attention", VARIANTS, check, measure);
 }

@@ -28,7 +28,8 @@ grep -qi 'gpu' "$work/err" || { echo "the sentence does not name the GPU:"; cat 
 echo "ok   test_gpt without a GPU: $(cat "$work/err")"
 
 # ---- --fit answers without a GPU, for one with so much memory, and what it says is true
-fit() { ./train_gpt --fit --model lighthouse-530m --host_memory 100 "$@"; }
+launcher=()
+fit() { "${launcher[@]}" ./train_gpt --fit --model lighthouse-530m --host_memory 100 "$@"; }
 status=0
 fit >"$work/out" 2>"$work/err" || status=$?
 [ $status -ne 0 ] && grep -q -- '--gpu_memory' "$work/err" || { echo "--fit alone: exit $status"; cat "$work/out" "$work/err"; exit 1; }
@@ -39,11 +40,11 @@ lighthouse=(--batch_size 1 --attention lighthouse --lighthouse_levels 4 --lighth
 cell() { awk -v row="$1" -v column="$2" '$1 == "--recompute" && $2 == row { print $(column + 2) }' "$work/table"; }
 # total TABLE LINE: GiB at the end of the line that begins so: what the plan needs of the GPU, or of the host.
 total() { awk -v what="$2" '$0 ~ "^" what { print $(NF) }' "$1"; }
-check_fit() { # check_fit NAME UNIT GPU_GIB FLAG...
-    local name=$1 unit=$2 gpu=$3 column=0
-    shift 3
+check_fit() { # check_fit NAME UNIT GPU_GIB "OFFLOAD..." FLAG...
+    local name=$1 unit=$2 gpu=$3 offloads=$4 column=0
+    shift 4
     fit --gpu_memory "$gpu" "$@" >"$work/table"
-    for offload in none activations optimizer all; do
+    for offload in $offloads; do
         column=$((column + 1))
         for recompute in none all_but_attention block; do
             local T
@@ -58,7 +59,10 @@ check_fit() { # check_fit NAME UNIT GPU_GIB FLAG...
             done
         done
     done
-    echo "ok   $name: 12 longest lengths fit, one step more does not: $(tail -1 "$work/table" | tr -s ' ')"
+    echo "ok   $name: $((3 * column)) longest lengths fit, one step more does not: $(tail -1 "$work/table" | tr -s ' ')"
 }
-check_fit "--fit, dense" 128 40 --batch_size 2
-check_fit "--fit, Lighthouse" 512 79 "${lighthouse[@]}"
+check_fit "--fit, dense" 128 40 "none activations optimizer all" --batch_size 2
+check_fit "--fit, Lighthouse" 512 79 "none activations optimizer all" "${lighthouse[@]}"
+# Where attention goes in more parts, longer sequences need less.
+launcher=(scripts/spawn_ranks.sh 3)
+check_fit "--fit, three ranks on a sequence" 768 40 "none activations" --context_parallel 3 --batch_size 1
