@@ -238,10 +238,11 @@ inline LighthouseShape lighthouse_shape(const ModelConfig& config, const Lightho
                : make_lighthouse_chunk_shape(whole, lighthouse, mesh.context_parallel, mesh.context_rank());
 }
 
+// Of a batch of `rows`. Its chunks are no larger than those of the largest batch, which memory is planned for.
 inline ClassifierShape classifier_shape(const ModelConfig& config, const GpuModelSettings& settings, int64_t rows) {
     const int64_t asked = settings.classifier_chunk_rows;
-    const int64_t chunk_rows = asked > 0 ? std::min(asked, rows) : classifier_chunk_rows(rows, config.vocab_size);
-    return {rows, config.vocab_size, config.width, chunk_rows};
+    const int64_t chunk_rows = asked > 0 ? asked : classifier_chunk_rows(settings.max_rows(), config.vocab_size);
+    return {rows, config.vocab_size, config.width, std::min(chunk_rows, rows)};
 }
 
 // One activation of all blocks: a buffer for each block that keeps it, one for all blocks that do not.
