@@ -368,6 +368,23 @@ static void test_refusals(Checks& checks) {
     });
 }
 
+// Of no smaller batch do the logits of a chunk need more than the plan has for the largest.
+static void test_chunks_of_smaller_batches(Checks& checks) {
+    Case c{"vocabulary 128256", model_config(128256, 1, 64, 1, 1, 64, 64, true), 9, 600};
+    const GpuModelSettings settings = c.settings(Recompute::none, false);
+    const auto num_bytes = [&](int64_t rows) {
+        const ClassifierShape shape = classifier_shape(c.config, settings, rows);
+        return classifier_logits_bytes(shape) + classifier_scratch_bytes(shape);
+    };
+    const size_t planned = num_bytes(settings.max_rows());
+    int64_t most = 1;
+    for (int64_t rows = 1; rows < settings.max_rows(); ++rows) {
+        most = num_bytes(rows) > num_bytes(most) ? rows : most;
+    }
+    checks.expect(num_bytes(most) <= planned, "logits of smaller batches", c.name,
+                  format_string("%zu bytes planned, %zu for %lld rows", planned, num_bytes(most), (long long)most));
+}
+
 // The plan against what is then used, as the driver counts it: within 3 %, CUDA's context left out, kernels and what
 // cuBLASLt keeps for itself included. And the plan made for an H100 where there is no GPU, against that on one.
 static void test_memory(Checks& checks) {
@@ -439,6 +456,7 @@ static void run_tests(Checks& checks, bool small) {
         }
     }
     test_refusals(checks);
+    test_chunks_of_smaller_batches(checks);
 }
 
 int main(int argc, char** argv) {

@@ -2,17 +2,25 @@
 // logits GEMM, cross-entropy with its gradient in place (cross_entropy.cuh), and both backward GEMMs.
 // Shapes: hidden [rows, C], weight [Vp, C] with zero rows from V on, logits [chunk_rows, Vp], targets and losses
 // [rows]; Vp = classifier_padded_vocab(V), so that every row of logits is aligned and the product's tiles are full.
-// Cost: the products, 6 rows Vp C operations; and one read and one write of the logits.
-// Reference: reference/classifier.h. Variants: dev/cuda/cross_entropy.cu.
+// Cost: the products, 6 rows Vp C operations; and one read and one write of the logits, which a large vocabulary on
+// sm_90a saves (classifier_hopper.cuh).
+// Reference: reference/classifier.h. Variants: dev/cuda/classifier.cu.
 #pragma once
 #include <algorithm>
 
 #include "cross_entropy.cuh"
 #include "cuda_common.cuh"
 #include "gemm.cuh"
+#include "gpu_properties.cuh"
+#ifdef LLMC_HOPPER
+#include "classifier_hopper.cuh"
+#endif
 
 // ---- constants ---------------------------------------------------------------------------------
 constexpr size_t CLASSIFIER_CHUNK_BYTES = (size_t)1 << 30;  // of logits, by default
+// The vocabulary from which on classifier_hopper.cuh is used: this, and so many times the width. It spares 4 V bytes a
+// row and moves 12 C.
+constexpr int64_t CLASSIFIER_HOPPER_VOCAB = 16384, CLASSIFIER_HOPPER_WIDTHS = 8;
 constexpr int MEAN_LOSS_THREADS = 512;
 constexpr int MEAN_LOSS_BLOCKS = 128;
 
@@ -88,6 +96,25 @@ inline size_t classifier_logits_bytes(const ClassifierShape& shape) {
     return (size_t)shape.chunk_rows * shape.padded_vocab() * sizeof(bf16);
 }
 
+// Whether training takes classifier_hopper.cuh: by GPU and shape alone.
+inline bool classifier_is_hopper(const ClassifierShape& shape) {
+#ifdef LLMC_HOPPER
+    return gpu_properties().compute_capability == 90 && shape.V >= CLASSIFIER_HOPPER_VOCAB &&
+           shape.V >= CLASSIFIER_HOPPER_WIDTHS * shape.C &&
+           gemm_hopper_takes(nullptr, nullptr, nullptr, shape.rows, shape.padded_vocab(), shape.C);
+#else
+    return (void)shape, false;
+#endif
+}
+// Bytes of scratch of classifier_forward_backward beside the logits; BUFFER_ALIGNMENT aligned. 0: none.
+inline size_t classifier_scratch_bytes(const ClassifierShape& shape) {
+#ifdef LLMC_HOPPER
+    return classifier_is_hopper(shape) ? classifier_hopper_scratch_bytes(shape.chunk_rows, shape.padded_vocab()) : 0;
+#else
+    return (void)shape, 0;
+#endif
+}
+
 // losses (=) [rows] of hidden [rows, C] against targets [rows]; weight [Vp, C]. logits: scratch of
 // classifier_logits_bytes.
 inline void classifier_loss(float* losses, bf16* logits, const bf16* hidden, const bf16* weight, const int32_t* targets,
@@ -103,15 +130,24 @@ inline void classifier_loss(float* losses, bf16* logits, const bf16* hidden, con
 }
 
 // losses (=) [rows]; dhidden (=) [rows, C] and dweight (+=) [Vp, C]: the gradients of dloss * (sum of the losses), so
-// dloss is loss_weight / rows for a mean. dhidden may be hidden. Rows of dweight from V on gain exactly 0.
+// dloss is loss_weight / rows for a mean. dhidden may be hidden. Rows of dweight from V on gain exactly 0. logits and
+// scratch: of classifier_logits_bytes and classifier_scratch_bytes; matrices 16-byte aligned, C a multiple of 8.
 inline void classifier_forward_backward(float* losses, bf16* dhidden, float* dweight, bf16* logits, const bf16* hidden,
                                         const bf16* weight, const int32_t* targets, const ClassifierShape& shape,
-                                        float dloss, Gemm& gemm, cudaStream_t stream) {
+                                        float dloss, void* scratch, Gemm& gemm, cudaStream_t stream) {
     NVTX_RANGE();
     const int64_t Vp = shape.padded_vocab();
     for (int64_t begin = 0; begin < shape.rows; begin += shape.chunk_rows) {
         const int64_t chunk = std::min(shape.chunk_rows, shape.rows - begin);
         const bf16* chunk_hidden = hidden + begin * shape.C;
+#ifdef LLMC_HOPPER
+        if (classifier_is_hopper(shape)) {
+            classifier_hopper_forward_backward(losses + begin, dhidden + begin * shape.C, dweight, logits, chunk_hidden,
+                                               weight, targets + begin, chunk, shape.V, Vp, shape.C, dloss, scratch,
+                                               gemm, stream);
+            continue;
+        }
+#endif
         gemm.forward(logits, chunk_hidden, weight, nullptr, chunk, Vp, shape.C, stream);
         cross_entropy_forward_backward(losses + begin, logits, targets + begin, chunk, shape.V, Vp, dloss, true,
                                        stream);

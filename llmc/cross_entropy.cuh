@@ -84,7 +84,11 @@ __device__ __forceinline__ void forget_unpacked(bf16x8 (&packs)[PACKS]) {
 template <int PACKS>
 __global__ void __launch_bounds__(CROSS_ENTROPY_THREADS, 4)
     cross_entropy_short_rows_kernel(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int V,
-                                    int row_packs, int lanes_per_row, float dloss, bool write_gradient) {
+                                    int row_packs, int lanes_per_row, float dloss, bool write_gradient,
+                                    const int* condition) {
+    if (condition != nullptr && *condition == 0) {
+        return;
+    }
     const int rows_per_block = CROSS_ENTROPY_THREADS / lanes_per_row, lane = threadIdx.x % lanes_per_row;
     const int64_t row = (int64_t)blockIdx.x * rows_per_block + threadIdx.x / lanes_per_row;
     const bool active = row < rows;  // the others stay for the shuffles
@@ -215,7 +219,10 @@ __device__ __forceinline__ SoftmaxState cross_entropy_row_state(SoftmaxState sta
 // packs. Bound: bandwidth.
 __global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
     cross_entropy_long_rows_kernel(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int V,
-                                   int row_packs, int slots, float dloss, bool write_gradient) {
+                                   int row_packs, int slots, float dloss, bool write_gradient, const int* condition) {
+    if (condition != nullptr && *condition == 0) {
+        return;
+    }
     extern __shared__ int4 cross_entropy_slots[];
     constexpr int AHEAD = CROSS_ENTROPY_SLOTS_AHEAD;
     const int threads = blockDim.x, num_packs = (V + 7) / 8;
@@ -300,7 +307,8 @@ __global__ void __launch_bounds__(CROSS_ENTROPY_MAX_THREADS)
 }
 
 // ---- launcher ----------------------------------------------------------------------------------
-using CrossEntropyShortRowsKernel = void (*)(float*, bf16*, const int32_t*, int64_t, int, int, int, float, bool);
+using CrossEntropyShortRowsKernel = void (*)(float*, bf16*, const int32_t*, int64_t, int, int, int, float, bool,
+                                             const int*);
 template <int PACKS = CROSS_ENTROPY_PACKS>
 inline CrossEntropyShortRowsKernel cross_entropy_short_rows_kernel_of(int packs) {
     if constexpr (PACKS > 1) {
@@ -312,7 +320,8 @@ inline CrossEntropyShortRowsKernel cross_entropy_short_rows_kernel_of(int packs)
 }
 
 inline void launch_cross_entropy_long_rows(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int V,
-                                           int row_packs, float dloss, bool write_gradient, cudaStream_t stream) {
+                                           int row_packs, float dloss, bool write_gradient, const int* condition,
+                                           cudaStream_t stream) {
     const GpuProperties gpu = gpu_properties();
     const int most_bytes = gpu.shared_bytes_per_block() - STATIC_SHARED_BYTES_PER_BLOCK;
     // A row of which half a multiprocessor's shared memory holds all leaves room for other blocks.
@@ -337,22 +346,24 @@ inline void launch_cross_entropy_long_rows(float* losses, bf16* logits, const in
           shared_bytes);
     const int num_blocks = (int)std::min<int64_t>(rows, (int64_t)gpu.num_sms * blocks_per_sm);
     cross_entropy_long_rows_kernel<<<num_blocks, threads, shared_bytes, stream>>>(
-        losses, logits, targets, rows, V, row_packs, slots, dloss, write_gradient);
+        losses, logits, targets, rows, V, row_packs, slots, dloss, write_gradient, condition);
     CUDA_CHECK_LAUNCH();
 }
 
 // losses (=) [rows]; logits [rows, row_stride]: with write_gradient replaced by their gradient times dloss, and by 0 in
 // columns from V on. A target outside [0, V) is the data's fault: it gives the loss NaN, and the step is skipped. V
-// from 1 to 2^30; row_stride a multiple of 8, >= V.
+// from 1 to 2^30; row_stride a multiple of 8, >= V. condition: in device memory; where it is 0 nothing is done.
 inline void cross_entropy_forward_backward(float* losses, bf16* logits, const int32_t* targets, int64_t rows, int64_t V,
-                                           int64_t row_stride, float dloss, bool write_gradient, cudaStream_t stream) {
+                                           int64_t row_stride, float dloss, bool write_gradient, cudaStream_t stream,
+                                           const int* condition = nullptr) {
     NVTX_RANGE();
     CHECK(rows >= 1 && V >= 1 && V <= row_stride && row_stride % 8 == 0 && row_stride <= (int64_t)1 << 30,
           "cross-entropy: %lld logits a row do not fit a row stride of %lld, which must be a multiple of 8 up to 2^30",
           (long long)V, (long long)row_stride);
     const int row_packs = (int)(row_stride / 8);
     if (row_packs > WARP_SIZE * CROSS_ENTROPY_PACKS) {
-        launch_cross_entropy_long_rows(losses, logits, targets, rows, (int)V, row_packs, dloss, write_gradient, stream);
+        launch_cross_entropy_long_rows(losses, logits, targets, rows, (int)V, row_packs, dloss, write_gradient,
+                                       condition, stream);
         return;
     }
     int lanes_per_row = 8;
@@ -361,6 +372,6 @@ inline void cross_entropy_forward_backward(float* losses, bf16* logits, const in
     }
     const CrossEntropyShortRowsKernel kernel = cross_entropy_short_rows_kernel_of(ceil_div(row_packs, lanes_per_row));
     kernel<<<ceil_div<int64_t>(rows, CROSS_ENTROPY_THREADS / lanes_per_row), CROSS_ENTROPY_THREADS, 0, stream>>>(
-        losses, logits, targets, rows, (int)V, row_packs, lanes_per_row, dloss, write_gradient);
+        losses, logits, targets, rows, (int)V, row_packs, lanes_per_row, dloss, write_gradient, condition);
     CUDA_CHECK_LAUNCH();
 }

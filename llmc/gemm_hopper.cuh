@@ -1,7 +1,8 @@
 // gemm_hopper.cuh: products of a linear layer on sm_90a whose results are worked on before they leave the chip:
 //   out [M, N] = f(in [M, K] weight [N, K]^T), or of a weight [K, N]; bf16 in and out, float32 accumulation
-// f is an epilogue: the rotation of q and k (rope.cuh), the feed-forward gate or its backward (swiglu.cuh). What a
-// kernel of its own would read and write again costs little here, as long as the product is what a tile waits for.
+// f is an epilogue: the rotation of q and k (rope.cuh), the feed-forward gate or its backward (swiglu.cuh), the
+// exponentials of a softmax (classifier.cuh), or nothing. What a kernel of its own would read and write again costs
+// little here, as long as the product is what a tile waits for.
 //
 // A block makes tiles of 128 rows, persistent. One thread loads blocks of 64 of the contraction by TMA into a ring of
 // stages; two warpgroups of 64 rows each, the consumers, multiply them. Two blocks are a cluster: their tiles lie one
@@ -42,6 +43,7 @@ struct HopperGemmTile {
                       (HELPERS + CONSUMERS) * LAUNCH_REGISTERS,
                   "registers");
     static constexpr int HEAD_START = 2;  // blocks of the contraction that the first consumer has before the second
+    static_assert(HEAD_START <= STAGES, "the first would wait for blocks whose places the second has not given back");
     static constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * BLOCK_K * sizeof(bf16);
     // A consumer's results: blocks of OUT_COLUMNS columns.
     static constexpr int OUT_ROWS = 64, OUT_COLUMNS = 64, OUT_BLOCKS = BLOCK_N / OUT_COLUMNS;
@@ -73,6 +75,7 @@ struct HopperGemmArguments {
     // weight [N, K] the second half of them from weight_half further on.
     int weight_step, weight_half;
     Epilogue epilogue;
+    const int* condition;  // in device memory; where it is 0 the kernel does nothing. nullptr: it always works
 
     // The tiles in an order in which those that are made at the same time share most of what they read: down
     // GROUP_ROWS rows of tiles, then the next column.
@@ -96,7 +99,8 @@ enum HopperGemmBarrier {
 };
 
 // ---- epilogues ---------------------------------------------------------------------------------
-// WEIGHT_IS_TRANSPOSED: the weight is [K, N]. What the finishers do with a consumer's 64 rows: prepare, before they are
+// WEIGHT_IS_TRANSPOSED: the weight is [K, N]. TRANSFORMS: the consumers change their results before they round them, by
+// load_rows and transform. What the finishers do with a consumer's 64 rows: prepare, before they are
 // there; finish: `blocks` is the address of OUT_BLOCKS blocks of 64 x 64 (tiles as ptx_hopper.cuh has them), which may
 // be overwritten, and a warp returns when it needs them no more; `next` is where it will be called for next. Results
 // computed from a tile leave by TMA: stored by the finishers, sparing shared memory a write and a read, they cost 1 to
@@ -139,6 +143,113 @@ __device__ __forceinline__ void hopper_gemm_write(const CUtensorMap* map, uint32
 }
 #endif
 
+// out = in weight^T.
+struct PlainEpilogue {
+    using Tile = HopperGemmWideTile;
+    using Finisher = HopperGemmFinisher<Tile>;
+    static constexpr bool WEIGHT_IS_TRANSPOSED = false, TRANSFORMS = false;
+    CUtensorMap out;
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    using State = HopperGemmNoState;
+    __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
+                                           const HopperGemmPlace&) const {
+        store(&out, self, blocks, place);
+    }
+    __device__ __forceinline__ static void store(const CUtensorMap* out, const Finisher& self, uint32_t blocks,
+                                                 const HopperGemmPlace& place) {
+        if (self.stores()) {
+            hopper_gemm_write<Tile>(out, blocks, place.row, place.column_tile * Tile::BLOCK_N);
+            bulk_wait_read<0>();
+        }
+        __syncwarp();
+    }
+#endif
+};
+
+// out = exp(in weight^T - shift of the row) in columns [0, V), 0 beyond; and of each row and tile of columns the sum of
+// these exponentials, in float32 and in a fixed order, and the product itself in one column of each row. The consumers
+// do it, in their registers: one while the other multiplies. By the finishers, beside all else that goes through shared
+// memory, it took a tile of K = 768 a quarter longer.
+struct ExponentialEpilogue {
+    using Tile = HopperGemmWideTile;
+    using Finisher = HopperGemmFinisher<Tile>;
+    static constexpr bool WEIGHT_IS_TRANSPOSED = false, TRANSFORMS = true;
+    CUtensorMap out;
+    const float* shift_log2;  // [rows], of the exponent to base 2
+    const int32_t* targets;   // [rows], that column; outside [0, V): none
+    float* sums;              // [tiles of columns, rows]
+    float* target_values;     // [rows]
+    int rows, V;
+
+#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    using State = HopperGemmNoState;
+    __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
+                                           const HopperGemmPlace&) const {
+        PlainEpilogue::store(&out, self, blocks, place);
+    }
+    // Of the two rows that a consumer's lane has, 8 apart.
+    struct Rows {
+        float shift_log2[2];
+        int targets[2];
+    };
+    __device__ __forceinline__ Rows load_rows(int first_row) const {
+        Rows r;
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const int row = first_row + 8 * half;
+            r.shift_log2[half] = row < rows ? shift_log2[row] : 0.0f;
+            r.targets[half] = row < rows ? targets[row] : -1;
+        }
+        return r;
+    }
+    // values: a lane's of the tile, in the order of wgmma's accumulators.
+    __device__ __forceinline__ void transform(float (&values)[Tile::BLOCK_N / 2], const Rows& r, int first_row,
+                                              int column_tile) const {
+        const int first_column = column_tile * Tile::BLOCK_N, quad_lane = threadIdx.x % 4;
+        const int num_columns = min(Tile::BLOCK_N, V - first_column);
+        const auto for_each_value = [&](auto&& work) {
+#pragma unroll
+            for (int i = 0; i < Tile::BLOCK_N / 2; ++i) {
+                work(values[i], i / 2 % 2, i / 4 * 8 + quad_lane * 2 + i % 2);  // value, which of the rows, column
+            }
+        };
+        const int target[2] = {r.targets[0] - first_column, r.targets[1] - first_column};
+        const auto is_here = [&](int half) { return target[half] >= 0 && target[half] < num_columns; };
+        if (is_here(0) || is_here(1)) {
+            for_each_value([&](float value, int half, int column) {
+                if (column == target[half] && is_here(half)) {
+                    target_values[first_row + 8 * half] = value;
+                }
+            });
+        }
+        float row_sums[2] = {};
+        if (num_columns == Tile::BLOCK_N) {
+            for_each_value([&](float& value, int half, int) {
+                value = exp2_approx(value * LOG2_E - r.shift_log2[half]);
+                row_sums[half] += value;
+            });
+        } else {
+            for_each_value([&](float& value, int half, int column) {
+                value = column < num_columns ? exp2_approx(value * LOG2_E - r.shift_log2[half]) : 0.0f;
+                row_sums[half] += value;
+            });
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+#pragma unroll
+            for (int offset = 2; offset > 0; offset /= 2) {
+                row_sums[half] += __shfl_xor_sync(FULL_WARP, row_sums[half], offset);
+            }
+            const int row = first_row + 8 * half;
+            if (quad_lane == 0 && row < rows) {
+                sums[(int64_t)column_tile * rows + row] = row_sums[half];
+            }
+        }
+    }
+#endif
+};
+
 // out = in weight^T, then the first rotated_columns, whole heads of D, turned by the positions of their rows, which of
 // 64 rows from a multiple of 64 on follow each other. A lane has eight frequencies and every ROW_STEP-th row; of 64
 // rows the first one's angles are exact, the others' are found by adding the angles of some positions.
@@ -146,7 +257,7 @@ template <int D>
 struct RotationEpilogue {
     using Tile = HopperGemmWideTile;
     using Finisher = HopperGemmFinisher<Tile>;
-    static constexpr bool WEIGHT_IS_TRANSPOSED = false;
+    static constexpr bool WEIGHT_IS_TRANSPOSED = false, TRANSFORMS = false;
     CUtensorMap out;
     RopeRotation rotation;
     int rotated_columns;
@@ -248,7 +359,7 @@ struct RotationEpilogue {
 struct SwigluEpilogue {
     using Tile = HopperGemmWideTile;
     using Finisher = HopperGemmFinisher<Tile>;
-    static constexpr bool WEIGHT_IS_TRANSPOSED = false;
+    static constexpr bool WEIGHT_IS_TRANSPOSED = false, TRANSFORMS = false;
     CUtensorMap gate, up, swiglu;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -304,7 +415,7 @@ struct SwigluEpilogue {
 struct SwigluBackwardEpilogue {
     using Tile = HopperGemmHelpedTile;
     using Finisher = HopperGemmFinisher<Tile>;
-    static constexpr bool WEIGHT_IS_TRANSPOSED = true;
+    static constexpr bool WEIGHT_IS_TRANSPOSED = true, TRANSFORMS = false;
     CUtensorMap swiglu;
     bf16* dgate_up;       // [rows, 2 F]
     const bf16* gate_up;  // the same
@@ -420,10 +531,22 @@ __device__ __forceinline__ void hopper_gemm_load(typename Epilogue::Tile::Shared
     }
 }
 
+// What an epilogue that transforms keeps of a lane's rows; of others nothing.
+template <class Epilogue, bool TRANSFORMS = Epilogue::TRANSFORMS>
+struct HopperGemmRows {
+    struct type {};
+};
+template <class Epilogue>
+struct HopperGemmRows<Epilogue, true> {
+    using type = typename Epilogue::Rows;
+};
 // A consumer: its 64 rows of each tile.
-template <class Tile, bool WEIGHT_IS_TRANSPOSED>
-__device__ __forceinline__ void hopper_gemm_multiply(typename Tile::Shared& shared, int num_depths, int num_tiles,
-                                                     int consumer) {
+template <class Epilogue>
+__device__ __forceinline__ void hopper_gemm_multiply(typename Epilogue::Tile::Shared& shared,
+                                                     const HopperGemmArguments<Epilogue>& args, int consumer) {
+    using Tile = typename Epilogue::Tile;
+    constexpr bool WEIGHT_IS_TRANSPOSED = Epilogue::WEIGHT_IS_TRANSPOSED;
+    const int num_depths = args.num_depths, num_tiles = args.num_tiles();
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE % 4;
     const uint32_t out = shared_address(shared.out[consumer]);
     PipelineState<Tile::STAGES> state;
@@ -443,6 +566,15 @@ __device__ __forceinline__ void hopper_gemm_multiply(typename Tile::Shared& shar
     };
     for (int tile = blockIdx.x / Tile::CLUSTER; tile < num_tiles; tile += gridDim.x / Tile::CLUSTER) {
         float sums[Tile::BLOCK_N / 2];
+        [[maybe_unused]] int first_row, column_tile;  // of this lane
+        [[maybe_unused]] typename HopperGemmRows<Epilogue>::type rows;
+        if constexpr (Epilogue::TRANSFORMS) {
+            int row_tile;
+            args.find(tile, row_tile, column_tile);
+            first_row = (row_tile * Tile::CLUSTER + (int)cluster_rank()) * Tile::BLOCK_M + Tile::OUT_ROWS * consumer +
+                        16 * warp + lane / 4;
+            rows = args.epilogue.load_rows(first_row);
+        }
         auto multiply = [&](auto is_first) {
             mbarrier_wait(shared_address(&shared.full[state.stage]), state.parity);
             const uint64_t in =
@@ -480,6 +612,9 @@ __device__ __forceinline__ void hopper_gemm_multiply(typename Tile::Shared& shar
         release(previous);
         if (leads) {
             let_other_begin();
+        }
+        if constexpr (Epilogue::TRANSFORMS) {
+            args.epilogue.transform(sums, rows, first_row, column_tile);
         }
         named_barrier_sync(HOPPER_GEMM_FREE + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
 #pragma unroll
@@ -547,6 +682,9 @@ template <class Epilogue>
 __global__ void HOPPER_GEMM_CLUSTERS __launch_bounds__(Epilogue::Tile::THREADS, 1)
     gemm_hopper_kernel(const __grid_constant__ HopperGemmArguments<Epilogue> args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
+    if (args.condition != nullptr && *args.condition == 0) {
+        return;
+    }
     using Tile = typename Epilogue::Tile;
     using Shared = typename Tile::Shared;
     extern __shared__ __align__(1024) unsigned char gemm_shared_bytes[];
@@ -577,8 +715,7 @@ __global__ void HOPPER_GEMM_CLUSTERS __launch_bounds__(Epilogue::Tile::THREADS, 
         __syncwarp();
     } else {
         registers_increase<Tile::CONSUMER_REGISTERS>();
-        hopper_gemm_multiply<Tile, Epilogue::WEIGHT_IS_TRANSPOSED>(shared, args.num_depths, args.num_tiles(),
-                                                                   warpgroup - Tile::HELPERS);
+        hopper_gemm_multiply(shared, args, warpgroup - Tile::HELPERS);
     }
     cluster_sync();  // the other block may still write here
 #endif
@@ -597,7 +734,7 @@ inline bool gemm_hopper_takes(const bf16* in, const bf16* weight, const bf16* ou
 template <class Epilogue>
 inline void hopper_launch_gemm(const bf16* in, const bf16* weight, int64_t weight_rows, int64_t M, int64_t K,
                                int64_t column_tiles, int weight_step, int weight_half, const Epilogue& epilogue,
-                               cudaStream_t stream) {
+                               cudaStream_t stream, const int* condition = nullptr) {
     using Tile = typename Epilogue::Tile;
     HopperGemmArguments<Epilogue> args{};
     args.in = matrix_tensor_map(in, M, K, K, Tile::BLOCK_M);
@@ -610,6 +747,7 @@ inline void hopper_launch_gemm(const bf16* in, const bf16* weight, int64_t weigh
     args.row_tiles = (int)row_tiles, args.column_tiles = (int)column_tiles;
     args.weight_step = weight_step, args.weight_half = weight_half;
     args.epilogue = epilogue;
+    args.condition = condition;
     const auto kernel = gemm_hopper_kernel<Epilogue>;
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
@@ -623,8 +761,34 @@ inline CUtensorMap gemm_hopper_out_map(bf16* out, int64_t M, int64_t columns, in
     return matrix_tensor_map(out, M, columns, row_stride, HopperGemmWideTile::OUT_ROWS);
 }
 
+// out (=) [M, N] = in [M, K] weight [N, K]^T, unless *condition is 0. All of these take what gemm_hopper_takes accepts,
+// and repeat bit for bit.
+inline void gemm_hopper_plain(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K,
+                              const int* condition, cudaStream_t stream) {
+    NVTX_RANGE();
+    using Tile = HopperGemmWideTile;
+    hopper_launch_gemm(in, weight, N, M, K, ceil_div<int64_t>(N, Tile::BLOCK_N), Tile::BLOCK_N, Tile::BLOCK_N / 2,
+                       PlainEpilogue{gemm_hopper_out_map(out, M, N, N)}, stream, condition);
+}
+
+// The rows of `sums` in the next function.
+constexpr int64_t gemm_hopper_column_tiles(int64_t N) { return ceil_div<int64_t>(N, HopperGemmWideTile::BLOCK_N); }
+// out (=) [M, N]: 2^(log2(e) x - shift_log2 [M]) of x = in [M, K] weight [N, K]^T in columns [0, V), 0
+// beyond. sums (=) [gemm_hopper_column_tiles(N), M]: of each row's exponentials, before they are rounded, in a tile of
+// columns. target_values (=) [M]: x in column targets [M]; untouched where that is not in [0, V).
+inline void gemm_hopper_exponentials(bf16* out, float* sums, float* target_values, const bf16* in, const bf16* weight,
+                                     const float* shift_log2, const int32_t* targets, int64_t M, int64_t N, int64_t V,
+                                     int64_t K, cudaStream_t stream) {
+    NVTX_RANGE();
+    using Tile = HopperGemmWideTile;
+    const ExponentialEpilogue epilogue{
+        gemm_hopper_out_map(out, M, N, N), shift_log2, targets, sums, target_values, (int)M, (int)V};
+    hopper_launch_gemm(in, weight, N, M, K, gemm_hopper_column_tiles(N), Tile::BLOCK_N, Tile::BLOCK_N / 2, epilogue,
+                       stream);
+}
+
 // out (=) [M, N] = in [M, K] weight [N, K]^T, its first num_rotated_heads heads of D (64 or 128) turned: T and run_rows
-// of the positions multiples of 64. All of these take what gemm_hopper_takes accepts, and repeat bit for bit.
+// of the positions multiples of 64.
 inline void gemm_hopper_rotated(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K, int D,
                                 int num_rotated_heads, const RopeRotation& rotation, cudaStream_t stream) {
     NVTX_RANGE();

@@ -419,7 +419,7 @@ inline void GpuModel::backward(const Batch& batch, double loss_weight) {
     stage("classifier");
     classifier_forward_backward(m.losses, m.dhidden, gradient(table_.classifier), m.logits, m.norm_out,
                                 weight(table_.classifier), m.tokens + rows, classifier_shape(config_, settings_, rows),
-                                (float)(loss_weight / (double)rows), *gemm_, stream_);
+                                (float)(loss_weight / (double)rows), m.classifier_scratch, *gemm_, stream_);
     mean_loss(m.step_results, m.losses, rows, (float)loss_weight, m.mean_loss_scratch, stream_);
     stage("norms");
     rmsnorm_backward(m.dresidual, gradient(table_.final_norm), nullptr, nullptr, m.dhidden, m.final_residual,

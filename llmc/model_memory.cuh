@@ -194,6 +194,7 @@ struct ModelBuffers {
     // workspace of the classifier
     bf16* dhidden;  // [rows, C]
     bf16* logits;   // [chunk, Vp], then their gradient
+    std::byte* classifier_scratch;
     // workspace of the backward of feed-forward
     bf16* dswiglu;        // [rows, F], then swiglu again
     bf16* dffn_norm_out;  // [rows, C]
@@ -412,8 +413,10 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     plan.end_alternatives();
     plan.next_alternative();  // classifier
     plan.add(&m.dhidden, use, "dhidden", "[B T, C] bf16", rows * C);
+    const ClassifierShape classifier = classifier_shape(config, settings, rows);
     plan.add(&m.logits, use, "logits of a chunk", "[chunk, Vp] bf16",
-             (int64_t)(classifier_logits_bytes(classifier_shape(config, settings, rows)) / sizeof(bf16)));
+             (int64_t)(classifier_logits_bytes(classifier) / sizeof(bf16)));
+    add_scratch(&m.classifier_scratch, "classifier scratch", classifier_scratch_bytes(classifier));
     plan.next_alternative();  // the backward of attention
     plan.add(&m.dqkv, use, "dqkv", "[B T, (H + 2 Hkv) D] bf16", rows * qkv_width);
     plan.begin_alternatives(use);

@@ -80,40 +80,12 @@ static void fused_gemm2(Gemm& gemm, const Problem& p, const Operands& x, cudaStr
 }
 
 // ---- 3: what ships, and the product alone by the same kernel ------------------------------------
-#ifdef LLMC_HOPPER
-struct PlainEpilogue {
-    using Tile = HopperGemmWideTile;
-    using Finisher = HopperGemmFinisher<Tile>;
-    static constexpr bool WEIGHT_IS_TRANSPOSED = false;
-    CUtensorMap out;
-
-#if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    using State = HopperGemmNoState;
-    __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
-                                           const HopperGemmPlace&) const {
-        if (self.stores()) {
-            hopper_gemm_write<Tile>(&out, blocks, place.row, place.column_tile * Tile::BLOCK_N);
-            bulk_wait_read<0>();
-        }
-        __syncwarp();
-    }
-#endif
-};
-
-// out (=) [M, N] = in [M, K] weight [N, K]^T.
-static void gemm_hopper(bf16* out, const bf16* in, const bf16* weight, int64_t M, int64_t N, int64_t K,
-                        cudaStream_t stream) {
-    using Tile = HopperGemmWideTile;
-    hopper_launch_gemm(in, weight, N, M, K, ceil_div<int64_t>(N, Tile::BLOCK_N), Tile::BLOCK_N, Tile::BLOCK_N / 2,
-                       PlainEpilogue{gemm_hopper_out_map(out, M, N, N)}, stream);
-}
-#endif
 static void fused_gemm3(Gemm& gemm, const Problem& p, const Operands& x, cudaStream_t stream) {
     switch (p.follows) {
         case Follows::nothing:
 #ifdef LLMC_HOPPER
             if (fused_gemm_is_hopper(x.out, x.in, x.weight, p.M, p.N, p.K)) {
-                return gemm_hopper(x.out, x.in, x.weight, p.M, p.N, p.K, stream);
+                return gemm_hopper_plain(x.out, x.in, x.weight, p.M, p.N, p.K, nullptr, stream);
             }
 #endif
             return gemm.forward(x.out, x.in, x.weight, nullptr, p.M, p.N, p.K, stream);

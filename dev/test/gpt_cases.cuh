@@ -72,6 +72,8 @@ inline std::vector<Case> compared_cases(bool small) {
                      1024, 1, 0, lighthouse_config(2, 4, 256, {0, -1})});
     cases.push_back({"Lighthouse in all layers, D 128", model_config(64, 2, 128, 2, 2, 128, 128, true), 1, 1024, 1, 0,
                      lighthouse_config(2, 8, 128, {})});
+    cases.push_back({"vocabulary 16401, chunks of rows in the classifier, two micro-batches",
+                     model_config(16401, 1, 64, 1, 1, 64, 64, true), 1, 200, 2, 128});
     return cases;
 }
 // Of these only bits are compared: selections that leave entries out, every scorer. Small: as short as leaves out some,
