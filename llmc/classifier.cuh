@@ -134,7 +134,7 @@ inline void classifier_loss(float* losses, bf16* logits, const bf16* hidden, con
 // scratch: of classifier_logits_bytes and classifier_scratch_bytes; matrices 16-byte aligned, C a multiple of 8.
 inline void classifier_forward_backward(float* losses, bf16* dhidden, float* dweight, bf16* logits, const bf16* hidden,
                                         const bf16* weight, const int32_t* targets, const ClassifierShape& shape,
-                                        float dloss, void* scratch, Gemm& gemm, cudaStream_t stream) {
+                                        float dloss, [[maybe_unused]] void* scratch, Gemm& gemm, cudaStream_t stream) {
     NVTX_RANGE();
     const int64_t Vp = shape.padded_vocab();
     for (int64_t begin = 0; begin < shape.rows; begin += shape.chunk_rows) {
