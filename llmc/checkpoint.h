@@ -7,7 +7,7 @@
 //                                    ".master"; names as in parameters.h. A tensor is whole, in whichever file; or,
 //                                    of a run on several ranks, in pieces: "layer0.qkv.exp_avg[4096:8192]" are
 //                                    elements 4096 to 8191, and every rank has written its own
-//   state.json                       step, position in the data, seeds, every resolved setting
+//   state.json                       step, position in the data and which data, seeds, every resolved setting
 //   manifest.json                    length and XXH3 hash of each file above; a folder that agrees with it is whole
 //
 // A folder is written under another name, each file and the folder are waited for until they are on the disk, and then

@@ -7,9 +7,11 @@
 #include <vector>
 
 #include "config.h"           // settings of the run
+#include "durable_file.h"     // a hash
 #include "json.h"             // state.json
 #include "parameters.h"       // tensors, their parts in Hugging Face's names
 #include "settings.h"         // the settings by name
+#include "tokens.h"           // training data
 #include "trainable_model.h"  // kinds of state, pieces of a tensor
 
 // What a run needs beside the model's tensors to go on where it stopped. Random numbers depend on seeds and positions
@@ -21,6 +23,7 @@ struct TrainingState {
     int64_t seq_len = 0;           // 0: not known
     int64_t skipped = 0;           // steps with a non-finite loss or gradient norm
     int64_t skipped_in_a_row = 0;  // of those, the last ones without an applied update between
+    std::string data;              // data_identity of what was trained on; empty: not known
 };
 
 namespace checkpoint {
@@ -49,6 +52,23 @@ inline std::string piece_name(const ParameterTensor& tensor, StateKind kind, con
 
 // ---- state.json --------------------------------------------------------------------------------
 
+// What tells training data from others without reading them, in words: number, names (not folders: data may move) and
+// lengths of the files, and how many of their tokens are trained on. ASCII, so that JSON gives it back as it is.
+inline std::string data_identity(const SequenceSet& data) {
+    const std::vector<TokenFile>& files = data.stream().files();
+    const auto name_of = [](const TokenFile& file) { return file.path.substr(file.path.rfind('/') + 1); };
+    const auto shown = [&](const TokenFile& file) { return JsonObject::shown(name_of(file)); };
+    Xxh3Stream hash;  // of all files: those between the first and the last are not shown
+    for (const TokenFile& file : files) {
+        const std::string entry = format_string("%s/%lld/", name_of(file).c_str(), (long long)file.num_tokens());
+        hash.update(entry.data(), entry.size());
+    }
+    const std::string last = files.size() > 1 ? " to " + shown(files.back()) : "";
+    return format_string("%s, %s%s, names and lengths %016llx, %lld tokens", data.stream().description().c_str(),
+                         shown(files.front()).c_str(), last.c_str(), (unsigned long long)hash.digest().xxh3,
+                         (long long)data.num_tokens());
+}
+
 inline std::string state_text(const TrainingState& state, const RunConfig& config) {
     RunConfig copy = config;
     Json settings = Json::object();
@@ -64,6 +84,7 @@ inline std::string state_text(const TrainingState& state, const RunConfig& confi
                        {"data_position", state.data_position},
                        {"skipped", state.skipped},
                        {"skipped_in_a_row", state.skipped_in_a_row},
+                       {"data", state.data},
                        {"seed", config.seed},
                        {"shuffle_seed", config.shuffle_seed},
                        {"settings", settings}};
@@ -85,6 +106,7 @@ inline TrainingState parse_state(std::string_view text, const std::string& path)
     }
     state.skipped = object.integer("skipped", 0, state.step);
     state.skipped_in_a_row = object.integer("skipped_in_a_row", 0, state.skipped);
+    state.data = object.text_or("", "data");
     return state;
 }
 

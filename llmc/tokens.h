@@ -181,6 +181,7 @@ class TokenStream {
 
     int64_t num_tokens() const { return ends_.empty() ? 0 : ends_.back(); }
     bool is_bytes() const { return !files_.empty() && files_.front().is_bytes; }
+    const std::vector<TokenFile>& files() const { return files_; }  // in their order
 
     // Tokens [begin, begin + count) of the stream, which has them. Throws Error, naming file and position, for a token
     // outside the vocabulary.

@@ -86,6 +86,12 @@ class TrainingRun {
         }
         return stop_signal_ != 0;
     }
+    // For the user, who may have meant something else; the run goes on.
+    void warn(const std::string& sentence) const {
+        if (ranks_.is_first()) {
+            std::fprintf(stderr, "%s: warning: %s\n", config_.program.c_str(), sentence.c_str());
+        }
+    }
     // Into metrics.jsonl, which rank 0 writes.
     void log(const char* event, const Json& fields) {
         if (metrics_) {
@@ -116,6 +122,7 @@ class TrainingRun {
             }
             state_.seq_len = config_.seq_len;
             checkpoint_ = config_.checkpoint, saved_step_ = state_.step;
+            note_data();
             return;
         }
         if (config_.checkpoint.empty()) {
@@ -124,6 +131,23 @@ class TrainingRun {
             load_model(model_, config_.checkpoint, ranks_);
         }
         clear_optimizer();
+        note_data();
+    }
+
+    // What checkpoints say of the training data. Others than before are allowed, as data grow, but not meant by whoever
+    // has mistaken a file.
+    void note_data() {
+        if (!data_.train) {
+            return;
+        }
+        const std::string now = checkpoint::data_identity(*data_.train);
+        if (!state_.data.empty() && state_.data != now) {
+            warn(
+                format_string("--train_data: %s was trained on other data (%s) than this run reads from here on (%s): "
+                              "their order is another, and some sequences may come again",
+                              config_.checkpoint.c_str(), terminal_safe(state_.data).c_str(), now.c_str()));
+        }
+        state_.data = now;
     }
 
     // Normal random numbers that depend on seed, tensor and element alone; norms are 1.

@@ -91,6 +91,13 @@ wait "$pid" 2>/dev/null
 expect "resume after kill -9" "$trainer" --resume --output_dir "$work/killed" --max_steps 20
 expect "losses after kill -9 are the same bits" test "$(losses killed | head -20)" = "$(losses whole)"
 
+# ---- other data than before are noticed, not refused
+head -c 300000 "$work/corpus.txt" >"$work/other.txt"
+expect "resume on other data" bash -c "'$trainer' --resume --output_dir '$work/two' --max_steps 21 --train_data '$work/other.txt' 2>'$work/two.err'"
+expect "a warning names both" grep -Eq '^[^ ]+ warning: --train_data: .*"corpus.txt".* [0-9]+ tokens.*"other.txt".* [0-9]+ tokens' "$work/two.err"
+expect "resume on the same again" bash -c "'$trainer' --resume --output_dir '$work/two' --max_steps 22 2>'$work/two.err'"
+expect "without a warning: they are saved with the run" test ! -s "$work/two.err"
+
 # ---- the order of data and the micro-batches
 expect "gradient accumulation" train accumulated --batch_size 2 --global_batch 4
 expect "accumulated loss is that of one batch" close "$(losses accumulated | sed -n 10p)" "$(losses whole | sed -n 10p)" 0.001

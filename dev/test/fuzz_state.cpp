@@ -16,6 +16,7 @@ void require(bool condition) {
 std::vector<std::string> make_seeds() {
     TrainingState state;
     state.step = 400, state.adam_step = 397, state.data_position = 3200, state.skipped = 3, state.skipped_in_a_row = 1;
+    state.data = "1 file of bytes, \"\\u00e4.txt\"";
     Json short_state = Json::parse(checkpoint::state_text(state, RunConfig()));
     short_state.erase("settings");
     return {checkpoint::state_text(state, RunConfig()), short_state.dump(),

@@ -146,7 +146,7 @@ class Checkpoint : public testing::Test {
         run_ = folder_ + "/run";
         config_.keep_checkpoints = 0;
         state_.step = 400, state_.adam_step = 397, state_.data_position = ((int64_t)1 << 40) + 3, state_.skipped = 3;
-        state_.skipped_in_a_row = 1;
+        state_.skipped_in_a_row = 1, state_.data = "1 file of bytes";
     }
     void TearDown() override { EXPECT_EQ(std::system(("rm -rf '" + folder_ + "'").c_str()), 0); }
 
@@ -183,6 +183,7 @@ TEST_F(Checkpoint, ComesBackBitForBit) {
                 EXPECT_EQ(state.data_position, ((int64_t)1 << 40) + 3);
                 EXPECT_EQ(state.skipped, 3);
                 EXPECT_EQ(state.skipped_in_a_row, 1);
+                EXPECT_EQ(state.data, "1 file of bytes");
                 int num_shards = 0;
                 for (const std::string& name : names(folder)) {
                     num_shards += name.rfind("optimizer-", 0) == 0;
@@ -676,4 +677,5 @@ TEST_F(Checkpoint, StatesThatCannotBeAreRefused) {
     refused("skipped_in_a_row", 4, "\"skipped_in_a_row\" is 4");
     refused("version", 2, "not a training state of version 1");
     refused("format", "x", "not a training state");
+    refused("data", 3, "\"data\" is 3, must be a text");
 }

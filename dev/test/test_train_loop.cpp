@@ -207,6 +207,61 @@ TEST_F(TrainLoop, ResumeIsBitIdentical) {
     }
 }
 
+TEST_F(TrainLoop, GoingOnWithOtherDataIsSaid) {
+    const auto write = [&](const std::string& name, int num_bytes) {
+        std::ofstream(folder_ + "/" + name, std::ios::binary) << std::string(num_bytes, 'x');
+        return folder_ + "/" + name;
+    };
+    RunConfig first = config_;
+    first.train_data = {write("a.txt", 5000), write("b.txt", 3000), write("c.txt", 3000)};
+    first.max_steps = 1;
+    FakeModel model(config_.model);
+    run(model, first);
+    EXPECT_EQ(err_, "");
+    const auto said = [&](std::vector<std::string> train_data, double val_fraction) {
+        RunConfig next = resumed(first);
+        next.train_data = std::move(train_data), next.val_fraction = val_fraction, next.max_steps += 1;
+        FakeModel again(config_.model);
+        EXPECT_EQ(run(again, next), 0);
+        std::filesystem::remove_all(config_.output_dir + "/" + checkpoint::folder_name(next.max_steps));
+        return err_;
+    };
+    const double f = config_.val_fraction;
+    EXPECT_EQ(said(first.train_data, f), "");
+    std::filesystem::create_directory(folder_ + "/moved");
+    for (const char* name : {"a.txt", "b.txt", "c.txt"}) {
+        std::filesystem::copy_file(folder_ + "/" + name, folder_ + "/moved/" + name);
+    }
+    EXPECT_EQ(said({folder_ + "/moved/*.txt"}, f), "") << "the same in another folder";
+    const auto warned = [&](const std::vector<std::string>& train_data, double val_fraction, const std::string& words) {
+        const std::string warning = said(train_data, val_fraction);
+        EXPECT_EQ(std::count(warning.begin(), warning.end(), '\n'), 1) << warning;
+        EXPECT_NE(warning.find("--train_data: " + config_.output_dir +
+                               "/step00000001 was trained on other data (3 "
+                               "files of bytes, \"a.txt\" to \"c.txt\", names and lengths "),
+                  std::string::npos)
+            << warning;
+        EXPECT_NE(warning.find(words), std::string::npos) << warning;
+    };
+    warned({folder_ + "/data.txt"}, f, "(1 file of bytes, \"data.txt\", names and lengths ");
+    warned({folder_ + "/a.txt", write("d.txt", 3000), folder_ + "/c.txt"}, f,
+           "from here on (3 files of bytes, \"a.txt\"");
+    warned(first.train_data, 0.0, "11006 tokens): their order is another");
+    write("moved/b.txt", 3001);
+    warned({folder_ + "/moved/*.txt"}, f, "from here on (3 files of bytes");
+
+    // A checkpoint of before these were written down; and evaluation, which trains on none.
+    const std::string old = find_newest_checkpoint(config_.output_dir).value(), path = old + "/state.json";
+    Json state = Json::parse(read_text_file(path));
+    state.erase("data");
+    std::ofstream(path) << state.dump();
+    const std::string manifest_path = old + "/manifest.json";
+    checkpoint::Manifest manifest = checkpoint::parse_manifest(read_text_file(manifest_path), manifest_path);
+    manifest["state.json"] = digest_file(path);
+    std::ofstream(manifest_path) << checkpoint::manifest_text(manifest);
+    EXPECT_EQ(said({folder_ + "/data.txt"}, f), "");
+}
+
 TEST_F(TrainLoop, SkippedStepsAreCountedLoggedAndNotApplied) {
     FakeModel model(config_.model);
     model.is_bad = [](int n) { return n == 3 || n == 4; };
