@@ -2,6 +2,7 @@
 // command line and from a file; both trainers read it. A field has the name of its flag.
 #pragma once
 #include <cmath>
+#include <memory>
 #include <string>
 #include <vector>
 
@@ -9,6 +10,7 @@
 #include "context_partition.h"
 #include "lighthouse_geometry.h"
 #include "model_config.h"
+#include "output_lock.h"
 #include "setting_choices.h"
 
 struct RunConfig {
@@ -91,8 +93,8 @@ struct RunConfig {
     // ---- resolved at start-up, not flags
     std::string program = "train_gpt";  // as it was called
     std::string checkpoint;             // folder the weights come from: of --init_from, or the newest of --resume
-
-    int data_parallel = 1;  // groups of ranks with different sequences
+    std::shared_ptr<const OutputLock> output_lock;  // of output_dir; null: not taken (yet), or by rank 0
+    int data_parallel = 1;                          // groups of ranks with different sequences
 
     // Sequences of one micro-batch of all ranks.
     int64_t sequences_at_once() const { return (int64_t)batch_size * data_parallel; }

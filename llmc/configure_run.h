@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <ctime>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -12,12 +13,30 @@
 #include "config.h"             // every setting
 #include "flags.h"              // settings from the command line
 #include "hf_config.h"          // the model's shape in a checkpoint
+#include "output_lock.h"        // one process at a time
 #include "ranks.h"              // processes that train together
 #include "tokens.h"             // whether the data can be read
 
 // Whether a folder holds what a run writes: starting another run there would mix the two.
 inline bool holds_a_run(const std::string& output_dir) {
     return std::filesystem::exists(output_dir + "/metrics.jsonl") || !checkpoint::list(output_dir).empty();
+}
+
+// Throws Error when another process trains into --output_dir, which exists. A warning goes to stderr.
+inline std::shared_ptr<const OutputLock> lock_output(const RunConfig& config) {
+    auto lock = std::make_shared<const OutputLock>(config.output_dir);
+    if (!lock->warning().empty()) {
+        std::fprintf(stderr, "%s: warning: %s\n", config.program.c_str(), lock->warning().c_str());
+    }
+    return lock;
+}
+
+// Throws Error when a run that is not resumed would mix with another.
+inline void check_holds_no_run(const RunConfig& config) {
+    CHECK(config.resume || !holds_a_run(config.output_dir),
+          "--output_dir %s already holds a run%s or name another folder", config.output_dir.c_str(),
+          checkpoint::list(config.output_dir).empty() ? " that has written no checkpoint: remove it,"
+                                                      : ": give --resume to go on with it,");
 }
 
 // runs/DATE-TIME, with a number behind it when that exists.
@@ -75,13 +94,19 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
 
 // The rest of what is decided before a model exists: finds the checkpoint to start from and takes the model's shape
 // from it, chooses the output folder, checks all rules; with --fit data and output folder are not looked at. Writes
-// nothing. All ranks call it, and get the same. Throws Error for anything that cannot be run as asked.
+// nothing but, with --resume, the lock that rank 0 takes. All ranks call it, and get the same. Throws Error for
+// anything that cannot be run as asked.
 inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     RunConfig& config = parsed.config;
     config.data_parallel = ranks.mesh().data_parallel;
     if (config.resume) {
-        config.checkpoint =
-            ranks.first_decides([&] { return find_checkpoint_to_resume(config); }, "choice of the checkpoint");
+        const auto find = [&] {
+            if (config.max_steps > 0 && !config.fit) {  // first: a run that is about to end may yet write a newer one
+                config.output_lock = lock_output(config);
+            }
+            return find_checkpoint_to_resume(config);
+        };
+        config.checkpoint = ranks.first_decides(find, "choice of the checkpoint");
     } else {
         config.checkpoint = config.init_from;
     }
@@ -105,10 +130,9 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (config.fit) {
         return config;
     }
-    CHECK(config.max_steps == 0 || config.resume || !holds_a_run(config.output_dir),
-          "--output_dir %s already holds a run%s or name another folder", config.output_dir.c_str(),
-          checkpoint::list(config.output_dir).empty() ? " that has written no checkpoint: remove it,"
-                                                      : ": give --resume to go on with it,");
+    if (config.max_steps > 0) {
+        check_holds_no_run(config);
+    }
     const RunData data = open_data(config);  // for what it refuses: before the time and memory that a model takes
     std::string common = settings_toml(config) + config.checkpoint;
     for (const std::optional<SequenceSet>* set : {&data.train, &data.validation}) {

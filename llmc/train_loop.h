@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -19,6 +20,7 @@
 #include "influence.h"        // of later tokens on earlier losses
 #include "metrics.h"          // terminal and metrics.jsonl
 #include "mfu.h"              // FLOPs and peaks
+#include "output_lock.h"      // one process at a time
 #include "random.h"           // initial weights, samples
 #include "ranks.h"            // processes that train together
 #include "sampler.h"          // next token from logits
@@ -222,12 +224,13 @@ class TrainingRun {
                           100.0 * g.dense_work_fraction(), flops.dense_equivalent / flops.work));
     }
 
-    // The output folder with the settings of the run, and the metrics file.
     void open_output() {
         first_step_ = state_.step;
-        if (!ranks_.is_first()) {
-            return;
-        }
+        ranks_.first_decides([&] { return prepare_output(), std::string(); }, "preparation of the output folder");
+    }
+
+    // The output folder, locked, with the settings of the run and the metrics file. Rank 0 alone calls it.
+    void prepare_output() {
         // Now: a file that cannot be read is not to be found out by the first checkpoint.
         companions_ = checkpoint::read_companions(checkpoint::companion_source(config_.checkpoint, config_.output_dir),
                                                   config_, model_.config());
@@ -235,6 +238,8 @@ class TrainingRun {
         std::filesystem::create_directories(config_.output_dir, error);
         CHECK(!error, "--output_dir %s: cannot make this folder: %s", config_.output_dir.c_str(),
               error.message().c_str());
+        output_lock_ = config_.output_lock ? config_.output_lock : lock_output(config_);  // of --resume, long since
+        check_holds_no_run(config_);  // again: another may have been there since the settings were checked
         write_settings();
         metrics_.emplace(config_.output_dir + "/metrics.jsonl", state_.step);
         metrics_->write("start", state_.step,
@@ -578,8 +583,9 @@ class TrainingRun {
     const RunRanks& ranks_;
     Terminal terminal_;
     RunData data_;
-    std::optional<Tokenizer> tokenizer_;  // of the training data
-    std::vector<int32_t> prompt_;         // of samples
+    std::optional<Tokenizer> tokenizer_;             // of the training data
+    std::vector<int32_t> prompt_;                    // of samples
+    std::shared_ptr<const OutputLock> output_lock_;  // rank 0's
     std::optional<MetricsLog> metrics_;
     TrainingState state_;                               // what a checkpoint restores, beside the model's
     AttentionMode attention_ = AttentionMode::dense;    // of the next step

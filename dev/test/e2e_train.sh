@@ -86,6 +86,12 @@ expect "then the rest" "$trainer" --resume --output_dir "$work/two" --max_steps 
 expect "losses of 10 + 10 steps are those of 20" same_losses whole two
 start killed --checkpoint_every 5 --max_steps 100000 --decay_steps 20
 wait_for 30 grep -q '"step":12,' "$work/killed/metrics.jsonl"
+# Meanwhile nobody else may write there, but read.
+timeout 20 "$trainer" --resume --output_dir "$work/killed" --max_steps 100000 >"$work/second.out" 2>"$work/second.err"
+status=$?
+expect "a second process in the same folder is refused" test $status -eq 1 -a "$(wc -l <"$work/second.err")" -eq 1
+expect "in a sentence that names the folder" grep -q -- "--output_dir $work/killed: another process is training" "$work/second.err"
+expect "evaluation beside a run" "$trainer" --max_steps 0 --resume --output_dir "$work/killed"
 kill -KILL "$pid"
 wait "$pid" 2>/dev/null
 expect "resume after kill -9" "$trainer" --resume --output_dir "$work/killed" --max_steps 20

@@ -8,9 +8,11 @@
 #include <csignal>
 #include <cstdlib>
 #include <fstream>
+#include <functional>
 #include <random>
 
 #include "llmc/checkpoint.h"
+#include "llmc/output_lock.h"
 
 namespace {
 
@@ -467,6 +469,66 @@ TEST_F(Checkpoint, ProcessThatDiesWhileSavingLeavesTheOldOne) {
     EXPECT_EQ(contents(run_ + "/step00000001"), before);
     save(model, 3);
     EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000001", "step00000003"})) << "leftovers are removed";
+}
+
+// ---- one process at a time
+
+TEST_F(Checkpoint, OneProcessAtATimeHasTheLock) {
+    StateModel model(small_model(true), 1);
+    const std::string folder = save(model, 1);
+    const auto run_child = [](const std::function<void()>& body) {
+        const pid_t child = fork();
+        if (child == 0) {
+            body();
+            _exit(0);
+        }
+        return child;
+    };
+    // Taken, and released by a process that is killed.
+    int pipe_ends[2];
+    ASSERT_EQ(pipe(pipe_ends), 0);
+    const pid_t holder = run_child([&] {
+        const OutputLock lock(run_);
+        if (write(pipe_ends[1], "x", 1) == 1) {
+            pause();
+        }
+    });
+    char taken;
+    ASSERT_EQ(read(pipe_ends[0], &taken, 1), 1);
+    EXPECT_MESSAGE(OutputLock lock(run_), "--output_dir " + run_ + ": another process is training into this folder");
+    kill(holder, SIGKILL);
+    waitpid(holder, nullptr, 0);
+    {
+        const OutputLock lock(run_);
+        EXPECT_EQ(lock.warning(), "");
+        EXPECT_MESSAGE(OutputLock second(run_), "another process is training");
+        // Programs that the process starts do not get it.
+        EXPECT_NE(std::system(("ls -l /proc/self/fd | grep -F '" + run_ + "/.lock' >/dev/null").c_str()), 0);
+        // It disturbs nothing.
+        config_.keep_checkpoints = 1;
+        EXPECT_EQ(find_newest_checkpoint(run_), folder);
+        save(model, 2);
+        EXPECT_EQ(names(run_), (std::vector<std::string>{".lock", "step00000002"}));
+        StateModel loaded(small_model(true), 0);
+        load_model(loaded, run_ + "/step00000002");
+    }
+    const OutputLock again(run_);
+}
+
+TEST_F(Checkpoint, LocksThatCannotBe) {
+    fs::create_directory(run_);
+    for (const auto lock :
+         {+[](int, int) { return errno = ENOLCK, -1; }, +[](int, int) { return errno = EOPNOTSUPP, -1; },
+          +[](int, int) { return errno = ENOSYS, -1; }}) {
+        const OutputLock without(run_, lock);
+        EXPECT_NE(without.warning().find("--output_dir " + run_ + ": its file system has no locks"), std::string::npos)
+            << without.warning();
+    }
+    EXPECT_MESSAGE(OutputLock lock(run_, [](int, int) { return errno = EIO, -1; }), "/.lock: Input/output error");
+    static int calls = 0;
+    EXPECT_EQ(OutputLock(run_, [](int, int) { return errno = EINTR, ++calls < 3 ? -1 : 0; }).warning(), "");
+    EXPECT_EQ(calls, 3);
+    EXPECT_MESSAGE(OutputLock lock(folder_ + "/none"), "--output_dir " + folder_ + "/none: cannot open");
 }
 
 // ---- other models, other folders

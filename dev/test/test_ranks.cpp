@@ -370,6 +370,13 @@ TEST_F(Ranks, RanksWithOtherSettingsAreRefused) {
     // A run is in the way now: all ranks say so, and none waits.
     EXPECT_EQ(run("different", {2, 1, 2}, 3), (std::vector<int>{1, 1}));
     EXPECT_NE(said(1).find("already holds a run"), std::string::npos) << said(1);
+    // Another process, on its way to the next step: nobody waits either.
+    {
+        const OutputLock other(folder_ + "/different");
+        EXPECT_EQ(run("different", {2, 1, 2}, 4, {"--resume"}), (std::vector<int>{1, 1}));
+        EXPECT_NE(said(1).find("another process is training into this folder"), std::string::npos) << said(1);
+    }
+    expect_run("different", {2, 1, 2}, 4, {"--resume"});
     EXPECT_EQ(run("uneven", {4, 3, 2}, 3), std::vector<int>(4, 1));
     EXPECT_NE(said(0).find("what does: 1, 2, 4"), std::string::npos) << said(0);
     EXPECT_EQ(run("batch", {4, 1, 4}, 3), std::vector<int>(4, 1));

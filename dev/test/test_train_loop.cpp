@@ -330,6 +330,37 @@ TEST_F(TrainLoop, ARunThatIsOverIsNotWrittenToAgain) {
     EXPECT_EQ(events("start").size(), starts);
 }
 
+TEST_F(TrainLoop, TwoAtOnceInOneFolderAreRefused) {
+    std::filesystem::create_directory(config_.output_dir);
+    const auto refused = [&](const RunConfig& config, const char* words) {
+        FakeModel model(config_.model);
+        try {
+            run(model, config);
+            FAIL() << "was accepted";
+        } catch (const Error& error) {
+            testing::internal::GetCapturedStdout();
+            testing::internal::GetCapturedStderr();
+            EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
+        }
+        EXPECT_EQ(model.num_updates, 0);
+    };
+    {
+        const OutputLock other(config_.output_dir);
+        refused(config_, "another process is training into this folder");
+    }
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0) << "a folder with nothing but the lock's file holds no run";
+    refused(config_, "already holds a run");  // of a process that came and went while this one read its data
+    RunConfig longer = resumed(config_);
+    longer.max_steps += 1;
+    {
+        const OutputLock other(config_.output_dir);
+        refused(longer, "another process is training into this folder");
+        longer.output_lock = std::make_shared<const OutputLock>(folder_);  // as resolve_run passes it on
+        EXPECT_EQ(run(model, longer), 0);
+    }
+}
+
 TEST_F(TrainLoop, SkipsInARowAreCountedAcrossAResume) {
     config_.max_skipped = 3;
     RunConfig first = config_;

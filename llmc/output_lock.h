@@ -1,0 +1,61 @@
+// output_lock.h: one process at a time trains into an output folder. Two would prune and replace each other's
+// checkpoints, and mix their lines in metrics.jsonl.
+#pragma once
+#include <cerrno>
+#include <cstring>
+#include <fcntl.h>
+#include <string>
+#include <sys/file.h>
+#include <unistd.h>
+
+#include "check.h"
+
+// The kernel's lock (flock) of the file .lock in a folder, from construction to the end of the object or of the
+// process, however that ends. The file stays: were it removed, a process that had just opened it would lock what nobody
+// sees. On network file systems the lock holds as far as they keep it.
+class OutputLock {
+  public:
+    // `output_dir` exists. Throws Error when another process has the lock, or the file cannot be made. A file system
+    // that has no locks is no reason not to train there: see warning(). lock: flock(), or what a test puts in its
+    // place.
+    explicit OutputLock(const std::string& output_dir, int (*lock)(int, int) = flock) {
+        const std::string path = output_dir + "/.lock";
+        // For writing: network file systems ask for it. Not for programs that this one may start.
+        file_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
+        CHECK(file_ >= 0, "--output_dir %s: cannot open %s: %s", output_dir.c_str(), path.c_str(),
+              std::strerror(errno));
+        int status;
+        do {
+            status = lock(file_, LOCK_EX | LOCK_NB);
+        } while (status != 0 && errno == EINTR);
+        if (status == 0) {
+            return;
+        }
+        const int error = errno;
+        const bool unsupported = error == ENOLCK || error == EOPNOTSUPP || error == ENOSYS;
+        if (unsupported) {
+            warning_ = format_string(
+                "--output_dir %s: its file system has no locks (%s), so nothing keeps a second "
+                "process from training into it",
+                output_dir.c_str(), std::strerror(error));
+            return;
+        }
+        close(file_);
+        CHECK(error == EWOULDBLOCK, "--output_dir %s: cannot lock %s: %s", output_dir.c_str(), path.c_str(),
+              std::strerror(error));
+        fail(
+            "--output_dir %s: another process is training into this folder (it holds %s): wait until it has ended, or "
+            "name another folder",
+            output_dir.c_str(), path.c_str());
+    }
+    ~OutputLock() { close(file_); }
+    OutputLock(const OutputLock&) = delete;
+    OutputLock& operator=(const OutputLock&) = delete;
+
+    // A sentence for the user when there is no lock after all; empty when there is.
+    const std::string& warning() const { return warning_; }
+
+  private:
+    int file_;
+    std::string warning_;
+};
