@@ -1,6 +1,7 @@
 // checkpoint_folder.h: the checkpoint folders of a run: their names, the manifest with a hash of every file, which of
 // them are whole, which is the newest, and which go beyond --keep_checkpoints. Their files: checkpoint.h.
 #pragma once
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstdio>
@@ -69,21 +70,23 @@ inline Manifest parse_manifest(std::string_view text, const std::string& path) {
 }
 
 // Throws Error when `name` in `folder` has another length than the manifest says or, with `contents`, other bytes.
-inline void verify_file(const std::string& folder, const std::string& name, const FileDigest& expected, bool contents) {
+// progress: as of digest_file.
+inline void verify_file(const std::string& folder, const std::string& name, const FileDigest& expected, bool contents,
+                        std::atomic<uint64_t>* progress = nullptr) {
     const std::string path = folder + "/" + name;
     std::error_code error;
     const uint64_t num_bytes = fs::file_size(path, error);
     CHECK(!error, "%s: cannot be read: %s", path.c_str(), error.message().c_str());
     CHECK(num_bytes == expected.num_bytes, "%s: has %llu bytes and not the %llu that %s says", path.c_str(),
           (unsigned long long)num_bytes, (unsigned long long)expected.num_bytes, MANIFEST);
-    CHECK(!contents || digest_file(path).xxh3 == expected.xxh3,
+    CHECK(!contents || digest_file(path, progress).xxh3 == expected.xxh3,
           "%s: is damaged: its bytes are not those that %s says (to start from it all the same with --init_from, "
           "delete that file)",
           path.c_str(), MANIFEST);
 }
 
 // Throws Error when a file's hash is another than the manifest says. Large checkpoints are read by all threads.
-inline void verify_contents(const std::string& folder, const Manifest& manifest) {
+inline void verify_contents(const std::string& folder, const Manifest& manifest, std::atomic<uint64_t>* progress) {
     const std::vector<std::pair<std::string, FileDigest>> files(manifest.begin(), manifest.end());
     uint64_t num_bytes = 0;
     for (const auto& [name, digest] : files) {
@@ -93,7 +96,7 @@ inline void verify_contents(const std::string& folder, const Manifest& manifest)
 #pragma omp parallel for schedule(dynamic) if (num_bytes > (uint64_t)64 << 20)
     for (size_t i = 0; i < files.size(); ++i) {
         try {
-            verify_file(folder, files[i].first, files[i].second, true);
+            verify_file(folder, files[i].first, files[i].second, true, progress);
         } catch (const Error& error) {
             errors[i] = error.what();
         }
@@ -104,8 +107,8 @@ inline void verify_contents(const std::string& folder, const Manifest& manifest)
 }
 
 // The manifest of a checkpoint all of whose files are there and have the stated lengths and, with `contents`, hashes.
-// Throws Error saying what is wrong otherwise.
-inline Manifest verify(const std::string& folder, bool contents) {
+// Throws Error saying what is wrong otherwise. progress: as of digest_file.
+inline Manifest verify(const std::string& folder, bool contents, std::atomic<uint64_t>* progress = nullptr) {
     const std::string path = folder + "/" + MANIFEST;
     const Manifest manifest = parse_manifest(read_text_file(path), path);
     for (const char* name : {"config.json", WEIGHTS, STATE}) {
@@ -115,7 +118,7 @@ inline Manifest verify(const std::string& folder, bool contents) {
         verify_file(folder, name, digest, false);
     }
     if (contents) {
-        verify_contents(folder, manifest);
+        verify_contents(folder, manifest, progress);
     }
     return manifest;
 }
@@ -227,12 +230,14 @@ inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
 
 // The newest checkpoint in `output_dir` that is whole: every file's hash is compared with its manifest, which reads it
 // once. No value when there is none. Newer ones that are damaged are passed over; `damaged` gets a sentence for each.
+// progress: as of digest_file.
 inline std::optional<std::string> find_newest_checkpoint(const std::string& output_dir,
-                                                         std::vector<std::string>* damaged = nullptr) {
+                                                         std::vector<std::string>* damaged = nullptr,
+                                                         std::atomic<uint64_t>* progress = nullptr) {
     const std::map<int64_t, std::string> folders = checkpoint::list(output_dir);
     for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
         try {
-            checkpoint::verify(it->second, true);
+            checkpoint::verify(it->second, true, progress);
             return it->second;
         } catch (const Error& error) {
             if (damaged != nullptr) {

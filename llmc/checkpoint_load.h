@@ -2,6 +2,7 @@
 // goes on with from a checkpoint (load_checkpoint). All is checked before the model is touched.
 #pragma once
 #include <algorithm>
+#include <atomic>
 #include <cstdint>
 #include <cstdio>
 #include <map>
@@ -215,17 +216,17 @@ inline void read_weights(TrainableModel& model, const TensorSet& set, const std:
 // touched, when the folder is damaged or does not hold this model.
 inline void load_model(TrainableModel& model, const std::string& folder, const RunRanks& ranks = RunRanks()) {
     const std::string path = folder + "/" + checkpoint::MANIFEST;
-    const auto verify_what_is_read = [&]() -> std::string {
+    const auto verify_what_is_read = [&](std::atomic<uint64_t>* progress) -> std::string {
         if (checkpoint::exists(path)) {
             for (const auto& [name, digest] : checkpoint::parse_manifest(read_text_file(path), path)) {
                 if (name == "config.json" || name == checkpoint::WEIGHTS) {
-                    checkpoint::verify_file(folder, name, digest, true);
+                    checkpoint::verify_file(folder, name, digest, true, progress);
                 }
             }
         }
         return "";
     };
-    ranks.first_decides(verify_what_is_read, "verification of the weights");
+    ranks.first_decides_at_length(verify_what_is_read, "verification of the weights");
     const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
     checkpoint::check_weights(weights, model, folder);
     checkpoint::read_weights(model, weights, folder);
@@ -237,9 +238,12 @@ inline void load_model(TrainableModel& model, const std::string& folder, const R
 inline TrainingState load_checkpoint(TrainableModel& model, const std::string& folder,
                                      const RunRanks& ranks = RunRanks()) {
     // One rank reads every byte, the others what they need.
-    const auto verify_all = [&] { return checkpoint::manifest_text(checkpoint::verify(folder, true)); };
-    const checkpoint::Manifest manifest = checkpoint::parse_manifest(
-        ranks.first_decides(verify_all, "verification of the checkpoint"), folder + "/" + checkpoint::MANIFEST);
+    const auto verify_all = [&](std::atomic<uint64_t>* progress) {
+        return checkpoint::manifest_text(checkpoint::verify(folder, true, progress));
+    };
+    const checkpoint::Manifest manifest =
+        checkpoint::parse_manifest(ranks.first_decides_at_length(verify_all, "verification of the checkpoint"),
+                                   folder + "/" + checkpoint::MANIFEST);
     const std::string state_path = folder + "/" + checkpoint::STATE;
     const TrainingState state = checkpoint::parse_state(read_text_file(state_path), state_path);
     const checkpoint::TensorSet weights = checkpoint::open_weights(folder);

@@ -1,6 +1,7 @@
 // configure_run.h: everything that is decided before a model exists: from the command line to settings that are known
 // to work together.
 #pragma once
+#include <atomic>
 #include <cstdio>
 #include <ctime>
 #include <filesystem>
@@ -68,10 +69,10 @@ inline std::string shell_quote(const std::string& word) {
 }
 
 // The newest whole checkpoint in --output_dir. Damaged ones are passed over, with a line each on stderr; when there is
-// no other, that is the Error.
-inline std::string find_checkpoint_to_resume(const RunConfig& config) {
+// no other, that is the Error. progress: as of digest_file.
+inline std::string find_checkpoint_to_resume(const RunConfig& config, std::atomic<uint64_t>* progress) {
     std::vector<std::string> damaged;
-    const std::optional<std::string> found = find_newest_checkpoint(config.output_dir, &damaged);
+    const std::optional<std::string> found = find_newest_checkpoint(config.output_dir, &damaged, progress);
     CHECK(found, "--resume: %s holds no whole checkpoint%s%s", config.output_dir.c_str(), damaged.empty() ? "" : ": ",
           damaged.empty() ? "" : damaged[0].c_str());
     for (const std::string& what : damaged) {
@@ -100,13 +101,13 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     RunConfig& config = parsed.config;
     config.data_parallel = ranks.mesh().data_parallel;
     if (config.resume) {
-        const auto find = [&] {
+        const auto find = [&](std::atomic<uint64_t>* progress) {
             if (config.max_steps > 0 && !config.fit) {  // first: a run that is about to end may yet write a newer one
                 config.output_lock = lock_output(config);
             }
-            return find_checkpoint_to_resume(config);
+            return find_checkpoint_to_resume(config, progress);
         };
-        config.checkpoint = ranks.first_decides(find, "choice of the checkpoint");
+        config.checkpoint = ranks.first_decides_at_length(find, "choice of the checkpoint");
     } else {
         config.checkpoint = config.init_from;
     }

@@ -1,5 +1,6 @@
 // durable_file.h: files that are on the disk when they are said to be, and their XXH3 checksums.
 #pragma once
+#include <atomic>
 #include <cerrno>
 #include <cstdint>
 #include <cstring>
@@ -100,8 +101,8 @@ inline void sync_folder(const std::string& folder) {
 }
 
 // Length and hash of a file's bytes as they are read now. By read() rather than mmap(): a disk that cannot give them is
-// an error, not a signal.
-inline FileDigest digest_file(const std::string& path) {
+// an error, not a signal. progress (+=): the bytes, as they are read; may be null.
+inline FileDigest digest_file(const std::string& path, std::atomic<uint64_t>* progress = nullptr) {
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
     CHECK(file >= 0, "%s: cannot open: %s", path.c_str(), std::strerror(errno));
     Xxh3Stream hash;
@@ -111,7 +112,11 @@ inline FileDigest digest_file(const std::string& path) {
         if (num_bytes < 0 && errno != EINTR) {
             break;
         }
-        hash.update(buffer.data(), num_bytes > 0 ? (uint64_t)num_bytes : 0);
+        const uint64_t advance = num_bytes > 0 ? (uint64_t)num_bytes : 0;
+        hash.update(buffer.data(), advance);
+        if (progress != nullptr) {
+            *progress += advance;
+        }
     }
     const int error = errno;
     close(file);

@@ -2,7 +2,11 @@
 // A run of one process is the same with one rank: nothing is sent, nothing waits.
 #pragma once
 #include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
 #include <functional>
+#include <future>
 #include <memory>
 #include <string>
 #include <utility>
@@ -30,17 +34,38 @@ class RunRanks {
         if (size() == 1) {
             return decide();
         }
-        std::string answer;  // '+' and what was found, or '-' and what went wrong
-        if (is_first()) {
-            try {
-                answer = "+" + decide();
-            } catch (const Error& error) {
-                answer = std::string("-") + error.what();
-            }
+        return answer_of(world_.broadcast_text(is_first() ? outcome_of(decide) : "", 0, operation));
+    }
+    // The same for what may take longer than the time-out of the ranks that wait, such as reading a large checkpoint:
+    // `decide` counts in its argument (may be null) what it has done, and as long as that grows they are told. A
+    // standstill ends the run as everywhere.
+    std::string first_decides_at_length(const std::function<std::string(std::atomic<uint64_t>* progress)>& decide,
+                                        const std::string& operation) const {
+        if (size() == 1) {
+            return decide(nullptr);
         }
-        answer = world_.broadcast_text(answer, 0, operation);
-        CHECK(answer[0] == '+', "%s", answer.c_str() + 1);
-        return answer.substr(1);
+        const std::string still_deciding = ".";
+        std::string outcome;
+        if (is_first()) {
+            std::atomic<uint64_t> progress{0};
+            // Beside this thread, which alone may send: MPI is told so.
+            std::future<std::string> decided =
+                std::async(std::launch::async, [&] { return outcome_of([&] { return decide(&progress); }); });
+            const std::chrono::duration<double> interval(
+                std::min(60.0, 0.25 * world_.comm().identity().timeout_seconds));
+            for (uint64_t told = 0; decided.wait_for(interval) != std::future_status::ready;) {
+                const uint64_t now = progress;
+                if (now != told) {
+                    told = now;
+                    world_.broadcast_text(still_deciding, 0, operation);
+                }
+            }
+            outcome = decided.get();
+        }
+        do {
+            outcome = world_.broadcast_text(outcome, 0, operation);
+        } while (outcome == still_deciding);
+        return answer_of(outcome);
     }
     // Throws Error on all ranks when they differ in what must be equal everywhere.
     void check_equal(const std::string& text, const char* what) const {
@@ -55,6 +80,19 @@ class RunRanks {
     }
 
   private:
+    // '+' and what was found, or '-' and what went wrong.
+    static std::string outcome_of(const std::function<std::string()>& decide) {
+        try {
+            return "+" + decide();
+        } catch (const Error& error) {
+            return std::string("-") + error.what();
+        }
+    }
+    static std::string answer_of(const std::string& outcome) {
+        CHECK(outcome[0] == '+', "%s", outcome.c_str() + 1);
+        return outcome.substr(1);
+    }
+
     std::unique_ptr<SingleComm> alone_;
     HostGroup world_;
     ParallelMesh mesh_;

@@ -296,6 +296,18 @@ TEST_F(Checkpoint, TokenizerAndSpecialTokensAreCarriedOn) {
     EXPECT_EQ(find_newest_checkpoint(run_), folder) << "the manifest has them";
 }
 
+TEST_F(Checkpoint, VerificationCountsWhatItHasRead) {
+    StateModel model(small_model(true), 1);
+    const std::string folder = save(model, 1);
+    uint64_t num_bytes = 0;
+    for (const auto& [path, bytes] : contents(folder)) {
+        num_bytes += path == folder + "/manifest.json" ? 0 : bytes.size();
+    }
+    std::atomic<uint64_t> progress{0};
+    EXPECT_EQ(find_newest_checkpoint(run_, nullptr, &progress), folder);
+    EXPECT_EQ(progress, num_bytes);
+}
+
 // ---- which one
 
 TEST_F(Checkpoint, NewestIsByNumber) {

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "llmc/comm_launch.h"
+#include "llmc/ranks.h"
 
 namespace {
 
@@ -186,6 +187,44 @@ TEST(TcpComm, NamesARankThatHangs) {
     EXPECT_EQ(ended[0].status, 1);
     EXPECT_TRUE(contains(ended[0].error, "meeting, at start-up: nothing from rank 1")) << ended[0].error;
     EXPECT_TRUE(contains(ended[0].error, "1 s (--comm_timeout)")) << ended[0].error;
+}
+
+// A checkpoint that takes longer to read than the time-out is, beside one whose disk stands still.
+TEST(RunRanks, WaitForALongDecisionThatGoesOn) {
+    std::string path = rendezvous_path();
+    const auto decide_in = [](int tenths, bool goes_on, const std::string& answer) {
+        return [=](std::atomic<uint64_t>* progress) {
+            for (int i = 0; i < tenths; ++i) {
+                std::this_thread::sleep_for(std::chrono::milliseconds(100));
+                *progress += goes_on ? 1 : 0;
+            }
+            CHECK(answer != "bad", "the answer is bad");
+            return answer;
+        };
+    };
+    expect_all_well(run_ranks(3, [&](int rank) {
+        TcpComm comm(rank, 3, path, 1.0);
+        const RunRanks ranks(comm, 1);
+        CHECK(ranks.first_decides_at_length(decide_in(25, true, "found"), "choice") == "found", "another answer");
+        CHECK(ranks.first_decides_at_length(decide_in(0, true, ""), "choice").empty(), "another answer");
+        comm.finish();
+    }));
+    path = rendezvous_path();
+    std::vector<Ended> ended = run_ranks(3, [&](int rank) {
+        TcpComm comm(rank, 3, path, 1.0);
+        RunRanks(comm, 1).first_decides_at_length(decide_in(15, true, "bad"), "choice");
+    });
+    for (const Ended& rank : ended) {
+        EXPECT_EQ(rank.error, "the answer is bad");
+    }
+    path = rendezvous_path();
+    ended = run_ranks(2, [&](int rank) {
+        TcpComm comm(rank, 2, path, 1.0);
+        RunRanks(comm, 1).first_decides_at_length(decide_in(30, false, "too late"), "choice");
+    });
+    EXPECT_TRUE(contains(ended[1].error, "choice, at start-up: nothing from rank 0")) << ended[1].error;
+    EXPECT_EQ(RunRanks().first_decides_at_length([](std::atomic<uint64_t>*) { return std::string("alone"); }, "choice"),
+              "alone");
 }
 
 TEST(TcpComm, NamesRanksThatNeverCome) {
