@@ -170,7 +170,7 @@ struct PlainEpilogue {
 // out = exp(in weight^T - shift of the row) in columns [0, V), 0 beyond; and of each row and tile of columns the sum of
 // these exponentials, in float32 and in a fixed order, and the product itself in one column of each row. The consumers
 // do it, in their registers: one while the other multiplies. By the finishers, beside all else that goes through shared
-// memory, it took a tile of K = 768 a quarter longer.
+// memory, a tile of K = 768 took 13 % more clocks.
 struct ExponentialEpilogue {
     using Tile = HopperGemmWideTile;
     using Finisher = HopperGemmFinisher<Tile>;
