@@ -140,14 +140,7 @@ inline SpecialTokens special_tokens(const std::string& source, const RunConfig& 
         return tokens;
     }
     const std::string path = source + "/config.json";
-    const JsonValue json = parse_json(read_text_file(path), path);
-    const auto token = [&](const char* name) {
-        const JsonValue value = json.is_object() ? json.value(name, JsonValue()) : JsonValue();
-        const JsonValue first = value.is_array() && !value.empty() ? value[0] : value;  // Llama 3 has several ends
-        return first.is_number_integer() ? first.get<int64_t>() : -1;
-    };
-    tokens.begin = token("bos_token_id"), tokens.end = token("eos_token_id");
-    return tokens;
+    return parse_special_tokens(parse_json(read_text_file(path), path));
 }
 
 // What says how to use the weights: files by name, and the special tokens of config.json.

@@ -4,6 +4,7 @@
 // RoPE stands in "rope_theta" and "rope_scaling" (transformers up to 4), or in "rope_parameters" (from 5 on). Both are
 // read; both are written, so that tools of either kind agree.
 #pragma once
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -155,17 +156,29 @@ inline std::string first_difference(const ModelConfig& a, const ModelConfig& b) 
 
 // ---- writing -----------------------------------------------------------------------------------
 
-// Special tokens of the vocabulary; -1: none.
+// Special tokens of the vocabulary as config.json has them: a number, a list of numbers (Llama 3 has several ends), or
+// null: none. Training does not look at them; they are carried on.
 struct SpecialTokens {
-    int64_t begin = -1;  // "bos_token_id"
-    int64_t end = -1;    // "eos_token_id"
+    Json begin;    // "bos_token_id"
+    Json end;      // "eos_token_id"
+    Json padding;  // "pad_token_id"
 };
+
+// Those in a config.json; what is neither a number nor a list of numbers counts as none.
+inline SpecialTokens parse_special_tokens(const JsonValue& config) {
+    const auto token = [&](const char* name) -> Json {
+        const JsonValue value = config.is_object() ? config.value(name, JsonValue()) : JsonValue();
+        const auto is_number = [](const JsonValue& v) { return v.is_number_integer(); };
+        const bool is_list = value.is_array() && !value.empty() && std::all_of(value.begin(), value.end(), is_number);
+        return is_number(value) || is_list ? Json(value) : Json();
+    };
+    return {token("bos_token_id"), token("eos_token_id"), token("pad_token_id")};
+}
 
 // config.json of a LlamaForCausalLM. max_positions: the longest sequence it was made for, tokens; weights_bf16: the
 // type of model.safetensors, else float32.
 inline Json hf_config_json(const ModelConfig& m, int64_t max_positions, bool weights_bf16,
                            const SpecialTokens& tokens) {
-    const auto token_or_null = [](int64_t token) { return token >= 0 ? Json(token) : Json(nullptr); };
     Json rope = {{"rope_type", m.rope_scaling.enabled() ? "llama3" : "default"}};
     if (m.rope_scaling.enabled()) {
         rope["factor"] = m.rope_scaling.factor;
@@ -195,8 +208,9 @@ inline Json hf_config_json(const ModelConfig& m, int64_t max_positions, bool wei
             {"rope_parameters", rope},
             {"tie_word_embeddings", m.tied_embeddings},
             {"initializer_range", m.init_std},
-            {"bos_token_id", token_or_null(tokens.begin)},
-            {"eos_token_id", token_or_null(tokens.end)},
+            {"bos_token_id", tokens.begin},
+            {"eos_token_id", tokens.end},
+            {"pad_token_id", tokens.padding},
             {"torch_dtype", weights_bf16 ? "bfloat16" : "float32"},
             {"use_cache", true}};
 }

@@ -16,7 +16,7 @@ void require(bool condition) {
 std::vector<std::string> make_seeds() {
     std::vector<std::string> seeds;
     for (const char* preset : {"tiny", "llama3.2-1b", "llama3-8b"}) {
-        const Json json = hf_config_json(model_preset(preset), 8192, true, {1, 2});
+        const Json json = hf_config_json(model_preset(preset), 8192, true, {1, {2, 3}, -1});
         Json old_layout = json, new_layout = json;
         old_layout.erase("rope_parameters");
         new_layout.erase("rope_scaling");
@@ -42,7 +42,9 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
         return 0;
     }
     validate(model);
-    const Json json = hf_config_json(model, model.max_positions, false, {});
+    const std::string_view text((const char*)data, size);
+    const SpecialTokens tokens = parse_special_tokens(parse_json(text, "config.json"));
+    const Json json = hf_config_json(model, model.max_positions, false, tokens);
     Json old_layout = json, new_layout = json;
     old_layout.erase("rope_parameters");
     new_layout.erase("rope_scaling");
@@ -50,6 +52,8 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
     for (const Json& layout : {json, old_layout, new_layout}) {
         const ModelConfig again = parse_hf_config(layout.dump(), "written config.json");
         require(first_difference(model, again).empty() && again.max_positions == model.max_positions);
+        const SpecialTokens same = parse_special_tokens(parse_json(layout.dump(), "written config.json"));
+        require(same.begin == tokens.begin && same.end == tokens.end && same.padding == tokens.padding);
     }
     return 0;
 }

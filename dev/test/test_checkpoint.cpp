@@ -278,7 +278,7 @@ TEST_F(Checkpoint, TokenizerAndSpecialTokensAreCarriedOn) {
     StateModel model(small_model(true), 1);
     const std::string start = save_checkpoint(model, state_, config_, false, folder_ + "/start");
     Json config = Json::parse(read_bytes(start + "/config.json"));
-    config["bos_token_id"] = 3, config["eos_token_id"] = {4, 5};
+    config["bos_token_id"] = 3, config["eos_token_id"] = {4, 5}, config["pad_token_id"] = 6;
     fs::remove(start + "/manifest.json");
     write_bytes(start + "/config.json", config.dump());
     write_bytes(start + "/tokenizer.json", "{\"a\": \"tokenizer\"}");
@@ -292,7 +292,10 @@ TEST_F(Checkpoint, TokenizerAndSpecialTokensAreCarriedOn) {
     EXPECT_EQ(names(run_), std::vector<std::string>{"step00000003"});
     EXPECT_EQ(read_bytes(folder + "/tokenizer.json"), "{\"a\": \"tokenizer\"}");
     EXPECT_EQ(read_bytes(folder + "/tokenizer.model"), std::string("\0\1\2", 3));
-    EXPECT_EQ(parse_json(read_bytes(folder + "/config.json"), "")["eos_token_id"], 4);
+    const JsonValue carried_on = parse_json(read_bytes(folder + "/config.json"), "");
+    EXPECT_EQ(carried_on["bos_token_id"], 3);
+    EXPECT_EQ(carried_on["eos_token_id"], (JsonValue{4, 5})) << "all ends of a Llama 3";
+    EXPECT_EQ(carried_on["pad_token_id"], 6);
     EXPECT_EQ(find_newest_checkpoint(run_), folder) << "the manifest has them";
 }
 

@@ -198,7 +198,7 @@ TEST(HfConfig, TextThatIsNoConfigIsRefused) {
 TEST(HfConfig, PresetsComeBackAsTheyWere) {
     for (const char* name : {"tiny", "lighthouse-530m", "llama3.2-1b", "llama3-8b"}) {
         const ModelConfig m = model_preset(name);
-        const Json json = hf_config_json(m, 777, true, {5, 6});
+        const Json json = hf_config_json(m, 777, true, {5, 6, nullptr});
         const ModelConfig read = parse_hf_config(json.dump(), "m/config.json");
         EXPECT_EQ(first_difference(m, read), "") << name;
         EXPECT_EQ(read.init_std, m.init_std);
@@ -212,6 +212,27 @@ TEST(HfConfig, PresetsComeBackAsTheyWere) {
         EXPECT_EQ(first_difference(m, parse_hf_config(new_layout.dump(), "m/config.json")), "") << name;
     }
     EXPECT_TRUE(hf_config_json(ModelConfig(), 1, false, {}).at("bos_token_id").is_null());
+}
+
+TEST(HfConfig, SpecialTokensComeBackAsTheyWere) {
+    const auto again = [](const JsonValue& config) {
+        return hf_config_json(ModelConfig(), 1, false, parse_special_tokens(config));
+    };
+    const Json several =
+        again({{"bos_token_id", 128000}, {"eos_token_id", {128001, 128008}}, {"pad_token_id", 128004}});
+    EXPECT_EQ(several["bos_token_id"], 128000);
+    EXPECT_EQ(several["eos_token_id"], (Json{128001, 128008}));
+    EXPECT_EQ(several["pad_token_id"], 128004);
+    const Json old = again({{"eos_token_id", 0}, {"pad_token_id", -1}});  // as the first Llama's had it
+    EXPECT_TRUE(old["bos_token_id"].is_null());
+    EXPECT_EQ(old["eos_token_id"], 0);
+    EXPECT_EQ(old["pad_token_id"], -1);
+    const Json none =
+        again({{"bos_token_id", "<s>"}, {"eos_token_id", {1, "x"}}, {"pad_token_id", JsonValue::array()}});
+    for (const char* name : {"bos_token_id", "eos_token_id", "pad_token_id"}) {
+        EXPECT_TRUE(none[name].is_null()) << name;
+    }
+    EXPECT_TRUE(again(JsonValue::array())["bos_token_id"].is_null());
 }
 
 TEST(HfConfig, DifferencesAreNamed) {
