@@ -23,8 +23,14 @@ inline void require(const JsonObject& config, const char* name, const JsonValue&
           JsonObject::shown(config.at(name)).c_str(), why);
 }
 
-// The frequency scaling in "rope_scaling" or "rope_parameters".
-inline RopeScaling parse_rope_scaling(const JsonObject& rope) {
+// The frequency scaling in the entry `name`: "rope_scaling" or "rope_parameters".
+inline RopeScaling parse_rope_scaling(const JsonObject& config, const char* name) {
+    const JsonObject rope = config.object(name);
+    for (const auto& [entry, value] : config.at(name).items()) {
+        CHECK(!value.is_object(), "%s: \"%s\" is %s: RoPE that differs by the type of layer is not supported",
+              rope.where().c_str(), printable(entry).c_str(), JsonObject::shown(value).c_str());
+    }
+    require(rope, "partial_rotary_factor", 1.0, "heads are rotated whole, or not at all");
     const std::string type = rope.text_or(rope.text_or("default", "type"), "rope_type");
     RopeScaling scaling;
     if (type == "default") {
@@ -49,12 +55,11 @@ inline void parse_rope(ModelConfig& m, const JsonObject& config) {
     const bool has_scaling = config.has("rope_scaling"), has_parameters = config.has("rope_parameters");
     m.rope_theta = config.real_or(m.rope_theta, "rope_theta");
     if (has_scaling) {
-        m.rope_scaling = parse_rope_scaling(config.object("rope_scaling"));
+        m.rope_scaling = parse_rope_scaling(config, "rope_scaling");
     }
     if (has_parameters) {
-        const JsonObject parameters = config.object("rope_parameters");
-        const RopeScaling scaling = parse_rope_scaling(parameters);
-        const double theta = parameters.real_or(m.rope_theta, "rope_theta");
+        const RopeScaling scaling = parse_rope_scaling(config, "rope_parameters");
+        const double theta = config.object("rope_parameters").real_or(m.rope_theta, "rope_theta");
         CHECK((!has_scaling || same_rope_scaling(scaling, m.rope_scaling)) &&
                   (!config.has("rope_theta") || theta == m.rope_theta),
               "%s: \"rope_parameters\" contradicts \"rope_theta\" or \"rope_scaling\": leave one of them",

@@ -146,6 +146,24 @@ TEST(HfConfig, OtherModelsAreRefusedByName) {
     }
 }
 
+TEST(HfConfig, RopeThatIsNotComputedIsRefused) {
+    for (const char* name : {"rope_scaling", "rope_parameters"}) {
+        const std::string where = std::string("m/config.json: \"") + name + "\": ";
+        for (const Json& whole : {Json(1), Json(1.0), Json(nullptr)}) {
+            EXPECT_EQ(parse({{name, with(LLAMA3, "partial_rotary_factor", whole)}}).rope_scaling.factor, 32.0);
+        }
+        for (const Json& part : {Json(0.5), Json(0), Json("1"), Json::array({1.0})}) {
+            EXPECT_REFUSED(llama({{name, with(LLAMA3, "partial_rotary_factor", part)}}),
+                           where + "\"partial_rotary_factor\" is " + part.dump() + ": heads are rotated whole");
+        }
+        const Json by_type = {{"full_attention", LLAMA3},
+                              {"sliding_attention", {{"rope_type", "default"}, {"rope_theta", 10000.0}}}};
+        EXPECT_REFUSED(llama({{name, by_type}}), where + "\"full_attention\" is {\"factor\":");
+        EXPECT_REFUSED(llama({{name, with(LLAMA3, "sliding_attention", Json::object())}}),
+                       where + "\"sliding_attention\" is {}: RoPE that differs by the type of layer");
+    }
+}
+
 TEST(HfConfig, ContradictionsAreRefused) {
     EXPECT_REFUSED(llama({{"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 10000.0}}}}), "contradicts");
     EXPECT_REFUSED(llama({{"rope_scaling", LLAMA3}, {"rope_parameters", with(LLAMA3, "factor", 8.0)}}), "contradicts");
