@@ -24,6 +24,7 @@
 #endif
 
 #include "check.h"
+#include "regular_file.h"
 
 // What a file is recognised by: its length and the XXH3 hash (64 bits) of its bytes.
 struct FileDigest {
@@ -103,23 +104,14 @@ inline void sync_folder(const std::string& folder) {
 // Length and hash of a file's bytes as they are read now. By read() rather than mmap(): a disk that cannot give them is
 // an error, not a signal. progress (+=): the bytes, as they are read; may be null.
 inline FileDigest digest_file(const std::string& path, std::atomic<uint64_t>* progress = nullptr) {
-    const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    CHECK(file >= 0, "%s: cannot open: %s", path.c_str(), std::strerror(errno));
+    RegularFile file(path);
     Xxh3Stream hash;
     std::vector<char> buffer((size_t)256 << 10);
-    ssize_t num_bytes;
-    while ((num_bytes = read(file, buffer.data(), buffer.size())) != 0) {
-        if (num_bytes < 0 && errno != EINTR) {
-            break;
-        }
-        const uint64_t advance = num_bytes > 0 ? (uint64_t)num_bytes : 0;
-        hash.update(buffer.data(), advance);
+    while (const size_t num_bytes = file.read(buffer.data(), buffer.size())) {
+        hash.update(buffer.data(), num_bytes);
         if (progress != nullptr) {
-            *progress += advance;
+            *progress += num_bytes;
         }
     }
-    const int error = errno;
-    close(file);
-    CHECK(num_bytes == 0, "%s: cannot read: %s", path.c_str(), std::strerror(error));
     return hash.digest();
 }

@@ -1,10 +1,7 @@
 // json.h: JSON of files that others may have written or damaged: strict reading, and named values with messages that
 // say file, entry and rule.
 #pragma once
-#include <cerrno>
 #include <cstdint>
-#include <cstring>
-#include <fstream>
 #include <nlohmann/json.hpp>
 #include <set>
 #include <string>
@@ -12,6 +9,7 @@
 #include <vector>
 
 #include "check.h"
+#include "regular_file.h"
 
 using Json = nlohmann::ordered_json;  // to write: keys stay in the order they are written
 using JsonValue = nlohmann::json;     // to read: finds a key among many fast
@@ -57,16 +55,18 @@ inline JsonValue parse_json(std::string_view text, const std::string& source) {
     }
 }
 
-// The whole of a small text file. Throws Error when it cannot be read or is larger than any file of its kind.
+// The whole of a small text file. Throws Error when it is no regular file, cannot be read or is larger than any file of
+// its kind.
 inline std::string read_text_file(const std::string& path) {
-    constexpr std::streamoff MAX_BYTES = (std::streamoff)100 << 20;
-    std::ifstream file(path, std::ios::binary | std::ios::ate);
-    CHECK(file.good(), "%s: cannot open: %s", path.c_str(), std::strerror(errno));
-    const std::streamoff num_bytes = file.tellg();
-    CHECK(num_bytes >= 0 && num_bytes <= MAX_BYTES, "%s: is not a text file of at most 100 MiB", path.c_str());
-    std::string text((size_t)num_bytes, '\0');
-    file.seekg(0);
-    CHECK(file.read(text.data(), num_bytes).good() || num_bytes == 0, "%s: cannot read this file", path.c_str());
+    constexpr uint64_t MAX_BYTES = (uint64_t)100 << 20;
+    RegularFile file(path);
+    CHECK(file.num_bytes() <= MAX_BYTES, "%s: is not a text file of at most 100 MiB", path.c_str());
+    std::string text((size_t)file.num_bytes(), '\0');
+    size_t length = 0;
+    while (const size_t num_bytes = file.read(text.data() + length, text.size() - length)) {
+        length += num_bytes;
+    }
+    text.resize(length);
     return text;
 }
 

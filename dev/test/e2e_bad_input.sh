@@ -129,6 +129,21 @@ init_refused "config.json with a negative size" "config.json|--width"
 copy
 rm "$work/hf/model.safetensors"
 init_refused "no model.safetensors" "model.safetensors"
+for name in config.json model.safetensors model.safetensors.index.json generation_config.json tokenizer.json manifest.json; do
+    copy
+    [ "$name" = model.safetensors.index.json ] && rm "$work/hf/model.safetensors"
+    rm -f "$work/hf/$name"
+    mkfifo "$work/hf/$name"
+    init_refused "a pipe for $name" "hf/$name: is a device or pipe, not a file"
+    rm "$work/hf/$name"
+    mkdir "$work/hf/$name"
+    init_refused "a folder for $name" "hf/$name: is a folder, not a file"
+done
+copy
+cp "$checkpoint/manifest.json" "$work/hf/"
+rm "$work/hf/model.safetensors"
+mkfifo "$work/hf/model.safetensors"
+init_refused "a pipe for a file of the manifest" "hf/model.safetensors"
 size=$(stat -c %s "$checkpoint/model.safetensors")
 for length in 0 7 8 100 $((size / 2)) $((size - 1)); do
     copy

@@ -1,5 +1,7 @@
 // test_hf_config.cpp: config.json of Hugging Face Llamas: both layouts of RoPE, defaults, everything that is refused.
 #include <gtest/gtest.h>
+#include <sys/stat.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <fstream>
@@ -211,6 +213,35 @@ TEST(HfConfig, TextThatIsNoConfigIsRefused) {
         ASSERT_NE(refusal(whole.substr(0, length)), "(accepted)") << length;
     }
     EXPECT_THROW(load_hf_config("/nonexistent"), Error);
+}
+
+TEST(HfConfig, WhatIsNoFileIsRefusedAndNotWaitedFor) {
+    std::string folder = testing::TempDir() + "llmc_hf_config_XXXXXX";
+    ASSERT_NE(mkdtemp(folder.data()), nullptr);
+    const std::string path = folder + "/config.json";
+    const auto said = [&] {
+        try {
+            load_hf_config(folder);
+        } catch (const Error& error) {
+            return std::string(error.what());
+        }
+        return std::string("(accepted)");
+    };
+    EXPECT_EQ(said(), path + ": cannot open: No such file or directory");
+    ASSERT_EQ(mkfifo(path.c_str(), 0666), 0);
+    EXPECT_EQ(said(), path + ": is a device or pipe, not a file");
+    unlink(path.c_str());
+    ASSERT_EQ(mkdir(path.c_str(), 0777), 0);
+    EXPECT_EQ(said(), path + ": is a folder, not a file");
+    rmdir(path.c_str());
+    std::ofstream(path) << llama();
+    EXPECT_EQ(load_hf_config(folder).width, 64);
+    const std::string link = folder + "/link";
+    ASSERT_EQ(symlink(folder.c_str(), link.c_str()), 0);
+    EXPECT_EQ(load_hf_config(link).width, 64);
+    ASSERT_EQ(truncate(path.c_str(), ((off_t)100 << 20) + 1), 0);
+    EXPECT_EQ(said(), path + ": is not a text file of at most 100 MiB");
+    EXPECT_EQ(std::system(("rm -r '" + folder + "'").c_str()), 0);
 }
 
 TEST(HfConfig, PresetsComeBackAsTheyWere) {

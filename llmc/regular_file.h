@@ -1,0 +1,55 @@
+// regular_file.h: a file opened for reading. Folders, devices and pipes that stand where a file should are refused.
+#pragma once
+#include <cerrno>
+#include <cstdint>
+#include <cstring>
+#include <fcntl.h>
+#include <string>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "check.h"
+
+class RegularFile {
+  public:
+    // Throws Error when `path` cannot be opened or is no regular file: a pipe is refused, not waited for.
+    explicit RegularFile(const std::string& path)
+        : path_(path), file_(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+        struct stat status;
+        const bool known = file_ >= 0 && fstat(file_, &status) == 0;
+        if (!known || !S_ISREG(status.st_mode)) {
+            const int error = errno;
+            close_file();
+            CHECK(known, "%s: cannot open: %s", path.c_str(), std::strerror(error));
+            fail("%s: is %s, not a file", path.c_str(), S_ISDIR(status.st_mode) ? "a folder" : "a device or pipe");
+        }
+        num_bytes_ = (uint64_t)status.st_size;
+    }
+    ~RegularFile() { close_file(); }
+    RegularFile(const RegularFile&) = delete;
+    RegularFile& operator=(const RegularFile&) = delete;
+
+    uint64_t num_bytes() const { return num_bytes_; }  // when it was opened
+    int descriptor() const { return file_; }
+
+    // The next bytes, at most max_bytes, into `out`; how many: 0 at the end of the file alone. Throws Error.
+    size_t read(void* out, size_t max_bytes) {
+        ssize_t num_bytes;
+        do {
+            num_bytes = ::read(file_, out, max_bytes);
+        } while (num_bytes < 0 && errno == EINTR);
+        CHECK(num_bytes >= 0, "%s: cannot read: %s", path_.c_str(), std::strerror(errno));
+        return (size_t)num_bytes;
+    }
+
+  private:
+    void close_file() const {
+        if (file_ >= 0) {
+            close(file_);
+        }
+    }
+
+    std::string path_;
+    int file_;
+    uint64_t num_bytes_ = 0;
+};
