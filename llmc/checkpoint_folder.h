@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <exception>
 #include <filesystem>
 #include <map>
 #include <optional>
@@ -18,6 +19,7 @@
 #include "check.h"         // errors
 #include "durable_file.h"  // lengths and hashes of files
 #include "json.h"          // manifest.json
+#include "regular_file.h"  // which errors are damage
 
 namespace checkpoint {
 
@@ -69,14 +71,12 @@ inline Manifest parse_manifest(std::string_view text, const std::string& path) {
     return manifest;
 }
 
-// Throws Error when `name` in `folder` has another length than the manifest says or, with `contents`, other bytes.
-// progress: as of digest_file.
+// Throws Error when `name` in `folder` is missing, has another length than the manifest says or, with `contents`, other
+// bytes; UnreadableFile when that cannot be known. progress: as of digest_file.
 inline void verify_file(const std::string& folder, const std::string& name, const FileDigest& expected, bool contents,
                         std::atomic<uint64_t>* progress = nullptr) {
     const std::string path = folder + "/" + name;
-    std::error_code error;
-    const uint64_t num_bytes = fs::file_size(path, error);
-    CHECK(!error, "%s: cannot be read: %s", path.c_str(), error.message().c_str());
+    const uint64_t num_bytes = RegularFile(path).num_bytes();
     CHECK(num_bytes == expected.num_bytes, "%s: has %llu bytes and not the %llu that %s says", path.c_str(),
           (unsigned long long)num_bytes, (unsigned long long)expected.num_bytes, MANIFEST);
     CHECK(!contents || digest_file(path, progress).xxh3 == expected.xxh3,
@@ -85,29 +85,31 @@ inline void verify_file(const std::string& folder, const std::string& name, cons
           path.c_str(), MANIFEST);
 }
 
-// Throws Error when a file's hash is another than the manifest says. Large checkpoints are read by all threads.
+// As verify_file, with contents, for all files. Large checkpoints are read by all threads.
 inline void verify_contents(const std::string& folder, const Manifest& manifest, std::atomic<uint64_t>* progress) {
     const std::vector<std::pair<std::string, FileDigest>> files(manifest.begin(), manifest.end());
     uint64_t num_bytes = 0;
     for (const auto& [name, digest] : files) {
         num_bytes += digest.num_bytes;
     }
-    std::vector<std::string> errors(files.size());
+    std::vector<std::exception_ptr> errors(files.size());
 #pragma omp parallel for schedule(dynamic) if (num_bytes > (uint64_t)64 << 20)
     for (size_t i = 0; i < files.size(); ++i) {
         try {
             verify_file(folder, files[i].first, files[i].second, true, progress);
-        } catch (const Error& error) {
-            errors[i] = error.what();
+        } catch (const Error&) {
+            errors[i] = std::current_exception();
         }
     }
-    for (const std::string& error : errors) {
-        CHECK(error.empty(), "%s", error.c_str());
+    for (const std::exception_ptr& error : errors) {
+        if (error) {
+            std::rethrow_exception(error);
+        }
     }
 }
 
 // The manifest of a checkpoint all of whose files are there and have the stated lengths and, with `contents`, hashes.
-// Throws Error saying what is wrong otherwise. progress: as of digest_file.
+// Throws Error saying what is wrong otherwise, UnreadableFile when that cannot be known. progress: as of digest_file.
 inline Manifest verify(const std::string& folder, bool contents, std::atomic<uint64_t>* progress = nullptr) {
     const std::string path = folder + "/" + MANIFEST;
     const Manifest manifest = parse_manifest(read_text_file(path), path);
@@ -145,7 +147,8 @@ inline std::vector<std::string> names_in(const std::string& folder) {
     return names;
 }
 
-// All checkpoint folders by step, whole or not; empty when the output folder does not exist.
+// All checkpoint folders by step, whole or not, and what may be one but cannot be looked at; empty when the output
+// folder does not exist.
 inline std::map<int64_t, std::string> list(const std::string& output_dir) {
     std::map<int64_t, std::string> folders;
     for (const std::string& name : names_in(output_dir)) {
@@ -155,7 +158,8 @@ inline std::map<int64_t, std::string> list(const std::string& output_dir) {
         }
         const int64_t step = std::stoll(digits);
         std::error_code error;
-        if (name == folder_name(step) && fs::is_directory(output_dir + "/" + name, error)) {
+        const fs::file_status status = fs::status(output_dir + "/" + name, error);
+        if (name == folder_name(step) && (fs::is_directory(status) || !fs::status_known(status))) {
             folders[step] = output_dir + "/" + name;
         }
     }
@@ -230,7 +234,8 @@ inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
 
 // The newest checkpoint in `output_dir` that is whole: every file's hash is compared with its manifest, which reads it
 // once. No value when there is none. Newer ones that are damaged are passed over; `damaged` gets a sentence for each.
-// progress: as of digest_file.
+// Throws Error for a newer one that cannot be read: it may be whole, and a run that went on from an older one would
+// prune it later. progress: as of digest_file.
 inline std::optional<std::string> find_newest_checkpoint(const std::string& output_dir,
                                                          std::vector<std::string>* damaged = nullptr,
                                                          std::atomic<uint64_t>* progress = nullptr) {
@@ -239,6 +244,11 @@ inline std::optional<std::string> find_newest_checkpoint(const std::string& outp
         try {
             checkpoint::verify(it->second, true, progress);
             return it->second;
+        } catch (const UnreadableFile& error) {
+            fail(
+                "%s; so nobody knows whether this checkpoint is whole: make it readable, or move its folder away to "
+                "go on from the one before",
+                error.what());
         } catch (const Error& error) {
             if (damaged != nullptr) {
                 damaged->push_back(error.what());

@@ -10,9 +10,16 @@
 
 #include "check.h"
 
+// A file that is there, but whose contents nobody can know now: other than a damaged one, it may be as good as ever
+// once its owner, disk or network is back.
+struct UnreadableFile : Error {
+    using Error::Error;
+};
+
 class RegularFile {
   public:
-    // Throws Error when `path` cannot be opened or is no regular file: a pipe is refused, not waited for.
+    // Throws Error when there is no file of this name, UnreadableFile when it cannot be opened or is no regular file: a
+    // pipe is refused, not waited for.
     explicit RegularFile(const std::string& path)
         : path_(path), file_(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
         struct stat status;
@@ -20,8 +27,11 @@ class RegularFile {
         if (!known || !S_ISREG(status.st_mode)) {
             const int error = errno;
             close_file();
-            CHECK(known, "%s: cannot open: %s", path.c_str(), std::strerror(error));
-            fail("%s: is %s, not a file", path.c_str(), S_ISDIR(status.st_mode) ? "a folder" : "a device or pipe");
+            const std::string reason = !known                    ? std::string("cannot open: ") + std::strerror(error)
+                                       : S_ISDIR(status.st_mode) ? "is a folder, not a file"
+                                                                 : "is a device or pipe, not a file";
+            CHECK(known || error != ENOENT, "%s: %s", path.c_str(), reason.c_str());
+            throw UnreadableFile(path + ": " + reason);
         }
         num_bytes_ = (uint64_t)status.st_size;
     }
@@ -32,13 +42,15 @@ class RegularFile {
     uint64_t num_bytes() const { return num_bytes_; }  // when it was opened
     int descriptor() const { return file_; }
 
-    // The next bytes, at most max_bytes, into `out`; how many: 0 at the end of the file alone. Throws Error.
+    // The next bytes, at most max_bytes, into `out`; how many: 0 at the end of the file alone. Throws UnreadableFile.
     size_t read(void* out, size_t max_bytes) {
         ssize_t num_bytes;
         do {
             num_bytes = ::read(file_, out, max_bytes);
         } while (num_bytes < 0 && errno == EINTR);
-        CHECK(num_bytes >= 0, "%s: cannot read: %s", path_.c_str(), std::strerror(errno));
+        if (num_bytes < 0) {
+            throw UnreadableFile(format_string("%s: cannot read: %s", path_.c_str(), std::strerror(errno)));
+        }
         return (size_t)num_bytes;
     }
 

@@ -177,6 +177,22 @@ for file in "$checkpoint"/*; do
         bad "newest checkpoint with half of $name: $(grep -h 'resumed from' "$work/out") $(cat "$work/err")"
     fi
 done
+# One that cannot be read may be whole: it is not passed over. Root reads everything but what is no file.
+rm -rf "$work/unreadable"
+cp -r "$work/run" "$work/unreadable"
+before=$(fingerprint "$work/unreadable")
+file=$(newest "$work/unreadable")/model.safetensors
+if [ "$(id -u)" -ne 0 ]; then
+    chmod 000 "$file"
+    resume_refused "newest checkpoint that may not be read" "model.safetensors: cannot open: Permission denied; .*make it readable" --output_dir "$work/unreadable" --max_steps 5
+    chmod 600 "$file"
+fi
+mv "$file" "$work/aside"
+mkdir "$file"
+resume_refused "newest checkpoint with a folder for model.safetensors" "model.safetensors: is a folder.*make it readable" --output_dir "$work/unreadable" --max_steps 5
+rmdir "$file"
+mv "$work/aside" "$file"
+unchanged "checkpoints that could not be read are as they were" "$work/unreadable" "$before"
 for file in "$checkpoint"/*; do
     name=$(basename "$file") size=$(stat -c %s "$file")
     last=$((size - 1))

@@ -3,6 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <sys/resource.h>
+#include <sys/stat.h>
 #include <sys/wait.h>
 
 #include <csignal>
@@ -420,6 +421,48 @@ TEST_F(Checkpoint, EveryFlippedBitIsFound) {
         write_bytes(path, whole);
     }
     EXPECT_TRUE(loaded.untouched());
+}
+
+// What cannot be read may be whole: going on from an older one would waste what it holds.
+TEST_F(Checkpoint, OneThatCannotBeReadIsNotPassedOver) {
+    StateModel model(small_model(true), 1), loaded(small_model(true), 0);
+    const std::string before = save(model, 1), newest = save(model, 2), aside = folder_ + "/aside";
+    const auto refused = [&](const std::string& path, const std::string& words) {
+        EXPECT_MESSAGE(find_newest_checkpoint(run_), path + ": " + words);
+        EXPECT_MESSAGE(find_newest_checkpoint(run_), "whole: make it readable, or move its folder away");
+        EXPECT_MESSAGE(load_checkpoint(loaded, newest), path + ": " + words);
+        EXPECT_TRUE(loaded.untouched());
+    };
+    for (const std::string& name : names(newest)) {
+        const std::string path = newest + "/" + name;
+        fs::rename(path, aside);
+        EXPECT_EQ(find_newest_checkpoint(run_), before) << "a file that is missing is damage";
+        fs::create_directory(path);
+        refused(path, "is a folder, not a file");
+        fs::remove(path);
+        fs::create_symlink(path, path);
+        refused(path, "cannot open: Too many levels of symbolic links");
+        fs::remove(path);
+        ASSERT_EQ(mkfifo(path.c_str(), 0666), 0);
+        refused(path, "is a device or pipe, not a file");
+        fs::remove(path);
+        fs::rename(aside, path);
+        if (geteuid() != 0) {
+            fs::permissions(path, fs::perms::none);
+            refused(path, "cannot open: Permission denied");
+            fs::permissions(path, fs::perms::owner_read | fs::perms::owner_write);
+        }
+        EXPECT_EQ(find_newest_checkpoint(run_), newest);
+    }
+    EXPECT_MESSAGE(digest_file("/proc/self/mem"), "/proc/self/mem: cannot read: Input/output error");
+    EXPECT_THROW(digest_file("/proc/self/mem"), UnreadableFile);
+    // The folder itself; and those that are removed for their age are not those.
+    fs::rename(newest, aside);
+    fs::create_symlink(newest, newest);
+    EXPECT_MESSAGE(find_newest_checkpoint(run_), "Too many levels of symbolic links; so nobody knows");
+    config_.keep_checkpoints = 1;
+    save(model, 3);
+    EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000002", "step00000003"}));
 }
 
 TEST_F(Checkpoint, FullDiskLeavesWhatWasThere) {
