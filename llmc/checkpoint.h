@@ -13,7 +13,8 @@
 // A folder is written under another name, each file and the folder are waited for until they are on the disk, and then
 // it is renamed: OUTPUT_DIR/step00000400 is whole or is not there, whatever fails. Names that begin with ".partial-"
 // are folders on their way in or out; the next save removes what a crash has left of them. One run at a time may save
-// into an output folder (output_lock.h), which all its ranks must see. Any number of ranks goes on from what any other has written.
+// into an output folder (output_lock.h), which all its ranks must see. Any number of ranks goes on from what any other
+// has written.
 #pragma once
 #include "checkpoint_folder.h"    // names and manifest; the newest whole folder is found, old ones are removed
 #include "checkpoint_contents.h"  // what the files say: names and shapes of tensors, state.json
