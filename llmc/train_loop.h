@@ -465,6 +465,12 @@ class TrainingRun {
     }
 
     int evaluate_only() {
+        if (config_.checkpoint.empty()) {  // as a baseline, or because a flag was forgotten
+            warn(
+                format_string("--max_steps 0 without --resume or --init_from evaluates the random initial weights of "
+                              "--seed %llu",
+                              (unsigned long long)config_.seed));
+        }
         evaluate();
         if (stop_requested()) {
             std::fprintf(stderr, "%s: stopped by %s before the end of the validation data\n", config_.program.c_str(),

@@ -24,7 +24,7 @@ bad() {
 refused() {
     local name=$1 pattern=$2 status=0
     shift 2
-    timeout 60 "$trainer" "${small[@]}" "$@" >"$work/out" 2>"$work/err" || status=$?
+    timeout -k 5 60 "$trainer" "${small[@]}" "$@" >"$work/out" 2>"$work/err" || status=$?
     if [ $status -eq 0 ]; then
         bad "$name: exit 0"
     elif [ $status -ge 124 ]; then

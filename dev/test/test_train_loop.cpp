@@ -186,6 +186,7 @@ TEST_F(TrainLoop, FreshRunInitializesFromTheSeed) {
     }
     EXPECT_FALSE(std::filesystem::exists(config_.output_dir)) << "--max_steps 0 writes nothing";
     EXPECT_NE(out_.find("validation loss 1.000000"), std::string::npos) << out_;
+    EXPECT_NE(err_.find("random initial weights of --seed"), std::string::npos) << err_;
 }
 
 TEST_F(TrainLoop, ResumeIsBitIdentical) {
