@@ -170,6 +170,7 @@ TEST(HfConfig, ContradictionsAreRefused) {
     EXPECT_REFUSED(llama({{"rope_parameters", {{"rope_type", "default"}, {"rope_theta", 10000.0}}}}), "contradicts");
     EXPECT_REFUSED(llama({{"rope_scaling", LLAMA3}, {"rope_parameters", with(LLAMA3, "factor", 8.0)}}), "contradicts");
     EXPECT_REFUSED(llama({{"rope_scaling", LLAMA3}, {"rope_parameters", {{"rope_type", "default"}}}}), "contradicts");
+    EXPECT_REFUSED(llama({{"rope_scaling", with(LLAMA3, "rope_theta", 10000.0)}}), "contradicts");
 }
 
 TEST(HfConfig, ValuesThatCannotBeAreRefused) {
