@@ -23,11 +23,16 @@ inline bool holds_a_run(const std::string& output_dir) {
     return std::filesystem::exists(output_dir + "/metrics.jsonl") || !checkpoint::list(output_dir).empty();
 }
 
-// Throws Error when another process trains into --output_dir, which exists. A warning goes to stderr.
+// For the user, who may have meant something else; the run goes on. One rank calls it.
+inline void print_warning(const RunConfig& config, const std::string& sentence) {
+    std::fprintf(stderr, "%s: warning: %s\n", config.program.c_str(), sentence.c_str());
+}
+
+// Throws Error when another process trains into --output_dir, which exists.
 inline std::shared_ptr<const OutputLock> lock_output(const RunConfig& config) {
     auto lock = std::make_shared<const OutputLock>(config.output_dir);
     if (!lock->warning().empty()) {
-        std::fprintf(stderr, "%s: warning: %s\n", config.program.c_str(), lock->warning().c_str());
+        print_warning(config, lock->warning());
     }
     return lock;
 }

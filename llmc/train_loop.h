@@ -88,10 +88,9 @@ class TrainingRun {
         }
         return stop_signal_ != 0;
     }
-    // For the user, who may have meant something else; the run goes on.
     void warn(const std::string& sentence) const {
         if (ranks_.is_first()) {
-            std::fprintf(stderr, "%s: warning: %s\n", config_.program.c_str(), sentence.c_str());
+            print_warning(config_, sentence);
         }
     }
     // Into metrics.jsonl, which rank 0 writes.
