@@ -1,13 +1,14 @@
 // classifier.cuh: the last product and the loss. The logits of all rows never exist at once: chunks of rows go through
 // logits GEMM, cross-entropy with its gradient in place (cross_entropy.cuh), and both backward GEMMs.
-// Shapes: hidden [rows, C], weight [Vp, C] with zero rows from V on, logits [chunk_rows, Vp], targets and losses
-// [rows]; Vp = classifier_padded_vocab(V), so that every row of logits is aligned and the product's tiles are full.
+// Shapes: classifier_operands.cuh; Vp = classifier_padded_vocab(V), so that every row of logits is aligned and the
+// product's tiles are full.
 // Cost: the products, 6 rows Vp C operations; and one read and one write of the logits, which a large vocabulary on
 // sm_90a saves (classifier_hopper.cuh).
 // Reference: reference/classifier.h. Variants: dev/cuda/classifier.cu.
 #pragma once
 #include <algorithm>
 
+#include "classifier_operands.cuh"
 #include "cross_entropy.cuh"
 #include "cuda_common.cuh"
 #include "gemm.cuh"
@@ -17,15 +18,11 @@
 #endif
 
 // ---- constants ---------------------------------------------------------------------------------
-constexpr size_t CLASSIFIER_CHUNK_BYTES = (size_t)1 << 30;  // of logits, by default
 // The vocabulary from which on classifier_hopper.cuh is used: this, and so many times the width. It spares 4 V bytes a
 // row and moves 12 C.
 constexpr int64_t CLASSIFIER_HOPPER_VOCAB = 16384, CLASSIFIER_HOPPER_WIDTHS = 8;
 constexpr int MEAN_LOSS_THREADS = 512;
 constexpr int MEAN_LOSS_BLOCKS = 128;
-
-// The rows of weight and the columns of logits: V rounded up to a multiple of 64.
-constexpr int64_t classifier_padded_vocab(int64_t V) { return round_up<int64_t>(V, 64); }
 
 // ---- mean of the losses ------------------------------------------------------------------------
 __device__ inline double mean_loss_block_sum(double value) {
@@ -77,25 +74,6 @@ inline void mean_loss(float* out, const float* losses, int64_t rows, float weigh
 }
 
 // ---- the classifier ----------------------------------------------------------------------------
-struct ClassifierShape {
-    int64_t rows = 0;        // B * T
-    int64_t V = 0;           // vocabulary
-    int C = 0;               // width
-    int64_t chunk_rows = 0;  // rows whose logits exist at a time
-
-    int64_t padded_vocab() const { return classifier_padded_vocab(V); }
-};
-
-// Rows of a chunk whose logits take at most max_bytes: all rows, or a multiple of 128, spread evenly over the chunks.
-inline int64_t classifier_chunk_rows(int64_t rows, int64_t V, size_t max_bytes = CLASSIFIER_CHUNK_BYTES) {
-    const int64_t most = std::max<int64_t>(128, max_bytes / (classifier_padded_vocab(V) * sizeof(bf16)) / 128 * 128);
-    return std::min(rows, round_up<int64_t>(ceil_div(rows, ceil_div(rows, most)), 128));
-}
-// Bytes of the logits buffer.
-inline size_t classifier_logits_bytes(const ClassifierShape& shape) {
-    return (size_t)shape.chunk_rows * shape.padded_vocab() * sizeof(bf16);
-}
-
 // Whether training takes classifier_hopper.cuh: by GPU and shape alone.
 inline bool classifier_is_hopper(const ClassifierShape& shape) {
 #ifdef LLMC_HOPPER
@@ -129,29 +107,27 @@ inline void classifier_loss(float* losses, bf16* logits, const bf16* hidden, con
     }
 }
 
-// losses (=) [rows]; dhidden (=) [rows, C] and dweight (+=) [Vp, C]: the gradients of dloss * (sum of the losses), so
-// dloss is loss_weight / rows for a mean. dhidden may be hidden. Rows of dweight from V on gain exactly 0. logits and
-// scratch: of classifier_logits_bytes and classifier_scratch_bytes; matrices 16-byte aligned, C a multiple of 8.
-inline void classifier_forward_backward(float* losses, bf16* dhidden, float* dweight, bf16* logits, const bf16* hidden,
-                                        const bf16* weight, const int32_t* targets, const ClassifierShape& shape,
-                                        float dloss, [[maybe_unused]] void* scratch, Gemm& gemm, cudaStream_t stream) {
+// One chunk of the next function, on any GPU.
+inline void classifier_chunk_forward_backward(const ClassifierOperands& x, const ClassifierShape& chunk, Gemm& gemm,
+                                              cudaStream_t stream) {
+    const int64_t rows = chunk.rows, Vp = chunk.padded_vocab(), C = chunk.C;
+    gemm.forward(x.logits, x.hidden, x.weight, nullptr, rows, Vp, C, stream);
+    cross_entropy_forward_backward(x.losses, x.logits, x.targets, rows, chunk.V, Vp, x.dloss, true, stream);
+    gemm.backward_weight(x.dweight, x.logits, x.hidden, rows, Vp, C, true, stream);
+    gemm.backward_input(x.dhidden, x.logits, x.weight, rows, Vp, C, stream);
+}
+
+// losses, and in dhidden and dweight the gradients of dloss * (sum of the losses). Rows of dweight from V on gain
+// exactly 0.
+inline void classifier_forward_backward(const ClassifierOperands& operands, const ClassifierShape& shape, Gemm& gemm,
+                                        cudaStream_t stream) {
     NVTX_RANGE();
-    const int64_t Vp = shape.padded_vocab();
-    for (int64_t begin = 0; begin < shape.rows; begin += shape.chunk_rows) {
-        const int64_t chunk = std::min(shape.chunk_rows, shape.rows - begin);
-        const bf16* chunk_hidden = hidden + begin * shape.C;
+    for_each_classifier_chunk(operands, shape, [&](const ClassifierOperands& x, const ClassifierShape& chunk) {
 #ifdef LLMC_HOPPER
         if (classifier_is_hopper(shape)) {
-            classifier_hopper_forward_backward(losses + begin, dhidden + begin * shape.C, dweight, logits, chunk_hidden,
-                                               weight, targets + begin, chunk, shape.V, Vp, shape.C, dloss, scratch,
-                                               gemm, stream);
-            continue;
+            return classifier_hopper_forward_backward(x, chunk, gemm, stream);
         }
 #endif
-        gemm.forward(logits, chunk_hidden, weight, nullptr, chunk, Vp, shape.C, stream);
-        cross_entropy_forward_backward(losses + begin, logits, targets + begin, chunk, shape.V, Vp, dloss, true,
-                                       stream);
-        gemm.backward_weight(dweight, logits, chunk_hidden, chunk, Vp, shape.C, true, stream);
-        gemm.backward_input(dhidden + begin * shape.C, logits, weight, chunk, Vp, shape.C, stream);
-    }
+        classifier_chunk_forward_backward(x, chunk, gemm, stream);
+    });
 }

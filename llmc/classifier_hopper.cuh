@@ -12,6 +12,7 @@
 // Who calls it, and what serves other GPUs and vocabularies: classifier.cuh. Checks and timings:
 // dev/cuda/classifier.cu.
 #pragma once
+#include "classifier_operands.cuh"
 #include "cross_entropy.cuh"
 #include "cuda_common.cuh"
 #include "gemm.cuh"
@@ -140,35 +141,36 @@ inline size_t classifier_hopper_scratch_bytes(int64_t rows, int64_t Vp) {
     return area.num_bytes();
 }
 
-// One chunk of classifier_forward_backward, `rows` rows; logits [rows, Vp]: of any content, and afterwards. What
-// gemm_hopper_takes refuses it does not take.
-inline void classifier_hopper_forward_backward(float* losses, bf16* dhidden, float* dweight, bf16* logits,
-                                               const bf16* hidden, const bf16* weight, const int32_t* targets,
-                                               int64_t rows, int64_t V, int64_t Vp, int C, float dloss, void* scratch,
-                                               Gemm& gemm, cudaStream_t stream) {
+// One chunk of classifier_forward_backward. What gemm_hopper_takes refuses it does not take.
+inline void classifier_hopper_forward_backward(const ClassifierOperands& x, const ClassifierShape& chunk, Gemm& gemm,
+                                               cudaStream_t stream) {
     NVTX_RANGE();
-    MemoryArea area(scratch);
+    const int64_t rows = chunk.rows, Vp = chunk.padded_vocab();
+    const int V = (int)chunk.V, C = chunk.C;
+    MemoryArea area(x.scratch);
     const ClassifierHopperScratch s(area, rows, Vp);
     const int64_t row_blocks = ceil_div<int64_t>(rows, CLASSIFIER_ROW_THREADS / WARP_SIZE);
-    classifier_shift_kernel<<<row_blocks, CLASSIFIER_ROW_THREADS, 0, stream>>>(s.shift_log2, s.out_of_range, hidden,
-                                                                               weight, targets, rows, (int)V, C);
+    classifier_shift_kernel<<<row_blocks, CLASSIFIER_ROW_THREADS, 0, stream>>>(s.shift_log2, s.out_of_range, x.hidden,
+                                                                               x.weight, x.targets, rows, V, C);
     CUDA_CHECK_LAUNCH();
-    gemm_hopper_exponentials(logits, s.tile_sums, s.target_logits, hidden, weight, s.shift_log2, targets, rows, Vp, V,
-                             C, stream);
+    gemm_hopper_exponentials(x.logits, s.tile_sums, s.target_logits, x.hidden, x.weight, s.shift_log2, x.targets, rows,
+                             Vp, V, C, stream);
     classifier_sum_kernel<<<ceil_div<int64_t>(rows, WARP_SIZE), CLASSIFIER_SUM_WARPS * WARP_SIZE, 0, stream>>>(
-        losses, s, targets, rows, (int)gemm_hopper_column_tiles(Vp), (int)V);
+        x.losses, s, x.targets, rows, (int)gemm_hopper_column_tiles(Vp), V);
     CUDA_CHECK_LAUNCH();
-    gemm_hopper_plain(logits, hidden, weight, rows, Vp, C, s.out_of_range, stream);
-    cross_entropy_forward_backward(losses, logits, targets, rows, V, Vp, 1.0f, true, stream, s.out_of_range);
+    gemm_hopper_plain(x.logits, x.hidden, x.weight, rows, Vp, C, s.out_of_range, stream);
+    cross_entropy_forward_backward(x.losses, x.logits, x.targets, rows, V, Vp, 1.0f, true, stream, s.out_of_range);
     classifier_target_kernel<<<ceil_div<int64_t>(rows, CLASSIFIER_ROW_THREADS), CLASSIFIER_ROW_THREADS, 0, stream>>>(
-        logits, s, targets, rows, (int)V, Vp);
+        x.logits, s, x.targets, rows, V, Vp);
     CUDA_CHECK_LAUNCH();
     // dhidden's place has hidden's scaled rows first.
-    classifier_scale_rows_kernel<<<row_blocks, CLASSIFIER_ROW_THREADS, 0, stream>>>(dhidden, hidden, s, rows, C, dloss);
-    CUDA_CHECK_LAUNCH();
-    gemm.backward_weight(dweight, logits, dhidden, rows, Vp, C, true, stream);
-    gemm.backward_input(dhidden, logits, weight, rows, Vp, C, stream);
-    classifier_scale_rows_kernel<<<row_blocks, CLASSIFIER_ROW_THREADS, 0, stream>>>(dhidden, dhidden, s, rows, C,
-                                                                                    dloss);
-    CUDA_CHECK_LAUNCH();
+    auto scale_rows = [&](const bf16* in) {
+        classifier_scale_rows_kernel<<<row_blocks, CLASSIFIER_ROW_THREADS, 0, stream>>>(x.dhidden, in, s, rows, C,
+                                                                                        x.dloss);
+        CUDA_CHECK_LAUNCH();
+    };
+    scale_rows(x.hidden);
+    gemm.backward_weight(x.dweight, x.logits, x.dhidden, rows, Vp, C, true, stream);
+    gemm.backward_input(x.dhidden, x.logits, x.weight, rows, Vp, C, stream);
+    scale_rows(x.dhidden);
 }

@@ -40,7 +40,7 @@ inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse, 
 
 // The longest --seq_len that these settings leave room for on every rank, a multiple of 128 or of what the Lighthouse
 // geometry asks; 0: none.
-inline int64_t longest_seq_len(const ModelConfig& config, GpuModelSettings settings, const FreeMemory& free) {
+inline int64_t longest_seq_len(const ModelConfig& config, const GpuModelSettings& settings, const FreeMemory& free) {
     // units; of several ranks each holds two chunks
     int64_t unit = 128 * ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks(), smallest = 1;
     if (settings.lighthouse) {
@@ -48,8 +48,9 @@ inline int64_t longest_seq_len(const ModelConfig& config, GpuModelSettings setti
         unit = g.tiles * g.window(g.levels - 1), smallest = LIGHTHOUSE_TILE_BUDGET;
     }
     auto with_length = [&](int64_t units) {
-        settings.max_seq_len = units * unit;
-        return settings;
+        GpuModelSettings longer = settings;
+        longer.max_seq_len = units * unit;
+        return longer;
     };
     auto fits = [&](int64_t units) { return free.holds(largest_planned_memory(config, with_length(units))); };
     auto parts = [&](int64_t units) { return num_attention_parts(config, with_length(units)); };

@@ -141,6 +141,16 @@ __device__ __forceinline__ void hopper_gemm_write(const CUtensorMap* map, uint32
     }
     bulk_commit();
 }
+// Writes a tile's blocks like that and waits until their place may be used again. All finishers.
+template <class Tile, int NUM_BLOCKS = Tile::OUT_BLOCKS>
+__device__ __forceinline__ void hopper_gemm_write_last(const CUtensorMap* map, const HopperGemmFinisher<Tile>& self,
+                                                       uint32_t blocks, int row, int column) {
+    if (self.stores()) {
+        hopper_gemm_write<Tile, NUM_BLOCKS>(map, blocks, row, column);
+        bulk_wait_read<0>();
+    }
+    __syncwarp();
+}
 #endif
 
 // out = in weight^T.
@@ -154,15 +164,7 @@ struct PlainEpilogue {
     using State = HopperGemmNoState;
     __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
                                            const HopperGemmPlace&) const {
-        store(&out, self, blocks, place);
-    }
-    __device__ __forceinline__ static void store(const CUtensorMap* out, const Finisher& self, uint32_t blocks,
-                                                 const HopperGemmPlace& place) {
-        if (self.stores()) {
-            hopper_gemm_write<Tile>(out, blocks, place.row, place.column_tile * Tile::BLOCK_N);
-            bulk_wait_read<0>();
-        }
-        __syncwarp();
+        hopper_gemm_write_last<Tile>(&out, self, blocks, place.row, place.column_tile * Tile::BLOCK_N);
     }
 #endif
 };
@@ -186,7 +188,7 @@ struct ExponentialEpilogue {
     using State = HopperGemmNoState;
     __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
                                            const HopperGemmPlace&) const {
-        PlainEpilogue::store(&out, self, blocks, place);
+        hopper_gemm_write_last<Tile>(&out, self, blocks, place.row, place.column_tile * Tile::BLOCK_N);
     }
     // Of the two rows that a consumer's lane has, 8 apart.
     struct Rows {
@@ -326,11 +328,7 @@ struct RotationEpilogue {
             fence_async_shared();
             self.sync();
         }
-        if (self.stores()) {
-            hopper_gemm_write<Tile>(&out, blocks, place.row, column);
-            bulk_wait_read<0>();
-        }
-        __syncwarp();
+        hopper_gemm_write_last<Tile>(&out, self, blocks, place.row, column);
     }
 
   private:
@@ -400,11 +398,7 @@ struct SwigluEpilogue {
         for_own_lines([&](const bf16x8& result, uint32_t at) { store128_shared(blocks + at, result); });
         fence_async_shared();
         self.sync();
-        if (self.stores()) {
-            hopper_gemm_write<Tile, HALF>(&swiglu, blocks, place.row, column);
-            bulk_wait_read<0>();
-        }
-        __syncwarp();
+        hopper_gemm_write_last<Tile, HALF>(&swiglu, self, blocks, place.row, column);
     }
 #endif
 };
@@ -483,11 +477,7 @@ struct SwigluBackwardEpilogue {
         }
         fence_async_shared();
         self.sync();
-        if (self.stores()) {
-            hopper_gemm_write<Tile>(&swiglu, blocks, place.row, place.column_tile * Tile::BLOCK_N);
-            bulk_wait_read<0>();
-        }
-        __syncwarp();
+        hopper_gemm_write_last<Tile>(&swiglu, self, blocks, place.row, place.column_tile * Tile::BLOCK_N);
     }
 #endif
 };

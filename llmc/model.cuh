@@ -417,9 +417,10 @@ inline void GpuModel::backward(const Batch& batch, double loss_weight) {
     const int C = config_.width;
     pass_ = StepPass::backward;
     stage("classifier");
-    classifier_forward_backward(m.losses, m.dhidden, gradient(table_.classifier), m.logits, m.norm_out,
-                                weight(table_.classifier), m.tokens + rows, classifier_shape(config_, settings_, rows),
-                                (float)(loss_weight / (double)rows), m.classifier_scratch, *gemm_, stream_);
+    const float dloss = (float)(loss_weight / (double)rows);
+    classifier_forward_backward({m.losses, m.dhidden, gradient(table_.classifier), m.logits, m.norm_out,
+                                 weight(table_.classifier), m.tokens + rows, dloss, m.classifier_scratch},
+                                classifier_shape(config_, settings_, rows), *gemm_, stream_);
     mean_loss(m.step_results, m.losses, rows, (float)loss_weight, m.mean_loss_scratch, stream_);
     stage("norms");
     rmsnorm_backward(m.dresidual, gradient(table_.final_norm), nullptr, nullptr, m.dhidden, m.final_residual,

@@ -65,6 +65,15 @@ fi
 
 log=$(mktemp -d)
 trap 'rm -rf "$log"' EXIT
+cublas_kernels='cublas|cutlass|xmma|nvjet'
+# only_in_cublas LOG: whether all that racecheck has found lies between accesses of cuBLAS's own kernels: some of those
+# that it takes for small products synchronise in ways that the tool does not see.
+only_in_cublas() {
+    local reported
+    reported=$(grep -c 'Race reported between' "$1")
+    [ "$reported" -gt 0 ] && grep -qE "RACECHECK SUMMARY: $reported hazards? displayed" "$1" &&
+        ! grep -A1 'Race reported between' "$1" | grep ' access at ' | grep -qvE " access at (void )?[^ ]*($cublas_kernels)"
+}
 queue=()  # names of this run's checks, in order
 # run_check NAME SECONDS COMMAND...: leaves the program's output in $log/NAME and one line about it in $log/NAME.result.
 run_check() {
@@ -73,6 +82,10 @@ run_check() {
     timeout "$limit" "$@" >"$log/$name" 2>&1 </dev/null
     status=$?
     counts="$(grep -c '^ok ' "$log/$name") ok, $(grep -c '^FAIL' "$log/$name") FAIL"
+    if [ $status -eq 9 ] && only_in_cublas "$log/$name"; then
+        status=0
+        counts+=" (and $(grep -c 'Race reported between' "$log/$name") hazards inside cuBLAS)"
+    fi
     # A program that checked nothing has not passed.
     if [ $status -eq 0 ] && ! grep -q '^FAIL' "$log/$name" && grep -q '^ok ' "$log/$name"; then
         result="ok   $name: $counts, $((SECONDS - start)) s"
@@ -127,7 +140,7 @@ for part in $parts; do
                 # memcheck leaves out float64 references on the GPU and cuBLAS. initcheck must know what they wrote, and
                 # under racecheck cuBLAS crashes when it is left out.
                 exclude=
-                [ $tool = memcheck ] && exclude="--kernel-name-exclude regex=truth_|cublas|cutlass|xmma|nvjet"
+                [ $tool = memcheck ] && exclude="--kernel-name-exclude regex=truth_|$cublas_kernels"
                 # shellcheck disable=SC2086
                 start_check "$(basename "$program")_$tool" 900 \
                     compute-sanitizer --tool $tool $exclude --error-exitcode 9 "$program" $arguments --small

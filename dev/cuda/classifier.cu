@@ -4,63 +4,32 @@
 #include "llmc/classifier.cuh"
 #include "llmc/reference/classifier.h"
 
-struct Operands {
-    float* losses;
-    bf16* dhidden;
-    float* dweight;
-    bf16* logits;
-    const bf16 *hidden, *weight;
-    const int32_t* targets;
-    float dloss;
-    void* scratch;
-};
-using Launcher = void (*)(const Operands& x, const ClassifierShape& shape, Gemm& gemm, cudaStream_t stream);
-
-template <class Work>
-static void for_each_chunk(const Operands& x, const ClassifierShape& shape, Work work) {
-    for (int64_t begin = 0; begin < shape.rows; begin += shape.chunk_rows) {
-        Operands chunk = x;
-        chunk.losses += begin, chunk.targets += begin;
-        chunk.dhidden += begin * shape.C, chunk.hidden += begin * shape.C;
-        work(chunk, std::min(shape.chunk_rows, shape.rows - begin));
-    }
-}
+using Launcher = void (*)(const ClassifierOperands& x, const ClassifierShape& shape, Gemm& gemm, cudaStream_t stream);
 
 // ---- 1: cross-entropy between the products -----------------------------------------------------
-static void classifier1(const Operands& operands, const ClassifierShape& shape, Gemm& gemm, cudaStream_t stream) {
-    const int64_t Vp = shape.padded_vocab(), C = shape.C;
-    for_each_chunk(operands, shape, [&](const Operands& x, int64_t rows) {
-        gemm.forward(x.logits, x.hidden, x.weight, nullptr, rows, Vp, C, stream);
-        cross_entropy_forward_backward(x.losses, x.logits, x.targets, rows, shape.V, Vp, x.dloss, true, stream);
-        gemm.backward_weight(x.dweight, x.logits, x.hidden, rows, Vp, C, true, stream);
-        gemm.backward_input(x.dhidden, x.logits, x.weight, rows, Vp, C, stream);
+static void classifier1(const ClassifierOperands& x, const ClassifierShape& shape, Gemm& gemm, cudaStream_t stream) {
+    for_each_classifier_chunk(x, shape, [&](const ClassifierOperands& operands, const ClassifierShape& chunk) {
+        classifier_chunk_forward_backward(operands, chunk, gemm, stream);
     });
 }
 
 // ---- 2: exponentials and their sums in the product, on sm_90a ----------------------------------
-static void classifier2(const Operands& operands, const ClassifierShape& shape, Gemm& gemm, cudaStream_t stream) {
+static void classifier2(const ClassifierOperands& x, const ClassifierShape& shape, Gemm& gemm, cudaStream_t stream) {
 #ifdef LLMC_HOPPER
     if (gpu_properties().compute_capability == 90) {
-        return for_each_chunk(operands, shape, [&](const Operands& x, int64_t rows) {
-            classifier_hopper_forward_backward(x.losses, x.dhidden, x.dweight, x.logits, x.hidden, x.weight, x.targets,
-                                               rows, shape.V, shape.padded_vocab(), shape.C, x.dloss, x.scratch, gemm,
-                                               stream);
-        });
+        return for_each_classifier_chunk(x, shape,
+                                         [&](const ClassifierOperands& operands, const ClassifierShape& chunk) {
+                                             classifier_hopper_forward_backward(operands, chunk, gemm, stream);
+                                         });
     }
 #endif
-    classifier1(operands, shape, gemm, stream);
-}
-
-// ---- 3: what ships: one of the two, by the vocabulary ------------------------------------------
-static void classifier3(const Operands& x, const ClassifierShape& shape, Gemm& gemm, cudaStream_t stream) {
-    classifier_forward_backward(x.losses, x.dhidden, x.dweight, x.logits, x.hidden, x.weight, x.targets, shape, x.dloss,
-                                x.scratch, gemm, stream);
+    classifier1(x, shape, gemm, stream);
 }
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "cross-entropy between the products", classifier1},
     {2, "exponentials in the product's epilogue (llmc/classifier_hopper.cuh)", classifier2},
-    {3, "one of the two, by the vocabulary (llmc/classifier.cuh)", classifier3},
+    {3, "one of the two, by the vocabulary (llmc/classifier.cuh)", classifier_forward_backward},
 };
 
 // Scratch for any of them.
@@ -127,7 +96,9 @@ struct DeviceCase {
           dweight(data.dweight),
           targets(data.targets),
           scratch(scratch_bytes(c.shape)) {}
-    Operands operands() { return {losses, dhidden, dweight, logits, hidden, weight, targets, dloss, scratch}; }
+    ClassifierOperands operands() {
+        return {losses, dhidden, dweight, logits, hidden, weight, targets, dloss, scratch};
+    }
 };
 
 static void check_case(Harness& h, const Variant<Launcher>& variant, Gemm& gemm, const Case& c) {
@@ -163,7 +134,7 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, Gemm& gemm,
     h.compare_repeats("dhidden", c.label(), device.dhidden, launch);
     // In the place of hidden.
     const std::vector<bf16> apart = device.dhidden.download();
-    Operands in_place = device.operands();
+    ClassifierOperands in_place = device.operands();
     in_place.dhidden = device.hidden;
     variant.launch(in_place, shape, gemm, h.stream);
     h.compare_exact("dhidden in the place of hidden", c.label(), device.hidden, apart);
@@ -264,7 +235,8 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         weight.upload(random_vector<bf16>(shape.padded_vocab() * C, h.seed + 1, 0.02f));
         CUDA_CHECK(cudaMemset(dweight, 0, dweight.size() * sizeof(float)));
         CUDA_CHECK(cudaDeviceSynchronize());
-        const Operands x = {losses, dhidden, dweight, logits, hidden, weight, targets, 1.0f / (float)rows, scratch};
+        const ClassifierOperands x = {losses, dhidden, dweight, logits, hidden, weight, targets, 1.0f / (float)rows,
+                                      scratch};
         h.measure_flops(format_string("rows%lld V%lld C%d", (long long)rows, (long long)V, C),
                         6.0 * (double)rows * (double)shape.padded_vocab() * C, 0.0, variant.idea,
                         [&] { variant.launch(x, shape, gemm, h.stream); });
