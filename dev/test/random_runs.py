@@ -8,13 +8,17 @@ Needs a GPU; a run takes a second or two, --jobs side by side.
 
     make train_gpt train_gpt_cpu && dev/test/random_runs.py --runs 100
     dev/test/random_runs.py --seed 7 --runs 1 --verbose         one of them again
-    dev/test/random_runs.py --planted                           the GPU gets another rope_theta: it must be noticed
+    dev/test/random_runs.py --planted                           the GPU gets twice the rope_theta: it must be noticed
 
-Weights are drawn ten to twenty times as large as usual, so that attention is sharp and a token's place matters: at
-init_std 0.02 twice the rope_theta moves no loss by more than 0.0003.
+The limits: bf16 activations are off by 2^-9 each, and a loss is a mean over tokens of what they do to it. Later steps
+drift apart by what Adam makes of them, and under Lighthouse attention entries whose scores differ by less than rounding
+are ranked either way. In 15 runs on an H200 first losses were off by at most 0.0038 nats (Lighthouse 0.0081), later
+ones by 0.025 (0.013), norms by 0.5 % (0.8 %): at most half of a limit. Twice the rope_theta went beyond one in all six
+dense runs of 63 tokens or more.
 """
 import argparse
 import concurrent.futures
+import itertools
 import json
 import os
 import random
@@ -24,8 +28,7 @@ import sys
 import tempfile
 
 STEPS = 3
-DENSE_LIMITS = (0.02, 0.1, 0.04)  # XX
-LIGHTHOUSE_LIMITS = (0.05, 0.15, 0.1)
+PLANTED_TOKENS = 63  # of the shortest sequence under dense attention in which a planted error should be seen
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPAWN = os.path.join(HERE, "..", "..", "scripts", "spawn_ranks.sh")
 
@@ -47,11 +50,13 @@ def draw(seed):
         "vocab_size": r.choice([258, 258, 259, 264, 300, 513, 1000]),
         "tied_embeddings": r.choice(["true", "false"]),
         "rope_theta": r.choice([10000, 500000]),
-        "init_std": r.choice([0.2, 0.3, 0.4]),
         "classifier_chunk_rows": r.choice([0, 0, 1, 64, 1000]),
         "learning_rate": r.choice([1e-3, 3e-4]),
         "seed": r.randint(0, 99),
     }
+    # Scores of attention vary by a few nats, so that it is sharp: at init_std 0.02 it is nearly a mean, and nobody
+    # notices what becomes of it.
+    flags["init_std"] = round(r.choice([1.25, 1.5, 1.75]) / flags["width"] ** 0.5, 4)
     if r.random() < 0.2:
         flags.update(rope_scaling_factor=8, rope_original_max_positions=64)
     batch, accumulated = r.choice([1, 1, 2, 3]), r.choice([1, 1, 2])
@@ -106,50 +111,68 @@ def train(command, out):
     return steps
 
 
-def compare(found, expected, limits):
-    """What differs by more than is allowed, and the largest differences: of the first loss and of later ones, in nats,
-    and of a norm, relative."""
+def limits(flags):
+    """How far first losses and later ones may be apart, in nats, and norms, relative: what all tokens have in common,
+    and what a mean over them makes smaller."""
+    few = (flags["seq_len"] * flags["global_batch"]) ** -0.5
+    scale = 3 if flags.get("attention") == "lighthouse" else 1
+    return tuple(scale * limit for limit in (0.005 + 0.05 * few, 0.03 + 0.3 * few, 0.015 + 0.1 * few))
+
+
+def compare(found, expected, allowed):
+    """What differs by more than is allowed, and the largest differences, as limits() has them."""
     wrong, largest = [], [0.0, 0.0, 0.0]
     for i, (a, b) in enumerate(zip(found, expected)):
         loss, norm = abs(a["loss"] - b["loss"]), abs(a["grad_norm"] - b["grad_norm"]) / b["grad_norm"]
         largest[i > 0] = max(largest[i > 0], loss)
         largest[2] = max(largest[2], norm)
-        if not loss <= limits[i > 0]:
+        if not loss <= allowed[i > 0]:
             wrong.append(f"step {i + 1}: loss {a['loss']:.6f} and {b['loss']:.6f}")
-        if not norm <= limits[2]:
+        if not norm <= allowed[2]:
             wrong.append(f"step {i + 1}: norm {a['grad_norm']:.6f} and {b['grad_norm']:.6f}")
     return wrong, "first loss {:.2g}, later {:.2g}, norm {:.2g}".format(*largest)
 
 
 def run(seed, o, corpus):
+    """'ok', 'FAIL' or, of a planted error that may go unseen, 'pass', and a text that says more."""
     flags, mode, ranks = draw(seed)
     common = {**flags, "train_data": corpus, "val_fraction": 0, "max_steps": STEPS, "warmup_steps": 0,
               "schedule": "constant", "sample_tokens": 0, "eval_every": 0, "eval_batches": 1}
     gpu = {**common, "deterministic": "true"}
+    commands = {"cpu": command_line(o.cpu, common)}
     if o.planted:
-        gpu["rope_theta"] *= 2
-    drawn = command_line(o.gpu, {**gpu, **mode, **({"comm_transport": "host"} if ranks > 1 else {})})
-    commands = {"cpu": command_line(o.cpu, common), "plain": command_line(o.gpu, gpu)}
-    if not o.planted:
+        commands["planted"] = command_line(o.gpu, {**gpu, "rope_theta": 2 * gpu["rope_theta"]})
+    else:
+        drawn = command_line(o.gpu, {**gpu, **mode, **({"comm_transport": "host"} if ranks > 1 else {})})
+        commands["plain"] = command_line(o.gpu, gpu)
         commands["drawn"] = ([SPAWN, str(ranks)] if ranks > 1 else []) + drawn
     with tempfile.TemporaryDirectory() as folder:
         results = {name: train(command, os.path.join(folder, name)) for name, command in commands.items()}
     wrong = [f"{name}: {said}" for name, said in results.items() if isinstance(said, str)]
-    said = ""
-    if not wrong:
-        limits = LIGHTHOUSE_LIMITS if flags.get("attention") == "lighthouse" else DENSE_LIMITS
-        far, largest = compare(results["plain"], results["cpu"], limits)
-        wrong += ["GPU and CPU, " + text for text in far]
-        said = f"GPU and CPU apart: {largest}"
-        if not o.planted:
-            far, largest = compare(results["drawn"], results["plain"], (0.0, 0.0, 0.0) if ranks == 1 else limits)
-            wrong += ["drawn and plain, " + text for text in far]
-            said += f"; drawn and plain: {largest}"
-    text = f"{'FAIL' if wrong else 'ok  '} seed {seed}: {ranks} ranks, {flags}, {mode}: {said}"
-    if wrong or o.verbose:
+    said, status = "", "FAIL" if wrong else "ok"
+    if not wrong and o.planted:
+        wrong, said = compare(results["planted"], results["cpu"], limits(flags))
+        said = f"{'seen' if wrong else 'not seen'}: {said}"
+        status = "ok" if wrong else "pass"
+    elif not wrong:
+        wrong, said = compare(results["plain"], results["cpu"], limits(flags))
+        apart, said_apart = compare(results["drawn"], results["plain"], (0, 0, 0) if ranks == 1 else limits(flags))
+        said = f"GPU and CPU apart: {said}; drawn and plain: {said_apart}"
+        wrong = ["GPU and CPU, " + text for text in wrong] + ["drawn and plain, " + text for text in apart]
+        status = "FAIL" if wrong else "ok"
+    text = f"{status:4} seed {seed}: {ranks} ranks, {flags}, {mode}: {said}"
+    if status == "FAIL" or o.verbose:
         text += "".join(f"\n     {line}" for line in wrong)
         text += "".join(f"\n     {name}: {shlex.join(command)}" for name, command in commands.items())
-    return not wrong, text
+    return status, text
+
+
+def planted_seeds(first):
+    """Those from `first` on whose runs should show a planted error."""
+    for seed in itertools.count(first):
+        flags, _, _ = draw(seed)
+        if flags["seq_len"] >= PLANTED_TOKENS and "attention" not in flags:
+            yield seed
 
 
 def main():
@@ -159,13 +182,14 @@ def main():
     parser.add_argument("--seed", type=int, default=1, help="of the first run; the others' follow")
     parser.add_argument("--runs", type=int, default=40)
     parser.add_argument("--jobs", type=int, default=max(1, (os.cpu_count() or 1) // 2), help="runs side by side")
-    parser.add_argument("--planted", action="store_true", help="train with a planted error on the GPU")
+    parser.add_argument("--planted", action="store_true", help="plant an error on the GPU")
     parser.add_argument("--verbose", action="store_true", help="print every run's commands")
     o = parser.parse_args()
     if o.runs < 1 or o.jobs < 1:
         parser.error("--runs and --jobs must be at least 1")
     o.gpu, o.cpu = os.path.abspath(o.gpu), os.path.abspath(o.cpu)
-    failed = 0
+    seeds = list(itertools.islice(planted_seeds(o.seed) if o.planted else itertools.count(o.seed), o.runs))
+    found = []
     with tempfile.TemporaryDirectory() as folder:
         corpus = os.path.join(folder, "corpus.txt")
         with open(corpus, "wb") as file:  # text, more or less: words of a small vocabulary
@@ -173,10 +197,15 @@ def main():
             words = [bytes(r.randrange(97, 123) for _ in range(r.randint(1, 9))) for _ in range(300)]
             file.write(b" ".join(words[min(299, int(r.expovariate(0.02)))] for _ in range(60000)))
         with concurrent.futures.ThreadPoolExecutor(o.jobs) as pool:
-            for ok, text in pool.map(lambda seed: run(seed, o, corpus), range(o.seed, o.seed + o.runs)):
+            for status, text in pool.map(lambda seed: run(seed, o, corpus), seeds):
                 print(text, flush=True)
-                failed += not ok
-    print(f"{o.runs - failed} passed, {failed} failed")
+                found.append(status)
+    passed, failed = found.count("ok"), found.count("FAIL")
+    if o.planted:
+        few = 2 * passed < o.runs
+        print(f"{'FAIL' if few else 'ok  '} the planted error was seen in {passed} of {o.runs} runs, at least half are asked")
+        return failed > 0 or few
+    print(f"{passed} passed, {failed} failed")
     return failed > 0
 
 
