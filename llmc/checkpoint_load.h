@@ -234,12 +234,12 @@ inline void load_model(TrainableModel& model, const std::string& folder, const R
 
 // Sets master weights and both means of AdamW from a checkpoint, and returns where training stood. Throws Error, before
 // the model is touched, when the checkpoint is damaged (its files are read and compared with the manifest first) or is
-// not of this model.
+// not of this model. was_read: find_newest_checkpoint has just compared them; their lengths are enough.
 inline TrainingState load_checkpoint(TrainableModel& model, const std::string& folder,
-                                     const RunRanks& ranks = RunRanks()) {
+                                     const RunRanks& ranks = RunRanks(), bool was_read = false) {
     // One rank reads every byte, the others what they need.
     const auto verify_all = [&](std::atomic<uint64_t>* progress) {
-        return checkpoint::manifest_text(checkpoint::verify(folder, true, progress));
+        return checkpoint::manifest_text(checkpoint::verify(folder, !was_read, progress));
     };
     const checkpoint::Manifest manifest =
         checkpoint::parse_manifest(ranks.first_decides_at_length(verify_all, "verification of the checkpoint"),

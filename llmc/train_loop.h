@@ -113,7 +113,7 @@ class TrainingRun {
     // Weights and optimizer of a fresh run, of --init_from or of --resume.
     void load_or_initialize() {
         if (config_.resume) {
-            state_ = load_checkpoint(model_, config_.checkpoint, ranks_);
+            state_ = load_checkpoint(model_, config_.checkpoint, ranks_, true);  // read when it was found
             if (state_.skipped_in_a_row >= config_.max_skipped) {
                 state_.skipped_in_a_row = 0;  // that ended the run before; this one may try as often
             }

@@ -397,6 +397,24 @@ TEST_F(Checkpoint, CutOffAtAnyByteIsPassedOver) {
     EXPECT_EQ(find_newest_checkpoint(run_), newest);
 }
 
+// What was found is not read through a second time: a bit that flips in between is loaded, a length that changes is
+// not.
+TEST_F(Checkpoint, WhatWasReadWhenItWasFoundIsNotReadAgain) {
+    StateModel model(small_model(true), 1), loaded(small_model(true), 0), cut_off(small_model(true), 0);
+    const std::string folder = save(model, 2), path = folder + "/" + checkpoint::WEIGHTS;
+    std::string bytes = read_bytes(path);
+    bytes.back() = (char)(bytes.back() ^ 1);
+    write_bytes(path, bytes);
+    EXPECT_THROW(load_checkpoint(loaded, folder), Error);
+    EXPECT_TRUE(loaded.untouched());
+    load_checkpoint(loaded, folder, RunRanks(), true);
+    EXPECT_FALSE(loaded.untouched());
+    bytes.pop_back();
+    write_bytes(path, bytes);
+    EXPECT_THROW(load_checkpoint(cut_off, folder, RunRanks(), true), Error);
+    EXPECT_TRUE(cut_off.untouched());
+}
+
 TEST_F(Checkpoint, EveryFlippedBitIsFound) {
     StateModel model(small_model(true), 1), loaded(small_model(true), 0);
     const std::string folder = save(model, 2);
