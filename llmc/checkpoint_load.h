@@ -173,11 +173,12 @@ inline TensorSet open_weights(const std::string& folder) {
 // Throws Error unless config.json describes the model and the weights are its tensors, all and only, in these shapes.
 // Allowed beside them: the table of RoPE frequencies in old folders, and the classifier of a model that shares it with
 // the embedding (transformers reads neither).
-inline void check_weights(const TensorSet& set, const TrainableModel& model, const std::string& folder) {
-    const std::string difference = first_difference(load_hf_config(folder), model.config());
+inline void check_weights(const TensorSet& set, const ModelConfig& model, const ParameterTable& parameters,
+                          const std::string& folder) {
+    const std::string difference = first_difference(load_hf_config(folder), model);
     CHECK(difference.empty(), "%s/config.json: does not fit this model: %s", folder.c_str(), difference.c_str());
     std::set<std::string> names;
-    for (const ParameterTensor& tensor : model.parameters().tensors) {
+    for (const ParameterTensor& tensor : parameters.tensors) {
         for (const HuggingFaceSlice& slice : tensor.slices) {
             set.at(slice.name, slice_shape(tensor, slice), folder);
             names.insert(slice.name);
@@ -186,7 +187,7 @@ inline void check_weights(const TensorSet& set, const TrainableModel& model, con
     for (const auto& [name, place] : set.all()) {
         const std::string_view frequencies = ".rotary_emb.inv_freq";
         const bool is_unused =
-            (model.config().tied_embeddings && name == "lm_head.weight") ||
+            (model.tied_embeddings && name == "lm_head.weight") ||
             (name.size() > frequencies.size() && name.substr(name.size() - frequencies.size()) == frequencies);
         CHECK(names.count(name) > 0 || is_unused, "%s: has the tensor %s, which a Llama of its config.json has not",
               place.file->path().c_str(), printable(name).c_str());
@@ -211,6 +212,20 @@ inline void read_weights(TrainableModel& model, const TensorSet& set, const std:
 
 // ---- what a run calls --------------------------------------------------------------------------
 
+// Throws Error unless the weights of a folder are those of its config.json's model, `model`, as far as can be said
+// without reading them: a manifest says it with the hash of config.json, else names and shapes of all tensors do.
+inline void check_holds_model(const std::string& folder, const ModelConfig& model) {
+    const std::string path = folder + "/" + checkpoint::MANIFEST;
+    if (!checkpoint::exists(path)) {
+        checkpoint::check_weights(checkpoint::open_weights(folder), model, make_parameter_table(model), folder);
+        return;
+    }
+    const checkpoint::Manifest manifest = checkpoint::parse_manifest(read_text_file(path), path);
+    if (const auto config = manifest.find("config.json"); config != manifest.end()) {
+        checkpoint::verify_file(folder, config->first, config->second, true);
+    }
+}
+
 // Sets the model's weights, and nothing else, from any Hugging Face Llama folder, one of ours included: then what is
 // read must also be what its manifest says. F16 and BF16 become float32 exactly. Throws Error, before the model is
 // touched, when the folder is damaged or does not hold this model.
@@ -228,7 +243,7 @@ inline void load_model(TrainableModel& model, const std::string& folder, const R
     };
     ranks.first_decides_at_length(verify_what_is_read, "verification of the weights");
     const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
-    checkpoint::check_weights(weights, model, folder);
+    checkpoint::check_weights(weights, model.config(), model.parameters(), folder);
     checkpoint::read_weights(model, weights, folder);
 }
 
@@ -247,7 +262,7 @@ inline TrainingState load_checkpoint(TrainableModel& model, const std::string& f
     const std::string state_path = folder + "/" + checkpoint::STATE;
     const TrainingState state = checkpoint::parse_state(read_text_file(state_path), state_path);
     const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
-    checkpoint::check_weights(weights, model, folder);
+    checkpoint::check_weights(weights, model.config(), model.parameters(), folder);
     checkpoint::TensorSet optimizer;
     for (const auto& [name, digest] : manifest) {
         if (name.rfind("optimizer-", 0) == 0) {

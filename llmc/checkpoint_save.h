@@ -93,15 +93,10 @@ inline void publish(PartialFolder& partial, const std::string& folder, const std
 // ---- files beside the weights ------------------------------------------------------------------
 
 // Files beside the weights that say how to use them: of the folder a run started from, they belong to its checkpoints.
-constexpr const char* COMPANIONS[] = {"generation_config.json",
-                                      "tokenizer.json",
-                                      "tokenizer_config.json",
-                                      "tokenizer.model",
-                                      "special_tokens_map.json",
-                                      "added_tokens.json",
-                                      "vocab.json",
-                                      "merges.txt",
-                                      "chat_template.jinja"};
+constexpr const char* TOKENIZER_CONFIG = "tokenizer_config.json";
+constexpr const char* COMPANIONS[] = {
+    "generation_config.json", "tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model",    "special_tokens_map.json",
+    "added_tokens.json",      "vocab.json",     "merges.txt",     "chat_template.jinja"};
 
 // The folder whose tokenizer and special tokens a run's checkpoints carry on: the one it started from or, when that is
 // gone, an earlier checkpoint of this run. Empty when there is none.
@@ -124,25 +119,6 @@ inline std::string companion_source(const std::string& started_from, const std::
     return "";
 }
 
-// Whether a vocabulary is that of bytes, with the two markers or without.
-inline bool is_byte_vocabulary(int64_t vocab_size) { return vocab_size == 256 || vocab_size == END_MARKER + 1; }
-inline bool has_byte_markers(const RunConfig& config, int64_t vocab_size) {
-    return config.byte_markers && vocab_size == END_MARKER + 1;
-}
-
-// Those in the config.json of `source`; without a source those of a byte vocabulary.
-inline SpecialTokens special_tokens(const std::string& source, const RunConfig& config, int64_t vocab_size) {
-    SpecialTokens tokens;
-    if (source.empty()) {
-        if (has_byte_markers(config, vocab_size)) {
-            tokens.begin = BEGIN_MARKER, tokens.end = END_MARKER;
-        }
-        return tokens;
-    }
-    const std::string path = source + "/config.json";
-    return parse_special_tokens(parse_json(read_text_file(path), path));
-}
-
 // What says how to use the weights: files by name, and the special tokens of config.json.
 struct Companions {
     SpecialTokens tokens;
@@ -151,23 +127,42 @@ struct Companions {
 inline int64_t max_positions_of(const RunConfig& config, const ModelConfig& m) {
     return m.max_positions > 0 ? m.max_positions : config.seq_len;
 }
-// Those of `source`; without one, of a byte vocabulary. Throws Error for a file that cannot be read.
-inline Companions read_companions(const std::string& source, const RunConfig& config, const ModelConfig& m) {
-    Companions companions = {special_tokens(source, config, m.vocab_size), {}};
+// A tokenizer_config.json that lets texts be as long as the model was trained on: as it is where it does, or where it
+// says nothing of the kind.
+inline std::string with_max_length(const std::string& text, int64_t max_positions) {
+    Json json = Json::parse(text, nullptr, false);
+    const char* const key = "model_max_length";
+    if (!json.is_object() || !json.contains(key) || !json[key].is_number_integer() ||
+        json[key].get<int64_t>() >= max_positions) {
+        return text;
+    }
+    json[key] = max_positions;
+    return json.dump(1) + "\n";
+}
+
+// Those of `source`; without one, of text as bytes, if it is that. Throws Error for a file that cannot be read.
+inline Companions read_companions(const std::string& source, const RunConfig& config, const ModelConfig& m,
+                                  bool is_bytes) {
+    Companions companions;
     if (!source.empty()) {
+        const std::string path = source + "/config.json";
+        companions.tokens = parse_special_tokens(parse_json(read_text_file(path), path));
         for (const char* name : COMPANIONS) {
             if (exists(source + "/" + name)) {
                 companions.files[name] = read_text_file(source + "/" + name);
             }
         }
-    } else if (is_byte_vocabulary(m.vocab_size)) {
-        const bool markers = has_byte_markers(config, m.vocab_size);
+        if (const auto found = companions.files.find(TOKENIZER_CONFIG); found != companions.files.end()) {
+            found->second = with_max_length(found->second, max_positions_of(config, m));
+        }
+    } else if (is_bytes) {
+        const bool markers = config.byte_markers && m.vocab_size > END_MARKER;
         const auto add = [&](const char* name, const Json& json) { companions.files[name] = json.dump(1) + "\n"; };
         add("tokenizer.json", byte_tokenizer_json(markers));
-        add("tokenizer_config.json", byte_tokenizer_config_json(markers, max_positions_of(config, m)));
+        add(TOKENIZER_CONFIG, byte_tokenizer_config_json(markers, max_positions_of(config, m)));
         if (markers) {
-            const SpecialTokens& tokens = companions.tokens;
-            add("generation_config.json", {{"bos_token_id", tokens.begin}, {"eos_token_id", tokens.end}});
+            companions.tokens.begin = BEGIN_MARKER, companions.tokens.end = END_MARKER;
+            add("generation_config.json", {{"bos_token_id", BEGIN_MARKER}, {"eos_token_id", END_MARKER}});
         }
     }
     return companions;
@@ -275,7 +270,7 @@ struct OptimizerFiles {
 // weights_bf16: model.safetensors in bfloat16, the float32 master beside it.
 // Holds one tensor at a time. All ranks call it: each writes its part of the optimizer's state, rank 0 the rest. Throws
 // Error, on all ranks, when anything fails on any: what was there before then still is. companions: what lies beside
-// the weights, read when the run began; nullptr: read now.
+// the weights, read when the run began; nullptr: read now, a vocabulary of 256 or 258 taken for bytes.
 inline std::string save_checkpoint(TrainableModel& model, const TrainingState& state, const RunConfig& config,
                                    bool weights_bf16, const std::string& output_dir,
                                    uint64_t optimizer_shard_bytes = checkpoint::OPTIMIZER_SHARD_BYTES,
@@ -291,8 +286,9 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
         CHECK(!error, "--output_dir %s: cannot make this folder: %s", output_dir.c_str(), error.message().c_str());
         checkpoint::remove_leftovers(output_dir);
         if (companions == nullptr) {
+            const int64_t V = model.config().vocab_size;
             companions_now = checkpoint::read_companions(checkpoint::companion_source(config.checkpoint, output_dir),
-                                                         config, model.config());
+                                                         config, model.config(), V == 256 || V == END_MARKER + 1);
         }
         partial.emplace(partial_path);
         return "";

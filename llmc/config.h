@@ -150,9 +150,10 @@ inline void validate(const RunConfig& c) {
           "--decay_steps %lld: must not end before the %lld steps of --warmup_steps", (long long)c.decay_steps,
           (long long)c.warmup_steps);
     real_in_range("final_learning_rate_fraction", c.final_learning_rate_fraction, 0.0, 1.0);
-    CHECK(c.beta1 >= 0.0 && c.beta1 < 1.0, "--beta1 %g: must be at least 0 and less than 1", c.beta1);
-    CHECK(c.beta2 >= 0.0 && c.beta2 < 1.0, "--beta2 %g: must be at least 0 and less than 1", c.beta2);
-    CHECK(c.adam_eps > 0.0 && c.adam_eps <= 1.0, "--adam_eps %g: must be greater than 0 and at most 1", c.adam_eps);
+    // As the optimizer has them, in float32.
+    CHECK(c.beta1 >= 0.0 && (float)c.beta1 < 1.0f, "--beta1 %.12g: must be at least 0 and at most 0.9999999", c.beta1);
+    CHECK(c.beta2 >= 0.0 && (float)c.beta2 < 1.0f, "--beta2 %.12g: must be at least 0 and at most 0.9999999", c.beta2);
+    CHECK((float)c.adam_eps > 0.0f && c.adam_eps <= 1.0, "--adam_eps %g: must be from 1e-45 to 1", c.adam_eps);
     real_in_range("weight_decay", c.weight_decay, 0.0, any);
     real_in_range("max_grad_norm", c.max_grad_norm, 0.0, any);
 

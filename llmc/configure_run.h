@@ -2,15 +2,17 @@
 // to work together.
 #pragma once
 #include <atomic>
+#include <cerrno>
 #include <cstdio>
+#include <cstring>
 #include <ctime>
-#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "checkpoint_folder.h"  // the checkpoint to go on from
+#include "checkpoint_load.h"    // whether it holds what its config.json says
 #include "config.h"             // every setting
 #include "flags.h"              // settings from the command line
 #include "hf_config.h"          // the model's shape in a checkpoint
@@ -20,12 +22,17 @@
 
 // Whether a folder holds what a run writes: starting another run there would mix the two.
 inline bool holds_a_run(const std::string& output_dir) {
-    return std::filesystem::exists(output_dir + "/metrics.jsonl") || !checkpoint::list(output_dir).empty();
+    return checkpoint::exists(output_dir + "/metrics.jsonl") || !checkpoint::list(output_dir).empty();
 }
 
 // For the user, who may have meant something else; the run goes on. One rank calls it.
 inline void print_warning(const RunConfig& config, const std::string& sentence) {
     std::fprintf(stderr, "%s: warning: %s\n", config.program.c_str(), sentence.c_str());
+}
+
+// Throws Error when what was printed did not get where it goes: for those whose output is all they are run for.
+inline void check_printed() {
+    CHECK(std::fflush(stdout) == 0 && !std::ferror(stdout), "the output cannot be written: %s", std::strerror(errno));
 }
 
 // Throws Error when another process trains into --output_dir, which exists.
@@ -52,7 +59,7 @@ inline std::string new_output_dir() {
     std::strftime(date_time, sizeof date_time, "%Y%m%d-%H%M%S", std::localtime(&now));
     const std::string base = std::string("runs/") + date_time;
     std::string folder = base;
-    for (int i = 2; std::filesystem::exists(folder); ++i) {
+    for (int i = 2; checkpoint::exists(folder); ++i) {
         folder = base + "-" + std::to_string(i);
     }
     return folder;
@@ -91,6 +98,7 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
     ParsedFlags parsed = parse_flags(argc, argv);
     if (parsed.help) {
         std::fputs(help_text(argv[0]).c_str(), stdout);
+        check_printed();
         return std::nullopt;
     }
     check_given_flags(parsed);
@@ -118,6 +126,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     }
     if (!config.checkpoint.empty()) {
         take_model_shape(parsed, load_hf_config(config.checkpoint), config.checkpoint);
+        check_holds_model(config.checkpoint, config.model);  // before memory is taken for what only config.json knows
     }
     // Evaluation alone covers all validation data unless told otherwise.
     if (config.max_steps == 0 && parsed.given.count("eval_batches") == 0) {

@@ -100,6 +100,7 @@ struct SettingsLayer {
 inline SettingsLayer layer_from_file(const std::vector<Setting>& settings, const std::string& path) {
     SettingsLayer layer;
     for (const TomlEntry& entry : read_toml(path)) {
+        CHECK(entry.name != "config", "%s line %d: a settings file cannot name another", path.c_str(), entry.line);
         const Setting* s = find_setting(settings, entry.name);
         CHECK(s != nullptr, "%s line %d: there is no setting '%s'; the nearest is '%s'", path.c_str(), entry.line,
               entry.name.c_str(), nearest_setting(settings, entry.name).c_str());
@@ -154,6 +155,20 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
     if (help) {
         parsed.help = true;
         return parsed;
+    }
+    for (const auto& [name, option] : options) {
+        for (const std::string& word : option->results()) {
+            // CLI11 gives a flag the next word, whatever it is: of `--output_dir --plain` the value is missing.
+            const std::string other = word.rfind("--", 0) == 0 ? word.substr(2, word.find('=') - 2) : "";
+            CHECK(other != "help" && options.count(other) == 0, "--%s: its value is missing ('%s' is a flag)",
+                  name.c_str(), word.c_str());
+        }
+    }
+    // Most likely of a variable that the shell did not know; without the flag the run would be another.
+    for (const char* name : {"config", "init_from", "output_dir"}) {
+        const CLI::Option& option = *options[name];
+        CHECK(option.count() == 0 || !option.results().back().empty(), "--%s '': must name a %s, or be left out", name,
+              name == std::string("config") ? "file" : "folder");
     }
     for (const std::string& extra : app.remaining()) {
         CHECK(extra.size() > 1 && extra[0] == '-', "'%s': every value follows its flag, e.g. --train_data '%s'",
@@ -264,6 +279,20 @@ inline void check_given_flags(const ParsedFlags& parsed) {
           "--sample_every %lld and --sample_tokens 0 contradict each other", (long long)c.sample_every);
     CHECK(!given("decay_steps") || c.decay_steps == 0 || c.schedule != ScheduleKind::constant,
           "--decay_steps and --schedule constant contradict each other: a constant learning rate does not decay");
+    CHECK(!contradicts("final_learning_rate_fraction", "schedule") || c.schedule != ScheduleKind::constant,
+          "--final_learning_rate_fraction and --schedule constant contradict each other: a constant learning rate does "
+          "not decay");
+    CHECK(!contradicts("lighthouse_dilation", "lighthouse_scorer") || c.attention == AttentionMode::dense ||
+              c.lighthouse.scorer == LighthouseScorer::dilated,
+          "--lighthouse_dilation and --lighthouse_scorer norm contradict each other: add --lighthouse_scorer dilated, "
+          "or leave it out");
+    const bool makes_model = c.init_from.empty() && !c.resume;
+    if (makes_model && c.model.rope_scaling.factor == 1.0) {
+        for (const char* name : {"rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_positions"}) {
+            CHECK(!contradicts(name, "rope_scaling_factor"),
+                  "--%s and --rope_scaling_factor 1 contradict each other: give the factor, or leave it out", name);
+        }
+    }
 }
 
 // Takes the model's shape from a checkpoint, `stored` as `where`/config.json has it. Throws Error when a flag that was

@@ -2,16 +2,40 @@
 // than memory, and processes of one machine share the pages.
 #pragma once
 #include <cerrno>
+#include <csignal>
 #include <cstdint>
 #include <cstring>
 #include <string>
 #include <sys/mman.h>
+#include <unistd.h>
 #include <utility>
 
 #include "check.h"
 #include "regular_file.h"
 
-// The file must not become shorter while it is mapped: the kernel answers a read beyond its end with SIGBUS.
+namespace mapped_files {
+
+// The kernel's answer to a read of what is mapped and no longer there.
+inline void on_bus_error(int, siginfo_t* info, void*) {
+    static const char message[] =
+        "a file that is being read (training data, or a checkpoint) became shorter, or its disk cannot be read: "
+        "stopped; the newest checkpoint is as it was\n";
+    if (info->si_code == BUS_ADRERR && write(STDERR_FILENO, message, sizeof message - 1) > 0) {
+        _exit(1);
+    }
+    signal(SIGBUS, SIG_DFL);  // ends the process when the read is tried again
+}
+inline void install_handler() {
+    struct sigaction action = {};
+    action.sa_sigaction = on_bus_error;
+    action.sa_flags = SA_SIGINFO;
+    sigemptyset(&action.sa_mask);
+    sigaction(SIGBUS, &action, nullptr);
+}
+
+}  // namespace mapped_files
+
+// The file must not become shorter while it is mapped: a read beyond its end ends the process, with a sentence.
 class MappedFile {
   public:
     // Throws Error when `path` is not a regular file that can be read. An empty file has size 0 and no memory.
@@ -26,6 +50,7 @@ class MappedFile {
         CHECK(memory != MAP_FAILED, "%s: cannot read into memory: %s%s", path.c_str(), std::strerror(error),
               error == ENOMEM ? " (of very many files, join some: sysctl vm.max_map_count is the limit)" : "");
         data_ = (const unsigned char*)memory;
+        mapped_files::install_handler();
     }
     ~MappedFile() {
         if (data_ != nullptr) {

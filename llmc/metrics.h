@@ -59,6 +59,7 @@ class MetricsLog {
         CHECK(old.good(), "%s: cannot read: %s", path_.c_str(), std::strerror(errno));
         const std::string kept_path = path_ + ".new";
         std::ofstream kept(kept_path, std::ios::binary | std::ios::trunc);
+        CHECK(kept.good(), "%s: cannot write: %s", kept_path.c_str(), std::strerror(errno));
         for (std::string line; std::getline(old, line);) {
             const Json object = Json::parse(line, nullptr, false);
             const bool whole = object.is_object() && object.contains("step") && object["step"].is_number_integer();

@@ -213,7 +213,8 @@ inline std::vector<TomlEntry> read_toml(const std::string& path) {
         text << file.rdbuf();
     }
     CHECK(!file.bad() && !text.fail(), "%s: cannot read this settings file", path.c_str());
-    return TomlReader(text.str(), path).read();
+    const std::string mark = "\xef\xbb\xbf", all = text.str();  // of UTF-8, as some editors write it
+    return TomlReader(all.compare(0, mark.size(), mark) == 0 ? all.substr(mark.size()) : all, path).read();
 }
 
 // A TOML string literal with this value.

@@ -117,7 +117,11 @@ class TrainingRun {
             if (state_.skipped_in_a_row >= config_.max_skipped) {
                 state_.skipped_in_a_row = 0;  // that ended the run before; this one may try as often
             }
-            if (state_.seq_len > 0 && state_.seq_len != config_.seq_len) {  // on behind the tokens that it has seen
+            if (state_.seq_len > 0 && state_.seq_len != config_.seq_len) {  // on behind as many tokens as it has seen
+                warn(format_string(
+                    "--seq_len %lld: %s was trained on sequences of %lld: data are cut and shuffled anew, so of this "
+                    "epoch some tokens come again and as many do not",
+                    (long long)config_.seq_len, config_.checkpoint.c_str(), (long long)state_.seq_len));
                 const uint64_t tokens = checked_mul((uint64_t)state_.data_position, (uint64_t)state_.seq_len, "tokens");
                 state_.data_position = (int64_t)ceil_div<uint64_t>(tokens, (uint64_t)config_.seq_len);
             }
@@ -232,7 +236,7 @@ class TrainingRun {
     void prepare_output() {
         // Now: a file that cannot be read is not to be found out by the first checkpoint.
         companions_ = checkpoint::read_companions(checkpoint::companion_source(config_.checkpoint, config_.output_dir),
-                                                  config_, model_.config());
+                                                  config_, model_.config(), data_.train->stream().is_bytes());
         std::error_code error;
         std::filesystem::create_directories(config_.output_dir, error);
         CHECK(!error, "--output_dir %s: cannot make this folder: %s", config_.output_dir.c_str(),
@@ -418,10 +422,10 @@ class TrainingRun {
     }
 
     // Prints and logs the validation loss; under Lighthouse attention also that of the same weights under dense
-    // attention.
-    void evaluate() {
+    // attention. Returns it; no value without validation data, or when a signal came before the end.
+    std::optional<double> evaluate() {
         if (!data_.validation) {
-            return;
+            return std::nullopt;
         }
         const Clock::time_point start = Clock::now();
         const int64_t num_tokens = num_validation_sequences() * config_.seq_len;
@@ -429,7 +433,7 @@ class TrainingRun {
         const bool also_dense = loss && attention_ != AttentionMode::dense;
         const std::optional<double> dense_loss = also_dense ? validation_loss(AttentionMode::dense) : loss;
         if (!loss || !dense_loss) {
-            return;  // stopped by a signal
+            return std::nullopt;  // stopped by a signal
         }
         std::string line = format_string("step %lld | validation loss %.6f", (long long)state_.step, *loss);
         Json json = {{"loss", *loss},
@@ -445,6 +449,7 @@ class TrainingRun {
             json["influence"] = print_influence();
         }
         log("validation", json);
+        return loss;
     }
 
     // How much later tokens change earlier losses through selection, on the first validation batch.
@@ -470,12 +475,14 @@ class TrainingRun {
                               "--seed %llu",
                               (unsigned long long)config_.seed));
         }
-        evaluate();
+        const std::optional<double> loss = evaluate();
         if (stop_requested()) {
             std::fprintf(stderr, "%s: stopped by %s before the end of the validation data\n", config_.program.c_str(),
                          stop_signal::name_of(stop_signal_));
             return 1;
         }
+        CHECK(loss && std::isfinite(*loss), "the validation loss is not finite: these weights are bad");
+        check_printed();
         return 0;
     }
 
@@ -542,6 +549,11 @@ class TrainingRun {
         terminal_.end_progress();
         const char* const name = stop_signal::name_of(stop_signal_);
         log("stop", {{"signal", name}});
+        if (state_.step >= config_.max_steps) {
+            terminal_.print(format_string("stopped by %s after the last step; its validation loss:\n  %s --max_steps 0",
+                                          name, resume_command().c_str()));
+            return 0;
+        }
         const std::string how =
             ranks_.size() == 1
                 ? "go on with:"

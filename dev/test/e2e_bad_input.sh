@@ -91,12 +91,47 @@ fi
 refused "what would fit a GPU, asked of the CPU" "--fit: .*train_gpt" --fit
 refused "unknown flag" "nearest is --seq_len" "${data[@]}" --seq_length 5
 refused "unknown setting in a file" "x.toml line 1: .*nearest is 'seq_len'" --config <(echo) --config "$(echo 'seq_length = 5' >"$work/x.toml" && echo "$work/x.toml")"
+refused "a settings file in a settings file" "x.toml line 1: a settings file cannot name another" --config "$(echo 'config = "y.toml"' >"$work/x.toml" && echo "$work/x.toml")"
+for flag in init_from output_dir config; do
+    refused "empty --$flag" "--$flag '': must name" "${data[@]}" --$flag ""
+done
+refused "a flag in the place of a value" "--output_dir: its value is missing \('--plain'" "${data[@]}" --output_dir --plain
+refused "a flag in the place of a value, after =" "--sample_prompt: its value is missing" "${data[@]}" --sample_prompt= --plain
+refused "RoPE scaling without its factor" "--rope_low_freq_factor and --rope_scaling_factor 1" "${data[@]}" --rope_low_freq_factor 3
+refused "where a constant learning rate ends" "--final_learning_rate_fraction and --schedule constant" "${data[@]}" --schedule constant --final_learning_rate_fraction 0.5
+refused "dilation of another scorer" "--lighthouse_dilation and --lighthouse_scorer norm" "${data[@]}" --attention lighthouse --lighthouse_dilation 2
+refused "a decay that is 1 in float32" "--beta2 0.99999999999" "${data[@]}" --beta2 0.99999999999
+refused "an epsilon that is 0 in float32" "--adam_eps 1e-46" "${data[@]}" --adam_eps 1e-46
+refused "a folder's name that is too long" "aaa: cannot list this folder: File name too long" "${data[@]}" "${shape[@]}" --output_dir "$work/$(printf 'a%.0s' $(seq 300))"
 refused "heads that do not divide" "--num_kv_heads 3" "${data[@]}" --num_kv_heads 3
 refused "batch that does not divide" "--global_batch 3" "${data[@]}" --global_batch 3
 refused "Lighthouse flag under dense attention" "--lighthouse_topk" "${data[@]}" --lighthouse_topk 128
 refused "illegal Lighthouse geometry" "--seq_len 32: .*nearest" "${data[@]}" --attention lighthouse --lighthouse_topk 128
 resume_refused "resume of nothing" "settings.toml" --output_dir "$work/nothing"
 [ ! -e "$work/a" ] && ok "a refused run leaves no output folder" || bad "a refused run left $work/a: $(ls "$work/a")"
+
+# Those that are run for what they print.
+for printing in "--help" "--max_steps 0 --val_data $work/corpus.txt"; do
+    # shellcheck disable=SC2086
+    if "$trainer" "${small[@]}" "${shape[@]}" $printing >/dev/full 2>"$work/err"; then
+        bad "${printing%% *} into a full device: exit 0"
+    else
+        grep -q "the output cannot be written" "$work/err" && ok "${printing%% *} into a full device" || bad "${printing%% *}: $(cat "$work/err")"
+    fi
+done
+
+# ---- data that become shorter while they are read
+cp "$work/corpus.txt" "$work/shrinks.txt"
+"$trainer" "${small[@]}" "${shape[@]}" --train_data "$work/shrinks.txt" --output_dir "$work/shrinks" --max_steps 1000000 --checkpoint_every 1 >"$work/out" 2>"$work/err" &
+trainer_pid=$!
+for _ in $(seq 100); do [ -n "$(newest "$work/shrinks" 2>/dev/null)" ] && break || sleep 0.1; done
+truncate -s 100 "$work/shrinks.txt"
+wait $trainer_pid
+status=$?
+if [ $status -eq 1 ] && grep -q "became shorter" "$work/err"; then ok "data that become shorter"; else bad "data that become shorter: status $status, $(cat "$work/err")"; fi
+cp "$work/corpus.txt" "$work/shrinks.txt"
+step=$(newest "$work/shrinks" | sed 's/.*step0*//')
+"$trainer" --resume --output_dir "$work/shrinks" --max_steps $((step + 1)) >/dev/null 2>"$work/err" && ok "and its checkpoint goes on" || bad "its checkpoint: $(cat "$work/err")"
 
 # ---- a run that stands
 "$trainer" "${small[@]}" "${shape[@]}" "${data[@]}" --output_dir "$work/run" --max_steps 4 --checkpoint_every 2 --keep_checkpoints 0 >/dev/null || bad "the run to start from"
@@ -120,6 +155,9 @@ init_refused() { refused "$1" "$2" "${data[@]}" --init_from "$work/hf" --output_
 copy
 sed -i 's/"hidden_size": *[0-9]*/"hidden_size": 64/' "$work/hf/config.json"
 init_refused "config.json does not match the tensors" "config.json|model.safetensors"
+copy
+sed -i 's/"vocab_size": *[0-9]*/"vocab_size": 1073741824/' "$work/hf/config.json"
+init_refused "config.json of a model that no memory holds" "model.embed_tokens.weight has shape"
 copy
 echo '{"hidden_size": 32' >"$work/hf/config.json"
 init_refused "config.json is no JSON" "config.json"

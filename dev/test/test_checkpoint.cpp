@@ -275,6 +275,38 @@ TEST_F(Checkpoint, ByteVocabularyHasItsTokenizer) {
     EXPECT_FALSE(fs::exists(folder + "/tokenizer.json")) << "which tokenizer is not known";
 }
 
+// What text is, not the size of the vocabulary, says whether the tokenizer is that of bytes.
+TEST_F(Checkpoint, CompanionsFollowTheData) {
+    ModelConfig larger = small_model(true), bytes = small_model(true);
+    larger.vocab_size = 512, bytes.vocab_size = 258;
+    const checkpoint::Companions of_text = checkpoint::read_companions("", config_, larger, true);
+    EXPECT_EQ(of_text.files.count("tokenizer.json"), 1u);
+    EXPECT_EQ(of_text.tokens.begin, BEGIN_MARKER);
+    const checkpoint::Companions of_shards = checkpoint::read_companions("", config_, bytes, false);
+    EXPECT_TRUE(of_shards.files.empty());
+    EXPECT_NE(of_shards.tokens.begin, BEGIN_MARKER);
+    bytes.vocab_size = 256;
+    EXPECT_NE(checkpoint::read_companions("", config_, bytes, true).tokens.begin, BEGIN_MARKER);
+}
+
+// A model that is extended takes longer texts than its tokenizer's settings say; all else in them stays.
+TEST_F(Checkpoint, TheTokenizerTakesTextsAsLongAsTheModel) {
+    StateModel model(small_model(true), 1);
+    const std::string start = save_checkpoint(model, state_, config_, false, folder_ + "/start");
+    fs::remove(start + "/manifest.json");
+    const auto lengths = [&](const std::string& text) {
+        write_bytes(start + "/tokenizer_config.json", text);
+        config_.seq_len = 300;
+        return checkpoint::read_companions(start, config_, model.config(), false).files.at("tokenizer_config.json");
+    };
+    const Json longer = Json::parse(lengths(R"({"z": 1, "model_max_length": 32, "a": "b"})"));
+    EXPECT_EQ(longer.dump(), R"({"z":1,"model_max_length":300,"a":"b"})");
+    for (const char* as_it_is : {R"({"model_max_length": 2048})", R"({"model_max_length": 1e30})", R"({"a": 2})",
+                                 R"({"model_max_length": 1000000000000000019884624838656})", "no JSON"}) {
+        EXPECT_EQ(lengths(as_it_is), as_it_is);
+    }
+}
+
 TEST_F(Checkpoint, TokenizerAndSpecialTokensAreCarriedOn) {
     StateModel model(small_model(true), 1);
     const std::string start = save_checkpoint(model, state_, config_, false, folder_ + "/start");

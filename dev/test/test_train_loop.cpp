@@ -62,7 +62,7 @@ class FakeModel : public TrainableModel {
             on_evaluate();
         }
         attention_of_evaluations.push_back(attention);
-        return attention == AttentionMode::dense ? 1.0 : 2.0;
+        return attention == AttentionMode::dense ? validation_loss : 2.0;
     }
     void token_losses(float* losses, const int32_t*, int B, int64_t T) override {
         std::fill_n(losses, B * T, attention == AttentionMode::dense ? 1.0f : 2.0f);
@@ -86,6 +86,7 @@ class FakeModel : public TrainableModel {
     std::function<bool(int)> is_bad;  // whether update n (1 is the first) is not finite
     std::function<void(int)> on_update;
     std::function<void()> on_evaluate;
+    double validation_loss = 1.0;  // under dense attention
     int num_updates = 0;
     std::vector<int64_t> adam_steps;
     AttentionMode attention = AttentionMode::dense;
@@ -392,6 +393,47 @@ TEST_F(TrainLoop, SignalFinishesTheStepAndSaves) {
         EXPECT_EQ(run(after, resumed(config_)), 0);
         EXPECT_EQ(after.num_updates, 5);
     }
+}
+
+// There is nothing to go on with then, but an evaluation that did not end.
+TEST_F(TrainLoop, SignalAfterTheLastStepSaysHowToEvaluate) {
+    config_.val_data = config_.train_data;
+    FakeModel model(config_.model);
+    model.on_evaluate = [] { std::raise(SIGINT); };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_EQ(model.num_updates, 8);
+    EXPECT_NE(out_.find("after the last step"), std::string::npos) << out_;
+    EXPECT_NE(out_.find("--resume --output_dir " + config_.output_dir + " --max_steps 0"), std::string::npos) << out_;
+    stop_signal::received = 0;
+    FakeModel after(config_.model);
+    RunConfig evaluation = resumed(config_);
+    evaluation.max_steps = 0;
+    EXPECT_EQ(run(after, evaluation), 0);
+    EXPECT_NE(out_.find("validation loss 1.0"), std::string::npos) << out_;
+}
+
+TEST_F(TrainLoop, AnEvaluationOfBadWeightsFails) {
+    config_.val_data = config_.train_data, config_.max_steps = 0;
+    FakeModel model(config_.model);
+    model.validation_loss = NAN;
+    EXPECT_THROW(run(model, config_), Error);
+    testing::internal::GetCapturedStdout();
+    testing::internal::GetCapturedStderr();
+}
+
+TEST_F(TrainLoop, AnotherSequenceLengthIsSaid) {
+    FakeModel model(config_.model), same(config_.model), longer(config_.model);
+    RunConfig first = config_;
+    first.max_steps = 2;
+    EXPECT_EQ(run(model, first), 0);
+    RunConfig second = resumed(config_);
+    second.max_steps = 4;
+    EXPECT_EQ(run(same, second), 0);
+    EXPECT_EQ(err_, "");
+    second = resumed(config_);
+    second.seq_len = 32;
+    EXPECT_EQ(run(longer, second), 0);
+    EXPECT_NE(err_.find("was trained on sequences of 16"), std::string::npos) << err_;
 }
 
 TEST_F(TrainLoop, SecondSignalEndsTheProcess) {
