@@ -133,7 +133,7 @@ inline std::string with_max_length(const std::string& text, int64_t max_position
     Json json = Json::parse(text, nullptr, false);
     const char* const key = "model_max_length";
     if (!json.is_object() || !json.contains(key) || !json[key].is_number_integer() ||
-        json[key].get<int64_t>() >= max_positions) {
+        json[key].get<double>() >= (double)max_positions) {
         return text;
     }
     json[key] = max_positions;

@@ -302,6 +302,7 @@ TEST_F(Checkpoint, TheTokenizerTakesTextsAsLongAsTheModel) {
     const Json longer = Json::parse(lengths(R"({"z": 1, "model_max_length": 32, "a": "b"})"));
     EXPECT_EQ(longer.dump(), R"({"z":1,"model_max_length":300,"a":"b"})");
     for (const char* as_it_is : {R"({"model_max_length": 2048})", R"({"model_max_length": 1e30})", R"({"a": 2})",
+                                 R"({"model_max_length": 18446744073709551615})",
                                  R"({"model_max_length": 1000000000000000019884624838656})", "no JSON"}) {
         EXPECT_EQ(lengths(as_it_is), as_it_is);
     }
