@@ -29,10 +29,10 @@ status=0
 left=$size
 while [ "$left" -gt 0 ]; do
     before=$signals
-    wait -n
+    wait -n -p ended_rank # -p: bash 5.1
     ended=$?
     if [ "$signals" -ne "$before" ] && [ $ended -gt 128 ]; then continue; fi # the signal ended the wait, not a rank
-    if [ $ended -eq 127 ] && [ -z "$(jobs -rp)" ]; then break; fi
+    if [ -z "${ended_rank:-}" ]; then break; fi # none is left; a rank may end with 127 too
     ((--left))
     if [ $ended -ne 0 ] && [ $status -eq 0 ]; then
         status=$ended

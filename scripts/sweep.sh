@@ -27,7 +27,11 @@ output=${OUTPUT_DIR:-runs/sweep_$axis}
 mkdir -p "$output"
 
 # loss LINE NAME: that number of a line of metrics.jsonl, to four places.
-loss() { printf '%.4f' "$(grep -o "\"$2\":[^,}]*" <<<"$1" | head -1 | cut -d: -f2)"; }
+loss() {
+    local value
+    value=$(grep -o "\"$2\":[^,}]*" <<<"$1" | head -1 | cut -d: -f2)
+    if [ -n "$value" ]; then printf '%.4f' "$value"; else printf '%s' -; fi
+}
 
 rows="" failed=0
 for value in ${values//,/ }; do

@@ -32,11 +32,14 @@ MESHES = ("data", "context:ring", "context:gather")
 VOCABULARY = 256
 
 
-def attention_flags(attention, T):
+def attention_flags(attention, T, ranks):
     """What a GPU of 80 GB trains up to 524288 tokens of the 530M model with, the same alone and among others."""
     if attention == "dense":
         return ALL_BUT_ATTENTION
-    return LIGHTHOUSE_98K if T < LONG else LIGHTHOUSE_LONG + ALL_BUT_ATTENTION
+    if T >= LONG:
+        return LIGHTHOUSE_LONG + ALL_BUT_ATTENTION
+    # 12 tiles fill the four chunks of two ranks, 16 those of up to eight.
+    return LIGHTHOUSE_98K + (["--lighthouse_topk", "2048"] if ranks > 2 else [])
 
 
 def mesh_label(mesh, ranks):
@@ -70,7 +73,7 @@ def attention_hidden(transfers):
 
 
 def run_row(options, mesh, attention, T):
-    launch, flags, data_parallel = [options.train_gpt], attention_flags(attention, T) + ["--profile"], 1
+    launch, flags, data_parallel = [options.train_gpt], attention_flags(attention, T, options.ranks) + ["--profile"], 1
     if mesh != "one":
         launch = ["bash", SPAWN, str(options.ranks), options.train_gpt]
         flags = flags + ["--comm_timeout", str(options.comm_timeout)]

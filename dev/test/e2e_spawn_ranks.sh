@@ -32,6 +32,7 @@ expect() {
 {
     expect "all end" 0 5 '[ $LLMC_WORLD_SIZE = 3 ] && [ -n "$LLMC_RENDEZVOUS" ] && sleep 0.$LLMC_RANK'
     expect "one fails" 7 8 '[ $LLMC_RANK = 1 ] && sleep 0.5 && exit 7; exec sleep 50'
+    expect "all fail as what cannot be started does" 127 8 'exit 127'
     expect "one is killed" 137 8 '[ $LLMC_RANK = 2 ] && sleep 0.5 && kill -9 $$; exec sleep 50'
     expect "stopped: each is told once, and may finish" 0 8 \
         'trap "sleep 1; exit 0" TERM; trap "exit 9" INT; [ $LLMC_RANK = 0 ] && sleep 0.5 && kill -TERM $PPID; for i in {1..99}; do sleep 0.1; done; exit 8'
