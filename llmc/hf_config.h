@@ -58,8 +58,7 @@ inline void parse_rope(ModelConfig& m, const JsonObject& config) {
         m.rope_scaling = parse_rope_scaling(config, "rope_scaling");
         CHECK(config.object("rope_scaling").real_or(m.rope_theta, "rope_theta") == m.rope_theta,
               "%s: the \"rope_theta\" in \"rope_scaling\" contradicts the one beside it, which is %g where there is "
-              "none: "
-              "put it there",
+              "none: put it there",
               config.where().c_str(), m.rope_theta);
     }
     if (has_parameters) {

@@ -550,8 +550,10 @@ class TrainingRun {
         const char* const name = stop_signal::name_of(stop_signal_);
         log("stop", {{"signal", name}});
         if (state_.step >= config_.max_steps) {
-            terminal_.print(format_string("stopped by %s after the last step; its validation loss:\n  %s --max_steps 0",
-                                          name, resume_command().c_str()));
+            const std::string validation =
+                data_.validation ? format_string("; its validation loss:\n  %s --max_steps 0", resume_command().c_str())
+                                 : "";
+            terminal_.print(format_string("stopped by %s after the last step%s", name, validation.c_str()));
             return 0;
         }
         const std::string how =

@@ -123,9 +123,9 @@ for part in $parts; do
         start_check test_gpt_memory 100 "$test_gpt" --memory
         wait # it looks at what the whole GPU has free
         start_check test_gpt 500 "$test_gpt"
-        random_runs="python3 dev/test/random_runs.py --gpu ${BIN:-./}train_gpt --cpu ${BIN:-./}train_gpt_cpu --jobs 4"
-        start_check random_runs 300 $random_runs --runs 24
-        start_check random_runs_planted 300 $random_runs --runs 8 --planted
+        random_runs=(python3 dev/test/random_runs.py --gpu "${BIN:-./}train_gpt" --cpu "${BIN:-./}train_gpt_cpu" --jobs 4)
+        start_check random_runs 300 "${random_runs[@]}" --runs 24
+        start_check random_runs_planted 300 "${random_runs[@]}" --runs 8 --planted
         for program in $(program_list); do
             start_check "$(basename "$program")" 300 "$program" --check_only
         done

@@ -410,6 +410,15 @@ TEST_F(TrainLoop, SignalAfterTheLastStepSaysHowToEvaluate) {
     evaluation.max_steps = 0;
     EXPECT_EQ(run(after, evaluation), 0);
     EXPECT_NE(out_.find("validation loss 1.0"), std::string::npos) << out_;
+
+    config_.val_data.clear(), config_.val_fraction = 0.0;
+    std::filesystem::remove_all(config_.output_dir);
+    FakeModel nothing_to_evaluate(config_.model);
+    nothing_to_evaluate.on_update = [](int n) { n == 8 ? std::raise(SIGINT) : 0; };
+    EXPECT_EQ(run(nothing_to_evaluate, config_), 0);
+    EXPECT_NE(out_.find("after the last step"), std::string::npos) << out_;
+    EXPECT_EQ(out_.find("--max_steps 0"), std::string::npos) << out_;
+    stop_signal::received = 0;
 }
 
 TEST_F(TrainLoop, AnEvaluationOfBadWeightsFails) {
