@@ -547,6 +547,29 @@ struct ForwardConsumer {
             scale_rows(out, factor);
         }
     }
+    // How many key tiles of `work`, from the first on, any row of this consumer sees, but at least one: the tile's last
+    // ones may lie beyond the diagonal of its first rows.
+    __device__ __forceinline__ int own_key_tiles(const ForwardWork& work) const {
+        const int last_key = work.first_row + CONSUMER_ROWS * (consumer + 1) - 1 + args.key_offset;
+        return max(1, min(work.num_key_tiles, last_key / BLOCK_N + 1));
+    }
+    // Gives back what the loader has brought of k or v of key tiles that only other consumers see.
+    __device__ __forceinline__ void skip_k(int num_tiles) {
+        for (int i = 0; i < num_tiles; ++i) {
+            wait_k();
+            wait_turn();
+            pass_turn();
+            release(shared.k_empty[k_state.stage]);
+            k_state.advance();
+        }
+    }
+    __device__ __forceinline__ void skip_v(int num_tiles) {
+        for (int i = 0; i < num_tiles; ++i) {
+            mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
+            release(shared.v_empty[v_state.stage]);
+            v_state.advance();
+        }
+    }
     __device__ __forceinline__ ForwardWork next_work() const {
         mbarrier_wait(shared_address(&shared.q_full[q_state.stage]), q_state.parity);
         return shared.work[q_state.stage];
@@ -557,6 +580,7 @@ struct ForwardConsumer {
         if (work.num_key_tiles == 0) {
             return;
         }
+        int own_tiles = own_key_tiles(work);
         float out[D / 2];
         uint32_t p[BLOCK_N / 16][4];
         SoftmaxRows rows;
@@ -566,19 +590,21 @@ struct ForwardConsumer {
         }
         {
             float scores[BLOCK_N / 2], factor[2];
+            skip_k(work.num_key_tiles - own_tiles);
+            skip_v(work.num_key_tiles - own_tiles);
             wait_k();
             issue_scores_of(scores, q_state.stage);
             wgmma_wait<0>();
             wgmma_pin(scores);
             release(shared.k_empty[k_state.stage]);
             k_state.advance();
-            mask(scores, work, work.num_key_tiles - 1);
+            mask(scores, work, own_tiles - 1);
             softmax_tile<true, true, Tile::LAZY>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
             pack_fragments(p, scores);
         }
         while (true) {
             const int slot = q_state.stage;
-            int n = work.num_key_tiles - 2;
+            int n = own_tiles - 2;
             for (; n >= work.num_full_tiles; --n) {
                 step<true, false>(out, p, rows, work, n, slot, work);
             }
@@ -590,7 +616,10 @@ struct ForwardConsumer {
             if (next.num_key_tiles == 0) {
                 break;
             }
-            step<true, true>(out, p, rows, next, next.num_key_tiles - 1, q_state.stage, work);
+            own_tiles = own_key_tiles(next);
+            skip_k(next.num_key_tiles - own_tiles);
+            step<true, true>(out, p, rows, next, own_tiles - 1, q_state.stage, work);
+            skip_v(next.num_key_tiles - own_tiles);
             work = next;
         }
         issue_out_of(out, p);
