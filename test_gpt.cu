@@ -95,9 +95,8 @@ static void test_bits(Checks& checks, const Case& c, bool small) {
     const double loss = model->evaluate(batches[0].data(), c.B, c.T);
     accumulate(*model, c, batches);
     expect_equal(checks, "repetition, after an evaluation", c.name, gradients_of(*model), gradients);
-    for (const auto& [recompute, name] :
-         {std::pair(Recompute::all_but_attention, "all_but_attention"), std::pair(Recompute::block, "block")}) {
-        if (small && recompute != Recompute::block) {
+    for (const auto& [name, recompute] : choices(Recompute())) {
+        if (recompute == Recompute::none || (small && recompute != Recompute::block)) {
             continue;
         }
         const auto other = make_model(c, recompute, true, weights);
@@ -116,7 +115,7 @@ static void test_bits(Checks& checks, const Case& c, bool small) {
     const auto dense_model = make_model(dense, Recompute::none, true, weights);
     accumulate(*dense_model, c, batches);
     const Tensors dense_gradients = gradients_of(*dense_model);
-    for (const Recompute recompute : {Recompute::none, Recompute::all_but_attention, Recompute::block}) {
+    for (const auto& [name, recompute] : choices(Recompute())) {
         if (small && recompute != Recompute::all_but_attention) {
             continue;
         }
@@ -124,15 +123,15 @@ static void test_bits(Checks& checks, const Case& c, bool small) {
         accumulate(*both, c, batches);
         both->set_attention(AttentionMode::dense);
         accumulate(*both, c, batches);
-        expect_equal(checks, format_string("dense after Lighthouse, recompute mode %d", (int)recompute), c.name,
-                     gradients_of(*both), dense_gradients);
+        expect_equal(checks, format_string("dense after Lighthouse, --recompute %s", name), c.name, gradients_of(*both),
+                     dense_gradients);
         both->set_attention(AttentionMode::lighthouse);
         accumulate(*both, c, batches);
-        expect_equal(checks, format_string("Lighthouse after dense, recompute mode %d", (int)recompute), c.name,
-                     gradients_of(*both), gradients);
+        expect_equal(checks, format_string("Lighthouse after dense, --recompute %s", name), c.name, gradients_of(*both),
+                     gradients);
     }
-    for (const Recompute recompute : {Recompute::none, Recompute::block}) {
-        if (small && recompute != Recompute::none) {
+    for (const auto& [name, recompute] : choices(Recompute())) {
+        if (small && recompute != Recompute::norms_and_gate) {
             continue;
         }
         GpuModelSettings settings = c.settings(recompute, true);
@@ -144,7 +143,7 @@ static void test_bits(Checks& checks, const Case& c, bool small) {
         const double dense_loss = first_stage.evaluate(batches[0].data(), c.B, c.T);
         first_stage.set_attention(AttentionMode::lighthouse);
         accumulate(first_stage, c, batches);
-        expect_equal(checks, format_string("first stage alone, recompute mode %d", (int)recompute), c.name,
+        expect_equal(checks, format_string("first stage alone, --recompute %s", name), c.name,
                      gradients_of(first_stage), gradients);
         const double expected = dense_model->evaluate(batches[0].data(), c.B, c.T);
         checks.expect(dense_loss == expected, "dense evaluation in the first stage", c.name,

@@ -6,7 +6,7 @@
 #include "cuda_common.cuh"
 
 // ---- shape -------------------------------------------------------------------------------------
-constexpr size_t CLASSIFIER_CHUNK_BYTES = (size_t)1 << 30;  // of logits, by default
+constexpr size_t CLASSIFIER_CHUNK_BYTES = (size_t)2 << 30;  // of logits, by default
 
 // The rows of weight and the columns of logits: V rounded up to a multiple of 64.
 constexpr int64_t classifier_padded_vocab(int64_t V) { return round_up<int64_t>(V, 64); }

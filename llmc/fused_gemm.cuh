@@ -53,16 +53,17 @@ inline void gated_product(bf16* gate_up, bf16* swiglu, const bf16* in, const bf1
     swiglu_forward(swiglu, gate_up, M, (int)F, stream);
 }
 
-// dgate_up (=) [M, 2F] and swiglu (=) [M, F], what gated_product gave: swiglu_backward of gate_up [M, 2F] and of
-// dswiglu = dout [M, K] weight [K, F]. dgate_up may be gate_up. F and K multiples of 8.
-inline void gated_product_backward(bf16* dgate_up, bf16* swiglu, const bf16* dout, const bf16* weight,
-                                   const bf16* gate_up, int64_t M, int64_t F, int64_t K, Gemm& gemm,
+// dgate_up (=) [M, 2F]: swiglu_backward of gate_up [M, 2F] and of dswiglu = dout [M, K] weight [K, F]. dgate_up may be
+// gate_up. scratch: [M, F]; with wants_swiglu what gated_product gave is left there. F and K multiples of 8.
+inline void gated_product_backward(bf16* dgate_up, bf16* scratch, bool wants_swiglu, const bf16* dout,
+                                   const bf16* weight, const bf16* gate_up, int64_t M, int64_t F, int64_t K, Gemm& gemm,
                                    cudaStream_t stream) {
+    bf16* const swiglu = wants_swiglu ? scratch : nullptr;
 #ifdef LLMC_HOPPER
-    if (fused_gemm_is_hopper(swiglu, dout, weight, M, 2 * F, K)) {
+    if (fused_gemm_is_hopper(scratch, dout, weight, M, 2 * F, K)) {
         return gemm_hopper_swiglu_backward(dgate_up, swiglu, dout, weight, gate_up, M, F, K, stream);
     }
 #endif
-    gemm.backward_input(swiglu, dout, weight, M, K, F, stream);
-    swiglu_backward(dgate_up, swiglu, swiglu, gate_up, M, (int)F, stream);
+    gemm.backward_input(scratch, dout, weight, M, K, F, stream);
+    swiglu_backward(dgate_up, swiglu, scratch, gate_up, M, (int)F, stream);
 }

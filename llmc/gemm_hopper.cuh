@@ -27,8 +27,11 @@
 
 // ---- the tile ----------------------------------------------------------------------------------
 // Of 128 rows. HELPERS: warpgroups that load, with one warp, and finish, with the others.
-template <int BLOCK_N_, int STAGES_, int HELPERS_, int FINISHER_REGISTERS_, int CONSUMER_REGISTERS_>
+// OUT_BUFFERS: places where results are left: one a consumer, or one for both in turn.
+template <int BLOCK_N_, int STAGES_, int HELPERS_, int FINISHER_REGISTERS_, int CONSUMER_REGISTERS_,
+          int OUT_BUFFERS_ = 2>
 struct HopperGemmTile {
+    static constexpr int OUT_BUFFERS = OUT_BUFFERS_;
     static constexpr int CONSUMERS = 2;  // warpgroups that multiply
     static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = BLOCK_N_, BLOCK_K = 64;
     static constexpr int STAGES = STAGES_;
@@ -42,7 +45,12 @@ struct HopperGemmTile {
     static_assert(HELPERS * FINISHER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
                       (HELPERS + CONSUMERS) * LAUNCH_REGISTERS,
                   "registers");
-    static constexpr int HEAD_START = 2;  // blocks of the contraction that the first consumer has before the second
+#ifdef EXP_HEAD
+    static constexpr int HEAD_START = STAGES - 1;
+#else
+    static constexpr int HEAD_START = 2;
+#endif
+    //  // blocks of the contraction that the first consumer has before the second
     static_assert(HEAD_START <= STAGES, "the first would wait for blocks whose places the second has not given back");
     static constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * BLOCK_K * sizeof(bf16);
     // A consumer's results: blocks of OUT_COLUMNS columns.
@@ -54,7 +62,7 @@ struct HopperGemmTile {
     struct Shared {
         alignas(1024) bf16 in[STAGES][BLOCK_M * BLOCK_K];
         alignas(1024) bf16 weight[STAGES][BLOCK_N * BLOCK_K];
-        alignas(1024) bf16 out[CONSUMERS][OUT_BLOCKS][OUT_ROWS * OUT_COLUMNS];
+        alignas(1024) bf16 out[OUT_BUFFERS][OUT_BLOCKS][OUT_ROWS * OUT_COLUMNS];
         float2 angles[MAX_ANGLES];
         uint64_t full[STAGES], empty[STAGES];
     };
@@ -64,7 +72,8 @@ struct HopperGemmTile {
 // launch.
 using HopperGemmWideTile = HopperGemmTile<256, 3, 1, 120, 192>;
 // For what takes the finishers long: with three warps they, not the products, decided how long a tile takes.
-using HopperGemmHelpedTile = HopperGemmTile<192, 4, 2, 120, 136>;
+using HopperGemmDeepTile = HopperGemmTile<256, 4, 1, 120, 192, 1>;
+using HopperGemmHelpedTile = HopperGemmTile<192, 4, 2, 128, 128>;
 
 template <class Epilogue>
 struct HopperGemmArguments {
@@ -102,15 +111,21 @@ enum HopperGemmBarrier {
 // WEIGHT_IS_TRANSPOSED: the weight is [K, N]. TRANSFORMS: the consumers change their results before they round them, by
 // load_rows and transform. What the finishers do with a consumer's 64 rows: prepare, before they are
 // there; finish: `blocks` is the address of OUT_BLOCKS blocks of 64 x 64 (tiles as ptx_hopper.cuh has them), which may
-// be overwritten, and a warp returns when it needs them no more; `next` is where it will be called for next. Results
-// computed from a tile leave by TMA: stored by the finishers, sparing shared memory a write and a read, they cost 1 to
-// 3 % more clocks.
+// be overwritten, and `next` is where it will be called for next. By `free` a thread says once in each call which
+// blocks the consumer may have back: these, or those of the call before. Results computed from a tile leave by TMA:
+// stored by the finishers, sparing shared memory a write and a read, they cost 1 to 3 % more clocks.
 template <class Tile>
 struct HopperGemmFinisher;
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 // 64 rows of a tile, of one consumer.
 struct HopperGemmPlace {
     int row, column_tile;
+};
+// Gives blocks back to the consumers: see hopper_gemm_finish.
+template <class FreeThese, class FreeBefore>
+struct HopperGemmFree {
+    FreeThese these;
+    FreeBefore before;
 };
 // Which finisher a thread is, and what the finishers share.
 template <class Tile>
@@ -141,30 +156,43 @@ __device__ __forceinline__ void hopper_gemm_write(const CUtensorMap* map, uint32
     }
     bulk_commit();
 }
-// Writes a tile's blocks like that and waits until their place may be used again. All finishers.
-template <class Tile, int NUM_BLOCKS = Tile::OUT_BLOCKS>
-__device__ __forceinline__ void hopper_gemm_write_last(const CUtensorMap* map, const HopperGemmFinisher<Tile>& self,
-                                                       uint32_t blocks, int row, int column) {
+// Waits until all but the last PENDING writes have read what they send. All finishers.
+template <int PENDING, class Tile>
+__device__ __forceinline__ void hopper_gemm_wait_read(const HopperGemmFinisher<Tile>& self) {
     if (self.stores()) {
-        hopper_gemm_write<Tile, NUM_BLOCKS>(map, blocks, row, column);
-        bulk_wait_read<0>();
+        bulk_wait_read<PENDING>();
     }
     __syncwarp();
+}
+// Writes a tile's blocks like that and waits until their place may be used again. All finishers.
+template <class Tile, int NUM_BLOCKS = Tile::OUT_BLOCKS>
+__device__ __forceinline__ void hopper_gemm_write_all(const CUtensorMap* map, const HopperGemmFinisher<Tile>& self,
+                                                      uint32_t blocks, int row, int column) {
+    if (self.stores()) {
+        hopper_gemm_write<Tile, NUM_BLOCKS>(map, blocks, row, column);
+    }
+    hopper_gemm_wait_read<0>(self);
 }
 #endif
 
 // out = in weight^T.
 struct PlainEpilogue {
+#ifdef EXP_DEEP
+    using Tile = HopperGemmDeepTile;
+#else
     using Tile = HopperGemmWideTile;
+#endif
     using Finisher = HopperGemmFinisher<Tile>;
     static constexpr bool WEIGHT_IS_TRANSPOSED = false, TRANSFORMS = false;
     CUtensorMap out;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using State = HopperGemmNoState;
+    template <class Free>
     __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
-                                           const HopperGemmPlace&) const {
-        hopper_gemm_write_last<Tile>(&out, self, blocks, place.row, place.column_tile * Tile::BLOCK_N);
+                                           const HopperGemmPlace&, const Free& free) const {
+        hopper_gemm_write_all<Tile>(&out, self, blocks, place.row, place.column_tile * Tile::BLOCK_N);
+        free.these();
     }
 #endif
 };
@@ -174,7 +202,11 @@ struct PlainEpilogue {
 // do it, in their registers: one while the other multiplies. By the finishers, beside all else that goes through shared
 // memory, a tile of K = 768 took 13 % more clocks.
 struct ExponentialEpilogue {
+#ifdef EXP_DEEP
+    using Tile = HopperGemmDeepTile;
+#else
     using Tile = HopperGemmWideTile;
+#endif
     using Finisher = HopperGemmFinisher<Tile>;
     static constexpr bool WEIGHT_IS_TRANSPOSED = false, TRANSFORMS = true;
     CUtensorMap out;
@@ -186,14 +218,16 @@ struct ExponentialEpilogue {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using State = HopperGemmNoState;
+    template <class Free>
     __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
-                                           const HopperGemmPlace&) const {
-        hopper_gemm_write_last<Tile>(&out, self, blocks, place.row, place.column_tile * Tile::BLOCK_N);
+                                           const HopperGemmPlace&, const Free& free) const {
+        hopper_gemm_write_all<Tile>(&out, self, blocks, place.row, place.column_tile * Tile::BLOCK_N);
+        free.these();
     }
     // Of the two rows that a consumer's lane has, 8 apart.
     struct Rows {
-        float shift_log2[2];
-        int targets[2];
+        float shift_log2[2], sums[2];
+        int targets[2], num_columns;
     };
     __device__ __forceinline__ Rows load_rows(int first_row) const {
         Rows r;
@@ -205,50 +239,54 @@ struct ExponentialEpilogue {
         }
         return r;
     }
-    // values: a lane's of the tile, in the order of wgmma's accumulators.
-    __device__ __forceinline__ void transform(float (&values)[Tile::BLOCK_N / 2], const Rows& r, int first_row,
-                                              int column_tile) const {
-        const int first_column = column_tile * Tile::BLOCK_N, quad_lane = threadIdx.x % 4;
-        const int num_columns = min(Tile::BLOCK_N, V - first_column);
-        const auto for_each_value = [&](auto&& work) {
-#pragma unroll
-            for (int i = 0; i < Tile::BLOCK_N / 2; ++i) {
-                work(values[i], i / 2 % 2, i / 4 * 8 + quad_lane * 2 + i % 2);  // value, which of the rows, column
-            }
-        };
-        const int target[2] = {r.targets[0] - first_column, r.targets[1] - first_column};
-        const auto is_here = [&](int half) { return target[half] >= 0 && target[half] < num_columns; };
-        if (is_here(0) || is_here(1)) {
-            for_each_value([&](float value, int half, int column) {
-                if (column == target[half] && is_here(half)) {
-                    target_values[first_row + 8 * half] = value;
-                }
-            });
-        }
-        float row_sums[2] = {};
-        if (num_columns == Tile::BLOCK_N) {
-            for_each_value([&](float& value, int half, int) {
-                value = exp2_approx(value * LOG2_E - r.shift_log2[half]);
-                row_sums[half] += value;
-            });
-        } else {
-            for_each_value([&](float& value, int half, int column) {
-                value = column < num_columns ? exp2_approx(value * LOG2_E - r.shift_log2[half]) : 0.0f;
-                row_sums[half] += value;
-            });
-        }
+    // values: a lane's of the tile, in the order of wgmma's accumulators. Stores the targets' before they change.
+    __device__ __forceinline__ void begin_rows(const float (&values)[Tile::BLOCK_N / 2], Rows& r, int first_row,
+                                               int column_tile) const {
+        const int first_column = column_tile * Tile::BLOCK_N;
+        r.num_columns = min(Tile::BLOCK_N, V - first_column);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
+            const int target = r.targets[half] - first_column;
+            r.sums[half] = 0.0f;
+            if (target >= 0 && target < r.num_columns) {
 #pragma unroll
-            for (int offset = 2; offset > 0; offset /= 2) {
-                row_sums[half] += __shfl_xor_sync(FULL_WARP, row_sums[half], offset);
-            }
-            const int row = first_row + 8 * half;
-            if (quad_lane == 0 && row < rows) {
-                sums[(int64_t)column_tile * rows + row] = row_sums[half];
+                for (int i = 0; i < Tile::BLOCK_N / 2; ++i) {
+                    if (i / 2 % 2 == half && column_of(i) == target) {
+                        target_values[first_row + 8 * half] = values[i];
+                    }
+                }
             }
         }
     }
+    // Of values from FIRST on, COUNT. WHOLE: all columns of the tile are below V.
+    template <int FIRST, int COUNT, bool WHOLE>
+    __device__ __forceinline__ void transform(float (&values)[Tile::BLOCK_N / 2], Rows& r) const {
+#pragma unroll
+        for (int i = FIRST; i < FIRST + COUNT; ++i) {
+            const int half = i / 2 % 2;
+            values[i] =
+                WHOLE || column_of(i) < r.num_columns ? exp2_approx(values[i] * LOG2_E - r.shift_log2[half]) : 0.0f;
+            r.sums[half] += values[i];
+        }
+    }
+    __device__ __forceinline__ void end_rows(const Rows& r, int first_row, int column_tile) const {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float sum = r.sums[half];
+#pragma unroll
+            for (int offset = 2; offset > 0; offset /= 2) {
+                sum += __shfl_xor_sync(FULL_WARP, sum, offset);
+            }
+            const int row = first_row + 8 * half;
+            if (threadIdx.x % 4 == 0 && row < rows) {
+                sums[(int64_t)column_tile * rows + row] = sum;
+            }
+        }
+    }
+
+  private:
+    // Of a lane's i-th value.
+    __device__ __forceinline__ static int column_of(int i) { return i / 4 * 8 + threadIdx.x % 4 * 2 + i % 2; }
 #endif
 };
 
@@ -312,8 +350,10 @@ struct RotationEpilogue {
         const int line = self.lane / PACKS;
         return self.warp * WARP_ROWS + (D == 128 ? line : line / 2 + line % 2 * 4);
     }
+    template <class Free>
     __device__ __forceinline__ void finish(State& state, const Finisher& self, uint32_t blocks,
-                                           const HopperGemmPlace& place, const HopperGemmPlace&) const {
+                                           const HopperGemmPlace& place, const HopperGemmPlace&,
+                                           const Free& free) const {
         const int column = place.column_tile * Tile::BLOCK_N;
         if (column < rotated_columns) {
             for (int line = first_line(self); line < Tile::OUT_ROWS; line += ROW_STEP) {
@@ -328,7 +368,11 @@ struct RotationEpilogue {
             fence_async_shared();
             self.sync();
         }
-        hopper_gemm_write_last<Tile>(&out, self, blocks, place.row, column);
+        hopper_gemm_wait_read<0>(self);  // those of the call before: long since
+        free.before();
+        if (self.stores()) {
+            hopper_gemm_write<Tile>(&out, blocks, place.row, column);
+        }
     }
 
   private:
@@ -362,8 +406,9 @@ struct SwigluEpilogue {
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using State = HopperGemmNoState;
+    template <class Free>
     __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
-                                           const HopperGemmPlace&) const {
+                                           const HopperGemmPlace&, const Free& free) const {
         constexpr int HALF = Tile::OUT_BLOCKS / 2, LINE_PACKS = Tile::OUT_COLUMNS / bf16x8::size;
         constexpr int WARP_LINES = WARP_SIZE / LINE_PACKS, LINE_STEP = WARP_LINES * Tile::FINISHER_WARPS;
         constexpr int LINES = HALF * Tile::OUT_ROWS, OWN_LINES = (LINES + LINE_STEP - 1) / LINE_STEP;
@@ -391,93 +436,140 @@ struct SwigluEpilogue {
                 result[k] = __float2bfloat16(swiglu_value(__bfloat162float(gates[k]), __bfloat162float(ups[k])));
             }
         });
-        if (self.stores()) {
-            bulk_wait_read<1>();  // gate
-        }
+        hopper_gemm_wait_read<1>(self);  // gate
         self.sync();
         for_own_lines([&](const bf16x8& result, uint32_t at) { store128_shared(blocks + at, result); });
         fence_async_shared();
         self.sync();
-        hopper_gemm_write_last<Tile, HALF>(&swiglu, self, blocks, place.row, column);
+        hopper_gemm_write_all<Tile, HALF>(&swiglu, self, blocks, place.row, column);
+        free.these();
     }
 #endif
 };
 
 // dswiglu = in weight, never written: it becomes dgate_up and swiglu, as swiglu_backward has them. gate_up comes
 // straight to the registers of the lane that needs it, a tile ahead; dgate_up leaves from there, so it may be
-// gate_up.
+// gate_up, and so does swiglu, so that a consumer has its blocks back as soon as they are read.
+template <bool WANTS_SWIGLU>
 struct SwigluBackwardEpilogue {
     using Tile = HopperGemmHelpedTile;
     using Finisher = HopperGemmFinisher<Tile>;
     static constexpr bool WEIGHT_IS_TRANSPOSED = true, TRANSFORMS = false;
-    CUtensorMap swiglu;
+    bf16* swiglu;         // [rows, F]
     bf16* dgate_up;       // [rows, 2 F]
     const bf16* gate_up;  // the same
     int rows, F;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    // A warp takes 4 lines of a block at a time, every FINISHER_WARPS-th four of a tile.
+    // Lines of 64 columns are numbered along the blocks, then down the rows. A warp takes four at a time, every
+    // FINISHER_WARPS-th four: after PERIOD steps a lane is in the same column again, LINE_STEP rows further down. So
+    // its places are PERIOD ones and what is added to them; instructions, of which finding each place anew took a
+    // third, are what these warps are short of.
     static constexpr int LINE_PACKS = Tile::OUT_COLUMNS / bf16x8::size, WARP_LINES = WARP_SIZE / LINE_PACKS;
-    static constexpr int BLOCK_ITEMS = Tile::OUT_ROWS / WARP_LINES, ITEMS = Tile::OUT_BLOCKS * BLOCK_ITEMS;
-    static constexpr int OWN_ITEMS = (ITEMS + Tile::FINISHER_WARPS - 1) / Tile::FINISHER_WARPS;
+    static constexpr int LINES = Tile::OUT_ROWS * Tile::OUT_BLOCKS, LINE_STEP = WARP_LINES * Tile::FINISHER_WARPS;
+    static constexpr int OWN_LINES = (LINES + LINE_STEP - 1) / LINE_STEP, PERIOD = Tile::OUT_BLOCKS;
+    // Of one of the PERIOD lines of a lane.
+    struct Line {
+        int row, column;
+
+        __device__ __forceinline__ Line(const Finisher& self, int i) {
+            const int line = self.warp * WARP_LINES + self.lane / LINE_PACKS + i * LINE_STEP;
+            row = line / Tile::OUT_BLOCKS;
+            column = line % Tile::OUT_BLOCKS * Tile::OUT_COLUMNS + self.lane % LINE_PACKS * bf16x8::size;
+        }
+    };
+    // This lane's packs of 64 rows of a tile: where they are in gate_up from `first` on, and which of them exist.
+    struct Packs {
+        int64_t first;
+        uint32_t offsets[PERIOD], step;
+        int end_rows[PERIOD];  // of those that exist
+
+        __device__ __forceinline__ Packs(const SwigluBackwardEpilogue& e, const Finisher& self,
+                                         const HopperGemmPlace& place) {
+            const int first_column = place.column_tile * Tile::BLOCK_N;
+            first = (int64_t)place.row * (2 * e.F) + first_column;
+            step = (uint32_t)LINE_STEP * 2 * e.F;
+#pragma unroll
+            for (int i = 0; i < PERIOD; ++i) {
+                const Line line(self, i);
+                offsets[i] = (uint32_t)line.row * 2 * e.F + line.column;
+                end_rows[i] = line.column < e.F - first_column ? min(e.rows - place.row, Tile::OUT_ROWS) - line.row : 0;
+            }
+        }
+        __device__ __forceinline__ bool exists(int i) const { return i / PERIOD * LINE_STEP < end_rows[i % PERIOD]; }
+        __device__ __forceinline__ uint32_t offset(int i) const { return offsets[i % PERIOD] + i / PERIOD * step; }
+    };
     struct State {
         // Packs of the next tile, each loaded when that of the last is used. No bf16: each would get a register.
-        int4 gates[OWN_ITEMS], ups[OWN_ITEMS];
+        int4 gates[OWN_LINES], ups[OWN_LINES];
         bool loaded = false;
 
         __device__ State(const SwigluBackwardEpilogue&, const Finisher&) {}
         __device__ __forceinline__ void prepare(const SwigluBackwardEpilogue& e, const Finisher& self,
                                                 const HopperGemmPlace& place) {
             if (!loaded) {
+                const Packs packs(e, self, place);
 #pragma unroll
-                for (int i = 0; i < OWN_ITEMS; ++i) {
-                    load(e, self, i, place);
+                for (int i = 0; i < OWN_LINES; ++i) {
+                    load(e, packs, i);
                 }
             }
             loaded = true;
         }
-        __device__ __forceinline__ void load(const SwigluBackwardEpilogue& e, const Finisher& self, int i,
-                                             const HopperGemmPlace& place) {
-            const Pack pack = e.find(self, i, place);
-            if (pack.exists) {
-                gates[i] = __ldcs(reinterpret_cast<const int4*>(e.gate_up + pack.offset));
-                ups[i] = __ldcs(reinterpret_cast<const int4*>(e.gate_up + pack.offset + e.F));
+        __device__ __forceinline__ void load(const SwigluBackwardEpilogue& e, const Packs& packs, int i) {
+            if (packs.exists(i)) {
+                const bf16* const from = e.gate_up + packs.first;
+                gates[i] = __ldcs(reinterpret_cast<const int4*>(from + packs.offset(i)));
+                ups[i] = __ldcs(reinterpret_cast<const int4*>(from + e.F + packs.offset(i)));
             }
         }
     };
-    struct Pack {
-        bool exists;
-        int64_t offset;   // of its gates in gate_up
-        uint32_t shared;  // of its dswiglu in blocks
-    };
-    // This lane's pack of its warp's item i.
-    __device__ __forceinline__ Pack find(const Finisher& self, int i, const HopperGemmPlace& place) const {
-        // Opaque: found again for each use, as the places of all items would take registers that there are not.
-        const int item = opaque(self.warp) + i * Tile::FINISHER_WARPS, block = item / BLOCK_ITEMS;
-        const int line = item % BLOCK_ITEMS * WARP_LINES + self.lane / LINE_PACKS, pack = self.lane % LINE_PACKS;
-        const int column = place.column_tile * Tile::BLOCK_N + block * Tile::OUT_COLUMNS + pack * bf16x8::size;
-        return {item < ITEMS && place.row + line < rows && column < F, (int64_t)(place.row + line) * (2 * F) + column,
-                hopper_gemm_pack_address(block * Tile::OUT_BLOCK_BYTES, line, pack)};
-    }
+    // A pack of dswiglu is read while the one before is worked on: shared memory, which the products fill, answers
+    // late. Behind the last one the consumer has its blocks back.
+    template <class Free>
     __device__ __forceinline__ void finish(State& state, const Finisher& self, uint32_t blocks,
-                                           const HopperGemmPlace& place, const HopperGemmPlace& next) const {
+                                           const HopperGemmPlace& place, const HopperGemmPlace& next,
+                                           const Free& free) const {
+        uint32_t lines[PERIOD];
 #pragma unroll
-        for (int i = 0; i < OWN_ITEMS; ++i) {
-            const Pack pack = find(self, i, place);
-            if (pack.exists) {
-                bf16x8 gates, ups, dgates, dups, outs;
-                *reinterpret_cast<int4*>(gates.data) = state.gates[i];
-                *reinterpret_cast<int4*>(ups.data) = state.ups[i];
-                swiglu_backward_pack(dgates, dups, outs, load128_shared(blocks + pack.shared), gates, ups);
-                store128(dgate_up + pack.offset, dgates);
-                store128(dgate_up + pack.offset + F, dups);
-                store128_shared(blocks + pack.shared, outs);
-            }
-            state.load(*this, self, i, next);
+        for (int i = 0; i < PERIOD; ++i) {
+            const Line line(self, i);
+            lines[i] = hopper_gemm_pack_address(blocks + line.column / Tile::OUT_COLUMNS * Tile::OUT_BLOCK_BYTES,
+                                                line.row, self.lane % LINE_PACKS);
         }
-        fence_async_shared();
-        self.sync();
-        hopper_gemm_write_last<Tile>(&swiglu, self, blocks, place.row, place.column_tile * Tile::BLOCK_N);
+        // LINE_STEP is a multiple of 4, so the swizzle of a line so many rows down differs in its highest bit, or not.
+        static_assert(LINE_STEP % 4 == 0, "swizzle");
+        auto load_douts = [&](int i) {
+            const int rows_down = i / PERIOD * LINE_STEP;
+            return load128_shared((lines[i % PERIOD] ^ rows_down % 8 * 16) + rows_down * 128);
+        };
+        const Packs packs(*this, self, place), next_packs(*this, self, next);
+        bf16x8 douts = load_douts(0);
+#pragma unroll
+        for (int i = 0; i < OWN_LINES; ++i) {
+            const bf16x8 own_douts = douts;
+            if (i + 1 == OWN_LINES) {
+                free.these();
+            } else if (LINE_STEP * (i + 2) <= LINES || self.warp * WARP_LINES + LINE_STEP * (i + 1) < LINES) {
+                douts = load_douts(i + 1);
+            }
+            // Packs that do not exist too: a branch would keep their neighbours' instructions apart.
+            bf16x8 gates, ups, dgates, dups, outs;
+            *reinterpret_cast<int4*>(gates.data) = state.gates[i];
+            *reinterpret_cast<int4*>(ups.data) = state.ups[i];
+            swiglu_backward_pack(dgates, dups, outs, own_douts, gates, ups);
+            if (packs.exists(i)) {
+                bf16* const to = dgate_up + packs.first;
+                store128(to + packs.offset(i), dgates);
+                store128(to + F + packs.offset(i), dups);
+                if constexpr (WANTS_SWIGLU) {
+                    const uint32_t row = Line(self, i % PERIOD).row + i / PERIOD * LINE_STEP;
+                    const int64_t first = (int64_t)place.row * F + place.column_tile * Tile::BLOCK_N;
+                    store128(swiglu + first + (packs.offset(i) - row * F), outs);
+                }
+            }
+            state.load(*this, next_packs, i);
+        }
     }
 #endif
 };
@@ -521,6 +613,14 @@ __device__ __forceinline__ void hopper_gemm_load(typename Epilogue::Tile::Shared
     }
 }
 
+// work(std::integral_constant<int, i>()) for i = 0 to COUNT - 1.
+template <int COUNT, class Work, int I = 0>
+__device__ __forceinline__ void hopper_gemm_for(const Work& work) {
+    if constexpr (I < COUNT) {
+        work(std::integral_constant<int, I>());
+        hopper_gemm_for<COUNT, Work, I + 1>(work);
+    }
+}
 // What an epilogue that transforms keeps of a lane's rows; of others nothing.
 template <class Epilogue, bool TRANSFORMS = Epilogue::TRANSFORMS>
 struct HopperGemmRows {
@@ -538,7 +638,7 @@ __device__ __forceinline__ void hopper_gemm_multiply(typename Epilogue::Tile::Sh
     constexpr bool WEIGHT_IS_TRANSPOSED = Epilogue::WEIGHT_IS_TRANSPOSED;
     const int num_depths = args.num_depths, num_tiles = args.num_tiles();
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE % 4;
-    const uint32_t out = shared_address(shared.out[consumer]);
+    const uint32_t out = shared_address(shared.out[consumer % Tile::OUT_BUFFERS]);
     PipelineState<Tile::STAGES> state;
     // A block of the contraction has been read by this warp: both blocks of the cluster may write where it was.
     auto release = [&](int stage) {
@@ -604,22 +704,36 @@ __device__ __forceinline__ void hopper_gemm_multiply(typename Epilogue::Tile::Sh
             let_other_begin();
         }
         if constexpr (Epilogue::TRANSFORMS) {
-            args.epilogue.transform(sums, rows, first_row, column_tile);
+            args.epilogue.begin_rows(sums, rows, first_row, column_tile);
         }
         named_barrier_sync(HOPPER_GEMM_FREE + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
+        auto stage = [&](auto is_whole) {
+            hopper_gemm_for<Tile::BLOCK_N / 16>([&](auto step) {  // 16 columns each
+                constexpr int FIRST = decltype(step)::value * 8;
+                if constexpr (Epilogue::TRANSFORMS) {
+                    args.epilogue.template transform<FIRST, 8, decltype(is_whole)::value>(sums, rows);
+                }
+                uint32_t fragment[4];
 #pragma unroll
-        for (int j = 0; j < Tile::BLOCK_N / 8; j += 2) {  // 8 columns each
-            uint32_t fragment[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                fragment[i] = pack_bf16x2(sums[4 * j + 2 * i], sums[4 * j + 2 * i + 1]);
-            }
-            stmatrix_x4(
-                hopper_gemm_pack_address(out + j / 8 * Tile::OUT_BLOCK_BYTES, 16 * warp + lane % 16, j % 8 + lane / 16),
-                fragment);
+                for (int i = 0; i < 4; ++i) {
+                    fragment[i] = pack_bf16x2(sums[FIRST + 2 * i], sums[FIRST + 2 * i + 1]);
+                }
+                constexpr int PACK = FIRST / 4;
+                stmatrix_x4(hopper_gemm_pack_address(out + PACK / 8 * Tile::OUT_BLOCK_BYTES, 16 * warp + lane % 16,
+                                                     PACK % 8 + lane / 16),
+                            fragment);
+            });
+        };
+        if constexpr (Epilogue::TRANSFORMS) {
+            rows.num_columns == Tile::BLOCK_N ? stage(std::true_type()) : stage(std::false_type());
+        } else {
+            stage(std::true_type());
         }
         fence_async_shared();
         named_barrier_arrive(HOPPER_GEMM_STAGED + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
+        if constexpr (Epilogue::TRANSFORMS) {
+            args.epilogue.end_rows(rows, first_row, column_tile);
+        }
     }
 }
 
@@ -631,11 +745,15 @@ __device__ __forceinline__ void hopper_gemm_finish(typename Epilogue::Tile::Shar
     const HopperGemmFinisher<Tile> self{(int)threadIdx.x / WARP_SIZE - 1, (int)threadIdx.x % WARP_SIZE, shared.angles};
     const int rank = (int)cluster_rank(), num_tiles = args.num_tiles(), tile_step = gridDim.x / Tile::CLUSTER;
     typename Epilogue::State state(args.epilogue, self);
-    auto free_for = [&](int consumer) {
-        named_barrier_arrive(HOPPER_GEMM_FREE + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
+    auto free_for = [&](int consumer, bool has_another_tile) {
+        if (has_another_tile) {
+            named_barrier_arrive(HOPPER_GEMM_FREE + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
+        }
     };
-    free_for(0);
-    free_for(1);
+    free_for(0, true);
+    if (Tile::OUT_BUFFERS == 2) {
+        free_for(1, true);
+    }
     // The rows of this block's `consumer` in a tile; beyond all rows when there is no such tile.
     auto find = [&](int tile, int consumer) {
         int row_tile = args.row_tiles, column_tile = 0;
@@ -647,18 +765,25 @@ __device__ __forceinline__ void hopper_gemm_finish(typename Epilogue::Tile::Shar
     };
     int tile = blockIdx.x / Tile::CLUSTER;
     HopperGemmPlace place = find(tile, 0);
+    bool before_has_another_tile = false;
     for (int consumer = 0; tile < num_tiles; consumer = 1 - consumer) {
         const int next_tile = consumer == 0 ? tile : tile + tile_step;
         const HopperGemmPlace next = find(next_tile, 1 - consumer);
+        const bool has_another_tile = tile + tile_step < num_tiles;
         state.prepare(args.epilogue, self, place);
         named_barrier_sync(HOPPER_GEMM_STAGED + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
-        args.epilogue.finish(state, self, shared_address(shared.out[consumer]), place, next);
-        if (tile + tile_step < num_tiles) {
-            free_for(consumer);
-        }
+        auto free_these = [&] {
+            Tile::OUT_BUFFERS == 2 ? free_for(consumer, has_another_tile)
+                                   : free_for(1 - consumer, consumer == 0 || has_another_tile);
+        };
+        auto free_before = [&] { free_for(1 - consumer, before_has_another_tile); };
+        args.epilogue.finish(state, self, shared_address(shared.out[consumer % Tile::OUT_BUFFERS]), place, next,
+                             HopperGemmFree<decltype(free_these), decltype(free_before)>{free_these, free_before});
+        before_has_another_tile = has_another_tile;
         tile = next_tile;
         place = next;
     }
+    hopper_gemm_wait_read<0>(self);
 }
 #endif  // sm_90a
 
@@ -809,11 +934,15 @@ inline void gemm_hopper_swiglu(bf16* gate_up, bf16* swiglu, const bf16* in, cons
 }
 
 // dgate_up (=) [M, 2F] and swiglu (=) [M, F]: what swiglu_backward makes of gate_up [M, 2F] and of dswiglu = dout [M,
-// K] weight [K, F], rounded. dgate_up may be gate_up.
+// K] weight [K, F], rounded. dgate_up may be gate_up; swiglu may be nullptr: not wanted.
 inline void gemm_hopper_swiglu_backward(bf16* dgate_up, bf16* swiglu, const bf16* dout, const bf16* weight,
                                         const bf16* gate_up, int64_t M, int64_t F, int64_t K, cudaStream_t stream) {
     NVTX_RANGE();
     using Tile = HopperGemmHelpedTile;
-    const SwigluBackwardEpilogue epilogue{gemm_hopper_out_map(swiglu, M, F, F), dgate_up, gate_up, (int)M, (int)F};
-    hopper_launch_gemm(dout, weight, F, M, K, ceil_div<int64_t>(F, Tile::BLOCK_N), Tile::BLOCK_N, 0, epilogue, stream);
+    auto launch = [&](const auto& epilogue) {
+        hopper_launch_gemm(dout, weight, F, M, K, ceil_div<int64_t>(F, Tile::BLOCK_N), Tile::BLOCK_N, 0, epilogue,
+                           stream);
+    };
+    swiglu != nullptr ? launch(SwigluBackwardEpilogue<true>{swiglu, dgate_up, gate_up, (int)M, (int)F})
+                      : launch(SwigluBackwardEpilogue<false>{swiglu, dgate_up, gate_up, (int)M, (int)F});
 }

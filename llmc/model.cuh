@@ -331,8 +331,8 @@ inline void GpuModel::forward(const Batch& batch) {
     stage("embedding");
     embedding_forward(first.residual_in, m.tokens, weight(table_.embedding), rows, C, stream_);
     stage("norms");
-    rmsnorm_forward(m.norm_out, first.attention_rstd, first.residual_in, weight(table_.layers[0].attention_norm), rows,
-                    C, eps, stream_);
+    rmsnorm_forward(first.attention_norm_out, first.attention_rstd, first.residual_in,
+                    weight(table_.layers[0].attention_norm), rows, C, eps, stream_);
     for (int l = 0; l < config_.num_layers; ++l) {
         const bool last = l + 1 == config_.num_layers;
         if (inputs_ && batch.keeps_inputs) {
@@ -340,18 +340,18 @@ inline void GpuModel::forward(const Batch& batch) {
         }
         bf16* const residual_out = last ? m.final_residual : block_activations(l + 1).residual_in;
         forward_block(l, batch, residual_out);
+        bf16* const norm_out = last ? m.norm_out : block_activations(l + 1).attention_norm_out;
         float* const rstd = last ? m.final_rstd : block_activations(l + 1).attention_rstd;
         const int norm = last ? table_.final_norm : table_.layers[l + 1].attention_norm;
         stage("norms");
-        rmsnorm_forward(m.norm_out, rstd, residual_out, weight(norm), rows, C, eps, stream_);
+        rmsnorm_forward(norm_out, rstd, residual_out, weight(norm), rows, C, eps, stream_);
     }
 }
 
-// residual_out (=) [rows, C], the block's output, from its input and the attention norm's output in norm_out. The
-// products that end attention and feed-forward add the residual stream to theirs.
+// residual_out (=) [rows, C], the block's output, from its input and the attention norm's output. The products that end
+// attention and feed-forward add the residual stream to theirs.
 inline void GpuModel::forward_block(int l, const Batch& batch, bf16* residual_out) {
     NVTX_RANGE();
-    const ModelBuffers& m = buffers_;
     const BlockActivations& block = block_activations(l);
     const LayerParameters& p = table_.layers[l];
     const int64_t rows = batch.rows();
@@ -362,23 +362,22 @@ inline void GpuModel::forward_block(int l, const Batch& batch, bf16* residual_ou
     gemm_->forward(block.residual_mid, block.attention, weight(p.attention_out), block.residual_in, rows, C,
                    config_.attention_width(), stream_);
     stage("norms");
-    rmsnorm_forward(m.norm_out, block.ffn_rstd, block.residual_mid, weight(p.ffn_norm), rows, C,
+    rmsnorm_forward(block.ffn_norm_out, block.ffn_rstd, block.residual_mid, weight(p.ffn_norm), rows, C,
                     (float)config_.norm_eps, stream_);
     stage("gate and up product, gate");
-    gated_product(block.gate_up, m.swiglu, m.norm_out, weight(p.gate_up), rows, F, C, *gemm_, stream_);
+    gated_product(block.gate_up, block.swiglu, block.ffn_norm_out, weight(p.gate_up), rows, F, C, *gemm_, stream_);
     if (inputs_ && batch.keeps_inputs) {
         stage("wait for copies");
         inputs_->begin_write(l + 1, stream_);
     }
     stage("down product");
-    gemm_->forward(residual_out, m.swiglu, weight(p.down), block.residual_mid, rows, C, F, stream_);
+    gemm_->forward(residual_out, block.swiglu, weight(p.down), block.residual_mid, rows, C, F, stream_);
 }
 
 // What the forward did not keep of a block, again from what it kept: the same kernels, so the same bits. Where that
-// includes feed-forward, its norm's output is left in norm_out.
+// includes feed-forward, its norm's output is left there.
 inline void GpuModel::recompute_block(int l, const Batch& batch) {
     NVTX_RANGE();
-    const ModelBuffers& m = buffers_;
     const BlockActivations& block = block_activations(l);
     const LayerParameters& p = table_.layers[l];
     const int64_t rows = batch.rows();
@@ -388,8 +387,8 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
     const bool needs_qkv = !uses_lighthouse(l) || !kept.attention_state;
     if (needs_qkv && !kept.qkv) {
         stage("norms");
-        rmsnorm_recompute(m.norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd, rows, C,
-                          stream_);
+        rmsnorm_recompute(block.attention_norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd,
+                          rows, C, stream_);
         qkv_forward(l, batch);
     }
     if (!kept.attention_state) {
@@ -402,10 +401,10 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
         gemm_->forward(block.residual_mid, block.attention, weight(p.attention_out), block.residual_in, rows, C,
                        config_.attention_width(), stream_);
         stage("norms");
-        rmsnorm_forward(m.norm_out, block.ffn_rstd, block.residual_mid, weight(p.ffn_norm), rows, C,
+        rmsnorm_forward(block.ffn_norm_out, block.ffn_rstd, block.residual_mid, weight(p.ffn_norm), rows, C,
                         (float)config_.norm_eps, stream_);
         stage("gate and up product, gate");
-        gated_product(block.gate_up, m.swiglu, m.norm_out, weight(p.gate_up), rows, F, C, *gemm_, stream_);
+        gated_product(block.gate_up, block.swiglu, block.ffn_norm_out, weight(p.gate_up), rows, F, C, *gemm_, stream_);
     }
 }
 
@@ -452,8 +451,8 @@ inline void GpuModel::reduce_gradients_after(int layer) {
 }
 
 // dresidual: from the gradient of the block's output to that of its input. recompute_block has been called. A norm's
-// backward comes between the two products behind the norm: it writes the norm's output again, which the weight's
-// gradient reads.
+// backward comes between the two products behind the norm: where the norm's output was not kept it writes it again, and
+// the weight's gradient reads it.
 inline void GpuModel::backward_block(int l, const Batch& batch) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
@@ -463,21 +462,25 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     const int C = config_.width, F = config_.ffn_width;
     const int attention_width = config_.attention_width(), qkv_width = config_.qkv_width();
     const bool add = !first_micro_batch_;
+    const KeptActivations kept = kept_activations_of(l);
 
     pass_ = StepPass::backward;
     stage("down product, gate");
-    bf16 *const dgate_up = block.gate_up, *const swiglu = m.dswiglu;  // in place: gate_up is needed no more
-    gated_product_backward(dgate_up, swiglu, m.dresidual, weight(p.down), block.gate_up, rows, F, C, *gemm_, stream_);
+    bf16* const dgate_up = block.gate_up;  // in place: gate_up is needed no more
+    gated_product_backward(dgate_up, m.dswiglu, !kept.norms_and_gate, m.dresidual, weight(p.down), block.gate_up, rows,
+                           F, C, *gemm_, stream_);
+    const bf16* const swiglu = kept.norms_and_gate ? block.swiglu : m.dswiglu;
     stage("down product");
     gemm_->backward_weight(gradient(p.down), m.dresidual, swiglu, rows, C, F, add, stream_);
     stage("gate and up product");
     gemm_->backward_input(m.dffn_norm_out, dgate_up, weight(p.gate_up), rows, 2 * F, C, stream_);
     stage("norms");
-    bf16* const missing_norm_out = kept_activations_of(l).feed_forward ? m.norm_out : nullptr;
-    rmsnorm_backward(m.dresidual, gradient(p.ffn_norm), missing_norm_out, m.dresidual, m.dffn_norm_out,
+    // Without feed-forward, recompute_block has left it there.
+    bf16* const missing_ffn_norm_out = kept.feed_forward && !kept.norms_and_gate ? block.ffn_norm_out : nullptr;
+    rmsnorm_backward(m.dresidual, gradient(p.ffn_norm), missing_ffn_norm_out, m.dresidual, m.dffn_norm_out,
                      block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, m.rmsnorm_scratch, rows, C, stream_);
     stage("gate and up product");
-    gemm_->backward_weight(gradient(p.gate_up), dgate_up, m.norm_out, rows, 2 * F, C, add, stream_);
+    gemm_->backward_weight(gradient(p.gate_up), dgate_up, block.ffn_norm_out, rows, 2 * F, C, add, stream_);
 
     stage("output product");
     gemm_->backward_weight(gradient(p.attention_out), m.dresidual, block.attention, rows, C, attention_width, add,
@@ -487,11 +490,12 @@ inline void GpuModel::backward_block(int l, const Batch& batch) {
     stage("qkv product");
     gemm_->backward_input(m.dattention_norm_out, m.dqkv, weight(p.qkv), rows, qkv_width, C, stream_);
     stage("norms");
-    rmsnorm_backward(m.dresidual, gradient(p.attention_norm), m.norm_out, m.dresidual, m.dattention_norm_out,
-                     block.residual_in, weight(p.attention_norm), block.attention_rstd, m.rmsnorm_scratch, rows, C,
-                     stream_);
+    bf16* const missing_attention_norm_out = kept.norms_and_gate ? nullptr : block.attention_norm_out;
+    rmsnorm_backward(m.dresidual, gradient(p.attention_norm), missing_attention_norm_out, m.dresidual,
+                     m.dattention_norm_out, block.residual_in, weight(p.attention_norm), block.attention_rstd,
+                     m.rmsnorm_scratch, rows, C, stream_);
     stage("qkv product");
-    gemm_->backward_weight(gradient(p.qkv), m.dqkv, m.norm_out, rows, qkv_width, C, add, stream_);
+    gemm_->backward_weight(gradient(p.qkv), m.dqkv, block.attention_norm_out, rows, qkv_width, C, add, stream_);
 }
 
 // ---- attention ---------------------------------------------------------------------------------
@@ -524,7 +528,8 @@ inline RopeRotation GpuModel::rope_rotation(const Batch& batch) const {
 inline void GpuModel::qkv_forward(int l, const Batch& batch) {
     const RopeRotation rotation = rope_rotation(batch);
     stage("qkv product, rotation");
-    rotated_product(block_activations(l).qkv, buffers_.norm_out, weight(table_.layers[l].qkv),
+    const BlockActivations& block = block_activations(l);
+    rotated_product(block.qkv, block.attention_norm_out, weight(table_.layers[l].qkv),
                     {config_.head_dim, config_.num_heads + config_.num_kv_heads, rotation}, batch.rows(),
                     config_.qkv_width(), config_.width, *gemm_, stream_);
 }

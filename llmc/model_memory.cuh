@@ -77,12 +77,13 @@ struct KeptActivations {
     bool attention_state;  // dense: the log-sum-exp; Lighthouse: its saved area
     bool attention;        // attention's output
     bool feed_forward;     // residual_mid, its input, and gate_up
+    bool norms_and_gate;   // the norms' outputs and swiglu
 };
 // The backward of a Lighthouse layer reads its saved area and no q, k, v; its output is one cheap pass over that area.
 inline KeptActivations kept_activations(Recompute mode, AttentionMode attention) {
     const bool dense = attention == AttentionMode::dense, all = mode == Recompute::none;
-    const bool attention_result = mode != Recompute::block;
-    return {all && dense, attention_result, dense ? attention_result : all, all};
+    const bool products = all || mode == Recompute::norms_and_gate, attention_result = mode != Recompute::block;
+    return {products && dense, attention_result, dense ? attention_result : products, products, all};
 }
 
 // ---- parameters --------------------------------------------------------------------------------
@@ -151,15 +152,18 @@ inline ParameterLayout make_parameter_layout(const ParameterTable& table, int nu
 
 // ---- buffers -----------------------------------------------------------------------------------
 struct BlockActivations {
-    bf16* residual_in;      // [rows, C]
-    float* attention_rstd;  // [rows]
-    bf16* qkv;              // [rows, (H + 2 Hkv) D], q and k rotated
-    bf16* attention;        // [rows, H D]
-    float* lse;             // [B, H, T] of dense attention
-    std::byte* lighthouse;  // lighthouse_saved_bytes of Lighthouse attention
-    bf16* residual_mid;     // [rows, C] between attention and feed-forward
-    float* ffn_rstd;        // [rows]
-    bf16* gate_up;          // [rows, 2 F]
+    bf16* residual_in;         // [rows, C]
+    float* attention_rstd;     // [rows]
+    bf16* attention_norm_out;  // [rows, C]
+    bf16* qkv;                 // [rows, (H + 2 Hkv) D], q and k rotated
+    bf16* attention;           // [rows, H D]
+    float* lse;                // [B, H, T] of dense attention
+    std::byte* lighthouse;     // lighthouse_saved_bytes of Lighthouse attention
+    bf16* residual_mid;        // [rows, C] between attention and feed-forward
+    float* ffn_rstd;           // [rows]
+    bf16* ffn_norm_out;        // [rows, C]
+    bf16* gate_up;             // [rows, 2 F]
+    bf16* swiglu;              // [rows, F]
 };
 
 struct ModelBuffers {
@@ -185,10 +189,9 @@ struct ModelBuffers {
     std::byte* gemm_workspace;
     std::byte* rmsnorm_scratch;
     std::byte* mean_loss_scratch;
-    bf16* norm_out;   // [rows, C] of whichever norm came last
+    bf16* norm_out;   // [rows, C] of whichever norm came last, among those that no block keeps
     bf16* dresidual;  // [rows, C] gradient of the residual stream
     // workspace of the forward, and of recomputing
-    bf16* swiglu;  // [rows, F]
     std::byte* lighthouse_forward_scratch;
     std::byte* ring_forward_scratch;
     // workspace of the classifier
@@ -196,7 +199,7 @@ struct ModelBuffers {
     bf16* logits;   // [chunk, Vp], then their gradient
     std::byte* classifier_scratch;
     // workspace of the backward of feed-forward
-    bf16* dswiglu;        // [rows, F], then swiglu again
+    bf16* dswiglu;        // [rows, F], then swiglu again, where blocks do not keep it
     bf16* dffn_norm_out;  // [rows, C]
     // workspace of the backward of attention
     bf16* dqkv;        // [rows, (H + 2 Hkv) D]
@@ -315,13 +318,19 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     using Block = BlockActivations;
     BlockActivation residual_in{&Block::residual_in, "block input", "[B T, C] bf16", rows * C};
     BlockActivation attention_rstd{&Block::attention_rstd, "attention_rstd", "[B T] float32", rows};
+    BlockActivation attention_norm_out{&Block::attention_norm_out, "attention_norm_out", "[B T, C] bf16", rows * C};
     BlockActivation qkv{&Block::qkv, "qkv", "[B T, (H + 2 Hkv) D] bf16", rows * qkv_width};
     BlockActivation attention{&Block::attention, "attention", "[B T, H D] bf16", rows * attention_width};
     BlockActivation lse{&Block::lse, "lse", "[B, H, T] float32", rows * config.num_heads};
     BlockActivation lighthouse_saved{&Block::lighthouse, "Lighthouse rows", "bytes", (int64_t)lighthouse_saved_size};
     BlockActivation residual_mid{&Block::residual_mid, "residual_mid", "[B T, C] bf16", rows * C};
     BlockActivation ffn_rstd{&Block::ffn_rstd, "ffn_rstd", "[B T] float32", rows};
+    BlockActivation ffn_norm_out{&Block::ffn_norm_out, "ffn_norm_out", "[B T, C] bf16", rows * C};
     BlockActivation gate_up{&Block::gate_up, "gate_up", "[B T, 2 F] bf16", rows * 2 * F};
+    BlockActivation swiglu{&Block::swiglu, "swiglu", "[B T, F] bf16", rows * F};
+    for (bf16** shared : {&m.shared.attention_norm_out, &m.shared.ffn_norm_out}) {
+        plan.add_alias(shared, &m.norm_out);
+    }
     m.dense_blocks.resize(config.num_layers);
     m.lighthouse_blocks.resize(config.num_layers);
     const KeptActivations dense_kept = kept_activations(settings.recompute, AttentionMode::dense);
@@ -356,6 +365,9 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
         add_to_both(true, ffn_rstd);
         add_to_both(dense_kept.feed_forward, residual_mid);
         add_to_both(dense_kept.feed_forward, gate_up);
+        add_to_both(dense_kept.norms_and_gate, attention_norm_out);
+        add_to_both(dense_kept.norms_and_gate, ffn_norm_out);
+        add_to_both(dense_kept.norms_and_gate, swiglu);
 
         const bool trains_dense = !can_switch || settings.trains_dense;
         any_trains_dense = any_trains_dense || trains_dense;
@@ -405,7 +417,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     plan.next_alternative();
     add_scratch(&m.ring_forward_scratch, "ring attention scratch", ring ? ring->forward_scratch_bytes(dense_shape) : 0);
     plan.next_alternative();  // feed-forward
-    plan.add(&m.swiglu, use, "swiglu", "[B T, F] bf16", rows * F);
+    swiglu.add_shared(plan, m.shared);
     plan.next_alternative();  // the backward of feed-forward
     plan.add(&m.dswiglu, use, "dswiglu", "[B T, F] bf16", rows * F);
     plan.next_alternative();

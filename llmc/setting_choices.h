@@ -10,9 +10,9 @@
 enum class DataFormat { automatic, bytes, shards };  // automatic: by each file's magic number
 enum class ScheduleKind { cosine, linear, constant };
 enum class SaveDtype { automatic, fp32, bf16 };  // automatic: fp32 on the CPU, bf16 on the GPU
-// What the backward pass computes again rather than keep from the forward pass: nothing; all of a block but attention;
-// all of a block.
-enum class Recompute { none, all_but_attention, block };
+// What the backward pass computes again rather than keep from the forward pass: nothing; of a block the outputs of the
+// norms and of the gate, which take no product; all of it but attention; all of it.
+enum class Recompute { none, norms_and_gate, all_but_attention, block };
 // What lives in page-locked host memory and visits the GPU when it is needed: nothing; the inputs of blocks that the
 // backward reads; the optimizer's state; both.
 enum class Offload { none, activations, optimizer, all };
@@ -45,8 +45,10 @@ inline Choices<SaveDtype> choices(SaveDtype) {
     return {{"auto", SaveDtype::automatic}, {"fp32", SaveDtype::fp32}, {"bf16", SaveDtype::bf16}};
 }
 inline Choices<Recompute> choices(Recompute) {
-    return {
-        {"none", Recompute::none}, {"all_but_attention", Recompute::all_but_attention}, {"block", Recompute::block}};
+    return {{"none", Recompute::none},
+            {"norms_and_gate", Recompute::norms_and_gate},
+            {"all_but_attention", Recompute::all_but_attention},
+            {"block", Recompute::block}};
 }
 inline Choices<Offload> choices(Offload) {
     return {{"none", Offload::none},

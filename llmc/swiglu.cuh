@@ -25,9 +25,9 @@ __device__ __forceinline__ void swiglu_backward_pack(bf16x8& dgates, bf16x8& dup
 #pragma unroll
     for (int k = 0; k < bf16x8::size; ++k) {
         const float gate = __bfloat162float(gates[k]), up = __bfloat162float(ups[k]);
-        const float d = __bfloat162float(douts[k]), s = swiglu_sigmoid(gate);
-        dgates[k] = __float2bfloat16(d * up * s * (1.0f + gate * (1.0f - s)));
-        dups[k] = __float2bfloat16(d * gate * s);
+        const float d = __bfloat162float(douts[k]), s = swiglu_sigmoid(gate), gated = gate * s;
+        dgates[k] = __float2bfloat16(d * up * (s + gated * (1.0f - s)));
+        dups[k] = __float2bfloat16(d * gated);
         outs[k] = __float2bfloat16(swiglu_value(gate, up));
     }
 }
@@ -109,14 +109,16 @@ __global__ void __launch_bounds__(SWIGLU_THREADS)
             swiglu_backward_pack(dgates, dups, outs, douts[i], gates[i], ups[i]);
             store128(dgate_up + gate_offset[i], dgates);
             store128(dgate_up + gate_offset[i] + up_offset, dups);
-            store128(out + pack * 8, outs);
+            if (out != nullptr) {
+                store128(out + pack * 8, outs);
+            }
         }
     }
 }
 
 // dgate_up (=) [rows, 2F] from dout [rows, F] and gate_up [rows, 2F]; out (=) [rows, F] what swiglu_forward gave, bit
-// for bit: the weight gradient of the product behind needs it, so that forward need not keep it. dgate_up may be
-// gate_up, out may be dout. F a multiple of 8; rows * F below 2^42.
+// for bit: the weight gradient of the product behind needs it, so that forward need not keep it; nullptr: not wanted.
+// dgate_up may be gate_up, out may be dout. F a multiple of 8; rows * F below 2^42.
 inline void swiglu_backward(bf16* dgate_up, bf16* out, const bf16* dout, const bf16* gate_up, int64_t rows, int F,
                             cudaStream_t stream) {
     NVTX_RANGE();

@@ -121,7 +121,7 @@ class Step:
 
 
 def step(machine, model, T, W, data_parallel, lighthouse, recompute):
-    """recompute: none, all_but_attention or block, as the trainer's flag."""
+    """recompute: none, all_but_attention or block, as the trainer's flag; norms_and_gate is between the first two."""
     local = T / W
     dense = attention(machine, model, T, W)
     forwards = 2 if recompute == "block" else 1  # of attention

@@ -50,7 +50,8 @@ ROWS = {
     "530m_8k_v128k": (LLAMA_530M, 8192, 4, 128256, [], True),
     "530m_98k_dense": (LLAMA_530M, 98304, 1, 256, [], True),
     "530m_98k_lighthouse": (LLAMA_530M, 98304, 1, 256, LIGHTHOUSE_98K, True),
-    "530m_98k_lighthouse_v128k": (LLAMA_530M, 98304, 1, 128256, LIGHTHOUSE_98K, False),
+    "530m_98k_lighthouse_v128k": (LLAMA_530M, 98304, 1, 128256,
+                                  LIGHTHOUSE_98K + ["--recompute", "norms_and_gate"], False),
     "530m_256k_dense": (LLAMA_530M, 262144, 1, 256, ALL_BUT_ATTENTION, False),
     "530m_256k_lighthouse": (LLAMA_530M, 262144, 1, 256, LIGHTHOUSE_LONG + ALL_BUT_ATTENTION, False),
     "530m_512k_lighthouse": (LLAMA_530M, 524288, 1, 256, LIGHTHOUSE_LONG + ALL_BUT_ATTENTION, False),
@@ -189,7 +190,7 @@ def run_lighthouse_peer(command, model, T, B, V, extra, steps, limit):
     """extra: the trainer's further flags; the peer gets those of the attention, and the one recompute it has."""
     flags = [word for name, value in zip(extra[::2], extra[1::2]) if name.startswith("--lighthouse_")
              for word in (name, value)]
-    if "--recompute" in extra:
+    if "--recompute" in extra and "norms_and_gate" not in extra:
         flags += ["--recompute", "block"]
     return run_peer([*command, *flags], model, T, B, V, steps, limit)
 

@@ -12,7 +12,8 @@ enum class Follows { nothing, rotation, gate, gate_backward };
 struct Problem {
     Follows follows;
     int64_t M, K;
-    int64_t N;  // with a gate 2F, of its backward F
+    int64_t N;                 // with a gate 2F, of its backward F
+    bool wants_swiglu = true;  // of a gate's backward: swiglu again
     // Of a rotation.
     int D = 0, num_rotated_heads = 0;
     ModelConfig config = {};
@@ -25,12 +26,17 @@ struct Problem {
             text +=
                 format_string(" D%d T%lld ", D, (long long)rotation.positions.T) + positions_label(rotation.positions);
         }
-        return text + (follows == Follows::gate ? " gate" : follows == Follows::gate_backward ? " gate backward" : "");
+        return text + (follows == Follows::gate            ? " gate"
+                       : follows != Follows::gate_backward ? ""
+                       : wants_swiglu                      ? " gate backward and swiglu"
+                                                           : " gate backward");
     }
 };
 static Problem plain_problem(int64_t M, int64_t N, int64_t K) { return {Follows::nothing, M, K, N}; }
 static Problem gated_problem(int64_t M, int64_t F, int64_t K) { return {Follows::gate, M, K, 2 * F}; }
-static Problem gate_backward_problem(int64_t M, int64_t F, int64_t K) { return {Follows::gate_backward, M, K, F}; }
+static Problem gate_backward_problem(int64_t M, int64_t F, int64_t K, bool wants_swiglu = true) {
+    return {Follows::gate_backward, M, K, F, wants_swiglu};
+}
 static Problem rotated_problem(int64_t B, int H, int Hkv, int D, int64_t K, const RopePositions& positions) {
     Problem p = {Follows::rotation, B * positions.T, K, (int64_t)(H + 2 * Hkv) * D};
     p.D = D, p.num_rotated_heads = H + Hkv;
@@ -39,8 +45,8 @@ static Problem rotated_problem(int64_t B, int H, int Hkv, int D, int64_t K, cons
     return p;
 }
 
-// out [M, N], weight [N, K]; swiglu [M, N / 2], of a gate. Of its backward out is dgate_up [M, 2 N], swiglu [M, N], in
-// dout, weight [K, N], gate_up [M, 2 N].
+// out [M, N], weight [N, K]; swiglu [M, N / 2], of a gate. Of its backward out is dgate_up [M, 2 N], swiglu [M, N] or
+// scratch, in dout, weight [K, N], gate_up [M, 2 N].
 struct Operands {
     bf16 *out, *swiglu;
     const bf16 *in, *weight, *gate_up = nullptr;
@@ -54,7 +60,7 @@ static void follow(const Problem& p, const Operands& x, cudaStream_t stream) {
     } else if (p.follows == Follows::gate) {
         swiglu_forward(x.swiglu, x.out, p.M, (int)p.N / 2, stream);
     } else if (p.follows == Follows::gate_backward) {
-        swiglu_backward(x.out, x.swiglu, x.swiglu, x.gate_up, p.M, (int)p.N, stream);
+        swiglu_backward(x.out, p.wants_swiglu ? x.swiglu : nullptr, x.swiglu, x.gate_up, p.M, (int)p.N, stream);
     }
 }
 
@@ -94,7 +100,8 @@ static void fused_gemm3(Gemm& gemm, const Problem& p, const Operands& x, cudaStr
         case Follows::gate:
             return gated_product(x.out, x.swiglu, x.in, x.weight, p.M, p.N / 2, p.K, gemm, stream);
         case Follows::gate_backward:
-            return gated_product_backward(x.out, x.swiglu, x.in, x.weight, x.gate_up, p.M, p.N, p.K, gemm, stream);
+            return gated_product_backward(x.out, x.swiglu, p.wants_swiglu, x.in, x.weight, x.gate_up, p.M, p.N, p.K,
+                                          gemm, stream);
     }
 }
 
@@ -153,7 +160,7 @@ static void check_problem(Harness& h, const Variant<Launcher>& variant, Gemm& ge
     }
 }
 
-// dgate_up in memory of its own and in the place of gate_up.
+// dgate_up in memory of its own, in the place of gate_up, and without swiglu.
 static void check_gate_backward(Harness& h, const Variant<Launcher>& variant, Gemm& gemm, const Problem& p) {
     if (h.leaves_out(p.M * p.N * p.K / 16)) {
         return;
@@ -182,6 +189,10 @@ static void check_gate_backward(Harness& h, const Variant<Launcher>& variant, Ge
     h.compare_repeats("dgate_up", p.label(), dgate_up, launch);
     h.compare_repeats("swiglu", p.label(), swiglu, launch);
     const std::vector<bf16> apart = dgate_up.download();
+    DeviceBuffer<bf16> alone(p.M * 2 * F);
+    const Problem without = gate_backward_problem(p.M, F, p.K, false);
+    variant.launch(gemm, without, {alone, swiglu, dout_device, weight_device, gate_up_device}, h.stream);
+    h.compare_exact("dgate_up without swiglu", p.label(), alone, apart);
     variant.launch(gemm, p, {gate_up_device, swiglu, dout_device, weight_device, gate_up_device}, h.stream);
     h.compare_exact("dgate_up in place", p.label(), gate_up_device, apart);
 }
@@ -249,14 +260,18 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         {"530M gate_up", gated_problem(98304, 1536, 1024)},
         {"530M gate_up", gated_problem(32768, 1536, 1024)},
         {"530M down, input", gate_backward_problem(98304, 1536, 1024)},
+        {"530M down, input", gate_backward_problem(98304, 1536, 1024, false)},
         {"530M down, input", gate_backward_problem(32768, 1536, 1024)},
+        {"530M down, input", gate_backward_problem(32768, 1536, 1024, false)},
         {"124M qkv", plain_problem(65536, 2304, 768)},
         {"124M qkv", rotated_problem(64, 12, 12, 64, 768, rope_one_run(1024))},
         {"124M gate_up", gated_problem(65536, 2048, 768)},
         {"124M down, input", gate_backward_problem(65536, 2048, 768)},
+        {"124M down, input", gate_backward_problem(65536, 2048, 768, false)},
         {"8B qkv", rotated_problem(1, 32, 8, 128, 4096, rope_one_run(32768))},
         {"8B gate_up", gated_problem(32768, 14336, 4096)},
         {"8B down, input", gate_backward_problem(32768, 14336, 4096)},
+        {"8B down, input", gate_backward_problem(32768, 14336, 4096, false)},
     };
     for (const auto& [what, p] : cases) {
         const bool gates = p.follows == Follows::gate, backward = p.follows == Follows::gate_backward;

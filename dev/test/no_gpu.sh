@@ -46,7 +46,7 @@ check_fit() { # check_fit NAME UNIT GPU_GIB "OFFLOAD..." FLAG...
     fit --gpu_memory "$gpu" "$@" >"$work/table"
     for offload in $offloads; do
         column=$((column + 1))
-        for recompute in none all_but_attention block; do
+        for recompute in none norms_and_gate all_but_attention block; do
             local T
             T=$(cell $recompute $column)
             [[ $T =~ ^[0-9]+$ && $((T % unit)) -eq 0 ]] || { echo "$name: no length in row $recompute, column $offload"; cat "$work/table"; exit 1; }
@@ -59,7 +59,7 @@ check_fit() { # check_fit NAME UNIT GPU_GIB "OFFLOAD..." FLAG...
             done
         done
     done
-    echo "ok   $name: $((3 * column)) longest lengths fit, one step more does not: $(tail -1 "$work/table" | tr -s ' ')"
+    echo "ok   $name: $((4 * column)) longest lengths fit, one step more does not: $(tail -1 "$work/table" | tr -s ' ')"
 }
 check_fit "--fit, dense" 128 40 "none activations optimizer all" --batch_size 2
 check_fit "--fit, Lighthouse" 512 79 "none activations optimizer all" "${lighthouse[@]}"

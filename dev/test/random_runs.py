@@ -82,7 +82,7 @@ def draw(seed):
         if context > 1:
             T = max(1, T // (2 * context)) * 2 * context
     flags.update(seq_len=T, batch_size=batch, global_batch=batch * accumulated * ranks // context)
-    mode = {"recompute": r.choice(["none", "all_but_attention", "block"]),
+    mode = {"recompute": r.choice(["none", "norms_and_gate", "all_but_attention", "block"]),
             "offload": r.choice(["none", "activations", "optimizer", "all"] if ranks == 1 else ["none", "activations"])}
     if context > 1:
         mode["context_exchange"] = r.choice(["ring", "gather", "auto"])
