@@ -249,17 +249,18 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
 // ---- contradictions ------------------------------------------------------------------------------
 
 // Throws Error when flags that were given contradict each other whatever their values: a setting that nothing would
-// read. A file says of a setting that nothing reads it only when its value is not the default (settings.toml of a run
-// has them all), and the command line overrules it.
+// read. In a file that is a mistake only where the one that decides about it is left out: settings.toml of a run, which
+// may have been resumed under another decision, has them all.
 inline void check_given_flags(const ParsedFlags& parsed) {
     const RunConfig& c = parsed.config;
-    auto given = [&](const char* name) { return parsed.given.count(name) > 0; };
     RunConfig of_run = c, of_default;
     const std::vector<Setting> values = list_settings(of_run), defaults = list_settings(of_default);
+    // `name`, which nothing reads because of the value of `other`.
     auto contradicts = [&](const char* name, const char* other) {
-        const bool typed = parsed.typed.count(name) > 0, overruled = parsed.typed.count(other) > 0;
+        const bool typed = parsed.typed.count(name) > 0, given = parsed.given.count(name) > 0;
+        const bool decided = parsed.given.count(other) > 0;
         const bool is_default = find_setting(values, name)->get() == find_setting(defaults, name)->get();
-        return typed || (given(name) && !overruled && !is_default);
+        return typed || (given && !decided && !is_default);
     };
     // A Lighthouse run may be resumed under dense attention with its other flags as they were.
     if (c.attention == AttentionMode::dense && !c.resume) {
@@ -272,12 +273,13 @@ inline void check_given_flags(const ParsedFlags& parsed) {
     }
     CHECK(!contradicts("val_fraction", "val_data") || c.val_fraction == 0.0 || c.val_data.empty(),
           "--val_fraction and --val_data contradict each other: validation data comes from one place; leave one out");
-    CHECK(!given("eval_every") || c.eval_every == 0 || !c.val_data.empty() || c.val_fraction > 0.0,
-          "--eval_every %lld needs validation data: give --val_data, or a --val_fraction above 0",
-          (long long)c.eval_every);
-    CHECK(!given("sample_every") || c.sample_every == 0 || c.sample_tokens > 0,
+    CHECK(
+        !contradicts("eval_every", "val_fraction") || c.eval_every == 0 || !c.val_data.empty() || c.val_fraction > 0.0,
+        "--eval_every %lld needs validation data: give --val_data, or a --val_fraction above 0",
+        (long long)c.eval_every);
+    CHECK(!contradicts("sample_every", "sample_tokens") || c.sample_every == 0 || c.sample_tokens > 0,
           "--sample_every %lld and --sample_tokens 0 contradict each other", (long long)c.sample_every);
-    CHECK(!given("decay_steps") || c.decay_steps == 0 || c.schedule != ScheduleKind::constant,
+    CHECK(!contradicts("decay_steps", "schedule") || c.decay_steps == 0 || c.schedule != ScheduleKind::constant,
           "--decay_steps and --schedule constant contradict each other: a constant learning rate does not decay");
     CHECK(!contradicts("final_learning_rate_fraction", "schedule") || c.schedule != ScheduleKind::constant,
           "--final_learning_rate_fraction and --schedule constant contradict each other: a constant learning rate does "

@@ -264,6 +264,53 @@ TEST(Flags, SavedSettingsReadBack) {
     EXPECT_TRUE(resumed.config.resume);
 }
 
+// A run may be resumed with what makes others of its settings idle; the file keeps these, and is read all the same.
+TEST(Flags, SettingsOfAResumedRunReadBack) {
+    using Line = std::vector<const char*>;
+    struct Case {
+        Line start, resume;
+        const char* idle;  // the flag that nothing reads then, a contradiction where it is typed; null: none
+    };
+    const Line lighthouse = {"--attention", "lighthouse", "--seq_len", "2048", "--lighthouse_topk", "128"};
+    const Line dilated = {"--attention",           "lighthouse", "--seq_len",           "2048",
+                          "--lighthouse_topk",     "128",        "--lighthouse_scorer", "dilated",
+                          "--lighthouse_dilation", "2"};
+    const std::vector<Case> cases = {
+        {lighthouse, {"--attention", "dense"}, "--lighthouse_topk"},
+        {dilated, {"--attention", "dense"}, "--lighthouse_dilation"},
+        {dilated, {"--lighthouse_scorer", "norm"}, "--lighthouse_dilation"},
+        {{"--val_fraction", "0.1"}, {"--val_data", "y"}, nullptr},
+        {{"--eval_every", "10"}, {"--val_fraction", "0"}, "--eval_every"},
+        {{"--val_fraction", "0"}, {}, "--eval_every"},
+        {{"--sample_every", "10"}, {"--sample_tokens", "0"}, "--sample_every"},
+        {{"--decay_steps", "100"}, {"--schedule", "constant"}, "--decay_steps"},
+        {{"--final_learning_rate_fraction", "0.5"}, {"--schedule", "constant"}, "--final_learning_rate_fraction"},
+        {{"--rope_scaling_factor", "8", "--rope_low_freq_factor", "2"},
+         {"--rope_scaling_factor", "1"},
+         "--rope_low_freq_factor"},
+    };
+    TemporaryFolder folder;
+    const std::string saved = saved_settings_path(folder.path);
+    const auto joined = [](Line line, const Line& more) {
+        line.insert(line.end(), more.begin(), more.end());
+        return line;
+    };
+    for (const Case& run : cases) {
+        const Line start = joined({"--train_data", "x", "--output_dir", folder.path.c_str()}, run.start);
+        EXPECT_EQ(refusal(start), "");
+        folder.write("settings.toml", settings_toml(parse_line(start).config));
+        const Line resume = joined({"--resume", "--output_dir", folder.path.c_str()}, run.resume);
+        EXPECT_EQ(refusal(resume), "");
+        const std::string toml = settings_toml(parse_line(resume).config);
+        folder.write("settings.toml", toml);
+        EXPECT_EQ(refusal({"--config", saved.c_str()}), "");
+        EXPECT_EQ(settings_toml(parse_line({"--config", saved.c_str()}).config), toml);
+        if (run.idle != nullptr) {
+            expect_refused({"--config", saved.c_str(), run.idle, "2"}, run.idle);
+        }
+    }
+}
+
 TEST(Flags, SettingsAreListedOnceAndReadBackAsWritten) {
     RunConfig c;
     std::set<std::string> names;
