@@ -2,6 +2,7 @@
 // files, and state.json.
 #pragma once
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -17,13 +18,14 @@
 // What a run needs beside the model's tensors to go on where it stopped. Random numbers depend on seeds and positions
 // alone, so these are the state of all generators too.
 struct TrainingState {
-    int64_t step = 0;              // steps done, skipped ones included
-    int64_t adam_step = 0;         // updates applied: AdamW's bias correction
-    int64_t data_position = 0;     // sequences consumed, of seq_len tokens
-    int64_t seq_len = 0;           // 0: not known
-    int64_t skipped = 0;           // steps with a non-finite loss or gradient norm
-    int64_t skipped_in_a_row = 0;  // of those, the last ones without an applied update between
-    std::string data;              // data_identity of what was trained on; empty: not known
+    int64_t step = 0;                        // steps done, skipped ones included
+    int64_t adam_step = 0;                   // updates applied: AdamW's bias correction
+    int64_t data_position = 0;               // sequences consumed, of seq_len tokens
+    int64_t seq_len = 0;                     // 0: not known
+    int64_t skipped = 0;                     // steps with a non-finite loss or gradient norm
+    int64_t skipped_in_a_row = 0;            // of those, the last ones without an applied update between
+    std::string data;                        // data_identity of what was trained on; empty: not known
+    std::optional<AttentionMode> attention;  // of the checkpoint's last step; no value: not known, or it has none
 };
 
 namespace checkpoint {
@@ -91,6 +93,21 @@ inline std::string state_text(const TrainingState& state, const RunConfig& confi
     return json.dump(1, ' ', false, Json::error_handler_t::replace) + "\n";
 }
 
+// The attention of the last of `step` steps, by the settings of the run that did them.
+inline std::optional<AttentionMode> last_attention(const JsonObject& settings, int64_t step) {
+    if (step == 0 || !settings.has("attention")) {
+        return std::nullopt;
+    }
+    RunConfig run;
+    try {
+        parse(Words{settings.text("attention")}, run.attention);
+    } catch (const Error& rule) {
+        fail("%s: \"attention\" must be %s", settings.where().c_str(), rule.what());
+    }
+    run.lighthouse_steps = settings.integer_or(run.lighthouse_steps, "lighthouse_steps", -1, INT64_MAX);
+    return run.attention_at(step - 1);
+}
+
 // Throws Error, naming `path`, for text that is not a training state.
 inline TrainingState parse_state(std::string_view text, const std::string& path) {
     const JsonValue json = parse_json(text, path);
@@ -102,7 +119,9 @@ inline TrainingState parse_state(std::string_view text, const std::string& path)
     state.adam_step = object.integer("adam_step", 0, state.step);
     state.data_position = object.integer("data_position", 0, INT64_MAX);
     if (object.has("settings")) {
-        state.seq_len = object.object("settings").integer_or(0, "seq_len", 1, INT64_MAX);
+        const JsonObject settings = object.object("settings");
+        state.seq_len = settings.integer_or(0, "seq_len", 1, INT64_MAX);
+        state.attention = last_attention(settings, state.step);
     }
     state.skipped = object.integer("skipped", 0, state.step);
     state.skipped_in_a_row = object.integer("skipped_in_a_row", 0, state.skipped);

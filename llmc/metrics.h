@@ -18,7 +18,8 @@
 class MetricsLog {
   public:
     // Opens or creates `path`. Of a file that exists, lines of steps after `last_step` are dropped, as is a last line
-    // cut off by a crash: a resumed run writes those steps again. Throws Error when it cannot be read or written.
+    // cut off by a crash: a resumed run writes those steps again, and whether attention switches behind `last_step`.
+    // Throws Error when it cannot be read or written.
     MetricsLog(const std::string& path, int64_t last_step) : path_(path) {
         drop_lines_after(last_step);
         file_ = std::fopen(path.c_str(), "ab");
@@ -63,7 +64,8 @@ class MetricsLog {
         for (std::string line; std::getline(old, line);) {
             const Json object = Json::parse(line, nullptr, false);
             const bool whole = object.is_object() && object.contains("step") && object["step"].is_number_integer();
-            if (whole && object["step"].get<int64_t>() <= last_step) {
+            const bool is_switch = whole && object.value("event", Json()) == "attention_switch";
+            if (whole && object["step"].get<int64_t>() <= (is_switch ? last_step - 1 : last_step)) {
                 kept << line << '\n';
             }
         }

@@ -230,6 +230,9 @@ class TrainingRun {
     void open_output() {
         first_step_ = state_.step;
         ranks_.first_decides([&] { return prepare_output(), std::string(); }, "preparation of the output folder");
+        if (state_.attention && *state_.attention != attention_) {  // the checkpoint's last step was under the other
+            report_switch();
+        }
     }
 
     // The output folder, locked, with the settings of the run and the metrics file. Rank 0 alone calls it.
@@ -278,10 +281,13 @@ class TrainingRun {
         if (mode != attention_) {
             attention_ = mode;
             model_.set_attention(mode);
-            terminal_.print(format_string("step %lld | attention is %s from here on: the loss jumps and recovers",
-                                          (long long)state_.step, choice_name(mode)));
-            log("attention_switch", {{"attention", choice_name(mode)}});
+            report_switch();
         }
+    }
+    void report_switch() {
+        terminal_.print(format_string("step %lld | attention is %s from here on: the loss jumps and recovers",
+                                      (long long)state_.step, choice_name(attention_)));
+        log("attention_switch", {{"attention", choice_name(attention_)}});
     }
 
     StepResult training_step() {

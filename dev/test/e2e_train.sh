@@ -201,6 +201,7 @@ expect "geometry is printed" grep -Eq 'T 512, S 512|T 512, S [0-9]+' "$work/swit
 expect "Lighthouse, 4 steps" train resumed_dense "${lighthouse[@]}" --max_steps 4 --decay_steps 6
 expect "the rest under dense attention" "$trainer" --resume --output_dir "$work/resumed_dense" --attention dense --max_steps 6
 expect "both ways give the same bits" same_losses switched resumed_dense
+expect "the switch of a resumed run is logged" grep -q '"event":"attention_switch","step":4,"attention":"dense"' "$work/resumed_dense/metrics.jsonl"
 expect "its settings.toml is read by --config" "$trainer" --config "$work/resumed_dense/settings.toml" --output_dir "$work/again_dense"
 expect "and is the dense run that it says" test "$(grep -c '"event":"step".*"attention":"dense"' "$work/again_dense/metrics.jsonl")" -eq 6
 

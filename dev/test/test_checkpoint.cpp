@@ -849,4 +849,23 @@ TEST_F(Checkpoint, StatesThatCannotBeAreRefused) {
     refused("version", 2, "not a training state of version 1");
     refused("format", "x", "not a training state");
     refused("data", 3, "\"data\" is 3, must be a text");
+    refused("settings", {{"attention", "sparse"}}, "s: \"settings\": \"attention\" must be dense or lighthouse");
+    refused("settings", {{"attention", 1}}, "\"attention\" is 1, must be a text");
+    refused("settings", {{"attention", "dense"}, {"lighthouse_steps", "x"}}, "\"lighthouse_steps\"");
+}
+
+TEST_F(Checkpoint, AStateSaysTheAttentionOfItsLastStep) {
+    const AttentionMode L = AttentionMode::lighthouse, D = AttentionMode::dense;
+    const auto read_back = [&] {
+        return checkpoint::parse_state(checkpoint::state_text(state_, config_), "s").attention;
+    };
+    EXPECT_EQ(read_back(), D);
+    config_.attention = L;
+    EXPECT_EQ(read_back(), L);
+    config_.lighthouse_steps = state_.step;
+    EXPECT_EQ(read_back(), L) << "the next step switches";
+    config_.lighthouse_steps = state_.step - 1;
+    EXPECT_EQ(read_back(), D);
+    state_ = TrainingState();
+    EXPECT_EQ(read_back(), std::nullopt) << "no step";
 }

@@ -68,6 +68,22 @@ TEST(MetricsLog, ResumeDropsLaterStepsAndCutLines) {
     EXPECT_NE(read_all(path).find("40}"), std::string::npos);
 }
 
+TEST(MetricsLog, ASwitchIsOfTheStepsBehindIt) {
+    TemporaryFolder folder;
+    const std::string path = folder.path + "/metrics.jsonl";
+    {
+        MetricsLog log(path, 0);
+        for (const int step : {2, 3, 4}) {
+            log.write("checkpoint", step, Json::object());
+            log.write("attention_switch", step, Json::object());
+        }
+    }
+    MetricsLog(path, 3);
+    EXPECT_EQ(read_all(path),
+              "{\"event\":\"checkpoint\",\"step\":2}\n{\"event\":\"attention_switch\",\"step\":2}\n"
+              "{\"event\":\"checkpoint\",\"step\":3}\n");
+}
+
 TEST(MetricsLog, FailedWritesAreErrors) {
     EXPECT_THROW(MetricsLog("/no/such/folder/metrics.jsonl", 0), Error);
     TemporaryFolder folder;

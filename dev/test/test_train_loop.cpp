@@ -473,6 +473,42 @@ TEST_F(TrainLoop, SwitchesToDenseAttention) {
     EXPECT_NE(out_.find("lighthouse"), std::string::npos);
 }
 
+// The step of the switch is where stage 1 ends, and often where its process does.
+TEST_F(TrainLoop, ASwitchWhereARunGoesOnIsSaid) {
+    config_.attention = AttentionMode::lighthouse, config_.seq_len = 256;
+    config_.lighthouse.levels = 2, config_.lighthouse.pool = 2, config_.lighthouse.topk = 128;
+    config_.lighthouse.dense_layers = {};
+    config_.max_steps = 3;
+    RunConfig by_steps = config_, by_flag = config_;
+    by_steps.lighthouse_steps = 3, by_flag.attention = AttentionMode::dense;
+    const auto switches_after = [&](RunConfig first, RunConfig next) {
+        std::filesystem::remove_all(config_.output_dir);
+        FakeModel model(config_.model);
+        EXPECT_EQ(run(model, first), 0);
+        EXPECT_EQ(events("attention_switch").size(), 0u);
+        next = resumed(next);
+        next.max_steps = 5;
+        FakeModel killed(config_.model), again(config_.model);
+        killed.on_update = [](int) { fail("killed"); };  // and leaves what it wrote behind the checkpoint
+        EXPECT_THROW(run(killed, next), Error);
+        testing::internal::GetCapturedStdout(), testing::internal::GetCapturedStderr();
+        EXPECT_EQ(run(again, next), 0);
+        return events("attention_switch");
+    };
+    for (const RunConfig& next : {by_steps, by_flag}) {
+        const std::vector<Json> switches = switches_after(config_, next);
+        ASSERT_EQ(switches.size(), 1u);
+        EXPECT_EQ(switches[0]["step"], 3);
+        EXPECT_EQ(switches[0]["attention"], "dense");
+        EXPECT_NE(out_.find("step 3 | attention is dense from here on"), std::string::npos) << out_;
+    }
+    const std::vector<Json> back = switches_after(by_flag, config_);
+    ASSERT_EQ(back.size(), 1u);
+    EXPECT_EQ(back[0]["attention"], "lighthouse");
+    EXPECT_EQ(switches_after(config_, config_).size(), 0u);
+    EXPECT_EQ(switches_after(by_flag, by_flag).size(), 0u);
+}
+
 TEST_F(TrainLoop, EvaluationCoversAsManyBatchesAsAsked) {
     config_.max_steps = 1;  // 1000 tokens, 62 sequences of 16, batches of 2
     for (const auto& [batches, sequences] :
