@@ -82,6 +82,7 @@ run_check() {
     timeout "$limit" "$@" >"$log/$name" 2>&1 </dev/null
     status=$?
     counts="$(grep -c '^ok ' "$log/$name") ok, $(grep -c '^FAIL' "$log/$name") FAIL"
+    ! grep -q '^skip ' "$log/$name" || counts+=", $(grep -c '^skip ' "$log/$name") skipped"
     if [ $status -eq 9 ] && only_in_cublas "$log/$name"; then
         status=0
         counts+=" (and $(grep -c 'Race reported between' "$log/$name") hazards inside cuBLAS)"
@@ -95,7 +96,10 @@ run_check() {
     echo "$result" >"$log/$name.result"
     {
         echo "$result"
-        [ "${result:0:2}" = ok ] || { grep '^FAIL' "$log/$name" | head -10; tail -10 "$log/$name"; } | cut -c1-300 | sed 's/^/     /'
+        {
+            grep '^skip ' "$log/$name"
+            [ "${result:0:2}" = ok ] || { grep '^FAIL' "$log/$name" | head -10; tail -10 "$log/$name"; }
+        } | cut -c1-300 | sed 's/^/     /'
     } >"$log/$name.shown"
     cat "$log/$name.shown"
 }

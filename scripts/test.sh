@@ -81,12 +81,12 @@ for script in dev/test/e2e_*.sh; do
 done
 
 echo "== outputs of other implementations"
-golden=../shared/golden
+golden=${LLMC_GOLDEN_DIR:-../shared/golden}
 if [ -d "$golden" ]; then
     check hugging_face_llama build/check_hf_golden "$golden/hf_llama_gqa"
     check published_lighthouse build/check_golden "$golden"/peer_lighthouse_*.safetensors
 else
-    skip golden "no ../shared/golden beside this checkout"
+    skip golden "there is no $golden (LLMC_GOLDEN_DIR names another folder)"
 fi
 if "$python" -c 'import torch, transformers' 2>/dev/null; then
     check transformers_reads_our_checkpoints "$python" dev/test/check_transformers.py

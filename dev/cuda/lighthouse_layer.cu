@@ -2,9 +2,7 @@
 // selection the GPU made, causality, repetition, golden files; timings of every stage, of the layer and of dense
 // attention on the same tokens. Bound: memory around the inner attention, tensor cores inside.
 //   lighthouse_layer [--without_dense] --shape T,levels,pool,topk,H,Hkv[,D] ...   times these shapes, checks nothing
-// Golden files, if LLMC_GOLDEN_DIR names a folder of them, are checked too (dev/test/golden_lighthouse.h).
-#include <cstdlib>
-#include <filesystem>
+// Where the golden files are: dev/test/golden_lighthouse.h.
 #include <memory>
 
 #include "dev/cuda/attention_truth.cuh"
@@ -465,12 +463,12 @@ static void check(Harness& h, const Variant<Launcher>&) {
     check_graph(h, {1, 4096, 3, 4, 256, 4, 2, 128});
     check_large(h, {1, 1 << 20, 4, 4, 4096, 20, 2, 128});
     check_large(h, {3, 98304, 3, 4, 1536, 64, 8, 128});
-    if (const char* directory = std::getenv("LLMC_GOLDEN_DIR")) {
-        for (const auto& file : std::filesystem::directory_iterator(directory)) {
-            if (file.path().filename().string().rfind("peer_lighthouse_", 0) == 0) {
-                check_golden(h, file.path().string());
-            }
-        }
+    const std::vector<std::string> golden = golden_lighthouse_files();
+    for (const std::string& path : golden) {
+        check_golden(h, path);
+    }
+    if (golden.empty()) {
+        std::printf("skip golden: %s\n", no_golden_files().c_str());
     }
 }
 

@@ -1,10 +1,13 @@
-// golden_lighthouse.h: outputs of the published Lighthouse implementation in a safetensors file, and the CPU
-// reference held against them.
-// The file: q, k, v, dout [T, H, D] bf16 or float32; out, dq, dk, dv [T, H, D] float32; indices [H, S] int32, pyramid
-// addresses in causal order, level 0 first; metadata T, H, D, levels, pool, topk as decimal numbers.
+// golden_lighthouse.h: outputs of the published Lighthouse implementation in safetensors files, where these are, and
+// the CPU reference held against them. The file: q, k, v, dout [T, H, D] bf16 or float32; out, dq, dk, dv [T, H, D]
+// float32; indices [H, S] int32, pyramid addresses in causal order, level 0 first; metadata T, H, D, levels, pool, topk
+// as decimal numbers.
 #pragma once
+#include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <cstring>
+#include <filesystem>
 #include <map>
 #include <string>
 #include <vector>
@@ -12,6 +15,33 @@
 #include "llmc/check.h"
 #include "llmc/reference/lighthouse.h"
 #include "llmc/safetensors.h"
+
+// Where the files are that a checkout does not hold: the folder that LLMC_GOLDEN_DIR names, or else shared/golden
+// beside the checkout that is the working folder.
+inline std::string golden_folder() {
+    const char* named = std::getenv("LLMC_GOLDEN_DIR");
+    return named != nullptr && *named != '\0' ? named : "../shared/golden";
+}
+
+// The peer_lighthouse_*.safetensors there, sorted; none where there is no such folder.
+inline std::vector<std::string> golden_lighthouse_files() {
+    std::vector<std::string> paths;
+    std::error_code no_folder;
+    for (const auto& file : std::filesystem::directory_iterator(golden_folder(), no_folder)) {
+        const std::filesystem::path& path = file.path();
+        if (path.filename().string().rfind("peer_lighthouse_", 0) == 0 && path.extension() == ".safetensors") {
+            paths.push_back(path.string());
+        }
+    }
+    std::sort(paths.begin(), paths.end());
+    return paths;
+}
+
+// What a test says when there are none.
+inline std::string no_golden_files() {
+    return format_string("no peer_lighthouse_*.safetensors in %s (LLMC_GOLDEN_DIR names another folder)",
+                         golden_folder().c_str());
+}
 
 struct GoldenLighthouse {
     int64_t T = 0;

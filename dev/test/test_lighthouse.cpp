@@ -2,7 +2,10 @@
 // definition, the layer against a direct computation, finite differences, causality, holes, repetition, golden files.
 #include <gtest/gtest.h>
 
+#include <cstdlib>
 #include <filesystem>
+#include <fstream>
+#include <optional>
 #include <set>
 
 #include "dev/test/golden_lighthouse.h"
@@ -496,23 +499,67 @@ TEST(GoldenReport, PlantedFaultsFail) {
     EXPECT_FALSE(report.passed());
 }
 
-// Outputs of the published implementation; LLMC_GOLDEN_DIR says where they are.
-TEST(LighthouseLayer, MatchesThePublishedImplementation) {
-    const char* directory = std::getenv("LLMC_GOLDEN_DIR");
-    const std::filesystem::path golden = directory ? directory : "../shared/golden";
-    int num_files = 0;
-    if (std::filesystem::is_directory(golden)) {
-        for (const auto& file : std::filesystem::directory_iterator(golden)) {
-            const std::string name = file.path().filename().string();
-            if (name.rfind("peer_lighthouse_", 0) == 0 && file.path().extension() == ".safetensors") {
-                const GoldenReport report = check_golden_lighthouse(file.path().string());
-                EXPECT_TRUE(report.passed()) << report.text();
-                ++num_files;
-            }
+// Sets a variable of the environment, or with null removes it, and the working folder; restores both at the end.
+class Surroundings {
+  public:
+    Surroundings(const char* name, const char* value, const std::string& folder)
+        : name_(name), folder_(std::filesystem::current_path()) {
+        if (const char* before = std::getenv(name)) {
+            before_ = before;
         }
+        set(value);
+        std::filesystem::current_path(folder);
     }
-    if (num_files == 0) {
-        GTEST_SKIP() << "no peer_lighthouse_*.safetensors in " << golden;
+    ~Surroundings() {
+        std::filesystem::current_path(folder_);
+        set(before_ ? before_->c_str() : nullptr);
+    }
+
+  private:
+    void set(const char* value) const { value ? setenv(name_, value, 1) : unsetenv(name_); }
+
+    const char* name_;
+    std::optional<std::string> before_;
+    std::filesystem::path folder_;
+};
+
+TEST(GoldenFiles, AreFoundBesideTheCheckoutOrWhereTheVariableSays) {
+    std::string folder = testing::TempDir() + "llmc_golden_XXXXXX";
+    ASSERT_NE(mkdtemp(folder.data()), nullptr);
+    for (const char* name : {"/checkout", "/shared/golden", "/named"}) {
+        std::filesystem::create_directories(folder + name);
+    }
+    for (const char* name :
+         {"/shared/golden/peer_lighthouse_b.safetensors", "/shared/golden/peer_lighthouse_a.safetensors",
+          "/shared/golden/other.safetensors", "/named/peer_lighthouse_c.safetensors"}) {
+        std::ofstream(folder + name) << "x";
+    }
+    using Paths = std::vector<std::string>;
+    for (const char* not_named : {(const char*)nullptr, ""}) {
+        const Surroundings beside("LLMC_GOLDEN_DIR", not_named, folder + "/checkout");
+        EXPECT_EQ(golden_lighthouse_files(), (Paths{"../shared/golden/peer_lighthouse_a.safetensors",
+                                                    "../shared/golden/peer_lighthouse_b.safetensors"}));
+    }
+    {
+        const Surroundings named("LLMC_GOLDEN_DIR", (folder + "/named").c_str(), folder + "/checkout");
+        EXPECT_EQ(golden_lighthouse_files(), Paths{folder + "/named/peer_lighthouse_c.safetensors"});
+    }
+    {
+        const Surroundings nowhere("LLMC_GOLDEN_DIR", nullptr, folder);
+        EXPECT_TRUE(golden_lighthouse_files().empty());
+        EXPECT_NE(no_golden_files().find("in ../shared/golden "), std::string::npos);
+    }
+    std::filesystem::remove_all(folder);
+}
+
+TEST(LighthouseLayer, MatchesThePublishedImplementation) {
+    const std::vector<std::string> files = golden_lighthouse_files();
+    for (const std::string& path : files) {
+        const GoldenReport report = check_golden_lighthouse(path);
+        EXPECT_TRUE(report.passed()) << report.text();
+    }
+    if (files.empty()) {
+        GTEST_SKIP() << no_golden_files();
     }
 }
 
