@@ -1,6 +1,7 @@
 // config.h: every setting of a run, once, with its default, and the rules across settings. flags.h fills it from the
 // command line and from a file; both trainers read it. A field has the name of its flag.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <memory>
 #include <string>
@@ -12,6 +13,8 @@
 #include "model_config.h"
 #include "output_lock.h"
 #include "setting_choices.h"
+
+constexpr int64_t MAX_SEQ_LEN = (int64_t)1 << 24;  // tokens
 
 struct RunConfig {
     // ---- model: a preset, then every field of its shape
@@ -125,11 +128,12 @@ inline void validate(const RunConfig& c) {
     };
     const double any = 1e300;  // finite, and not a number of anything
 
-    in_range("seq_len", c.seq_len, 1, (int64_t)1 << 24);
+    in_range("seq_len", c.seq_len, 1, MAX_SEQ_LEN);
     in_range("batch_size", c.batch_size, 1, 1 << 20);
-    CHECK(c.seq_len * c.batch_size < (int64_t)1 << 31,
+    const int64_t max_batch_tokens = ((int64_t)1 << 31) - 1;
+    CHECK(c.seq_len * c.batch_size <= max_batch_tokens,
           "--batch_size %d: times --seq_len %lld must stay under 2^31 tokens; the largest that does is %lld",
-          c.batch_size, (long long)c.seq_len, ((1ll << 31) - 1) / (long long)c.seq_len);
+          c.batch_size, (long long)c.seq_len, (long long)(max_batch_tokens / c.seq_len));
     in_range("global_batch", c.global_batch, 0, (int64_t)1 << 40);
     const int64_t at_once = c.sequences_at_once();
     CHECK(c.global_batch % at_once == 0,
@@ -182,7 +186,6 @@ inline void validate(const RunConfig& c) {
 
     in_range("context_parallel", c.context_parallel, 1, 1 << 16);
     CHECK(c.comm_timeout > 0.0, "--comm_timeout %g: must be greater than 0 seconds", c.comm_timeout);
-    const ContextPartition partition = make_context_partition(c.seq_len, c.context_parallel, 0);
     CHECK(
         c.context_parallel * c.data_parallel == 1 || !offloads_optimizer(c.offload),
         "--offload %s: with %d ranks it must be none or activations; each holds a shard of the optimizer's state only",
@@ -200,17 +203,24 @@ inline void validate(const RunConfig& c) {
     CHECK(!c.print_influence || c.context_parallel == 1,
           "--print_influence: compares the losses of whole sequences; with --context_parallel %d no rank has them",
           c.context_parallel);
+    // The longest T beside the other settings, for messages; positions of a checkpoint grow with it.
+    const bool positions_bind = c.model.max_positions > 0 && c.checkpoint.empty() && !c.fit;
+    const int64_t longest =
+        std::min({MAX_SEQ_LEN, max_batch_tokens / c.batch_size, positions_bind ? c.model.max_positions : MAX_SEQ_LEN});
     if (c.attention == AttentionMode::lighthouse) {
         CHECK(c.context_parallel == 1 || c.lighthouse.scorer == LighthouseScorer::norm,
               "--lighthouse_scorer dilated: with --context_parallel %d it must be norm; dilated scores need the whole "
               "sequence on one GPU",
               c.context_parallel);
         // Refuses what it cannot cut into tiles, and a sequence's tiles into the chunks of its ranks.
-        make_chunk_geometry(make_lighthouse_geometry(c.seq_len, c.lighthouse), c.lighthouse, partition.W);
+        const ContextPartition partition{c.context_parallel, 0, c.seq_len};
+        make_lighthouse_geometry(c.seq_len, c.lighthouse, {partition.num_chunks(), longest});
+        const int n = c.model.num_layers;
         for (const int layer : c.lighthouse.dense_layers) {
-            CHECK(layer >= -c.model.num_layers && layer < c.model.num_layers,
-                  "--lighthouse_dense_layers %d: there is no such layer, --num_layers is %d", layer,
-                  c.model.num_layers);
+            CHECK(layer >= -n && layer < n,
+                  "--lighthouse_dense_layers %d: with --num_layers %d layers are from %d to %d; the nearest is %d",
+                  layer, n, -n, n - 1, std::clamp(layer, -n, n - 1));
         }
     }
+    make_context_partition(c.seq_len, c.context_parallel, 0, longest);
 }

@@ -1,6 +1,7 @@
 // configure_run.h: everything that is decided before a model exists: from the command line to settings that are known
 // to work together.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
 #include <cstdio>
@@ -138,7 +139,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (config.fit && parsed.given.count("seq_len") == 0) {  // the default may not be a legal one
         const ContextPartition partition{config.context_parallel, 0, 0};
         config.seq_len = config.attention == AttentionMode::lighthouse
-                             ? shortest_lighthouse_length(config.lighthouse)
+                             ? std::min(shortest_lighthouse_length(config.lighthouse), MAX_SEQ_LEN)
                              : round_up<int64_t>(config.seq_len, partition.num_chunks());
     }
     validate(config);

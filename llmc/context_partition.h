@@ -21,6 +21,7 @@
 
 #include "check.h"
 #include "lighthouse_geometry.h"
+#include "lighthouse_rules.h"
 
 // ---- the mesh ----------------------------------------------------------------------------------
 // Ranks as data parallel x context parallel: ranks that share a sequence are neighbours, so they share a node's links.
@@ -92,31 +93,22 @@ struct ContextPartition {
     }
 };
 
-// The partition of T tokens over W ranks. Throws Error with the nearest lengths that work.
-inline ContextPartition make_context_partition(int64_t T, int W, int rank) {
+// The partition of T tokens over W ranks. Throws Error with the nearest lengths that work, none above `longest`.
+inline ContextPartition make_context_partition(int64_t T, int W, int rank, int64_t longest = INT64_MAX) {
     CHECK(W >= 1 && rank >= 0 && rank < W, "context partition: rank %d of %d", rank, W);
     const int64_t unit = ContextPartition{W, rank, T}.num_chunks();
     CHECK(T >= unit && T % unit == 0,
-          "--seq_len %lld: with --context_parallel %d it must be a positive multiple of %lld (two chunks a rank); %s",
-          (long long)T, W, (long long)unit, lighthouse_detail::nearest_lengths(T, unit, unit).c_str());
+          "--seq_len %lld: with --context_parallel %d it must be a positive multiple of %lld (two chunks a rank)%s",
+          (long long)T, W, (long long)unit, nearest_text(nearest_multiples(T, unit, unit, longest)).c_str());
     return {W, rank, T};
 }
 
 // The geometry of one chunk of a sequence under Lighthouse attention: a tile never crosses a chunk, so a chunk is a
 // shorter sequence with its share of the tiles, and selects what the whole sequence would. Throws Error with the
-// nearest budgets that work. `whole` is the legal geometry of T tokens.
+// nearest budget that works. `whole` is the legal geometry of T tokens.
 inline LighthouseGeometry make_chunk_geometry(const LighthouseGeometry& whole, const LighthouseConfig& config, int W) {
-    const int64_t chunks = ContextPartition{W, 0, whole.T}.num_chunks(), m = LIGHTHOUSE_TILE_BUDGET, unit = chunks * m;
-    if (whole.tiles % chunks != 0) {
-        const int64_t below = whole.topk / unit * unit, above = below + unit;
-        const std::string nearest =
-            below == 0 ? format_string("the nearest is %lld", (long long)above)
-                       : format_string("the nearest are %lld and %lld", (long long)below, (long long)above);
-        fail(
-            "--lighthouse_topk %lld: with --context_parallel %d its %lld tiles must fill %lld equal chunks, so it must "
-            "be a multiple of %lld; %s",
-            (long long)whole.topk, W, (long long)whole.tiles, (long long)chunks, (long long)unit, nearest.c_str());
-    }
+    const int64_t chunks = ContextPartition{W, 0, whole.T}.num_chunks();
+    make_lighthouse_geometry(whole.T, config, {chunks});  // refuses tiles that cross chunks
     LighthouseConfig share = config;
     share.topk = config.topk / chunks;
     return make_lighthouse_geometry(whole.T / chunks, share);

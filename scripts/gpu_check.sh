@@ -22,7 +22,7 @@ test_gpt=${BIN:-./}test_gpt
 
 source_hash() {
     find llmc dev/cuda dev/test train_gpt.cu test_gpt.cu -type f \
-        \( -name '*.cuh' -o -name '*.cu' -o -name 'lighthouse_geometry.h' -o -name 'bf16_model.h' \) |
+        \( -name '*.cuh' -o -name '*.cu' -o -name 'lighthouse_geometry.h' -o -name 'lighthouse_rules.h' -o -name 'bf16_model.h' \) |
         LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1
 }
 recorded_hash() { sed -n 's/^kernel_sources: //p' "$record" 2>/dev/null; }

@@ -38,11 +38,13 @@ refused() {
         ok "$name: $(sed "s#$work/##g" "$work/err")"
     fi
 }
-# The same for a run that is gone on with: its settings are those saved with it.
-resume_refused() {
+# The same with these flags alone.
+refused_alone() {
     local small=()
-    refused "$1" "$2" --resume "${@:3}"
+    refused "$@"
 }
+# The same for a run that is gone on with: its settings are those saved with it.
+resume_refused() { refused_alone "$1" "$2" --resume "${@:3}"; }
 newest() { find "$1" -maxdepth 1 -type d -name 'step*' | LC_ALL=C sort | tail -1; }
 fingerprint() { find "$1" -type f -path '*step*' -exec sha256sum {} + | LC_ALL=C sort; }
 unchanged() { if [ "$(fingerprint "$2")" = "$3" ]; then ok "$1"; else bad "$1"; fi; }
@@ -89,6 +91,7 @@ fi
 
 # ---- flags that cannot be
 refused "what would fit a GPU, asked of the CPU" "--fit: .*train_gpt" --fit
+refused_alone "a budget that no sequence holds" "--lighthouse_topk 12800000: .*the nearest that works is" --fit --attention lighthouse --lighthouse_topk 12800000
 refused "unknown flag" "nearest is --seq_len" "${data[@]}" --seq_length 5
 refused "unknown setting in a file" "x.toml line 1: .*nearest is 'seq_len'" --config <(echo) --config "$(echo 'seq_length = 5' >"$work/x.toml" && echo "$work/x.toml")"
 refused "a settings file in a settings file" "x.toml line 1: a settings file cannot name another" --config "$(echo 'config = "y.toml"' >"$work/x.toml" && echo "$work/x.toml")"

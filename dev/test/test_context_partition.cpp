@@ -64,21 +64,22 @@ TEST(ContextPartition, RefusesByFlagAndNearestValue) {
         message_of([] { make_context_partition(9, 8, 0); }),
         "--seq_len 9: with --context_parallel 8 it must be a positive multiple of 16 (two chunks a rank); the nearest "
         "is 16");
+    EXPECT_NE(message_of([] { make_context_partition(999, 5, 0, 999); }).find("; the nearest is 990"),
+              std::string::npos)
+        << "none that is longer than a sequence may be";
     EXPECT_EQ(message_of([] { make_parallel_mesh(12, 0, 5); }),
               "--context_parallel 5: must divide the number of ranks, 12; what does: 1, 2, 3, 4, 6, 12");
     EXPECT_EQ(message_of([] { make_parallel_mesh(12, 0, 0); }), "--context_parallel 0: must be at least 1");
     LighthouseConfig config;
     config.levels = 3, config.pool = 4, config.topk = 1536;
     const LighthouseGeometry whole = make_lighthouse_geometry(98304, config);
-    EXPECT_EQ(
-        message_of([&] { make_chunk_geometry(whole, config, 8); }),
-        "--lighthouse_topk 1536: with --context_parallel 8 its 12 tiles must fill 16 equal chunks, so it must be a "
-        "multiple of 2048; the nearest is 2048");
+    EXPECT_EQ(message_of([&] { make_chunk_geometry(whole, config, 8); }),
+              "--lighthouse_topk 1536: must be a positive multiple of 2048 (whole tiles in each of the 16 chunks of "
+              "--context_parallel); the nearest that works is 2048");
     config.topk = 1536 + 1536;
-    EXPECT_EQ(
-        message_of([&] { make_chunk_geometry(make_lighthouse_geometry(98304, config), config, 5); }),
-        "--lighthouse_topk 3072: with --context_parallel 5 its 24 tiles must fill 10 equal chunks, so it must be a "
-        "multiple of 1280; the nearest are 2560 and 3840");
+    EXPECT_EQ(message_of([&] { make_chunk_geometry(make_lighthouse_geometry(98304, config), config, 5); }),
+              "--lighthouse_topk 3072: must be a positive multiple of 1280 (whole tiles in each of the 10 chunks of "
+              "--context_parallel); the nearest that works is 2560, with --seq_len 98240");
 }
 
 TEST(ParallelMesh, RanksOfASequenceAreNeighbours) {

@@ -1,9 +1,12 @@
 // test_flags.cpp: settings from command line and file: layers, refusals and their sentences, saving and reading back.
 #include <gtest/gtest.h>
 
+#include <climits>
 #include <cstdio>
 #include <fstream>
 #include <limits>
+#include <random>
+#include <regex>
 #include <unistd.h>
 
 #include "llmc/flags.h"
@@ -188,15 +191,102 @@ TEST(Flags, LighthouseGeometryIsCheckedAtStartUp) {
                    "--seq_len 2000");
     expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "100", "--seq_len", "2048"},
                    "--lighthouse_topk 100");
-    expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_levels", "6", "--lighthouse_pool",
-                    "16", "--lighthouse_topk", "2251799813685248"},
-                   "--lighthouse_topk 2251799813685248: must be at most");
+    expect_refused(
+        {"--train_data", "x", "--attention", "lighthouse", "--lighthouse_levels", "6", "--lighthouse_pool", "8",
+         "--lighthouse_topk", "2251799813685248"},
+        "--lighthouse_topk 2251799813685248: with --lighthouse_levels 6 and --lighthouse_pool 8 it must be at "
+        "most 512 for a --seq_len of at most 16777216; the nearest that works is 512, with --seq_len 16777216");
     expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "128", "--seq_len", "2048",
                     "--lighthouse_dense_layers", "7"},
-                   "--lighthouse_dense_layers 7: there is no such layer");
+                   "--lighthouse_dense_layers 7: with --num_layers 4 layers are from -4 to 3; the nearest is 3");
+    expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "128", "--seq_len", "2048",
+                    "--lighthouse_dense_layers", "0,-7"},
+                   "--lighthouse_dense_layers -7: with --num_layers 4 layers are from -4 to 3; the nearest is -4");
+    expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "128", "--seq_len", "2048",
+                    "--lighthouse_scorer", "dilated", "--lighthouse_dilation", "3"},
+                   "--lighthouse_dilation 3: must be positive and divide --seq_len 2048; the nearest that works is 2");
+    expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_pool", "2", "--lighthouse_topk",
+                    "256", "--seq_len", "2048", "--context_parallel", "4"},
+                   "--lighthouse_topk 256: must be a positive multiple of 1024 (whole tiles in each of the 8 chunks of "
+                   "--context_parallel); the nearest that works is 1024, with --seq_len 4096");
     EXPECT_EQ(
         refusal({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "128", "--seq_len", "2048"}),
         "");
+}
+
+// Whatever is refused: with what the message suggests in its place the run is accepted.
+TEST(Flags, WhatAMessageSuggestsIsAccepted) {
+    std::mt19937_64 generator(1);
+    const auto any_of = [&](const std::vector<int64_t>& values) { return values[generator() % values.size()]; };
+    const auto message = [](const RunConfig& c) -> std::string {
+        try {
+            validate(c);
+        } catch (const Error& error) {
+            return error.what();
+        }
+        return "";
+    };
+    const auto expect_accepted = [&](RunConfig c, const std::vector<std::string>& flags_and_values,
+                                     const std::string& of) {
+        const std::vector<Setting> settings = list_settings(c);
+        for (size_t i = 0; i < flags_and_values.size(); i += 2) {
+            find_setting(settings, flags_and_values[i])->set({flags_and_values[i + 1]});
+        }
+        EXPECT_EQ(message(c), "") << "after: " << of;
+    };
+    const std::regex nearest(
+        "^--(\\w+) -?\\d+: .*; the nearest (?:is|are|that works is) (-?\\d+)(?: and (-?\\d+))?((?:(?:, with| and) "
+        "--\\w+ \\d+)*)"
+        "(?:; this --seq_len works with --lighthouse_topk (\\d+))?$");
+    const std::regex other("--(\\w+) (\\d+)");
+    std::map<std::string, int> refused;
+    for (int i = 0; i < 8000; ++i) {
+        RunConfig c;
+        c.train_data = {"x"};
+        c.attention = any_of({0, 1, 1}) == 1 ? AttentionMode::lighthouse : AttentionMode::dense;
+        c.lighthouse.levels = (int)any_of({1, 2, 2, 3, 3, 4, 5, 6, 7}),
+        c.lighthouse.pool = (int)any_of({2, 2, 4, 4, 7, 8, 32, 64});
+        c.lighthouse.topk = any_of({128, 128, 256, 1024, 1280, 1536, 1000, 4096, 65536, 1 << 20, 12800000, INT64_MAX});
+        c.seq_len = any_of({1, 512, 2000, 2048, 4096, 10240, 98304, 100000, 1 << 20, (1 << 24) - 1, 1 << 24});
+        if (any_of({0, 0, 1}) == 1) {
+            c.lighthouse.scorer = LighthouseScorer::dilated,
+            c.lighthouse.dilation = (int)any_of({-1, 1, 3, 4, 1000, INT_MAX});
+        } else {
+            c.context_parallel = (int)any_of({1, 1, 2, 3, 4, 8, 100});
+        }
+        c.batch_size = (int)any_of({1, 1, 2, 127});
+        c.model.max_positions = any_of({0, 0, 0, c.seq_len});
+        const std::string sentence = message(c);
+        if (sentence.empty()) {
+            continue;
+        }
+        std::smatch found;
+        if (!std::regex_match(sentence, found, nearest)) {  // no length, whatever the other settings
+            const bool has_room = c.batch_size == 1 && c.model.max_positions == 0;
+            EXPECT_FALSE(has_room) << sentence;
+            continue;
+        }
+        ++refused[found[1]];
+        std::vector<std::string> others;
+        const std::string with = found[4];
+        for (std::sregex_iterator at(with.begin(), with.end(), other), end; at != end; ++at) {
+            others.push_back((*at)[1]), others.push_back((*at)[2]);
+        }
+        for (const int side : {2, 3}) {
+            if (found[side].matched) {
+                std::vector<std::string> changes = others;
+                changes.push_back(found[1]), changes.push_back(found[side]);
+                expect_accepted(c, changes, sentence);
+            }
+        }
+        if (found[5].matched) {
+            expect_accepted(c, {"lighthouse_topk", found[5]}, sentence);
+        }
+    }
+    for (const char* flag :
+         {"lighthouse_levels", "lighthouse_pool", "lighthouse_topk", "seq_len", "lighthouse_dilation"}) {
+        EXPECT_GT(refused[flag], 30) << flag;
+    }
 }
 
 TEST(Flags, SettingsFile) {

@@ -5,6 +5,7 @@
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
+#include <numeric>
 #include <optional>
 #include <set>
 
@@ -170,13 +171,14 @@ TEST(LighthouseGeometry, RefusesByFlagAndNearestValue) {
         }
         return "accepted";
     };
-    EXPECT_EQ(message(98304, 1, 4, 1536), "--lighthouse_levels 1: must be from 2 to 6; the nearest is 2");
-    EXPECT_EQ(message(98304, 3, 6, 1536), "--lighthouse_pool 6: must be a power of two from 2 to 32; the nearest is 4");
+    EXPECT_EQ(message(98304, 1, 4, 1536), "--lighthouse_levels 1: must be from 2 to 6; the nearest that works is 2");
+    EXPECT_EQ(message(98304, 3, 6, 1536),
+              "--lighthouse_pool 6: must be a power of two from 2 to 32; the nearest that works is 4");
     EXPECT_EQ(message(98304, 3, 4, 1500),
-              "--lighthouse_topk 1500: must be a positive multiple of 128; the nearest is 1536");
+              "--lighthouse_topk 1500: must be a positive multiple of 128; the nearest that works is 1536");
     EXPECT_NE(message(100000, 3, 4, 1536).find("the nearest are 99840 and 100032"), std::string::npos);
     EXPECT_NE(message(100000, 3, 4, 1536).find("--lighthouse_topk 1280"), std::string::npos);
-    EXPECT_NE(message(0, 3, 4, 1536).find("the nearest is 24576"), std::string::npos);
+    EXPECT_NE(message(0, 3, 4, 1536).find("the nearest that works is 24576"), std::string::npos);
     for (const int64_t T : {99840, 100032, 24576}) {
         EXPECT_EQ(message(T, 3, 4, 1536), "accepted");
     }
@@ -184,6 +186,136 @@ TEST(LighthouseGeometry, RefusesByFlagAndNearestValue) {
     LighthouseConfig dilated = make_config(2, 2, 128);
     dilated.scorer = LighthouseScorer::dilated;
     EXPECT_THROW(make_lighthouse_geometry(258, dilated), Error);
+}
+
+// The rules in the words of the algorithm, and what is near by trying everything.
+struct EveryValue {
+    int64_t num_chunks, longest;
+
+    bool is_legal(const lighthouse_rules::Values& v) const {
+        const auto [L, p, k, T, dilation] = v;
+        const int64_t m = LIGHTHOUSE_TILE_BUDGET, tiles = k / m;
+        const bool is_power = p == 2 || p == 4 || p == 8 || p == 16 || p == 32;
+        if (L < 2 || L > 6 || !is_power || k <= 0 || k % m != 0 || T <= 0 || T > longest || tiles % num_chunks != 0 ||
+            T % tiles != 0) {
+            return false;
+        }
+        int64_t tile = T / tiles;  // tokens, then windows of each level
+        for (int level = 1; level < L; ++level) {
+            if (tile % p != 0) {
+                return false;
+            }
+            tile /= p;
+        }
+        return tile >= m && dilation > 0 && T % dilation == 0;
+    }
+
+    // All values of a flag that may be the nearest legal ones; tests ask for small dilations.
+    std::vector<int64_t> values(int flag, int64_t asked) const {
+        const int64_t unit = flag == lighthouse_rules::TOPK ? LIGHTHOUSE_TILE_BUDGET * num_chunks : 1;
+        const std::map<int, int64_t> largest = {{lighthouse_rules::LEVELS, 6},
+                                                {lighthouse_rules::POOL, 32},
+                                                {lighthouse_rules::TOPK, longest / unit},
+                                                {lighthouse_rules::SEQ_LEN, longest},
+                                                {lighthouse_rules::DILATION, asked == 1 ? 1 : 8}};
+        std::vector<int64_t> all;
+        for (int64_t i = 1; i <= largest.at(flag); ++i) {
+            all.push_back(i * unit);
+        }
+        return all;
+    }
+    // Of legal values that differ from `v` in free[0], and maybe in the other flags of `free`, the nearest.
+    std::optional<lighthouse_rules::Values> nearest(const lighthouse_rules::Values& v, const std::vector<int>& free,
+                                                    size_t first = 0) const {
+        if (first == free.size()) {
+            return is_legal(v) ? std::optional<lighthouse_rules::Values>(v) : std::nullopt;
+        }
+        const int64_t asked = std::clamp<int64_t>(v[free[first]], -(1 << 30), 1 << 30);
+        std::vector<int64_t> all = values(free[first], asked);
+        std::stable_sort(all.begin(), all.end(),
+                         [&](int64_t a, int64_t b) { return std::abs(a - asked) < std::abs(b - asked); });
+        for (const int64_t value : all) {
+            lighthouse_rules::Values changed = v;
+            changed[free[first]] = value;
+            if (free[first] == lighthouse_rules::POOL && (value & (value - 1)) != 0) {
+                continue;
+            }
+            const auto found = first == 0 && value == asked ? std::nullopt : nearest(changed, free, first + 1);
+            if (found) {
+                return found;
+            }
+        }
+        return std::nullopt;
+    }
+};
+
+TEST(LighthouseRules, SuggestsTheNearestThatIsLegal) {
+    using namespace lighthouse_rules;
+    std::mt19937_64 generator(1);
+    const auto any_of = [&](const std::vector<int64_t>& values) { return values[generator() % values.size()]; };
+    std::map<int, int> num_refused;
+    for (int i = 0; i < 500; ++i) {
+        const EveryValue every = {any_of({1, 1, 2, 6}), any_of({700, 1600, 2048})};
+        const int64_t tiles = every.num_chunks * any_of({1, 1, 2}), L = any_of({2, 2, 3}), p = 2;
+        Values v = {L, p, 128 * tiles, (int64_t)std::pow(p, L - 1) * tiles * any_of({128, 129, 150}), 1};
+        const Values wild = {any_of({-1, 3, 4, 6, 9}), any_of({0, 4, 6, 16, 33}),
+                             any_of({-128, 100, 128, 256, 384, 500, 1536, INT64_MAX}),
+                             any_of({1, 256, 500, 768, 1000, 1030, 2048, 3000, INT64_MIN}), any_of({-2, 0, 3, 4, 7})};
+        for (size_t flag = 0; flag < NUM_FLAGS; ++flag) {
+            v[flag] = any_of({0, 0, 1}) == 1 ? wild[flag] : v[flag];
+        }
+        const SequenceLimits limits = {every.num_chunks, every.longest};
+        const std::optional<Refusal> refusal = refuse(v, limits);
+        ASSERT_EQ(!refusal, every.is_legal(v)) << i;
+        if (!refusal) {
+            continue;
+        }
+        ++num_refused[refusal->flag];
+        // With as few other flags as can be; sets of them in an order of no meaning.
+        std::vector<Values> expected;
+        if (refusal->flag == SEQ_LEN) {
+            for (const bool above : {false, true}) {
+                Values nearest = v;
+                nearest[SEQ_LEN] = above ? every.longest + 1 : 0;
+                for (int64_t T = 1; T <= every.longest; ++T) {
+                    Values other = v;
+                    other[SEQ_LEN] = T;
+                    const bool nearer = above ? T > v[SEQ_LEN] && T < nearest[SEQ_LEN] : T < v[SEQ_LEN];
+                    nearest = nearer && every.is_legal(other) ? other : nearest;
+                }
+                if (every.is_legal(nearest)) {
+                    expected.push_back(nearest);
+                }
+            }
+            EXPECT_EQ(refusal->instead, every.nearest(v, {TOPK})) << i;
+        }
+        for (size_t num_others = 0; num_others < NUM_FLAGS && expected.empty(); ++num_others) {
+            std::vector<Values> found;
+            for (int set = 0; set < 1 << NUM_FLAGS; ++set) {
+                std::vector<int> free = {refusal->flag};
+                for (int other = 0; other < NUM_FLAGS; ++other) {
+                    if ((set >> other & 1) != 0) {
+                        free.push_back(other);
+                    }
+                }
+                const bool is_other = (set >> refusal->flag & 1) == 0;
+                if (const auto nearest =
+                        is_other && free.size() == num_others + 1 ? every.nearest(v, free) : std::nullopt) {
+                    found.push_back(*nearest);
+                }
+            }
+            if (!found.empty()) {
+                ASSERT_EQ(refusal->nearest.size(), 1u) << i << ": " << sentence(v, *refusal);
+                ASSERT_EQ(std::count(found.begin(), found.end(), refusal->nearest[0]), 1)
+                    << i << ": " << sentence(v, *refusal);
+                expected = refusal->nearest;
+            }
+        }
+        EXPECT_EQ(refusal->nearest, expected) << i << ": " << sentence(v, *refusal);
+    }
+    for (const int flag : {LEVELS, POOL, TOPK, SEQ_LEN, DILATION}) {
+        EXPECT_GT(num_refused[flag], 10) << FLAG_NAMES[flag];
+    }
 }
 
 TEST(LighthouseSelect, MatchesItsDefinition) {
