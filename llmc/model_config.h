@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <string>
 #include <vector>
 
@@ -72,16 +73,18 @@ inline void validate(const ModelConfig& m) {
     auto multiple_of_8 = [](const char* flag, int value, int maximum) {
         CHECK(value >= 8 && value <= maximum && value % 8 == 0,
               "%s %d: must be a multiple of 8 from 8 to %d; the nearest is %d", flag, value, maximum,
-              std::min(maximum, std::max(8, (value + 4) / 8 * 8)));
+              (std::clamp(value, 8, maximum) + 4) / 8 * 8);
     };
     multiple_of_8("--width", m.width, 1 << 17);
     multiple_of_8("--ffn_width", m.ffn_width, 1 << 18);
     multiple_of_8("--head_dim", m.head_dim, 256);
     CHECK(m.num_heads >= 1 && m.num_heads <= 1024, "--num_heads %d: must be from 1 to 1024", m.num_heads);
     if (m.num_kv_heads < 1 || m.num_heads % m.num_kv_heads != 0) {
-        int nearest = std::min(std::max(m.num_kv_heads, 1), m.num_heads);
-        while (m.num_heads % nearest != 0) {
-            --nearest;
+        int nearest = 1;
+        for (int divisor = 2; divisor <= m.num_heads; ++divisor) {
+            const bool nearer =
+                std::abs(divisor - (int64_t)m.num_kv_heads) < std::abs(nearest - (int64_t)m.num_kv_heads);
+            nearest = m.num_heads % divisor == 0 && nearer ? divisor : nearest;
         }
         fail("--num_kv_heads %d: must divide --num_heads %d; the nearest that does is %d", m.num_kv_heads, m.num_heads,
              nearest);

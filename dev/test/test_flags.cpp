@@ -144,7 +144,10 @@ TEST(Flags, ValuesThatBreakARule) {
                    "--global_batch 12: must be a multiple of --batch_size 8; the nearest is 16");
     expect_refused({"--train_data", "x", "--global_batch", "3"}, "the nearest is 8");
     expect_refused({"--train_data", "x", "--num_kv_heads", "3"}, "the nearest that does is 2");
+    expect_refused({"--train_data", "x", "--num_heads", "8", "--num_kv_heads", "7"}, "the nearest that does is 8");
+    expect_refused({"--train_data", "x", "--num_kv_heads", "-2147483648"}, "the nearest that does is 1");
     expect_refused({"--train_data", "x", "--head_dim", "30"}, "the nearest is 32");
+    expect_refused({"--train_data", "x", "--width", "2147483647"}, "the nearest is 131072");
     expect_refused({"--train_data", "x", "--beta1", "1"}, "--beta1 1");
     expect_refused({"--train_data", "x", "--top_p", "0"}, "--top_p 0");
     expect_refused({"--train_data", "x", "--val_fraction", "1"}, "--val_fraction 1");
