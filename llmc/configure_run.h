@@ -7,9 +7,12 @@
 #include <cstdio>
 #include <cstring>
 #include <ctime>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
+#include <sys/stat.h>
+#include <system_error>
 #include <vector>
 
 #include "checkpoint_folder.h"  // the checkpoint to go on from
@@ -53,14 +56,19 @@ inline void check_holds_no_run(const RunConfig& config) {
                                                       : ": give --resume to go on with it,");
 }
 
-// runs/DATE-TIME, with a number behind it when that exists.
-inline std::string new_output_dir() {
+// Makes runs/DATE-TIME, with a number behind it when that exists: of runs that start in the same second each gets one
+// of its own.
+inline std::string make_output_dir() {
     const std::time_t now = std::time(nullptr);
     char date_time[32];
     std::strftime(date_time, sizeof date_time, "%Y%m%d-%H%M%S", std::localtime(&now));
     const std::string base = std::string("runs/") + date_time;
     std::string folder = base;
-    for (int i = 2; checkpoint::exists(folder); ++i) {
+    std::error_code ignored;  // mkdir says it too
+    std::filesystem::create_directories("runs", ignored);
+    for (int i = 2; mkdir(folder.c_str(), 0777) != 0; ++i) {
+        CHECK(errno == EEXIST, "%s: cannot make this folder: %s; name another with --output_dir", folder.c_str(),
+              std::strerror(errno));
         folder = base + "-" + std::to_string(i);
     }
     return folder;
@@ -108,9 +116,9 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
 }
 
 // The rest of what is decided before a model exists: finds the checkpoint to start from and takes the model's shape
-// from it, chooses the output folder, checks all rules; with --fit data and output folder are not looked at. Writes
-// nothing but, with --resume, the lock that rank 0 takes. All ranks call it, and get the same. Throws Error for
-// anything that cannot be run as asked.
+// from it, checks all rules; with --fit data and output folder are not looked at. Writes nothing but, with --resume,
+// the lock that rank 0 takes. All ranks call it, and get the same. Throws Error for anything that cannot be run as
+// asked.
 inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     RunConfig& config = parsed.config;
     config.data_parallel = ranks.mesh().data_parallel;
@@ -133,9 +141,6 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (config.max_steps == 0 && parsed.given.count("eval_batches") == 0) {
         config.eval_batches = 0;
     }
-    if (config.max_steps > 0 && config.output_dir.empty() && !config.fit) {
-        config.output_dir = ranks.first_decides(new_output_dir, "choice of the output folder");
-    }
     if (config.fit && parsed.given.count("seq_len") == 0) {  // the default may not be a legal one
         const ContextPartition partition{config.context_parallel, 0, 0};
         config.seq_len = config.attention == AttentionMode::lighthouse
@@ -146,7 +151,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (config.fit) {
         return config;
     }
-    if (config.max_steps > 0) {
+    if (config.max_steps > 0 && !config.output_dir.empty()) {
         check_holds_no_run(config);
     }
     const RunData data = open_data(config);  // for what it refuses: before the time and memory that a model takes

@@ -43,16 +43,19 @@ class TrainingRun {
         load_or_initialize();
         attention_ = config_.attention_at(state_.step);
         model_.set_attention(attention_);
-        print_start();
+        const bool trains = state_.step < config_.max_steps;
+        if (trains) {
+            open_output();
+        }
+        print_start();  // with the output folder, which may have got its name just now
         if (config_.max_steps == 0) {
             return evaluate_only();
         }
-        if (state_.step >= config_.max_steps) {
+        if (!trains) {
             terminal_.print(format_string("already at step %lld of --max_steps %lld: nothing is left to train",
                                           (long long)state_.step, (long long)config_.max_steps));
             return 0;
         }
-        open_output();
         while (state_.step < config_.max_steps && !stop_requested()) {
             switch_attention_when_due();
             const StepResult result = training_step();
@@ -229,21 +232,26 @@ class TrainingRun {
 
     void open_output() {
         first_step_ = state_.step;
-        ranks_.first_decides([&] { return prepare_output(), std::string(); }, "preparation of the output folder");
+        config_.output_dir = ranks_.first_decides([&] { return prepare_output(); }, "preparation of the output folder");
         if (state_.attention && *state_.attention != attention_) {  // the checkpoint's last step was under the other
             report_switch();
         }
     }
 
-    // The output folder, locked, with the settings of the run and the metrics file. Rank 0 alone calls it.
-    void prepare_output() {
+    // The output folder, locked, with the settings of the run and the metrics file. Rank 0 alone calls it. Without
+    // --output_dir the folder is named here: what is refused before has left none. Returns its name.
+    std::string prepare_output() {
         // Now: a file that cannot be read is not to be found out by the first checkpoint.
         companions_ = checkpoint::read_companions(checkpoint::companion_source(config_.checkpoint, config_.output_dir),
                                                   config_, model_.config(), data_.train->stream().is_bytes());
-        std::error_code error;
-        std::filesystem::create_directories(config_.output_dir, error);
-        CHECK(!error, "--output_dir %s: cannot make this folder: %s", config_.output_dir.c_str(),
-              error.message().c_str());
+        if (config_.output_dir.empty()) {
+            config_.output_dir = make_output_dir();
+        } else {
+            std::error_code error;
+            std::filesystem::create_directories(config_.output_dir, error);
+            CHECK(!error, "--output_dir %s: cannot make this folder: %s", config_.output_dir.c_str(),
+                  error.message().c_str());
+        }
         output_lock_ = config_.output_lock ? config_.output_lock : lock_output(config_);  // of --resume, long since
         check_holds_no_run(config_);  // again: another may have been there since the settings were checked
         write_settings();
@@ -255,6 +263,7 @@ class TrainingRun {
                          {"parameters", model_.parameters().num_elements()},
                          {"data_parallel", ranks_.mesh().data_parallel},
                          {"settings", settings_toml(config_)}});
+        return config_.output_dir;
     }
 
     // Complete under a temporary name first: a full disk leaves the old settings.
@@ -603,7 +612,7 @@ class TrainingRun {
     }
 
     TrainableModel& model_;
-    const RunConfig config_;
+    RunConfig config_;
     const DeviceInfo device_;
     const RunRanks& ranks_;
     Terminal terminal_;

@@ -97,6 +97,23 @@ wait "$pid" 2>/dev/null
 expect "resume after kill -9" "$trainer" --resume --output_dir "$work/killed" --max_steps 20
 expect "losses after kill -9 are the same bits" test "$(losses killed | head -20)" = "$(losses whole)"
 
+# ---- runs without --output_dir that start at once: a folder each
+mkdir "$work/at_once"
+program=$(realpath "$trainer")
+starts=()
+for i in 1 2 3 4; do
+    (cd "$work/at_once" && exec "$program" "${small[@]}" --train_data "$work/corpus.txt" --max_steps 2 >"$i.out" 2>"$i.err") &
+    starts+=($!)
+done
+failures=0
+for pid in "${starts[@]}"; do wait "$pid" || failures=$((failures + 1)); done
+expect "four runs that start at once" test "$failures" -eq 0
+expect "each has a folder of its own" test "$(find "$work/at_once/runs" -path '*/step00000002/manifest.json' | wc -l)" -eq 4
+expect "and names it" test "$(cat "$work/at_once"/?.out | grep -o 'output_dir "runs/[-0-9]*"' | sort -u | wc -l)" -eq 4
+mkdir "$work/refused"
+(cd "$work/refused" && ! "$program" "${small[@]}" --train_data "$work/corpus.txt" --seq_len 1000000 2>"$work/refused.err")
+expect "a run that is refused makes none" test $? -eq 0 -a ! -e "$work/refused/runs"
+
 # ---- other data than before are noticed, not refused
 head -c 300000 "$work/corpus.txt" >"$work/other.txt"
 expect "resume on other data" bash -c "'$trainer' --resume --output_dir '$work/two' --max_steps 21 --train_data '$work/other.txt' 2>'$work/two.err'"

@@ -3,10 +3,13 @@
 // nothing.
 #include <gtest/gtest.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
+#include <algorithm>
 #include <cmath>
 #include <csignal>
 #include <functional>
+#include <set>
 
 #include "llmc/comm_launch.h"
 #include "llmc/train_loop.h"
@@ -381,6 +384,23 @@ TEST_F(Ranks, RanksWithOtherSettingsAreRefused) {
     EXPECT_NE(said(0).find("what does: 1, 2, 4"), std::string::npos) << said(0);
     EXPECT_EQ(run("batch", {4, 1, 4}, 3), std::vector<int>(4, 1));
     EXPECT_NE(said(3).find("times the 4 groups of ranks; the nearest is 16"), std::string::npos) << said(3);
+}
+
+TEST_F(Ranks, WithoutAnOutputFolderAllTakeTheSameNewOne) {
+    vary_ = [&](std::vector<std::string>& words, int) {
+        const auto output_dir = std::find(words.begin(), words.end(), "--output_dir");
+        words.erase(output_dir, output_dir + 2);
+        ASSERT_EQ(chdir(folder_.c_str()), 0);
+    };
+    for (int n = 1; n <= 2; ++n) {
+        expect_run("new", {4, 2, 2}, 2);
+        std::set<std::string> names;
+        for (const std::string& name : checkpoint::names_in(folder_ + "/runs")) {
+            names.insert(name);
+            EXPECT_TRUE(has_step("runs/" + name, 2)) << name;
+        }
+        EXPECT_EQ((int)names.size(), n);
+    }
 }
 
 TEST_F(Ranks, AFailedSaveFailsEverywhereAndLosesNothing) {
