@@ -22,6 +22,7 @@
 #include "hf_config.h"          // the model's shape in a checkpoint
 #include "output_lock.h"        // one process at a time
 #include "ranks.h"              // processes that train together
+#include "settings.h"           // their file in the output folder
 #include "tokens.h"             // whether the data can be read
 
 // Whether a folder holds what a run writes: starting another run there would mix the two.
@@ -48,12 +49,19 @@ inline std::shared_ptr<const OutputLock> lock_output(const RunConfig& config) {
     return lock;
 }
 
-// Throws Error when a run that is not resumed would mix with another.
+// Throws Error when a run that is not resumed would mix with another, or replace settings that someone has put there.
 inline void check_holds_no_run(const RunConfig& config) {
-    CHECK(config.resume || !holds_a_run(config.output_dir),
-          "--output_dir %s already holds a run%s or name another folder", config.output_dir.c_str(),
+    if (config.resume) {
+        return;
+    }
+    CHECK(!holds_a_run(config.output_dir), "--output_dir %s already holds a run%s or name another folder",
+          config.output_dir.c_str(),
           checkpoint::list(config.output_dir).empty() ? " that has written no checkpoint: remove it,"
                                                       : ": give --resume to go on with it,");
+    CHECK(!checkpoint::exists(saved_settings_path(config.output_dir)),
+          "--output_dir %s holds a settings.toml, which this run would replace: move it away (--config reads it from "
+          "anywhere), or name another folder",
+          config.output_dir.c_str());
 }
 
 // Makes runs/DATE-TIME, with a number behind it when that exists: of runs that start in the same second each gets one

@@ -144,6 +144,12 @@ refused "a folder that already holds a run" "already holds a run" "${data[@]}" "
 resume_refused "resume and init_from" "--init_from contradict" --init_from "$checkpoint" --output_dir "$work/run"
 unchanged "its checkpoints are as they were" "$work/run" "$before"
 
+mkdir "$work/own_settings"
+echo "seq_len = 32 # mine" >"$work/own_settings/settings.toml"
+refused "a folder with a settings.toml of no run" "own_settings holds a settings.toml" "${data[@]}" "${shape[@]}" --output_dir "$work/own_settings"
+refused "the same as --config" "own_settings holds a settings.toml" "${data[@]}" "${shape[@]}" --config "$work/own_settings/settings.toml" --output_dir "$work/own_settings"
+[ "$(cat "$work/own_settings"/*)" = "seq_len = 32 # mine" ] && ok "it is as it was, and alone" || bad "it became: $(ls "$work/own_settings")"
+
 # ---- folders of weights
 refused "init_from a missing folder" "no_such" "${data[@]}" --init_from "$work/no_such" --output_dir "$work/a"
 refused "init_from a folder without a model" "config.json" "${data[@]}" --init_from "$work/folder" --output_dir "$work/a"

@@ -353,6 +353,12 @@ TEST_F(TrainLoop, TwoAtOnceInOneFolderAreRefused) {
     FakeModel model(config_.model);
     EXPECT_EQ(run(model, config_), 0) << "a folder with nothing but the lock's file holds no run";
     refused(config_, "already holds a run");  // of a process that came and went while this one read its data
+    RunConfig settings_alone = config_;
+    settings_alone.output_dir = folder_ + "/settings";
+    std::filesystem::create_directory(settings_alone.output_dir);
+    std::ofstream(settings_alone.output_dir + "/settings.toml") << "# mine\n";
+    refused(settings_alone, "holds a settings.toml, which this run would replace");
+    EXPECT_EQ(read_text_file(settings_alone.output_dir + "/settings.toml"), "# mine\n");
     RunConfig longer = resumed(config_);
     longer.max_steps += 1;
     {
