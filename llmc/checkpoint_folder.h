@@ -26,9 +26,11 @@ namespace checkpoint {
 namespace fs = std::filesystem;
 
 constexpr const char* MANIFEST = "manifest.json";
+constexpr const char* MANIFEST_FORMAT = "llmc checkpoint";  // what it begins with
 constexpr const char* STATE = "state.json";
 constexpr const char* WEIGHTS = "model.safetensors";
 constexpr const char* WEIGHTS_INDEX = "model.safetensors.index.json";
+constexpr const char* OPTIMIZER = "optimizer-";  // what its files begin with
 constexpr const char* PARTIAL = ".partial-";
 
 // ---- the manifest ------------------------------------------------------------------------------
@@ -48,14 +50,14 @@ inline std::string manifest_text(const Manifest& manifest) {
         files[name] = {{"bytes", digest.num_bytes},
                        {"xxh3", format_string("%016llx", (unsigned long long)digest.xxh3)}};
     }
-    return Json({{"format", "llmc checkpoint"}, {"version", 1}, {"files", files}}).dump(1);
+    return Json({{"format", MANIFEST_FORMAT}, {"version", 1}, {"files", files}}).dump(1);
 }
 
 // Throws Error, naming `path`, for text that is not a manifest.
 inline Manifest parse_manifest(std::string_view text, const std::string& path) {
     const JsonValue json = parse_json(text, path);
     const JsonObject object(json, path);
-    CHECK(object.text("format") == "llmc checkpoint" && object.integer("version", 0, INT64_MAX) == 1,
+    CHECK(object.text("format") == MANIFEST_FORMAT && object.integer("version", 0, INT64_MAX) == 1,
           "%s: is not a checkpoint's manifest of version 1", path.c_str());
     const JsonObject files = object.object("files");
     Manifest manifest;

@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <map>
 #include <memory>
+#include <optional>
 #include <set>
 #include <string>
 #include <string_view>
@@ -22,6 +23,24 @@
 #include "trainable_model.h"      // where they go
 
 namespace checkpoint {
+
+// ---- whose folder it is ------------------------------------------------------------------------
+
+// The manifest of a folder that was written here; no value without one, or with a manifest.json of another tool's.
+// Throws Error for one of ours that is damaged: what its first line does not say any more, the files beside it do,
+// which checkpoints alone have.
+inline std::optional<Manifest> own_manifest(const std::string& folder) {
+    const std::string path = folder + "/" + MANIFEST;
+    if (!exists(path)) {
+        return std::nullopt;
+    }
+    const std::string text = read_text_file(path);
+    bool is_ours = text.find(MANIFEST_FORMAT) != std::string::npos;
+    for (const std::string& name : names_in(folder)) {
+        is_ours = is_ours || name == STATE || name.rfind(OPTIMIZER, 0) == 0;
+    }
+    return is_ours ? std::optional<Manifest>(parse_manifest(text, path)) : std::nullopt;
+}
 
 // ---- tensors of a folder -----------------------------------------------------------------------
 
@@ -213,15 +232,14 @@ inline void read_weights(TrainableModel& model, const TensorSet& set, const std:
 // ---- what a run calls --------------------------------------------------------------------------
 
 // Throws Error unless the weights of a folder are those of its config.json's model, `model`, as far as can be said
-// without reading them: a manifest says it with the hash of config.json, else names and shapes of all tensors do.
+// without reading them: our manifest says it with the hash of config.json, else names and shapes of all tensors do.
 inline void check_holds_model(const std::string& folder, const ModelConfig& model) {
-    const std::string path = folder + "/" + checkpoint::MANIFEST;
-    if (!checkpoint::exists(path)) {
+    const std::optional<checkpoint::Manifest> manifest = checkpoint::own_manifest(folder);
+    if (!manifest) {
         checkpoint::check_weights(checkpoint::open_weights(folder), model, make_parameter_table(model), folder);
         return;
     }
-    const checkpoint::Manifest manifest = checkpoint::parse_manifest(read_text_file(path), path);
-    if (const auto config = manifest.find("config.json"); config != manifest.end()) {
+    if (const auto config = manifest->find("config.json"); config != manifest->end()) {
         checkpoint::verify_file(folder, config->first, config->second, true);
     }
 }
@@ -230,13 +248,11 @@ inline void check_holds_model(const std::string& folder, const ModelConfig& mode
 // read must also be what its manifest says. F16 and BF16 become float32 exactly. Throws Error, before the model is
 // touched, when the folder is damaged or does not hold this model.
 inline void load_model(TrainableModel& model, const std::string& folder, const RunRanks& ranks = RunRanks()) {
-    const std::string path = folder + "/" + checkpoint::MANIFEST;
     const auto verify_what_is_read = [&](std::atomic<uint64_t>* progress) -> std::string {
-        if (checkpoint::exists(path)) {
-            for (const auto& [name, digest] : checkpoint::parse_manifest(read_text_file(path), path)) {
-                if (name == "config.json" || name == checkpoint::WEIGHTS) {
-                    checkpoint::verify_file(folder, name, digest, true, progress);
-                }
+        const std::optional<checkpoint::Manifest> manifest = checkpoint::own_manifest(folder);
+        for (const auto& [name, digest] : manifest.value_or(checkpoint::Manifest())) {
+            if (name == "config.json" || name == checkpoint::WEIGHTS) {
+                checkpoint::verify_file(folder, name, digest, true, progress);
             }
         }
         return "";
@@ -265,7 +281,7 @@ inline TrainingState load_checkpoint(TrainableModel& model, const std::string& f
     checkpoint::check_weights(weights, model.config(), model.parameters(), folder);
     checkpoint::TensorSet optimizer;
     for (const auto& [name, digest] : manifest) {
-        if (name.rfind("optimizer-", 0) == 0) {
+        if (name.rfind(checkpoint::OPTIMIZER, 0) == 0) {
             optimizer.add(folder + "/" + name);
         }
     }

@@ -249,7 +249,7 @@ struct OptimizerFiles {
                                   whole ? state_shape(tensor) : std::vector<uint64_t>{(uint64_t)e.piece.num_elements},
                                   0, 0});
             }
-            const std::string name = format_string("optimizer-%05zu-of-%05zu.safetensors", first + f + 1, total);
+            const std::string name = format_string("%s%05zu-of-%05zu.safetensors", OPTIMIZER, first + f + 1, total);
             SafetensorsWriter writer(folder.path() + "/" + name, header, {});
             for (const Entry& e : files[f]) {
                 values.resize(e.piece.num_elements);

@@ -185,6 +185,13 @@ expect "a sample continues the prompt" grep -q '#include <' "$work/toml.out"
 expect "start from a checkpoint" train from_whole --init_from "$(newest whole)" --max_steps 2
 expect "it starts where that ended" less "$(losses from_whole | head -1)" "$(awk -v a="$first" 'BEGIN { print a - 0.4 }')"
 
+# As another tool leaves it: only the model, with a manifest that is not ours.
+mkdir "$work/foreign"
+cp "$(newest whole)"/config.json "$(newest whole)"/model.safetensors "$work/foreign/"
+echo '{"tool": "x", "files": {"model.safetensors": {"sha256": "00"}}}' >"$work/foreign/manifest.json"
+expect "start from a folder with another tool's manifest.json" train from_foreign --init_from "$work/foreign" --max_steps 2
+expect "they are the same weights" same_losses from_whole from_foreign
+
 # ---- token shards of both kinds hold the same tokens as the bytes
 if command -v perl >/dev/null; then
     shard() { perl -e 'local $/; open F, "<", $ARGV[0]; binmode F; binmode STDOUT; @t = unpack("C*", <F>);

@@ -823,6 +823,54 @@ TEST_F(Checkpoint, ItsOwnWeightsAreVerifiedAsAStart) {
     EXPECT_NE(loaded.state[0], model.state[0]) << "without a manifest it is a folder like others";
 }
 
+TEST_F(Checkpoint, AManifestOfAnotherToolIsNotOurs) {
+    StateModel model(small_model(true), 1);
+    const std::string folder = save(model, 1), path = folder + "/manifest.json", whole = read_bytes(path);
+    const auto loads = [&](const std::string& manifest) {
+        write_bytes(path, manifest);
+        StateModel loaded(small_model(true), 0);
+        check_holds_model(folder, loaded.config());
+        load_model(loaded, folder);
+        EXPECT_EQ(loaded.state[0], model.state[0]) << manifest;
+    };
+    const auto refused = [&](const std::string& manifest) {
+        write_bytes(path, manifest);
+        StateModel loaded(small_model(true), 0);
+        EXPECT_MESSAGE(check_holds_model(folder, loaded.config()), path + ": ");
+        EXPECT_MESSAGE(load_model(loaded, folder), path + ": ");
+        EXPECT_TRUE(loaded.untouched()) << manifest;
+    };
+    const std::string foreign[] = {"{\"files\": {\"model.safetensors\": \"sha256:00\"}}",
+                                   "[1, 2]",
+                                   "{\"format\": 3}",
+                                   "{\"name\": \"x\"",
+                                   "schema: 2\n",
+                                   ""};
+    // Beside the state of a run, whatever is no manifest of ours is a damaged one.
+    for (size_t length = 0; length < whole.size(); ++length) {
+        refused(whole.substr(0, length));
+    }
+    for (const std::string& text : foreign) {
+        refused(text);
+    }
+    loads(whole);
+    fs::rename(folder + "/state.json", folder_ + "/state.json");
+    refused(foreign[0]);  // the optimizer is there
+    for (const std::string& name : names(folder)) {
+        if (name.rfind("optimizer-", 0) == 0) {
+            fs::remove(folder + "/" + name);
+        }
+    }
+    fs::rename(folder_ + "/state.json", folder + "/state.json");
+    refused(foreign[0]);
+    fs::remove(folder + "/state.json");
+    for (const std::string& text : foreign) {
+        loads(text);
+    }
+    loads(whole);
+    refused(whole.substr(0, whole.size() / 2));
+}
+
 TEST_F(Checkpoint, NamesThatLeaveTheFolderAreRefused) {
     for (const char* name : {"../x", "/etc/passwd", "a/b", "..", ".", ""}) {
         const std::string text = checkpoint::manifest_text({{name, {1, 2}}});
