@@ -62,6 +62,9 @@ class TrainingRun {
             if (result.skipped && state_.skipped_in_a_row >= config_.max_skipped) {
                 return stop_after_skips(result);
             }
+            if (state_.step == config_.max_steps && state_.adam_step == first_adam_step_) {
+                return end_untrained(result);
+            }
             if (is_due(config_.eval_every)) {
                 evaluate();
             }
@@ -231,7 +234,7 @@ class TrainingRun {
     }
 
     void open_output() {
-        first_step_ = state_.step;
+        first_step_ = state_.step, first_adam_step_ = state_.adam_step;
         config_.output_dir = ranks_.first_decides([&] { return prepare_output(); }, "preparation of the output folder");
         if (state_.attention && *state_.attention != attention_) {  // the checkpoint's last step was under the other
             report_switch();
@@ -598,6 +601,24 @@ class TrainingRun {
         return 1;
     }
 
+    // All steps of this process were skipped, if fewer in a row than --max_skipped: whoever waits for a trained model
+    // is told.
+    int end_untrained(const StepResult& result) {
+        save();
+        terminal_.end_progress();
+        log("stop", {{"skipped_in_a_row", state_.skipped_in_a_row}, {"first_bad_tensor", result.first_bad_tensor}});
+        if (!ranks_.is_first()) {
+            return 1;
+        }
+        std::fprintf(stderr,
+                     "%s: nothing was trained: the loss or gradient norm of all %lld steps was not finite (last: %s): "
+                     "%s holds the weights this run began with; look at them, and at the data from sequence %lld on\n",
+                     config_.program.c_str(), (long long)(state_.step - first_step_), result.first_bad_tensor.c_str(),
+                     checkpoint_.c_str(),
+                     (long long)(state_.data_position - (state_.step - first_step_) * config_.sequences_per_step()));
+        return 1;
+    }
+
     int finish() {
         terminal_.end_progress();
         save();  // before what may fail
@@ -627,13 +648,13 @@ class TrainingRun {
     std::optional<checkpoint::Companions> companions_;  // rank 0's, of all checkpoints
     std::string checkpoint_;                            // the newest this run has written
     int64_t saved_step_ = -1;                           // its step
-    int64_t first_step_ = 0;                            // of this process
+    int64_t first_step_ = 0, first_adam_step_ = 0;      // of this process
     int stop_signal_ = 0;                               // what asked to stop, once all ranks know
     Clock::time_point second_step_start_;
 };
 
 // Trains, evaluates or both, as `config` (from configure_run) says. Returns the status for main: 0 when the run ended
-// or was stopped by a signal, 1 when it stopped because steps were skipped. Throws Error.
+// or was stopped by a signal, 1 when too many steps in a row were skipped, or all. Throws Error.
 // All ranks call it.
 inline int run_training(TrainableModel& model, const RunConfig& config, const DeviceInfo& device,
                         const RunRanks& ranks = RunRanks()) {

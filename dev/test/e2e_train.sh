@@ -214,6 +214,11 @@ expect "max_skipped stops the run with status 1" test $status -eq 1
 expect "it says what was not finite" grep -q 'not finite' "$work/diverged.err"
 expect "skips are logged with data position and tensor" grep -Eq '"event":"skip".*"(loss|grad_norm)":null.*"data_position":[0-9]+.*"first_bad_tensor":"[a-z]' "$work/diverged/metrics.jsonl"
 expect "a checkpoint was written" test -s "$(newest diverged)/model.safetensors"
+status=0
+train untrained --init_std 1e39 --max_steps 3 || status=$?
+expect "a run of nothing but skips ends with status 1" test $status -eq 1
+expect "in one sentence" test "$(grep -c 'nothing was trained: the loss or gradient norm of all 3 steps was not finite' "$work/untrained.err") $(wc -l <"$work/untrained.err")" = "1 1"
+expect "with its checkpoint" test -s "$(newest untrained)/model.safetensors"
 
 # ---- Lighthouse: the switch inside one run, and by resuming under dense attention
 lighthouse=(--attention lighthouse --seq_len 512 --batch_size 1 --lighthouse_levels 2 --lighthouse_pool 2 --lighthouse_topk 128

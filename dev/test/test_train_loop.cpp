@@ -293,6 +293,31 @@ TEST_F(TrainLoop, TooManySkipsInARowStopWithACheckpoint) {
     EXPECT_EQ(after.adam_steps, (std::vector<int64_t>{2, 3}));
 }
 
+TEST_F(TrainLoop, ARunOfNothingButSkipsFails) {
+    FakeModel bad(config_.model), good(config_.model), bad_again(config_.model), last_bad(config_.model);
+    bad.is_bad = bad_again.is_bad = [](int) { return true; };
+    EXPECT_EQ(run(bad, config_), 1) << "8 steps are fewer than --max_skipped";
+    EXPECT_NE(err_.find("all 8 steps was not finite (last: layer0.qkv): " + config_.output_dir + "/step00000008"),
+              std::string::npos)
+        << err_;
+    EXPECT_NE(err_.find("from sequence 0 on"), std::string::npos) << err_;
+    EXPECT_EQ(std::count(err_.begin(), err_.end(), '\n'), 1) << err_;
+    EXPECT_EQ(events("stop").at(0)["skipped_in_a_row"], 8);
+    RunConfig longer = resumed(config_);
+    longer.max_steps = 10;
+    EXPECT_EQ(run(good, longer), 0);
+    EXPECT_EQ(good.adam_steps, (std::vector<int64_t>{1, 2}));
+    longer = resumed(longer);
+    longer.max_steps = 12;
+    EXPECT_EQ(run(bad_again, longer), 1);
+    EXPECT_NE(err_.find("all 2 steps"), std::string::npos) << err_;
+    EXPECT_NE(err_.find("from sequence 20 on"), std::string::npos) << err_;
+    longer = resumed(longer);
+    longer.max_steps = 14;
+    last_bad.is_bad = [](int n) { return n == 2; };
+    EXPECT_EQ(run(last_bad, longer), 0) << "one of two";
+}
+
 // A run that is resumed on weights that are bad tries as often as any, and removes no checkpoint that may be good.
 TEST_F(TrainLoop, GoingOnAfterTooManySkipsCostsNoCheckpoint) {
     config_.max_skipped = 2, config_.keep_checkpoints = 1, config_.checkpoint_every = 1;
