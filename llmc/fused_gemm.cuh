@@ -60,7 +60,7 @@ inline void gated_product_backward(bf16* dgate_up, bf16* scratch, bool wants_swi
                                    cudaStream_t stream) {
     bf16* const swiglu = wants_swiglu ? scratch : nullptr;
 #ifdef LLMC_HOPPER
-    if (fused_gemm_is_hopper(scratch, dout, weight, M, 2 * F, K)) {
+    if (fused_gemm_is_hopper(scratch, dout, weight, M, 2 * F, K) && F <= GEMM_HOPPER_WIDEST_GATE) {
         return gemm_hopper_swiglu_backward(dgate_up, swiglu, dout, weight, gate_up, M, F, K, stream);
     }
 #endif

@@ -27,11 +27,8 @@
 
 // ---- the tile ----------------------------------------------------------------------------------
 // Of 128 rows. HELPERS: warpgroups that load, with one warp, and finish, with the others.
-// OUT_BUFFERS: places where results are left: one a consumer, or one for both in turn.
-template <int BLOCK_N_, int STAGES_, int HELPERS_, int FINISHER_REGISTERS_, int CONSUMER_REGISTERS_,
-          int OUT_BUFFERS_ = 2>
+template <int BLOCK_N_, int STAGES_, int HELPERS_, int FINISHER_REGISTERS_, int CONSUMER_REGISTERS_>
 struct HopperGemmTile {
-    static constexpr int OUT_BUFFERS = OUT_BUFFERS_;
     static constexpr int CONSUMERS = 2;  // warpgroups that multiply
     static constexpr int BLOCK_M = 64 * CONSUMERS, BLOCK_N = BLOCK_N_, BLOCK_K = 64;
     static constexpr int STAGES = STAGES_;
@@ -45,12 +42,7 @@ struct HopperGemmTile {
     static_assert(HELPERS * FINISHER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <=
                       (HELPERS + CONSUMERS) * LAUNCH_REGISTERS,
                   "registers");
-#ifdef EXP_HEAD
-    static constexpr int HEAD_START = STAGES - 1;
-#else
-    static constexpr int HEAD_START = 2;
-#endif
-    //  // blocks of the contraction that the first consumer has before the second
+    static constexpr int HEAD_START = 2;  // blocks of the contraction that the first consumer has before the second
     static_assert(HEAD_START <= STAGES, "the first would wait for blocks whose places the second has not given back");
     static constexpr uint32_t STAGE_BYTES = (BLOCK_M + BLOCK_N) * BLOCK_K * sizeof(bf16);
     // A consumer's results: blocks of OUT_COLUMNS columns.
@@ -62,7 +54,7 @@ struct HopperGemmTile {
     struct Shared {
         alignas(1024) bf16 in[STAGES][BLOCK_M * BLOCK_K];
         alignas(1024) bf16 weight[STAGES][BLOCK_N * BLOCK_K];
-        alignas(1024) bf16 out[OUT_BUFFERS][OUT_BLOCKS][OUT_ROWS * OUT_COLUMNS];
+        alignas(1024) bf16 out[CONSUMERS][OUT_BLOCKS][OUT_ROWS * OUT_COLUMNS];
         float2 angles[MAX_ANGLES];
         uint64_t full[STAGES], empty[STAGES];
     };
@@ -72,7 +64,6 @@ struct HopperGemmTile {
 // launch.
 using HopperGemmWideTile = HopperGemmTile<256, 3, 1, 120, 192>;
 // For what takes the finishers long: with three warps they, not the products, decided how long a tile takes.
-using HopperGemmDeepTile = HopperGemmTile<256, 4, 1, 120, 192, 1>;
 using HopperGemmHelpedTile = HopperGemmTile<192, 4, 2, 128, 128>;
 
 template <class Epilogue>
@@ -108,12 +99,13 @@ enum HopperGemmBarrier {
 };
 
 // ---- epilogues ---------------------------------------------------------------------------------
-// WEIGHT_IS_TRANSPOSED: the weight is [K, N]. TRANSFORMS: the consumers change their results before they round them, by
-// load_rows and transform. What the finishers do with a consumer's 64 rows: prepare, before they are
-// there; finish: `blocks` is the address of OUT_BLOCKS blocks of 64 x 64 (tiles as ptx_hopper.cuh has them), which may
-// be overwritten, and `next` is where it will be called for next. By `free` a thread says once in each call which
-// blocks the consumer may have back: these, or those of the call before. Results computed from a tile leave by TMA:
-// stored by the finishers, sparing shared memory a write and a read, they cost 1 to 3 % more clocks.
+// WEIGHT_IS_TRANSPOSED: the weight is [K, N]. TRANSFORMS: the consumers change their results on the way to shared
+// memory: load_rows before the products, begin_rows, transform of a few columns at a time, end_rows. What the finishers
+// do with a consumer's 64 rows: prepare, before they are there; finish: `blocks` is the address of OUT_BLOCKS blocks of
+// 64 x 64 (tiles as ptx_hopper.cuh has them), which may be overwritten, and `next` is where it will be called for next.
+// By `free` a thread says once in each call which blocks the consumer may have back: these, or those of the call
+// before. What is computed from a tile in place leaves by TMA: stored by the finishers, sparing shared memory a write
+// and a read, it costs 1 to 3 % more clocks.
 template <class Tile>
 struct HopperGemmFinisher;
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
@@ -177,11 +169,7 @@ __device__ __forceinline__ void hopper_gemm_write_all(const CUtensorMap* map, co
 
 // out = in weight^T.
 struct PlainEpilogue {
-#ifdef EXP_DEEP
-    using Tile = HopperGemmDeepTile;
-#else
     using Tile = HopperGemmWideTile;
-#endif
     using Finisher = HopperGemmFinisher<Tile>;
     static constexpr bool WEIGHT_IS_TRANSPOSED = false, TRANSFORMS = false;
     CUtensorMap out;
@@ -202,11 +190,7 @@ struct PlainEpilogue {
 // do it, in their registers: one while the other multiplies. By the finishers, beside all else that goes through shared
 // memory, a tile of K = 768 took 13 % more clocks.
 struct ExponentialEpilogue {
-#ifdef EXP_DEEP
-    using Tile = HopperGemmDeepTile;
-#else
     using Tile = HopperGemmWideTile;
-#endif
     using Finisher = HopperGemmFinisher<Tile>;
     static constexpr bool WEIGHT_IS_TRANSPOSED = false, TRANSFORMS = true;
     CUtensorMap out;
@@ -564,8 +548,7 @@ struct SwigluBackwardEpilogue {
                 store128(to + F + packs.offset(i), dups);
                 if constexpr (WANTS_SWIGLU) {
                     const uint32_t row = Line(self, i % PERIOD).row + i / PERIOD * LINE_STEP;
-                    const int64_t first = (int64_t)place.row * F + place.column_tile * Tile::BLOCK_N;
-                    store128(swiglu + first + (packs.offset(i) - row * F), outs);
+                    store128(swiglu + (packs.first - (int64_t)place.row * F) + (packs.offset(i) - row * F), outs);
                 }
             }
             state.load(*this, next_packs, i);
@@ -638,7 +621,7 @@ __device__ __forceinline__ void hopper_gemm_multiply(typename Epilogue::Tile::Sh
     constexpr bool WEIGHT_IS_TRANSPOSED = Epilogue::WEIGHT_IS_TRANSPOSED;
     const int num_depths = args.num_depths, num_tiles = args.num_tiles();
     const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE % 4;
-    const uint32_t out = shared_address(shared.out[consumer % Tile::OUT_BUFFERS]);
+    const uint32_t out = shared_address(shared.out[consumer]);
     PipelineState<Tile::STAGES> state;
     // A block of the contraction has been read by this warp: both blocks of the cluster may write where it was.
     auto release = [&](int stage) {
@@ -751,9 +734,7 @@ __device__ __forceinline__ void hopper_gemm_finish(typename Epilogue::Tile::Shar
         }
     };
     free_for(0, true);
-    if (Tile::OUT_BUFFERS == 2) {
-        free_for(1, true);
-    }
+    free_for(1, true);
     // The rows of this block's `consumer` in a tile; beyond all rows when there is no such tile.
     auto find = [&](int tile, int consumer) {
         int row_tile = args.row_tiles, column_tile = 0;
@@ -772,12 +753,9 @@ __device__ __forceinline__ void hopper_gemm_finish(typename Epilogue::Tile::Shar
         const bool has_another_tile = tile + tile_step < num_tiles;
         state.prepare(args.epilogue, self, place);
         named_barrier_sync(HOPPER_GEMM_STAGED + consumer, WARPGROUP_SIZE + Tile::FINISHER_THREADS);
-        auto free_these = [&] {
-            Tile::OUT_BUFFERS == 2 ? free_for(consumer, has_another_tile)
-                                   : free_for(1 - consumer, consumer == 0 || has_another_tile);
-        };
+        auto free_these = [&] { free_for(consumer, has_another_tile); };
         auto free_before = [&] { free_for(1 - consumer, before_has_another_tile); };
-        args.epilogue.finish(state, self, shared_address(shared.out[consumer % Tile::OUT_BUFFERS]), place, next,
+        args.epilogue.finish(state, self, shared_address(shared.out[consumer]), place, next,
                              HopperGemmFree<decltype(free_these), decltype(free_before)>{free_these, free_before});
         before_has_another_tile = has_another_tile;
         tile = next_tile;
@@ -933,12 +911,16 @@ inline void gemm_hopper_swiglu(bf16* gate_up, bf16* swiglu, const bf16* in, cons
     hopper_launch_gemm(in, weight, 2 * F, M, K, ceil_div<int64_t>(F, COLUMNS), COLUMNS, (int)F, epilogue, stream);
 }
 
+// The widest gate of the next function: places in a tile are 32 bits.
+constexpr int64_t GEMM_HOPPER_WIDEST_GATE = (int64_t)1 << 24;
 // dgate_up (=) [M, 2F] and swiglu (=) [M, F]: what swiglu_backward makes of gate_up [M, 2F] and of dswiglu = dout [M,
 // K] weight [K, F], rounded. dgate_up may be gate_up; swiglu may be nullptr: not wanted.
 inline void gemm_hopper_swiglu_backward(bf16* dgate_up, bf16* swiglu, const bf16* dout, const bf16* weight,
                                         const bf16* gate_up, int64_t M, int64_t F, int64_t K, cudaStream_t stream) {
     NVTX_RANGE();
     using Tile = HopperGemmHelpedTile;
+    CHECK(F <= GEMM_HOPPER_WIDEST_GATE, "gate's backward on Hopper: F = %lld may be at most %lld", (long long)F,
+          (long long)GEMM_HOPPER_WIDEST_GATE);
     auto launch = [&](const auto& epilogue) {
         hopper_launch_gemm(dout, weight, F, M, K, ceil_div<int64_t>(F, Tile::BLOCK_N), Tile::BLOCK_N, 0, epilogue,
                            stream);
