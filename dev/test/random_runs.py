@@ -13,8 +13,10 @@ Needs a GPU; a run takes a second or two, --jobs side by side.
 The limits: bf16 activations are off by 2^-9 each, and a loss is a mean over tokens of what they do to it. Later steps
 drift apart by what Adam makes of them, and under Lighthouse attention entries whose scores differ by less than rounding
 are ranked either way. In 15 runs on an H200 first losses were off by at most 0.0038 nats (Lighthouse 0.0081), later
-ones by 0.025 (0.013), norms by 0.5 % (0.8 %): at most half of a limit. Twice the rope_theta went beyond one in all six
-dense runs of 63 tokens or more.
+ones by 0.025 (0.013), norms by 0.5 % (0.8 %): at most half of a limit. Of the next 24 one, under Lighthouse attention at
+8192 tokens, had later norms off by 6.6 % while its first was off by 0.7 % and all its modes on the GPU agreed within 1
+%: a step of Adam at 1e-3 away from random weights, of which the loss falls from 6.5 to 5.3. So later norms have a limit
+of their own. Twice the rope_theta went beyond one in all six dense runs of 63 tokens or more.
 """
 import argparse
 import concurrent.futures
@@ -28,6 +30,7 @@ import sys
 import tempfile
 
 STEPS = 3
+EQUAL = {"loss": (0, 0), "norm": (0, 0)}  # limits of runs that must give the same numbers
 PLANTED_TOKENS = 63  # of the shortest sequence under dense attention in which a planted error should be seen
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPAWN = os.path.join(HERE, "..", "..", "scripts", "spawn_ranks.sh")
@@ -112,25 +115,25 @@ def train(command, out):
 
 
 def limits(flags):
-    """How far first losses and later ones may be apart, in nats, and norms, relative: what all tokens have in common,
-    and what a mean over them makes smaller."""
+    """How far losses may be apart, in nats, and norms, relative, of the first step and of later ones: what all tokens
+    have in common, and what a mean over them makes smaller."""
     few = (flags["seq_len"] * flags["global_batch"]) ** -0.5
     scale = 3 if flags.get("attention") == "lighthouse" else 1
-    return tuple(scale * limit for limit in (0.005 + 0.05 * few, 0.03 + 0.3 * few, 0.015 + 0.1 * few))
+    return {"loss": (scale * (0.005 + 0.05 * few), scale * (0.03 + 0.3 * few)),
+            "norm": (scale * (0.015 + 0.1 * few), scale * (0.04 + 0.2 * few))}
 
 
 def compare(found, expected, allowed):
-    """What differs by more than is allowed, and the largest differences, as limits() has them."""
-    wrong, largest = [], [0.0, 0.0, 0.0]
+    """What differs by more than is allowed, and the largest differences, of the first step and of later ones."""
+    wrong, largest = [], {"loss": [0.0, 0.0], "norm": [0.0, 0.0]}
     for i, (a, b) in enumerate(zip(found, expected)):
-        loss, norm = abs(a["loss"] - b["loss"]), abs(a["grad_norm"] - b["grad_norm"]) / b["grad_norm"]
-        largest[i > 0] = max(largest[i > 0], loss)
-        largest[2] = max(largest[2], norm)
-        if not loss <= allowed[i > 0]:
-            wrong.append(f"step {i + 1}: loss {a['loss']:.6f} and {b['loss']:.6f}")
-        if not norm <= allowed[2]:
-            wrong.append(f"step {i + 1}: norm {a['grad_norm']:.6f} and {b['grad_norm']:.6f}")
-    return wrong, "first loss {:.2g}, later {:.2g}, norm {:.2g}".format(*largest)
+        later = i > 0
+        for what, key, scale in (("loss", "loss", 1.0), ("norm", "grad_norm", b["grad_norm"])):
+            difference = abs(a[key] - b[key]) / scale
+            largest[what][later] = max(largest[what][later], difference)
+            if not difference <= allowed[what][later]:
+                wrong.append(f"step {i + 1}: {what} {a[key]:.6f} and {b[key]:.6f}")
+    return wrong, "loss {:.2g}, later {:.2g}, norm {:.2g}, later {:.2g}".format(*largest["loss"], *largest["norm"])
 
 
 def run(seed, o, corpus):
@@ -156,13 +159,13 @@ def run(seed, o, corpus):
         status = "ok" if wrong else "pass"
     elif not wrong:
         wrong, said = compare(results["plain"], results["cpu"], limits(flags))
-        apart, said_apart = compare(results["drawn"], results["plain"], (0, 0, 0) if ranks == 1 else limits(flags))
+        apart, said_apart = compare(results["drawn"], results["plain"], EQUAL if ranks == 1 else limits(flags))
         said = f"GPU and CPU apart: {said}; drawn and plain: {said_apart}"
         wrong = ["GPU and CPU, " + text for text in wrong] + ["drawn and plain, " + text for text in apart]
         status = "FAIL" if wrong else "ok"
-    text = f"{status:4} seed {seed}: {ranks} ranks, {flags}, {mode}: {said}"
+    reasons = "".join(f" {line};" for line in wrong) if status == "FAIL" else ""
+    text = f"{status:4} seed {seed}:{reasons} {ranks} ranks, {flags}, {mode}: {said}"
     if status == "FAIL" or o.verbose:
-        text += "".join(f"\n     {line}" for line in wrong)
         text += "".join(f"\n     {name}: {shlex.join(command)}" for name, command in commands.items())
     return status, text
 
