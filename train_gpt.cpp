@@ -23,8 +23,6 @@ static int train(int argc, char** argv) {
     if (!config) {
         return 0;  // --help
     }
-    CHECK(!config->fit,
-          "--fit: is about the memory of a GPU; train_gpt answers it, with --gpu_memory also without one");
     if (config->num_threads > 0) {
         omp_set_num_threads(config->num_threads);
     }

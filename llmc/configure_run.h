@@ -171,11 +171,15 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     return config;
 }
 
-// Both, for one process.
+// Both, for the trainer on the CPU, which is one process.
 inline std::optional<RunConfig> configure_run(int argc, const char* const* argv) {
     const std::optional<ParsedFlags> parsed = read_command_line(argc, argv);
     if (!parsed) {
         return std::nullopt;
+    }
+    const std::string without_effect = check_cpu_flags(*parsed);
+    if (!without_effect.empty()) {
+        print_warning(parsed->config, without_effect);
     }
     make_parallel_mesh(1, 0, parsed->config.context_parallel);  // throws for anything but 1
     return resolve_run(*parsed, RunRanks());

@@ -65,12 +65,14 @@ inline std::string nearest_setting(const std::vector<Setting>& settings, std::st
 inline std::string help_text(const std::string& program) {
     RunConfig defaults;
     const std::vector<Setting> settings = list_settings(defaults);
-    std::string help = "Trains a Llama on raw bytes or token shards.\n\n  " + program +
-                       " --train_data 'corpus/*.txt' [--flag value ...]\n  " + program +
-                       " --resume --output_dir runs/mine\n\n"
-                       "  --config FILE: settings from a TOML file, `name = value` lines with the names below. The "
-                       "command line wins.\n"
-                       "  Toggles take true or false; --toggle alone means true. Defaults in brackets.\n";
+    std::string help =
+        "Trains a Llama on raw bytes or token shards.\n\n  " + program +
+        " --train_data 'corpus/*.txt' [--flag value ...]\n  " + program +
+        " --resume --output_dir runs/mine\n\n"
+        "  --config FILE: settings from a TOML file, `name = value` lines with the names below. The "
+        "command line wins.\n"
+        "  Toggles take true or false; --toggle alone means true. Defaults in brackets.\n"
+        "  (GPU): of train_gpt alone; train_gpt_cpu refuses the flag, and warns of it in a settings file.\n";
     const size_t help_column = 33;
     std::string group;
     for (const Setting& s : settings) {
@@ -84,7 +86,7 @@ inline std::string help_text(const std::string& program) {
         std::string value = s.get();
         value.erase(std::remove(value.begin(), value.end(), '"'), value.end());
         const bool show_default = !value.empty() && value != "[]";
-        help += left + s.help + (show_default ? " [" + value + "]" : "") + "\n";
+        help += left + s.help + (s.gpu_only ? " (GPU)" : "") + (show_default ? " [" + value + "]" : "") + "\n";
     }
     return help + "\nMFU\n" + mfu_help_text();
 }
@@ -295,6 +297,29 @@ inline void check_given_flags(const ParsedFlags& parsed) {
                   "--%s and --rope_scaling_factor 1 contradict each other: give the factor, or leave it out", name);
         }
     }
+}
+
+// For the trainer on the CPU: throws Error for what was typed and only the one on a GPU can do. A settings file may ask
+// for it, as it may be of a run on a GPU: returns a sentence that names what then has no effect; empty: nothing.
+inline std::string check_cpu_flags(const ParsedFlags& parsed) {
+    CHECK(!parsed.config.fit,
+          "--fit: is about the memory of a GPU; train_gpt answers it, with --gpu_memory also without one");
+    RunConfig of_run = parsed.config, of_default;
+    const std::vector<Setting> values = list_settings(of_run), defaults = list_settings(of_default);
+    std::string typed, from_files;
+    int num_typed = 0;
+    for (size_t i = 0; i < values.size(); ++i) {
+        if (!values[i].gpu_only || values[i].get() == defaults[i].get()) {
+            continue;
+        }
+        const bool is_typed = parsed.typed.count(values[i].name) > 0;
+        num_typed += is_typed;
+        std::string& names = is_typed ? typed : from_files;
+        names += (names.empty() ? "--" : ", --") + values[i].name;
+    }
+    CHECK(num_typed == 0, "%s: %s about a GPU, and this trainer runs on the CPU: leave %s out, or start train_gpt",
+          typed.c_str(), num_typed == 1 ? "is" : "are", num_typed == 1 ? "it" : "them");
+    return from_files.empty() ? "" : from_files + " (of a settings file): about a GPU, without effect on the CPU";
 }
 
 // Takes the model's shape from a checkpoint, `stored` as `where`/config.json has it. Throws Error when a flag that was

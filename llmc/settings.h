@@ -20,6 +20,7 @@ struct Setting {
     bool is_list = false;    // takes several values
     bool is_toggle = false;  // the value may be left out: true
     bool saved = true;       // false: what to do now, rather than how the run is set up
+    bool gpu_only = false;   // the trainer on the CPU has nothing of the kind
     std::function<void(const Words&)> set;
     std::function<std::string()> get;  // as settings files write it
 };
@@ -42,6 +43,10 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     auto add_unsaved = [&](const char* name, auto& field, const char* help, const char* shown = nullptr) {
         add(name, field, help, shown);
         settings.back().saved = false;
+    };
+    auto add_of_gpu = [&](const char* name, auto& field, const char* help) {
+        add(name, field, help);
+        settings.back().gpu_only = true;
     };
 
     group = "Model (with --init_from and --resume the shape comes from the checkpoint)";
@@ -92,9 +97,9 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("max_steps", c.max_steps, "optimizer steps in all; 0: only evaluate");
     add("seed", c.seed, "of initial weights and samples");
     add("max_skipped", c.max_skipped, "steps in a row with a non-finite loss or gradient norm that stop the run");
-    add("recompute", c.recompute,
-        "what backward computes again of a block to save memory; norms_and_gate costs no product (GPU)");
-    add("offload", c.offload, "in host memory: inputs of blocks, AdamW's 12 bytes a parameter, or both (GPU)");
+    add_of_gpu("recompute", c.recompute,
+               "what backward computes again of a block to save memory; norms_and_gate costs no product");
+    add_of_gpu("offload", c.offload, "in host memory: inputs of blocks, AdamW's 12 bytes a parameter, or both");
     add("deterministic", c.deterministic, "every step repeats bit for bit (GPU; the CPU always does)");
 
     group = "Optimizer (AdamW)";
@@ -133,16 +138,19 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("comm_timeout", c.comm_timeout, "seconds without progress between processes that end the job");
 
     group = "Device and terminal";
-    add("device", c.device, "index of the GPU");
+    add_of_gpu("device", c.device, "its index");
     add("num_threads", c.num_threads, "CPU threads; 0: all");
-    add("classifier_chunk_rows", c.classifier_chunk_rows, "tokens whose logits exist at once on the GPU; 0: chosen");
+    add_of_gpu("classifier_chunk_rows", c.classifier_chunk_rows, "tokens whose logits exist at once; 0: chosen");
     add_unsaved("print_influence", c.print_influence,
                 "at evaluations: how much later tokens change earlier losses through selection");
-    add("print_memory", c.print_memory, "print the plan of GPU and host memory, every buffer by name");
+    add_of_gpu("print_memory", c.print_memory, "print the plan of GPU and host memory, every buffer by name");
     add_unsaved("fit", c.fit, "print the longest --seq_len for each --recompute and --offload, and end");
-    add("gpu_memory", c.gpu_memory, "GiB of GPU memory the run may use; 0: all that is free; --fit then needs no GPU");
-    add("host_memory", c.host_memory, "GiB of host memory for --offload, a process; 0: its share of what is free");
-    add("profile", c.profile, "at the end, print where the time of a step and of its transfers went");
+    settings.back().gpu_only = true;
+    add_of_gpu("gpu_memory", c.gpu_memory,
+               "GiB of its memory the run may use; 0: all that is free; --fit then needs none");
+    add_of_gpu("host_memory", c.host_memory,
+               "GiB of host memory for --offload, a process; 0: its share of what is free");
+    add_of_gpu("profile", c.profile, "at the end, print where the time of a step and of its transfers went");
     add("plain", c.plain, "no progress bar on a terminal");
     return settings;
 }

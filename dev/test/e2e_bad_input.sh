@@ -92,6 +92,8 @@ fi
 # ---- flags that cannot be
 refused "what would fit a GPU, asked of the CPU" "--fit: .*train_gpt" --fit
 refused_alone "a budget that no sequence holds" "--lighthouse_topk 12800000: .*the nearest that works is" --fit --attention lighthouse --lighthouse_topk 12800000
+refused "the profile of a GPU, asked of the CPU" "--profile: is about a GPU" "${data[@]}" --profile --output_dir "$work/a"
+refused "another GPU, asked of the CPU" "--device, --print_memory, --gpu_memory: are about a GPU" "${data[@]}" --print_memory --gpu_memory 3 --device 4 --output_dir "$work/a"
 refused "unknown flag" "nearest is --seq_len" "${data[@]}" --seq_length 5
 refused "unknown setting in a file" "x.toml line 1: .*nearest is 'seq_len'" --config <(echo) --config "$(echo 'seq_length = 5' >"$work/x.toml" && echo "$work/x.toml")"
 refused "a settings file in a settings file" "x.toml line 1: a settings file cannot name another" --config "$(echo 'config = "y.toml"' >"$work/x.toml" && echo "$work/x.toml")"

@@ -179,6 +179,10 @@ sample_prompt = "#include <"
 TOML
 expect "settings file" bash -c "'$trainer' --config '$work/run.toml' --max_steps 3 --output_dir '$work/toml' >'$work/toml.out'"
 expect "the command line wins" test "$(losses toml | wc -l)" -eq 3
+printf '%s\n' 'profile = true' 'offload = "activations"' >>"$work/run.toml"
+expect "settings file of a run on a GPU" bash -c "'$trainer' --config '$work/run.toml' --max_steps 1 --output_dir '$work/gpu_toml' 2>'$work/gpu_toml.err'"
+expect "a warning names what has no effect" grep -q 'warning: --offload, --profile (of a settings file): about a GPU' "$work/gpu_toml.err"
+expect "it is saved for the GPU" grep -q '^profile = true$' "$work/gpu_toml/settings.toml"
 expect "a sample continues the prompt" grep -q '#include <' "$work/toml.out"
 
 # ---- its own checkpoint as a start; another shape by flag is refused

@@ -142,7 +142,8 @@ def run(seed, o, corpus):
     common = {**flags, "train_data": corpus, "val_fraction": 0, "max_steps": STEPS, "warmup_steps": 0,
               "schedule": "constant", "sample_tokens": 0, "eval_every": 0, "eval_batches": 1}
     gpu = {**common, "deterministic": "true"}
-    commands = {"cpu": command_line(o.cpu, common)}
+    cpu = {name: value for name, value in common.items() if name != "classifier_chunk_rows"}  # of the GPU alone
+    commands = {"cpu": command_line(o.cpu, cpu)}
     if o.planted:
         commands["planted"] = command_line(o.gpu, {**gpu, "rope_theta": 2 * gpu["rope_theta"]})
     else:

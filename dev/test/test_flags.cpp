@@ -189,6 +189,36 @@ TEST(Flags, Contradictions) {
     EXPECT_THROW(validate(both), Error);
 }
 
+TEST(Flags, TheCpuRefusesWhatOnlyAGpuHas) {
+    const auto said = [](const std::vector<const char*>& arguments) { return check_cpu_flags(parse_line(arguments)); };
+    const auto refused = [&](const std::vector<const char*>& arguments, const std::string& words) {
+        try {
+            ADD_FAILURE() << "was accepted: '" << said(arguments) << "'";
+        } catch (const Error& error) {
+            EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
+        }
+    };
+    refused({"--profile"}, "--profile: is about a GPU");
+    refused({"--gpu_memory", "80", "--device", "1"}, "--device, --gpu_memory: are about a GPU");
+    refused({"--print_memory"}, "--print_memory: ");
+    refused({"--host_memory", "8"}, "--host_memory: ");
+    refused({"--recompute", "block", "--offload", "all"}, "--recompute, --offload: ");
+    refused({"--classifier_chunk_rows", "64"}, "--classifier_chunk_rows: ");
+    refused({"--fit", "--gpu_memory", "80"}, "--fit: is about the memory of a GPU; train_gpt answers it");
+    // What the CPU does anyway.
+    EXPECT_EQ(said({"--train_data", "x", "--profile", "false", "--device", "0", "--recompute", "none"}), "");
+    TemporaryFolder folder;
+    const std::string file = folder.write("gpu.toml", "profile = true\nrecompute = 'block'\ndevice = 0\n");
+    EXPECT_EQ(said({"--config", file.c_str()}),
+              "--recompute, --profile (of a settings file): about a GPU, without effect on the CPU");
+    EXPECT_EQ(said({"--config", file.c_str(), "--profile", "false", "--recompute", "none"}), "");
+    refused({"--config", file.c_str(), "--recompute", "all_but_attention"}, "--recompute: is about a GPU");
+    refused({"--config", folder.write("fit.toml", "fit = true\n").c_str()}, "--fit: ");
+    folder.write("settings.toml", "offload = 'all'\n");
+    EXPECT_EQ(said({"--resume", "--output_dir", folder.path.c_str()}),
+              "--offload (of a settings file): about a GPU, without effect on the CPU");
+}
+
 TEST(Flags, LighthouseGeometryIsCheckedAtStartUp) {
     expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "128", "--seq_len", "2000"},
                    "--seq_len 2000");
