@@ -309,10 +309,12 @@ class TrainingRun {
         model_.begin_step(num_micro_batches);
         for (int64_t i = 0; i < num_micro_batches; ++i) {
             // Ranks that share sequences read the same; a step's sequences are the same however many ranks there are.
-            const int64_t begin = position + i * config_.sequences_at_once();
-            read_training_batch(begin + ranks_.mesh().data_rank() * config_.batch_size);
+            const int64_t begin =
+                position + i * config_.sequences_at_once() + ranks_.mesh().data_rank() * config_.batch_size;
+            read_training_batch(begin);
             model_.accumulate_gradients(tokens_.data(), config_.batch_size, config_.seq_len,
                                         1.0 / (double)num_micro_batches);
+            read_ahead(begin + config_.sequences_at_once());  // while a GPU computes what it was given
         }
         const StepResult result = model_.update(optimizer_settings());
         const double elapsed_ms = 1e3 * seconds_since(start);
@@ -330,6 +332,9 @@ class TrainingRun {
 
     // What has been trained so far is kept where the data proves bad. Not of several ranks: the others know nothing.
     void read_training_batch(int64_t position) {
+        if (position == position_ahead_) {
+            return;  // tokens_ holds it
+        }
         try {
             read_batch(*data_.train, position, config_.batch_size);
         } catch (const Error&) {
@@ -339,8 +344,17 @@ class TrainingRun {
             throw;
         }
     }
+    void read_ahead(int64_t position) {
+        try {
+            read_batch(*data_.train, position, config_.batch_size);
+            position_ahead_ = position;
+        } catch (const Error&) {
+            // is thrown again when it is needed
+        }
+    }
     // The B sequences from `position` on, into tokens_.
     void read_batch(const SequenceSet& set, int64_t position, int B) {
+        position_ahead_ = -1;
         const int64_t row = config_.seq_len + 1;
         tokens_.resize(config_.batch_size * row);
         for (int b = 0; b < B; ++b) {
@@ -645,6 +659,7 @@ class TrainingRun {
     TrainingState state_;                               // what a checkpoint restores, beside the model's
     AttentionMode attention_ = AttentionMode::dense;    // of the next step
     std::vector<int32_t> tokens_;                       // [B, T + 1], the batch at hand
+    int64_t position_ahead_ = -1;                       // of the training sequences in it, if the next step's
     std::optional<checkpoint::Companions> companions_;  // rank 0's, of all checkpoints
     std::string checkpoint_;                            // the newest this run has written
     int64_t saved_step_ = -1;                           // its step
