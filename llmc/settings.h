@@ -97,8 +97,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("max_steps", c.max_steps, "optimizer steps in all; 0: only evaluate");
     add("seed", c.seed, "of initial weights and samples");
     add("max_skipped", c.max_skipped, "steps in a row with a non-finite loss or gradient norm that stop the run");
-    add_of_gpu("recompute", c.recompute,
-               "what backward computes again of a block to save memory; norms_and_gate costs no product");
+    add_of_gpu("recompute", c.recompute, "of a block in the backward; norms_and_gate costs no product");
     add_of_gpu("offload", c.offload, "in host memory: inputs of blocks, AdamW's 12 bytes a parameter, or both");
     add("deterministic", c.deterministic, "every step repeats bit for bit (GPU; the CPU always does)");
 

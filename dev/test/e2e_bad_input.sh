@@ -91,7 +91,6 @@ fi
 
 # ---- flags that cannot be
 refused "what would fit a GPU, asked of the CPU" "--fit: .*train_gpt" --fit
-refused_alone "a budget that no sequence holds" "--lighthouse_topk 12800000: .*the nearest that works is" --fit --attention lighthouse --lighthouse_topk 12800000
 refused "the profile of a GPU, asked of the CPU" "--profile: is about a GPU" "${data[@]}" --profile --output_dir "$work/a"
 refused "another GPU, asked of the CPU" "--device, --print_memory, --gpu_memory: are about a GPU" "${data[@]}" --print_memory --gpu_memory 3 --device 4 --output_dir "$work/a"
 refused "unknown flag" "nearest is --seq_len" "${data[@]}" --seq_length 5

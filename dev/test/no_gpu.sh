@@ -34,6 +34,10 @@ status=0
 fit >"$work/out" 2>"$work/err" || status=$?
 [ $status -ne 0 ] && grep -q -- '--gpu_memory' "$work/err" || { echo "--fit alone: exit $status"; cat "$work/out" "$work/err"; exit 1; }
 echo "ok   --fit without a GPU: $(cat "$work/err")"
+status=0
+fit --gpu_memory 80 --attention lighthouse --lighthouse_topk 12800000 >"$work/out" 2>"$work/err" || status=$?
+[ $status -ne 0 ] && grep -q -- '--lighthouse_topk 12800000: .*the nearest that works is' "$work/err" || { echo "a budget that no sequence holds: exit $status"; cat "$work/out" "$work/err"; exit 1; }
+echo "ok   a budget that no sequence holds: $(cat "$work/err")"
 
 lighthouse=(--batch_size 1 --attention lighthouse --lighthouse_levels 4 --lighthouse_pool 4 --lighthouse_topk 1024)
 # Of the table: the row of a --recompute, the column of an --offload.

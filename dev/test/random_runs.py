@@ -14,7 +14,7 @@ The limits: bf16 activations are off by 2^-9 each, and a loss is a mean over tok
 drift apart by what Adam makes of them, and under Lighthouse attention entries whose scores differ by less than rounding
 are ranked either way. In 15 runs on an H200 first losses were off by at most 0.0038 nats (Lighthouse 0.0081), later
 ones by 0.025 (0.013), norms by 0.5 % (0.8 %): at most half of a limit. Of the next 24 one, under Lighthouse attention at
-8192 tokens, had later norms off by 6.6 % while its first was off by 0.7 % and all its modes on the GPU agreed within 1
+8192 tokens, had later norms off by 6.6 % while its first was off by 0.7 % and all its modes on the GPU agreed within 1.2
 %: a step of Adam at 1e-3 away from random weights, of which the loss falls from 6.5 to 5.3. So later norms have a limit
 of their own. Twice the rope_theta went beyond one in all six dense runs of 63 tokens or more.
 """
