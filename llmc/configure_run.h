@@ -23,6 +23,7 @@
 #include "output_lock.h"        // one process at a time
 #include "ranks.h"              // processes that train together
 #include "settings.h"           // their file in the output folder
+#include "standard_files.h"     // where messages go
 #include "tokens.h"             // whether the data can be read
 
 // Whether a folder holds what a run writes: starting another run there would mix the two.
@@ -111,7 +112,9 @@ inline std::string find_checkpoint_to_resume(const RunConfig& config, std::atomi
 }
 
 // The command line alone: what is asked for, before it is known whether it can be done. No value: --help was printed.
+// Both trainers begin with it: nothing is open yet.
 inline std::optional<ParsedFlags> read_command_line(int argc, const char* const* argv) {
+    open_standard_files();
     ParsedFlags parsed = parse_flags(argc, argv);
     if (parsed.help) {
         std::fputs(help_text(argv[0]).c_str(), stdout);

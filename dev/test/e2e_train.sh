@@ -127,6 +127,20 @@ expect "accumulated loss is that of one batch" close "$(losses accumulated | sed
 expect "another shuffle" train shuffled --shuffle_seed 1 --max_steps 2
 expect "another shuffle is another order" test "$(losses shuffled | sed -n 2p)" != "$(losses whole | sed -n 2p)"
 
+# ---- started without standard input, output or error: no file takes their numbers
+for closed in '>&-' '<&- >&-' '<&- >&- 2>&-'; do
+    rm -rf "$work/closed"
+    status=0
+    (eval "exec $closed" && exec "$trainer" "${small[@]}" --train_data "$work/corpus.txt" --output_dir "$work/closed" --max_steps 3 --decay_steps 20) || status=$?
+    expect "$closed: trains" test $status -eq 0
+    expect "$closed: nothing but metrics in metrics.jsonl" test "$(grep -vc '^{"event":.*}$' "$work/closed/metrics.jsonl")" -eq 0
+    expect "$closed: the same losses" test "$(losses closed)" = "$(losses whole | head -3)"
+done
+status=0
+"$trainer" --max_steps 0 --resume --output_dir "$work/closed" <&- >&- 2>"$work/closed.err" || status=$?
+expect "an evaluation that nobody can read fails" test $status -eq 1
+expect "and says why" grep -q 'the output cannot be written' "$work/closed.err"
+
 # ---- signals
 for signal in TERM INT USR1; do
     start "stop_$signal" --max_steps 100000 --decay_steps 20
