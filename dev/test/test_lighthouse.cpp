@@ -658,7 +658,7 @@ class Surroundings {
 TEST(GoldenFiles, AreFoundBesideTheCheckoutOrWhereTheVariableSays) {
     std::string folder = testing::TempDir() + "llmc_golden_XXXXXX";
     ASSERT_NE(mkdtemp(folder.data()), nullptr);
-    for (const char* name : {"/checkout", "/shared/golden", "/named"}) {
+    for (const char* name : {"/checkout/inner", "/shared/golden", "/named"}) {
         std::filesystem::create_directories(folder + name);
     }
     for (const char* name :
@@ -677,7 +677,7 @@ TEST(GoldenFiles, AreFoundBesideTheCheckoutOrWhereTheVariableSays) {
         EXPECT_EQ(golden_lighthouse_files(), Paths{folder + "/named/peer_lighthouse_c.safetensors"});
     }
     {
-        const Surroundings nowhere("LLMC_GOLDEN_DIR", nullptr, folder);
+        const Surroundings nowhere("LLMC_GOLDEN_DIR", nullptr, folder + "/checkout/inner");
         EXPECT_TRUE(golden_lighthouse_files().empty());
         EXPECT_NE(no_golden_files().find("in ../shared/golden "), std::string::npos);
     }
