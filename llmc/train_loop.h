@@ -597,40 +597,42 @@ class TrainingRun {
         return 0;
     }
 
-    int stop_after_skips(const StepResult& result) {
+    // Ends a run because steps were skipped. why(): what rank 0 says, once the checkpoint is written.
+    template <class Why>
+    int stop_because(const StepResult& result, Why why) {
         save();
         terminal_.end_progress();
         log("stop", {{"skipped_in_a_row", state_.skipped_in_a_row}, {"first_bad_tensor", result.first_bad_tensor}});
-        if (!ranks_.is_first()) {
-            return 1;
+        if (ranks_.is_first()) {
+            std::fprintf(stderr, "%s: %s\n", config_.program.c_str(), why().c_str());
         }
-        std::fprintf(stderr,
-                     "%s: %lld steps in a row had a loss or gradient norm that is not finite (first: %s): stopped at "
-                     "--max_skipped after writing %s; look at the data from sequence %lld on, or lower "
-                     "--learning_rate; if these weights are bad already, remove that folder to go on from the one "
-                     "before\n",
-                     config_.program.c_str(), (long long)state_.skipped_in_a_row, result.first_bad_tensor.c_str(),
-                     checkpoint_.c_str(),
-                     (long long)(state_.data_position - state_.skipped_in_a_row * config_.sequences_per_step()));
         return 1;
     }
-
+    // Where the data of the last num_steps steps begin.
+    int64_t position_before(int64_t num_steps) const {
+        return state_.data_position - num_steps * config_.sequences_per_step();
+    }
+    int stop_after_skips(const StepResult& result) {
+        return stop_because(result, [&] {
+            return format_string(
+                "%lld steps in a row had a loss or gradient norm that is not finite (first: %s): stopped at "
+                "--max_skipped after writing %s; look at the data from sequence %lld on, or lower --learning_rate; if "
+                "these weights are bad already, remove that folder to go on from the one before",
+                (long long)state_.skipped_in_a_row, result.first_bad_tensor.c_str(), checkpoint_.c_str(),
+                (long long)position_before(state_.skipped_in_a_row));
+        });
+    }
     // All steps of this process were skipped, if fewer in a row than --max_skipped: whoever waits for a trained model
     // is told.
     int end_untrained(const StepResult& result) {
-        save();
-        terminal_.end_progress();
-        log("stop", {{"skipped_in_a_row", state_.skipped_in_a_row}, {"first_bad_tensor", result.first_bad_tensor}});
-        if (!ranks_.is_first()) {
-            return 1;
-        }
-        std::fprintf(stderr,
-                     "%s: nothing was trained: the loss or gradient norm of all %lld steps was not finite (last: %s): "
-                     "%s holds the weights this run began with; look at them, and at the data from sequence %lld on\n",
-                     config_.program.c_str(), (long long)(state_.step - first_step_), result.first_bad_tensor.c_str(),
-                     checkpoint_.c_str(),
-                     (long long)(state_.data_position - (state_.step - first_step_) * config_.sequences_per_step()));
-        return 1;
+        return stop_because(result, [&] {
+            const int64_t num_steps = state_.step - first_step_;
+            return format_string(
+                "nothing was trained: the loss or gradient norm of all %lld steps was not finite (last: %s): %s holds "
+                "the weights this run began with; look at them, and at the data from sequence %lld on",
+                (long long)num_steps, result.first_bad_tensor.c_str(), checkpoint_.c_str(),
+                (long long)position_before(num_steps));
+        });
     }
 
     int finish() {
