@@ -134,12 +134,14 @@ struct RowGroup {
     bool exists;   // false in the last block's surplus groups
     bool columns;  // false also in lanes beyond D, which neither load nor store rows
 
-    __device__ RowGroup(const RowGrid& grid, int D) {
+    // pieces_per_group: of launch_row_groups; this is the group's first.
+    __device__ RowGroup(const RowGrid& grid, int D, int pieces_per_group = 1) {
         const unsigned block = blockIdx.x / grid.num_heads;
         head = (int)(blockIdx.x - block * grid.num_heads);
         b = block / grid.blocks_per_head;
         lane = threadIdx.x % ROW_LANES;
-        piece = (int)(block - (unsigned)b * grid.blocks_per_head) * GROUPS + (int)threadIdx.x / ROW_LANES;
+        piece = (int)(block - (unsigned)b * grid.blocks_per_head) * GROUPS * pieces_per_group +
+                (int)threadIdx.x / ROW_LANES;
         exists = piece < grid.num_pieces;
         columns = exists && lane * 8 < D;
     }
@@ -150,10 +152,10 @@ struct RowGroup {
 
 // Calls launch(ROW_LANES, MAX_LEVELS, grid, blocks), the first two integral_constants: the narrowest group that holds a
 // row of D, and code for up to three levels, for four, which are what most runs have, or for all. num_tokens: of a
-// sequence; piece_tokens: 0 means ROW_LANES.
+// sequence; piece_tokens: 0 means ROW_LANES; pieces_per_group: a block has so many for each of its groups.
 template <class Launch>
 inline void launch_row_groups(int64_t num_tokens, int piece_tokens, int num_heads, const LighthouseShape& shape,
-                              Launch&& launch) {
+                              Launch&& launch, int pieces_per_group = 1) {
     const int D = shape.D;
     CHECK(D % 8 == 0 && D >= 8 && D <= 256, "Lighthouse attention: head dim %d must be a multiple of 8 from 8 to 256",
           D);
@@ -163,7 +165,7 @@ inline void launch_row_groups(int64_t num_tokens, int piece_tokens, int num_head
         grid.num_heads = num_heads;
         grid.piece_tokens = piece_tokens > 0 ? piece_tokens : ROW_LANES;
         grid.num_pieces = (int)ceil_div<int64_t>(num_tokens, grid.piece_tokens);
-        grid.blocks_per_head = (unsigned)ceil_div(grid.num_pieces, RowGroup<ROW_LANES>::GROUPS);
+        grid.blocks_per_head = (unsigned)ceil_div(grid.num_pieces, RowGroup<ROW_LANES>::GROUPS * pieces_per_group);
         const int64_t blocks = (int64_t)grid.blocks_per_head * num_heads * shape.B;
         CHECK(blocks < (int64_t)1 << 31,
               "Lighthouse attention: %d sequences of %lld tokens and %d heads are more than one launch holds", shape.B,

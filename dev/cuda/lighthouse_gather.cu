@@ -89,7 +89,7 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {1, "one thread an element, every entry from its tokens", {forward1, backward1}},
     {2,
      "coarsest rows from the pool pass, tokens read once, shared entries once, one head a block, "
-     "8 rows in flight, 4 blocks, 3 at L = 4 (llmc/lighthouse_gather.cuh)",
+     "8 rows in flight, 4 blocks, 3 at L = 4, forward: wanted pieces shared by a block (llmc/lighthouse_gather.cuh)",
      {lighthouse_gather, lighthouse_gather_backward}},
     {3, "backward of variant 2, then rope_backward", {nullptr, backward3}},
     {4,
