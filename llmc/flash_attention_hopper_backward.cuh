@@ -12,7 +12,8 @@
 // computed transposed, so that P^T and dS^T, once rounded, are register operands of the products that make dv and dk.
 // dS also goes to shared memory, once, for dq, which needs both warpgroups' keys. A producer warp loads q, dout and
 // statistics two tiles ahead; a writer warp adds the finished tiles of dq to a float32 accumulator in scratch by bulk
-// reductions, whose order, and so the last bits of dq, vary.
+// reductions, whose order, and so the last bits of dq, vary. Where that pays (DqStart), the first part of a query
+// tile's sum is stored, and nobody has to zero the accumulator.
 //
 // Deterministic calls fix that order: a query tile's sum takes the blocks of keys from the last that it sees to the
 // first, a writer waiting until the one before has said that its part is in memory. Blocks start in that order too:
@@ -28,7 +29,7 @@
 //
 // Bound: a query tile takes 2560 clocks of tensor cores and reads and writes 368 KB (D = 64: 352 KB) of shared memory,
 // which is 2944 (2816) clocks at 128 bytes a clock: about 87 % of the tensor cores' rate at best. 10 Tq Tk D H
-// operations, half of them when causal. On top, two kernels bound by bandwidth: 14 D bytes a query row and head.
+// operations, half of them when causal. On top, two kernels bound by bandwidth: 14 D bytes a query row and head, or 10.
 // What lost (H100, D = 128, causal, TFLOP/s at T = 8192 / 32768 / 131072; what ships 592 / 653 / 618): dv's product
 // before dS 574 / 612 / 607; scores ahead in three of four tiles 582 / 651 / 609, in none 584 / 602 / 608; dq added
 // from registers by red.v4 568 / 580 / 601 against 565 / 567 / 592 by the writer (both with dv before dS), less at D =
@@ -75,6 +76,17 @@ inline KeySums hopper_key_sums(const AttentionShape& s, bool deterministic) {
                : KeySums::IN_MEMORY;
 }
 
+// How a query tile's sum of dq starts. ZEROED: every part is added. FIRST_STORED: a part that finds none there is
+// stored, not added, which spares 4 D bytes a query row and head. But a writer that looks first is later, and at D =
+// 128 it has no time to spare. H200, ms, zeroed and stored, B = 64, 32, 16, 4 with H = 12, 12, 12, 16 and D = 64: T =
+// 1024 0.775, 0.739; 2048 1.18, 1.15; 4096 2.10, 2.00; 8192 2.58, 2.57; D = 128, H = 8: B = 4, T = 8192 2.20, 2.38; B =
+// 1, 98304 80, 92. Deterministic calls look anyway: 0.861, 0.790 and 2.77, 2.70 for the first and the last but one.
+enum class DqStart { ZEROED, FIRST_STORED };
+inline DqStart hopper_dq_start(const AttentionShape& s, bool deterministic) {
+    constexpr int64_t SHORT_QUERIES = 4096;
+    return deterministic || (s.D == 64 && s.Tq <= SHORT_QUERIES) ? DqStart::FIRST_STORED : DqStart::ZEROED;
+}
+
 // An item of work: BLOCK_N keys of a kv head and, for heads_an_item query heads of its group from first_head on, the
 // query tiles [first_tile, end_tile) that see any of them. Tiles from first_unmasked on see all of them. b = -1: there
 // is no more work.
@@ -91,6 +103,7 @@ struct HopperBackwardTile {
     static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
     static constexpr int D = D_;
     static constexpr bool DETERMINISTIC = DETERMINISTIC_;
+    static constexpr bool MAY_STORE_DQ = DETERMINISTIC || D == 64;  // where hopper_dq_start says so
     static constexpr DvStart DV_START = DV_START_;
     static constexpr int TILES_A_TURN = TILES_A_TURN_;
     static constexpr int BLOCK_M = D == 128 ? 64 : 128;    // queries a tile: 8192 elements of q
@@ -130,7 +143,7 @@ struct HopperBackwardArguments {
     const float* statistics;  // [B * H][query tiles][2][BLOCK_M], see hopper_backward_prepare_kernel
     float* dq_accumulator;    // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_round_kernel
     int* next_item;           // the first that no block has taken; see backward_load
-    int* dq_parts;            // deterministic: [B * H][query tiles], blocks of keys whose part of dq is in memory
+    int* dq_parts;            // [B * H][query tiles], what is in dq_accumulator: see DqParts; nullptr: DqStart::ZEROED
     const float2* angles;     // rope_make_table's: dq and dk are turned back; nullptr: they are not
     int64_t Tq, Tk, key_offset;
     int H, heads_per_kv_head, heads_an_item, num_query_tiles, num_key_blocks, num_items, num_blocks;
@@ -142,13 +155,17 @@ struct HopperBackwardArguments {
     HeadView<float> dk_whole, dv_whole;
 };
 
+// What dq_parts says of a query tile. Deterministic: how many blocks of keys have their part of its sum in memory.
+// Otherwise: nothing is there; a block has taken it on itself to store the first part; it is there, so others may add.
+enum DqParts { DQ_PARTS_NONE, DQ_PARTS_FIRST_TAKEN, DQ_PARTS_FIRST_STORED };
+
 // ---- before and after --------------------------------------------------------------------------
 constexpr int HOPPER_ROWS_THREADS = 256;
 
-// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_accumulator (=) 0, dq_parts (=) 0
-// unless nullptr, next_item (=) first_free_item. A row that sees no key, and rows of the last tile that do not exist,
-// get lse +infinity, which makes their P zero, and the latter delta 0. Launch: 8 threads a row, flat grid over the rows
-// of all tiles. Bound: bandwidth, 4D bytes read and 4D written a row.
+// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_parts (=) 0 or, where that is
+// nullptr, dq_accumulator (=) 0; next_item (=) first_free_item. A row that sees no key, and rows of the last tile that
+// do not exist, get lse +infinity, which makes their P zero, and the latter delta 0. Launch: 8 threads a row, flat grid
+// over the rows of all tiles. Bound: bandwidth, 4D bytes read and, of dq_accumulator, 4D written a row.
 template <int D, int BLOCK_M>
 __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
     hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, int* dq_parts, int* next_item,
@@ -177,9 +194,11 @@ __global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
         tile[row % BLOCK_M] = row_lse == -INFINITY ? INFINITY : row_lse * LOG2_E;
         tile[BLOCK_M + row % BLOCK_M] = delta;
     }
+    if (dq_parts == nullptr) {
 #pragma unroll
-    for (int d = lane * float4x::size; d < D; d += ATTENTION_DELTA_LANES * float4x::size) {
-        *reinterpret_cast<float4*>(dq_accumulator + row * D + d) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        for (int d = lane * float4x::size; d < D; d += ATTENTION_DELTA_LANES * float4x::size) {
+            *reinterpret_cast<float4*>(dq_accumulator + row * D + d) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        }
     }
 }
 
@@ -356,6 +375,19 @@ __device__ __forceinline__ int last_key_block(const HopperBackwardArguments& arg
     return min((int)args.Tk - 1, last_query + (int)args.key_offset) / Tile::BLOCK_N;
 }
 
+// Whether this block is to store the first part of a query tile's dq and to count it once it is in memory; if not, it
+// is there. Who waits here waits for a block that does not wait.
+__device__ __forceinline__ bool take_first_part(int* parts) {
+    if (load_acquire(parts) == DQ_PARTS_FIRST_STORED) {
+        return false;
+    }
+    if (atomicCAS(parts, DQ_PARTS_NONE, DQ_PARTS_FIRST_TAKEN) == DQ_PARTS_NONE) {
+        return true;
+    }
+    wait_for_count(parts, DQ_PARTS_FIRST_STORED);
+    return false;
+}
+
 // Moves what the consumers put into shared.out to global memory: their parts of dq, tile after tile, then dv, then dk
 // (to accumulators, in KEY_PARTS parts each). WRITERS warps in turn, of which this is number `writer`. Deterministic
 // there are two: while one waits until its part of dq is in memory, to say so, the other looks whether the next is due.
@@ -427,21 +459,33 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
                 const int first_head = Tile::DETERMINISTIC ? block.kv_head * args.heads_per_kv_head : block.first_head;
                 const int head = block.b * args.H + first_head + i;
                 const int query_tile = opaque(head) * args.num_query_tiles + tile;
+                bool is_first = false;
                 write(
                     [&](int w) {
-                        if (Tile::DETERMINISTIC && w == 0) {
-                            wait_for_count(args.dq_parts + query_tile,
-                                           last_key_block<Tile>(args, tile) - block.first_key / Tile::BLOCK_N);
+                        if (Tile::DETERMINISTIC) {
+                            const int before = last_key_block<Tile>(args, tile) - block.first_key / Tile::BLOCK_N;
+                            is_first = before == 0;
+                            if (w == 0) {
+                                wait_for_count(args.dq_parts + query_tile, before);
+                                fence_async_global();
+                            }
+                        } else if (Tile::MAY_STORE_DQ && w == 0 && args.dq_parts != nullptr) {
+                            is_first = take_first_part(args.dq_parts + query_tile);
                             fence_async_global();
                         }
-                        bulk_reduce_add_f32(
-                            args.dq_accumulator + ((int64_t)query_tile * Tile::CONSUMERS + w) * Tile::DQ_ELEMENTS,
-                            shared_address(shared.out[w]), sizeof(shared.out[w]));
+                        float* const to =
+                            args.dq_accumulator + ((int64_t)query_tile * Tile::CONSUMERS + w) * Tile::DQ_ELEMENTS;
+                        const uint32_t from = shared_address(shared.out[w]);
+                        if (Tile::MAY_STORE_DQ && is_first) {
+                            bulk_store(to, from, sizeof(shared.out[w]));
+                        } else {
+                            bulk_reduce_add_f32(to, from, sizeof(shared.out[w]));
+                        }
                     },
                     [&] {
-                        if (Tile::DETERMINISTIC) {
+                        if (Tile::DETERMINISTIC || is_first) {
                             bulk_wait<0>();
-                            fence_async_global();  // the reductions before the count
+                            fence_async_global();  // what was written before the count
                             add_release(args.dq_parts + query_tile, 1);
                         }
                     });

@@ -21,15 +21,16 @@ inline size_t hopper_key_accumulator_bytes(const AttentionShape& s) {
     return (size_t)s.B * s.Hkv * round_up<int64_t>(s.Tk, HopperBackwardTile<128>::BLOCK_N) * s.D * sizeof(float);
 }
 // Exact: 256 bytes, and 8 + 4 D a query row and head, rows rounded up to a tile; with KeySums::IN_MEMORY: and 8 D a key
-// row and head, rows rounded up to a block of keys; deterministic: and 4 a query tile; where it turns dq and dk back:
-// and rope_table_bytes.
+// row and head, rows rounded up to a block of keys; with DqStart::FIRST_STORED: and 4 a query tile and head; where it
+// turns dq and dk back: and rope_table_bytes.
 inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic,
                                                             bool turns_back, KeySums key_sums) {
     const int block_m = hopper_backward_block_m(s.D);
     const size_t num_tiles = (size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, block_m);
     return HOPPER_NEXT_ITEM_BYTES + hopper_backward_statistics_bytes(s) + num_tiles * block_m * s.D * sizeof(float) +
            (key_sums == KeySums::IN_MEMORY ? 2 * hopper_key_accumulator_bytes(s) : 0) +
-           (turns_back ? rope_table_bytes(s.Tq, s.D) : 0) + (deterministic ? num_tiles * sizeof(int) : 0);
+           (turns_back ? rope_table_bytes(s.Tq, s.D) : 0) +
+           (hopper_dq_start(s, deterministic) == DqStart::FIRST_STORED ? num_tiles * sizeof(int) : 0);
 }
 inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic,
                                                             bool turns_back = false) {
@@ -54,7 +55,7 @@ inline void hopper_launch_kernel(void (*kernel)(Parameters...), bool overlaps, i
     CUDA_CHECK_LAUNCH();
 }
 
-// Checks the operands, fills the statistics and the table of angles, and zeroes the accumulators.
+// Checks the operands, fills the statistics and the table of angles, and zeroes what is added to.
 template <class Tile>
 inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOperands& x, const AttentionShape& s,
                                                      BackwardBlocks blocks, KeySums key_sums, cudaStream_t stream) {
@@ -126,8 +127,16 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
         args.angles = angles;
         rest += rope_table_bytes(s.Tq, s.D);
     }
-    if (Tile::DETERMINISTIC) {
+    if (hopper_dq_start(s, Tile::DETERMINISTIC) == DqStart::FIRST_STORED) {
         args.dq_parts = reinterpret_cast<int*>(rest);
+        // Nobody stores those of the tiles whose queries see no key.
+        const int64_t num_blind_tiles = args.key_offset >= 0      ? 0
+                                        : -args.key_offset < s.Tq ? -args.key_offset / Tile::BLOCK_M
+                                                                  : num_query_tiles;
+        for (int64_t head = 0; num_blind_tiles > 0 && head < (int64_t)s.B * s.H; ++head) {
+            CUDA_CHECK(cudaMemsetAsync(args.dq_accumulator + head * padded_Tq * s.D, 0,
+                                       num_blind_tiles * Tile::BLOCK_M * s.D * sizeof(float), stream));
+        }
     }
     const int64_t num_row_blocks = ceil_div<int64_t>(num_tile_rows, HOPPER_ROWS_THREADS / ATTENTION_DELTA_LANES);
     CHECK(num_row_blocks <= INT32_MAX, "attention: %lld query rows are more than a grid holds",

@@ -290,6 +290,12 @@ __device__ __forceinline__ void bulk_load(uint32_t shared, const void* global, u
         "l"(global), "r"(num_bytes), "r"(barrier)
         : "memory");
 }
+// Starts copying num_bytes (a multiple of 16, both addresses too) of shared memory to global memory.
+__device__ __forceinline__ void bulk_store(void* global, uint32_t shared, uint32_t num_bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared),
+                 "r"(num_bytes)
+                 : "memory");
+}
 // Starts adding num_bytes (a multiple of 16) of float32 in shared memory to global memory, each element atomically.
 __device__ __forceinline__ void bulk_reduce_add_f32(float* global, uint32_t shared, uint32_t num_bytes) {
     asm volatile("cp.reduce.async.bulk.global.shared::cta.bulk_group.add.f32 [%0], [%1], %2;" ::"l"(global),
@@ -314,18 +320,19 @@ __device__ __forceinline__ void fence_async_shared() { asm volatile("fence.proxy
 // Orders this thread's accesses of global memory by TMA and bulk copies with its ordinary ones.
 __device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
 
-// A count in global memory that blocks wait on: what a thread did before add_release is seen by those whose
-// wait_for_count returns after it.
+// A count in global memory that blocks wait on: what a thread did before add_release is seen by those that read the new
+// value by load_acquire or wait_for_count.
 __device__ __forceinline__ void add_release(int* count, int value) {
     asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(count), "r"(value) : "memory");
 }
+__device__ __forceinline__ int load_acquire(const int* count) {
+    int value;
+    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(count) : "memory");
+    return value;
+}
 __device__ __forceinline__ void wait_for_count(const int* count, int value) {
     const Watchdog watchdog{};
-    for (int seen;; watchdog.check()) {
-        asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(count) : "memory");
-        if (seen == value) {
-            return;
-        }
+    for (; load_acquire(count) != value; watchdog.check()) {
     }
 }
 

@@ -243,6 +243,9 @@ static void launch_kernel7(const AttentionBackwardOperands& x, const AttentionSh
     using Tile = HopperBackwardTile<D>;
     const HopperBackwardArguments args =
         hopper_begin_backward<Tile>(x, shape, BackwardBlocks::ONE_AN_ITEM, KeySums::IN_A_BLOCK, stream);
+    // Every part of dq is added here.
+    const int64_t num_tiles = (int64_t)shape.B * shape.H * args.num_query_tiles;
+    CUDA_CHECK(cudaMemsetAsync(args.dq_accumulator, 0, num_tiles * Tile::BLOCK_M * D * sizeof(float), stream));
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_backward_kernel7<Tile>;
     CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
