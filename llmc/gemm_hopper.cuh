@@ -122,8 +122,20 @@ struct HopperGemmFree {
 // Which finisher a thread is, and what the finishers share.
 template <class Tile>
 struct HopperGemmFinisher {
+    // The packs of 16 bytes of a consumer's results, a line of a block after the other: a warp has WARP_LINES lines at
+    // a time and every LINE_STEP-th such group, so warps have as many each, or one more.
+    static constexpr int LINE_PACKS = Tile::OUT_COLUMNS / bf16x8::size, WARP_LINES = WARP_SIZE / LINE_PACKS;
+    static constexpr int LINE_STEP = WARP_LINES * Tile::FINISHER_WARPS;
+
     int warp, lane;
     float2* angles;  // [MAX_ANGLES]
+
+    // The first of the warp's i-th lines; the lane's among them, and which pack of it the lane has.
+    __device__ __forceinline__ int warp_line(int i) const { return warp * WARP_LINES + i * LINE_STEP; }
+    __device__ __forceinline__ int line(int i) const { return warp_line(i) + lane / LINE_PACKS; }
+    __device__ __forceinline__ int line_pack() const { return lane % LINE_PACKS; }
+    template <int LINES>
+    static constexpr int OWN_LINES = (LINES + LINE_STEP - 1) / LINE_STEP;  // of so many, that a lane has at most
 
     __device__ __forceinline__ void sync() const { named_barrier_sync(HOPPER_GEMM_DONE, Tile::FINISHER_THREADS); }
     __device__ __forceinline__ bool stores() const { return warp == 0 && lane == 0; }
@@ -393,23 +405,22 @@ struct SwigluEpilogue {
     template <class Free>
     __device__ __forceinline__ void finish(State&, const Finisher& self, uint32_t blocks, const HopperGemmPlace& place,
                                            const HopperGemmPlace&, const Free& free) const {
-        constexpr int HALF = Tile::OUT_BLOCKS / 2, LINE_PACKS = Tile::OUT_COLUMNS / bf16x8::size;
-        constexpr int WARP_LINES = WARP_SIZE / LINE_PACKS, LINE_STEP = WARP_LINES * Tile::FINISHER_WARPS;
-        constexpr int LINES = HALF * Tile::OUT_ROWS, OWN_LINES = (LINES + LINE_STEP - 1) / LINE_STEP;
+        constexpr int HALF = Tile::OUT_BLOCKS / 2;
+        constexpr int LINES = HALF * Tile::OUT_ROWS, OWN_LINES = Finisher::template OWN_LINES<LINES>;
         const int column = place.column_tile * (Tile::BLOCK_N / 2);
         const uint32_t up_blocks = blocks + HALF * Tile::OUT_BLOCK_BYTES;
         if (self.stores()) {
             hopper_gemm_write<Tile, HALF>(&gate, blocks, place.row, column);
             hopper_gemm_write<Tile, HALF>(&up, up_blocks, place.row, column);
         }
-        // Blocks lie one behind the other, so their lines are numbered on: as many for each warp, or one more.
+        // Blocks lie one behind the other, so their lines are numbered on.
         bf16x8 results[OWN_LINES];
         auto for_own_lines = [&](auto&& work) {
 #pragma unroll
             for (int i = 0; i < OWN_LINES; ++i) {
-                const int line = self.warp * WARP_LINES + self.lane / LINE_PACKS + i * LINE_STEP;
+                const int line = self.line(i);
                 if (line < LINES) {
-                    work(results[i], hopper_gemm_pack_address(0, line, self.lane % LINE_PACKS));
+                    work(results[i], hopper_gemm_pack_address(0, line, self.line_pack()));
                 }
             }
         };
@@ -445,21 +456,18 @@ struct SwigluBackwardEpilogue {
     int rows, F;
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
-    // Lines of 64 columns are numbered along the blocks, then down the rows. A warp takes four at a time, every
-    // FINISHER_WARPS-th four: after PERIOD steps a lane is in the same column again, LINE_STEP rows further down. So
-    // its places are PERIOD ones and what is added to them; instructions, of which finding each place anew took a
-    // third, are what these warps are short of.
-    static constexpr int LINE_PACKS = Tile::OUT_COLUMNS / bf16x8::size, WARP_LINES = WARP_SIZE / LINE_PACKS;
-    static constexpr int LINES = Tile::OUT_ROWS * Tile::OUT_BLOCKS, LINE_STEP = WARP_LINES * Tile::FINISHER_WARPS;
-    static constexpr int OWN_LINES = (LINES + LINE_STEP - 1) / LINE_STEP, PERIOD = Tile::OUT_BLOCKS;
+    // Lines are numbered along the blocks, then down the rows: after PERIOD steps a lane is in the same column again,
+    // LINE_STEP rows further down. So its places are PERIOD ones and what is added to them; instructions, of which
+    // finding each place anew took a third, are what these warps are short of.
+    static constexpr int LINES = Tile::OUT_ROWS * Tile::OUT_BLOCKS, LINE_STEP = Finisher::LINE_STEP;
+    static constexpr int OWN_LINES = Finisher::template OWN_LINES<LINES>, PERIOD = Tile::OUT_BLOCKS;
     // Of one of the PERIOD lines of a lane.
     struct Line {
         int row, column;
 
         __device__ __forceinline__ Line(const Finisher& self, int i) {
-            const int line = self.warp * WARP_LINES + self.lane / LINE_PACKS + i * LINE_STEP;
-            row = line / Tile::OUT_BLOCKS;
-            column = line % Tile::OUT_BLOCKS * Tile::OUT_COLUMNS + self.lane % LINE_PACKS * bf16x8::size;
+            row = self.line(i) / Tile::OUT_BLOCKS;
+            column = self.line(i) % Tile::OUT_BLOCKS * Tile::OUT_COLUMNS + self.line_pack() * bf16x8::size;
         }
     };
     // This lane's packs of 64 rows of a tile: where they are in gate_up from `first` on, and which of them exist.
@@ -519,7 +527,7 @@ struct SwigluBackwardEpilogue {
         for (int i = 0; i < PERIOD; ++i) {
             const Line line(self, i);
             lines[i] = hopper_gemm_pack_address(blocks + line.column / Tile::OUT_COLUMNS * Tile::OUT_BLOCK_BYTES,
-                                                line.row, self.lane % LINE_PACKS);
+                                                line.row, self.line_pack());
         }
         // LINE_STEP is a multiple of 4, so the swizzle of a line so many rows down differs in its highest bit, or not.
         static_assert(LINE_STEP % 4 == 0, "swizzle");
@@ -534,7 +542,7 @@ struct SwigluBackwardEpilogue {
             const bf16x8 own_douts = douts;
             if (i + 1 == OWN_LINES) {
                 free.these();
-            } else if (LINE_STEP * (i + 2) <= LINES || self.warp * WARP_LINES + LINE_STEP * (i + 1) < LINES) {
+            } else if (LINE_STEP * (i + 2) <= LINES || self.warp_line(i + 1) < LINES) {
                 douts = load_douts(i + 1);
             }
             // Packs that do not exist too: a branch would keep their neighbours' instructions apart.
