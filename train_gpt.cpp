@@ -23,9 +23,7 @@ static int train(int argc, char** argv) {
     if (!config) {
         return 0;  // --help
     }
-    if (config->num_threads > 0) {
-        omp_set_num_threads(config->num_threads);
-    }
+    set_num_threads(*config);
     DeviceInfo device;
     device.name = format_string("CPU, %d threads", omp_get_max_threads());
     reference::ReferenceModel<float> model(config->model, config->attention, config->lighthouse, config->batch_size,

@@ -55,11 +55,13 @@ static int train(int argc, char** argv) {
     const bool alone = host->size() == 1;
     const RunRanks ranks(*host, parsed->config.context_parallel);
     const RunConfig config = resolve_run(*parsed, ranks);
+    set_num_threads(config);
     GpuModelSettings settings = gpu_model_settings(config, ranks.mesh());
     settings.ranks_on_host = local_rank(host->identity()).size;
     if (config.fit) {
         if (ranks.is_first()) {
             print_fit(config, settings, config.device);
+            check_printed();
         }
         host->finish();
         return 0;

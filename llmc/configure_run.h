@@ -9,6 +9,7 @@
 #include <ctime>
 #include <filesystem>
 #include <memory>
+#include <omp.h>
 #include <optional>
 #include <string>
 #include <sys/stat.h>
@@ -29,6 +30,13 @@
 // Whether a folder holds what a run writes: starting another run there would mix the two.
 inline bool holds_a_run(const std::string& output_dir) {
     return checkpoint::exists(output_dir + "/metrics.jsonl") || !checkpoint::list(output_dir).empty();
+}
+
+// The CPU's threads of this process, by --num_threads.
+inline void set_num_threads(const RunConfig& config) {
+    if (config.num_threads > 0) {
+        omp_set_num_threads(config.num_threads);
+    }
 }
 
 // For the user, who may have meant something else; the run goes on. One rank calls it.

@@ -638,7 +638,16 @@ class TrainingRun {
     int finish() {
         terminal_.end_progress();
         save();  // before what may fail
-        evaluate();
+        const std::optional<double> loss = evaluate();
+        if (loss && !std::isfinite(*loss)) {
+            if (ranks_.is_first()) {
+                std::fprintf(stderr,
+                             "%s: the last validation loss is not finite: the weights in %s are bad, or the validation "
+                             "data are: look at both before going on from there\n",
+                             config_.program.c_str(), checkpoint_.c_str());
+            }
+            return 1;
+        }
         sample();
         if (stop_requested()) {
             return stop_on_signal();
@@ -671,7 +680,8 @@ class TrainingRun {
 };
 
 // Trains, evaluates or both, as `config` (from configure_run) says. Returns the status for main: 0 when the run ended
-// or was stopped by a signal, 1 when too many steps in a row were skipped, or all. Throws Error.
+// or was stopped by a signal, 1 when too many steps in a row were skipped, or all, or the last validation loss is not
+// finite. Throws Error.
 // All ranks call it.
 inline int run_training(TrainableModel& model, const RunConfig& config, const DeviceInfo& device,
                         const RunRanks& ranks = RunRanks()) {

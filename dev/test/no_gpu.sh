@@ -39,6 +39,11 @@ fit --gpu_memory 80 --attention lighthouse --lighthouse_topk 12800000 >"$work/ou
 [ $status -ne 0 ] && grep -q -- '--lighthouse_topk 12800000: .*the nearest that works is' "$work/err" || { echo "a budget that no sequence holds: exit $status"; cat "$work/out" "$work/err"; exit 1; }
 echo "ok   a budget that no sequence holds: $(cat "$work/err")"
 
+status=0
+fit --gpu_memory 80 >/dev/full 2>"$work/err" || status=$?
+[ $status -ne 0 ] && grep -q 'the output cannot be written' "$work/err" || { echo "--fit into a full device: exit $status"; cat "$work/err"; exit 1; }
+echo "ok   --fit into a full device: $(cat "$work/err")"
+
 lighthouse=(--batch_size 1 --attention lighthouse --lighthouse_levels 4 --lighthouse_pool 4 --lighthouse_topk 1024)
 # Of the table: the row of a --recompute, the column of an --offload.
 cell() { awk -v row="$1" -v column="$2" '$1 == "--recompute" && $2 == row { print $(column + 2) }' "$work/table"; }

@@ -461,6 +461,18 @@ TEST_F(TrainLoop, AnEvaluationOfBadWeightsFails) {
     testing::internal::GetCapturedStderr();
 }
 
+TEST_F(TrainLoop, ARunWhoseLastValidationLossIsNotFiniteFails) {
+    config_.val_data = config_.train_data, config_.eval_every = 4;
+    FakeModel bad(config_.model), bad_in_between(config_.model);
+    bad.validation_loss = NAN;
+    EXPECT_EQ(run(bad, config_), 1);
+    EXPECT_NE(err_.find("the last validation loss is not finite"), std::string::npos) << err_;
+    EXPECT_NE(err_.find(config_.output_dir + "/step00000008"), std::string::npos) << "it is saved, and named: " << err_;
+    config_.output_dir += "_in_between";
+    bad_in_between.on_evaluate = [&] { bad_in_between.validation_loss = bad_in_between.num_updates == 4 ? NAN : 1.0; };
+    EXPECT_EQ(run(bad_in_between, config_), 0) << err_;
+}
+
 TEST_F(TrainLoop, AnotherSequenceLengthIsSaid) {
     FakeModel model(config_.model), same(config_.model), longer(config_.model);
     RunConfig first = config_;
