@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "config.h"          // MAX_SEQ_LEN
 #include "flags.h"           // words of the modes
 #include "host_memory.h"     // what the host has left
 #include "model_memory.cuh"  // the plan
@@ -72,8 +73,7 @@ inline int64_t longest_seq_len(const ModelConfig& config, const GpuModelSettings
         return fitting < first ? 0 : fitting;
     };
     // Of the lengths that --seq_len and --batch_size may have.
-    return unit *
-           most(smallest, std::min(((int64_t)1 << 24) / unit, (int64_t)INT32_MAX / settings.max_batch_size / unit));
+    return unit * most(smallest, std::min(MAX_SEQ_LEN / unit, (int64_t)INT32_MAX / settings.max_batch_size / unit));
 }
 
 // The ways of offloading that these ranks have.
