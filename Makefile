@@ -112,7 +112,7 @@ bench: train_gpt dev  ## compare with PyTorch on this machine's GPU (needs Pytho
 debug:  ## trainers with kernel asserts, a wait after every launch and poisoned scratch memory, in build/debug
 	$(MAKE) DEBUG=1 BUILD=$(BUILD)/debug BIN=$(BUILD)/debug/ $(addprefix $(BUILD)/debug/,train_gpt_cpu $(if $(NVCC),train_gpt test_gpt))
 
-sanitize:  ## unit tests of the file formats and flags with address and undefined-behaviour sanitizers
+sanitize:  ## unit tests of file formats, flags, training loop and sampling with address and undefined-behaviour sanitizers
 	$(MAKE) BUILD=$(BUILD)/sanitize CXXFLAGS="-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=undefined" \
 	    $(addprefix $(BUILD)/sanitize/,$(SANITIZED_TESTS))
 	for t in $(SANITIZED_TESTS); do $(BUILD)/sanitize/$$t --gtest_brief=1 || exit 1; done

@@ -72,7 +72,7 @@ inline std::string help_text(const std::string& program) {
         "  --config FILE: settings from a TOML file, `name = value` lines with the names below. The "
         "command line wins.\n"
         "  Toggles take true or false; --toggle alone means true. Defaults in brackets.\n"
-        "  (GPU): of train_gpt alone; train_gpt_cpu refuses the flag, and warns of it in a settings file.\n";
+        "  (GPU): of train_gpt alone; train_gpt_cpu refuses what it cannot do, and warns of it in a settings file.\n";
     const size_t help_column = 33;
     std::string group;
     for (const Setting& s : settings) {

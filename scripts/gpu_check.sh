@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, in one command: the whole model against the CPU reference (test_gpt), the trainer against
+# Everything that needs one GPU, in one command: the whole model against the CPU reference (test_gpt), the trainer against
 # the CPU's on random models (dev/test/random_runs.py), every kernel variant of dev/cuda against its reference, and
 # compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Programs run side by side, on all GPUs. Ends with
 # 'N passed, N failed' and records GPU, date, the hash of the kernel sources and every program's result in

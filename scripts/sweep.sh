@@ -12,6 +12,7 @@ cd "$(dirname "$0")/.."
 usage() { sed -n 's/^#   //p' "$0" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 axis=$1 && shift
+case $axis in topk | pool | levels | scorer) ;; *) usage ;; esac
 : "${TRAIN_DATA:?set TRAIN_DATA to the text files to train on, e.g. TRAIN_DATA='corpus/*.txt'}"
 seq_len=${SEQ_LEN:-32768} steps=${STEPS:-600} switch=${SWITCH:-400} trainer=${TRAINER:-./train_gpt}
 case $axis in
@@ -19,7 +20,6 @@ topk) values=$((seq_len / 128)),$((seq_len / 64)),$((seq_len / 32)) ;;
 pool) values=2,4,8 ;;
 levels) values=2,3,4 ;;
 scorer) values=norm,dilated ;;
-*) usage ;;
 esac
 if [ $# -ge 1 ] && [[ $1 != --* ]]; then values=$1 && shift; fi
 output=${OUTPUT_DIR:-runs/sweep_$axis}

@@ -12,8 +12,8 @@ a shard in llm.c's format is written first, so both programs see data of the sam
 
 --lighthouse_peer names a third program, for the rows under Lighthouse attention. It is given what pytorch_llama.py is
 given (--num_layers ... --vocab_size, --steps, --warmup_steps), the row's --lighthouse_levels, --lighthouse_pool,
---lighthouse_topk and --lighthouse_dense_layers, and --recompute block where the trainer recomputes; flags in COMMAND
-come before these. Its last line of output must be JSON with at least tokens_per_second, ms and peak_gib; a field
+--lighthouse_topk and --lighthouse_dense_layers, and --recompute block where the trainer recomputes more than norms and
+gate; flags in COMMAND come before these. Its last line of output must be JSON with at least tokens_per_second, ms and peak_gib; a field
 "recompute" is shown. PyTorch's own column stays dense.
 
 From 262144 tokens on a step takes seconds to minutes: there one step warms up and two are timed, unless --steps says
@@ -55,10 +55,10 @@ ROWS = {
     "530m_256k_dense": (LLAMA_530M, 262144, 1, 256, ALL_BUT_ATTENTION, False),
     "530m_256k_lighthouse": (LLAMA_530M, 262144, 1, 256, LIGHTHOUSE_LONG + ALL_BUT_ATTENTION, False),
     "530m_512k_lighthouse": (LLAMA_530M, 524288, 1, 256, LIGHTHOUSE_LONG + ALL_BUT_ATTENTION, False),
-    # 63 GiB of the GPU and 56 of the host; without offload 119 of the GPU.
+    # 62 GiB of the GPU and 56 of the host; without offload 118 of the GPU.
     "530m_1m_lighthouse": (LLAMA_530M, 1048576, 1, 128256,
                            LIGHTHOUSE_LONG + ALL_BUT_ATTENTION + ["--offload", "activations"], False),
-    # 72 GiB of the GPU and 112 of the host.
+    # 70 GiB of the GPU and 112 of the host.
     "530m_2m_lighthouse": (LLAMA_530M, 2097152, 1, 128256,
                            LIGHTHOUSE_LONG + ["--recompute", "block", "--offload", "activations"], False),
 }
