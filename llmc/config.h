@@ -134,13 +134,15 @@ inline void validate(const RunConfig& c) {
     CHECK(c.seq_len * c.batch_size <= max_batch_tokens,
           "--batch_size %d: times --seq_len %lld must stay under 2^31 tokens; the largest that does is %lld",
           c.batch_size, (long long)c.seq_len, (long long)(max_batch_tokens / c.seq_len));
-    in_range("global_batch", c.global_batch, 0, (int64_t)1 << 40);
+    const int64_t max_global_batch = (int64_t)1 << 40;
+    in_range("global_batch", c.global_batch, 0, max_global_batch);
     const int64_t at_once = c.sequences_at_once();
     CHECK(c.global_batch % at_once == 0,
           "--global_batch %lld: must be a multiple of --batch_size %d%s; the nearest is %lld",
           (long long)c.global_batch, c.batch_size,
           c.data_parallel == 1 ? "" : format_string(" times the %d groups of ranks", c.data_parallel).c_str(),
-          (long long)(at_once * std::max<int64_t>(1, (c.global_batch + at_once / 2) / at_once)));
+          (long long)(at_once *
+                      std::clamp<int64_t>((c.global_batch + at_once / 2) / at_once, 1, max_global_batch / at_once)));
     CHECK(c.fit || c.model.max_positions == 0 || c.model.max_positions >= c.seq_len,
           "--max_positions %lld: must be at least --seq_len %lld (0: equal to it)", (long long)c.model.max_positions,
           (long long)c.seq_len);

@@ -3,9 +3,11 @@
 #pragma once
 #include <CLI/CLI.hpp>
 #include <algorithm>
+#include <filesystem>
 #include <map>
 #include <set>
 #include <string>
+#include <system_error>
 #include <vector>
 
 #include "config.h"    // what is filled
@@ -139,10 +141,10 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
     options["config"] = app.add_option("--config", config_file)->expected(1)->allow_extra_args(false);
     for (const Setting& s : settings) {
         CLI::Option* option = app.add_option("--" + s.name, sink[s.name]);
-        option->expected(s.is_toggle ? 0 : 1, s.is_list ? 1 << 20 : 1);
+        option->expected(s.is_toggle ? 0 : 1, s.goes_on ? 1 << 20 : 1);
         option->allow_extra_args(false);  // or "[INST]" would lose its brackets, which CLI11 takes for a list's
-        // Scripts append flags to override theirs; a repeated list goes on.
-        option->multi_option_policy(s.is_list ? CLI::MultiOptionPolicy::TakeAll : CLI::MultiOptionPolicy::TakeLast);
+        // Scripts append flags to override theirs.
+        option->multi_option_policy(s.goes_on ? CLI::MultiOptionPolicy::TakeAll : CLI::MultiOptionPolicy::TakeLast);
         options[s.name] = option;
     }
     options["config"]->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
@@ -186,7 +188,10 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
     SettingsLayer command_line;
     for (const Setting& s : settings) {
         if (options[s.name]->count() > 0) {
-            Words words = options[s.name]->results();
+            Words words = options[s.name]->results();  // of every time it was given
+            if (!s.goes_on) {
+                words = {words.back()};
+            }
             if (s.is_toggle && words.back().empty()) {
                 words.back() = "true";
             }
@@ -212,13 +217,20 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
     if (resume != nullptr && resume->back() == "true") {
         const Words* output_dir = value_given("output_dir");
         CHECK(output_dir != nullptr, "--resume: say with --output_dir which run to continue");
-        saved = layer_from_file(settings, saved_settings_path(output_dir->back()));
+        const std::string path = saved_settings_path(output_dir->back());
+        std::error_code error;
+        CHECK(std::filesystem::exists(path, error) || error, "--resume: --output_dir %s holds no run: there is no %s",
+              output_dir->back().c_str(), path.c_str());
+        saved = layer_from_file(settings, path);
     }
 
+    // A preset on the command line stands for the whole shape, which settings.toml of a run has field by field.
+    const Setting& model = *find_setting(settings, "model");
+    const bool shape_is_typed = command_line.values.count(model.name) > 0;
     auto apply = [&](const Setting& s) {
         for (const SettingsLayer* layer : {&command_line, &file, &saved}) {
             const auto found = layer->values.find(s.name);
-            if (found == layer->values.end()) {
+            if (found == layer->values.end() || (layer == &file && shape_is_typed && s.group == model.group)) {
                 continue;
             }
             if (layer != &saved) {
@@ -236,13 +248,15 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
             return;
         }
     };
-    apply(*find_setting(settings, "model"));
+    apply(model);
     parsed.config.model = model_preset(parsed.config.model_preset);
     for (const Setting& s : settings) {
         apply(s);
     }
-    if (parsed.config.val_fraction > 0.0 && parsed.typed.count("val_fraction") > 0 &&
-        parsed.typed.count("val_data") == 0) {
+    auto overrides_val_data = [&](const std::set<std::string>& names) {
+        return parsed.config.val_fraction > 0.0 && names.count("val_fraction") > 0 && names.count("val_data") == 0;
+    };
+    if (overrides_val_data(parsed.typed) || overrides_val_data(parsed.given)) {
         parsed.config.val_data.clear();  // of the saved run, or of a file
     }
     return parsed;

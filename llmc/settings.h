@@ -18,6 +18,7 @@ struct Setting {
     std::string help;
     std::string value_name;
     bool is_list = false;    // takes several values
+    bool goes_on = false;    // words that follow, and the flag again, add to the list; numbers come with commas
     bool is_toggle = false;  // the value may be left out: true
     bool saved = true;       // false: what to do now, rather than how the run is set up
     bool gpu_only = false;   // the trainer on the CPU has nothing of the kind
@@ -34,7 +35,8 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
         Setting s;
         s.name = name, s.group = group, s.help = help;
         s.value_name = shown ? shown : value_name(field);
-        s.is_list = std::is_same_v<Value, std::vector<std::string>> || std::is_same_v<Value, std::vector<int>>;
+        s.goes_on = std::is_same_v<Value, std::vector<std::string>>;
+        s.is_list = s.goes_on || std::is_same_v<Value, std::vector<int>>;
         s.is_toggle = std::is_same_v<Value, bool>;
         s.set = [&field](const Words& words) { parse(words, field); };
         s.get = [&field] { return text(field); };
@@ -82,7 +84,8 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("lighthouse_steps", c.lighthouse_steps, "the step at which all layers become dense; -1: never");
 
     group = "Data";
-    add("train_data", c.train_data, "files or quoted patterns ('corpus/*.txt'): raw bytes, or llm.c token shards");
+    add("train_data", c.train_data,
+        "files or quoted patterns ('corpus/*.txt'), raw bytes or llm.c shards; again: more");
     add("val_data", c.val_data, "the same for validation");
     add("val_fraction", c.val_fraction,
         "of the training data, from its end, for validation when --val_data is not given");

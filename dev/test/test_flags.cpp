@@ -104,6 +104,14 @@ TEST(Flags, BracketsAreOrdinaryLetters) {
 
 TEST(Flags, ScriptsMayAppendFlagsThatWin) {
     EXPECT_EQ(parse_line({"--max_steps", "420", "--max_steps", "1000"}).config.max_steps, 1000);
+    EXPECT_EQ(parse_line({"--lighthouse_dense_layers", "0,1", "--lighthouse_dense_layers", "2"})
+                  .config.lighthouse.dense_layers,
+              (std::vector<int>{2}));
+    EXPECT_TRUE(parse_line({"--lighthouse_dense_layers", "0,1", "--lighthouse_dense_layers", "none"})
+                    .config.lighthouse.dense_layers.empty());
+    EXPECT_EQ(parse_line({"--train_data", "a", "--train_data", "b"}).config.train_data,
+              (std::vector<std::string>{"a", "b"}))
+        << "files go on";
 }
 
 TEST(Flags, PresetThenFields) {
@@ -160,7 +168,7 @@ TEST(Flags, ValuesThatBreakARule) {
 
 TEST(Flags, Contradictions) {
     expect_refused({"--train_data", "x", "--resume", "--init_from", "y", "--output_dir", "z"},
-                   "z/settings.toml: cannot open");
+                   "--output_dir z holds no run: there is no z/settings.toml");
     expect_refused({"--train_data", "x", "--resume"}, "--output_dir");
     expect_refused({"--train_data", "x", "--lighthouse_topk", "128"}, "--attention lighthouse");
     expect_refused({"--train_data", "x", "--lighthouse_steps", "5"}, "--attention lighthouse");
@@ -381,6 +389,11 @@ TEST(Flags, SavedSettingsReadBack) {
     const std::string saved = saved_settings_path(folder.path);
     EXPECT_EQ(settings_toml(parse_line({"--config", saved.c_str()}).config), toml);
 
+    const ModelConfig typed = parse_line({"--config", saved.c_str(), "--model", "llama3-8b"}).config.model;
+    EXPECT_EQ(typed.width, 4096) << "a preset that is typed stands for the whole shape";
+    EXPECT_EQ(typed.init_std, model_preset("llama3-8b").init_std);
+    EXPECT_EQ(parse_line({"--config", saved.c_str(), "--model", "llama3-8b", "--width", "64"}).config.model.width, 64);
+    expect_refused({"--resume", "--output_dir", "no/such/run"}, "--output_dir no/such/run holds no run");
     const ParsedFlags resumed = parse_line({"--resume", "--output_dir", folder.path.c_str(), "--max_steps", "7"});
     EXPECT_EQ(resumed.config.train_data, original.train_data);
     EXPECT_EQ(resumed.config.max_steps, 7) << "the command line wins over the saved settings";
