@@ -59,12 +59,16 @@ inline std::shared_ptr<const OutputLock> lock_output(const RunConfig& config) {
 }
 
 // Throws Error when a run that is not resumed would mix with another, or replace settings that someone has put there.
-inline void check_holds_no_run(const RunConfig& config) {
+// alone: no other rank asks at the same time.
+inline void check_holds_no_run(const RunConfig& config, bool alone) {
     if (config.resume) {
         return;
     }
-    CHECK(!holds_a_run(config.output_dir), "--output_dir %s already holds a run%s or name another folder",
-          config.output_dir.c_str(),
+    const bool holds = holds_a_run(config.output_dir);
+    if (holds && alone && !config.output_lock) {
+        lock_output(config);  // a run that is under way is not to be removed: that is said instead
+    }
+    CHECK(!holds, "--output_dir %s already holds a run%s or name another folder", config.output_dir.c_str(),
           checkpoint::list(config.output_dir).empty() ? " that has written no checkpoint: remove it,"
                                                       : ": give --resume to go on with it,");
     CHECK(!checkpoint::exists(saved_settings_path(config.output_dir)),
@@ -171,7 +175,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         return config;
     }
     if (config.max_steps > 0 && !config.output_dir.empty()) {
-        check_holds_no_run(config);
+        check_holds_no_run(config, ranks.size() == 1);
     }
     const RunData data = open_data(config);  // for what it refuses: before the time and memory that a model takes
     std::string common = settings_toml(config) + config.checkpoint;

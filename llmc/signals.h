@@ -1,5 +1,5 @@
-// signals.h: stopping a run from outside. The first SIGINT, SIGTERM or SIGUSR1 asks the training loop to finish its
-// step, write a checkpoint and end; a second one ends the process at once.
+// signals.h: stopping a run from outside. The first SIGINT, SIGTERM, SIGUSR1 or SIGHUP (a closed terminal) asks the
+// training loop to finish its step, write a checkpoint and end; a second one ends the process at once.
 #pragma once
 #include <csignal>
 #include <unistd.h>
@@ -10,6 +10,9 @@ namespace stop_signal {
 inline volatile std::sig_atomic_t received = 0;
 
 inline void on_signal(int signal_number) {
+    if (received != 0 && signal_number == SIGHUP) {
+        return;  // of a closed terminal both the kernel and the shell may send one
+    }
     if (received != 0) {
         static const char message[] = "\nsecond signal: stopped without a checkpoint\n";
         if (write(STDERR_FILENO, message, sizeof message - 1) < 0) {
@@ -30,6 +33,10 @@ inline void install_handlers() {
     for (const int signal_number : {SIGINT, SIGTERM, SIGUSR1}) {
         sigaction(signal_number, &action, nullptr);
     }
+    struct sigaction of_hangup = {};
+    if (sigaction(SIGHUP, nullptr, &of_hangup) == 0 && of_hangup.sa_handler != SIG_IGN) {  // nohup stays as it is
+        sigaction(SIGHUP, &action, nullptr);
+    }
     signal(SIGPIPE, SIG_IGN);
     signal(SIGXFSZ, SIG_IGN);
 }
@@ -38,6 +45,7 @@ inline const char* name_of(int signal_number) {
     return signal_number == SIGINT    ? "SIGINT"
            : signal_number == SIGTERM ? "SIGTERM"
            : signal_number == SIGUSR1 ? "SIGUSR1"
+           : signal_number == SIGHUP  ? "SIGHUP"
                                       : "none";
 }
 

@@ -206,6 +206,12 @@ class TrainingRun {
         print_data("validation  ", data_.validation);
         if (config_.attention == AttentionMode::lighthouse) {
             print_lighthouse();
+            if (config_.lighthouse.num_lighthouse_layers(config_.model.num_layers) == 0) {
+                warn(format_string(
+                    "--attention lighthouse: --lighthouse_dense_layers keeps all %d layers dense, so nothing is "
+                    "different from --attention dense",
+                    config_.model.num_layers));
+            }
         }
         if (!config_.checkpoint.empty()) {
             terminal_.print(format_string("%s %s, step %lld", config_.resume ? "resumed from" : "weights from",
@@ -256,7 +262,7 @@ class TrainingRun {
                   error.message().c_str());
         }
         output_lock_ = config_.output_lock ? config_.output_lock : lock_output(config_);  // of --resume, long since
-        check_holds_no_run(config_);  // again: another may have been there since the settings were checked
+        check_holds_no_run(config_, false);  // again: another may have been there since the settings were checked
         write_settings();
         metrics_.emplace(config_.output_dir + "/metrics.jsonl", state_.step);
         metrics_->write("start", state_.step,
@@ -331,18 +337,22 @@ class TrainingRun {
     }
 
     // What has been trained so far is kept where the data proves bad. Not of several ranks: the others know nothing.
-    void read_training_batch(int64_t position) {
-        if (position == position_ahead_) {
-            return;  // tokens_ holds it
-        }
+    template <class Read>
+    void keep_if_bad(Read read) {
         try {
-            read_batch(*data_.train, position, config_.batch_size);
+            read();
         } catch (const Error&) {
-            if (ranks_.size() == 1 && state_.step > first_step_) {
+            if (ranks_.size() == 1 && metrics_ && state_.step > first_step_) {
                 save();
             }
             throw;
         }
+    }
+    void read_training_batch(int64_t position) {
+        if (position == position_ahead_) {
+            return;  // tokens_ holds it
+        }
+        keep_if_bad([&] { read_batch(*data_.train, position, config_.batch_size); });
     }
     void read_ahead(int64_t position) {
         try {
@@ -434,7 +444,7 @@ class TrainingRun {
             const int64_t begin = at + mesh.data_rank() * config_.batch_size;
             const int B = (int)std::min<int64_t>(config_.batch_size, num_sequences - begin);
             if (B > 0) {
-                read_batch(*data_.validation, begin, B);
+                keep_if_bad([&] { read_batch(*data_.validation, begin, B); });
                 sum += B * model_.evaluate(tokens_.data(), B, config_.seq_len);
             }
             complete = !stop_requested();
@@ -566,9 +576,22 @@ class TrainingRun {
         checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
                                       checkpoint::OPTIMIZER_SHARD_BYTES, ranks_, companions_ ? &*companions_ : nullptr);
         saved_step_ = state_.step;
+        restore_output_folder();
         terminal_.print(format_string("step %lld | checkpoint %s, %.1f s", (long long)state_.step, checkpoint_.c_str(),
                                       seconds_since(start)));
         log("checkpoint", {{"path", checkpoint_}, {"seconds", seconds_since(start)}});
+    }
+
+    // The checkpoint has made the folder again where someone had removed or moved it; --resume needs more than that.
+    void restore_output_folder() {
+        std::error_code error;
+        if (!metrics_ || std::filesystem::exists(saved_settings_path(config_.output_dir), error) || error) {
+            return;
+        }
+        warn(format_string("--output_dir %s has been removed or moved: it is made again, and metrics.jsonl begins anew",
+                           config_.output_dir.c_str()));
+        write_settings();
+        metrics_.emplace(config_.output_dir + "/metrics.jsonl", state_.step);
     }
 
     std::string resume_command() const {

@@ -5,7 +5,9 @@
 
 #include <cmath>
 #include <csignal>
+#include <fstream>
 #include <functional>
+#include <numeric>
 #include <sstream>
 
 #include "llmc/train_loop.h"
@@ -347,6 +349,55 @@ TEST_F(TrainLoop, WhatIsTrainedIsSavedBeforeWhatMayFail) {
     EXPECT_NE(find_newest_checkpoint(config_.output_dir).value().find("step00000008"), std::string::npos);
 }
 
+TEST_F(TrainLoop, ValidationDataThatProveBadCostNoSteps) {
+    const auto write_shard = [&](const char* name, uint16_t last_token) {
+        std::vector<int32_t> header(256, 0);
+        std::vector<uint16_t> tokens(2000, 7);
+        header[0] = 20240520, header[1] = 1, header[2] = (int32_t)tokens.size();
+        tokens[tokens.size() / 2] = last_token;
+        std::ofstream file(folder_ + name, std::ios::binary);
+        file.write((const char*)header.data(), header.size() * sizeof header[0]);
+        file.write((const char*)tokens.data(), tokens.size() * sizeof tokens[0]);
+        return folder_ + name;
+    };
+    config_.train_data = {write_shard("/train.bin", 8)};
+    config_.val_data = {write_shard("/validation.bin", (uint16_t)config_.model.vocab_size)};
+    config_.data_format = DataFormat::shards, config_.eval_every = 3;
+    FakeModel model(config_.model);
+    EXPECT_THROW(run(model, config_), Error);
+    testing::internal::GetCapturedStdout();
+    testing::internal::GetCapturedStderr();
+    EXPECT_EQ(model.num_updates, 3);
+    EXPECT_NE(find_newest_checkpoint(config_.output_dir).value().find("step00000003"), std::string::npos);
+}
+
+TEST_F(TrainLoop, AFolderThatIsRemovedIsMadeAgain) {
+    FakeModel model(config_.model), after(config_.model);
+    model.on_update = [&](int n) {
+        if (n == 3) {
+            std::filesystem::remove_all(config_.output_dir);
+        }
+    };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_NE(err_.find("has been removed or moved"), std::string::npos) << err_;
+    EXPECT_TRUE(std::filesystem::exists(saved_settings_path(config_.output_dir)));
+    EXPECT_EQ(events("checkpoint").size(), 1u);
+    RunConfig longer = resumed(config_);
+    longer.max_steps += 2;
+    EXPECT_EQ(run(after, longer), 0);
+    EXPECT_EQ(after.num_updates, 2);
+}
+
+TEST_F(TrainLoop, LayersThatAreAllDenseAreSaid) {
+    FakeModel model(config_.model);
+    config_.attention = AttentionMode::lighthouse, config_.seq_len = 256;
+    config_.lighthouse.levels = 2, config_.lighthouse.pool = 2, config_.lighthouse.topk = 128;
+    config_.lighthouse.dense_layers.resize(config_.model.num_layers);
+    std::iota(config_.lighthouse.dense_layers.begin(), config_.lighthouse.dense_layers.end(), 0);
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_NE(err_.find("layers dense, so nothing is different"), std::string::npos) << err_;
+}
+
 TEST_F(TrainLoop, ARunThatIsOverIsNotWrittenToAgain) {
     FakeModel model(config_.model), after(config_.model);
     EXPECT_EQ(run(model, config_), 0);
@@ -377,6 +428,16 @@ TEST_F(TrainLoop, TwoAtOnceInOneFolderAreRefused) {
     }
     FakeModel model(config_.model);
     EXPECT_EQ(run(model, config_), 0) << "a folder with nothing but the lock's file holds no run";
+    {
+        const OutputLock other(config_.output_dir);
+        try {
+            check_holds_no_run(config_, true);
+            FAIL() << "was accepted";
+        } catch (const Error& error) {
+            EXPECT_NE(std::string(error.what()).find("another process is training"), std::string::npos)
+                << "not that it should be removed: " << error.what();
+        }
+    }
     refused(config_, "already holds a run");  // of a process that came and went while this one read its data
     RunConfig settings_alone = config_;
     settings_alone.output_dir = folder_ + "/settings";
@@ -406,13 +467,15 @@ TEST_F(TrainLoop, SkipsInARowAreCountedAcrossAResume) {
 }
 
 TEST_F(TrainLoop, SignalFinishesTheStepAndSaves) {
-    for (const int signal_number : {SIGINT, SIGTERM, SIGUSR1}) {
+    std::signal(SIGHUP, SIG_DFL);  // whoever runs the tests may ignore it
+    for (const int signal_number : {SIGINT, SIGTERM, SIGUSR1, SIGHUP}) {
         std::filesystem::remove_all(config_.output_dir);
         stop_signal::received = 0;
         FakeModel model(config_.model);
         model.on_update = [&](int n) {
             if (n == 3) {
                 std::raise(signal_number);
+                std::raise(SIGHUP);  // no second signal: a closed terminal may send two
             }
         };
         EXPECT_EQ(run(model, config_), 0);
