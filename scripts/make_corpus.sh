@@ -4,8 +4,12 @@
 #   scripts/make_corpus.sh FILE [MIB]     writes FILE, at most MIB MiB (default 16)
 set -euo pipefail
 
-[[ ${1:-} =~ ^[^-] && ${2:-16} =~ ^[1-9][0-9]{0,6}$ ]] || { echo "usage: scripts/make_corpus.sh FILE [MIB]" >&2; exit 2; }
+[[ $# -le 2 && ${1:-} =~ ^[^-] && ${2:-16} =~ ^[1-9][0-9]{0,6}$ ]] || { echo "usage: scripts/make_corpus.sh FILE [MIB]" >&2; exit 2; }
 out=$1
+if [ "${out%/}" != "$out" ] || { [ -e "$out" ] && [ ! -f "$out" ]; }; then
+    echo "$out: is no file that could be replaced: name a file" >&2
+    exit 1
+fi
 limit=$((${2:-16} << 20))
 folders=()
 for folder in /usr/include /usr/local/include /usr/lib/gcc; do

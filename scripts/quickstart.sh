@@ -2,7 +2,8 @@
 # From a fresh clone to a trained model in one command: installs what is missing, builds, makes a corpus from this
 # system's C and C++ headers, trains a small Llama on it, and samples. With an NVIDIA GPU and nvcc the GPU trainer runs,
 # otherwise the CPU trainer (about three minutes on two cores).
-#   scripts/quickstart.sh [FLAG ...]      flags are handed to the trainer, e.g. --max_steps 1000
+#   scripts/quickstart.sh [FLAG ...]      flags are handed to the trainer, e.g. --max_steps 1000; --train_data trains on
+#                                         other text
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,10 +22,14 @@ fi
 echo "== building $trainer"
 make -s found "$trainer"
 
-echo "== making a corpus"
-[ -s build/corpus.txt ] || scripts/make_corpus.sh build/corpus.txt 16
+data=()
+if [[ " $*" != *" --train_data"* ]]; then
+    echo "== making a corpus"
+    [ -s build/corpus.txt ] || scripts/make_corpus.sh build/corpus.txt 16
+    data=(--train_data build/corpus.txt)
+fi
 
 output=runs/quickstart-$(date +%Y%m%d-%H%M%S)
 echo "== training"
-"./$trainer" --model tiny --train_data build/corpus.txt --output_dir "$output" --eval_every 100 --eval_batches 16 \
+"./$trainer" --model tiny "${data[@]}" --output_dir "$output" --eval_every 100 --eval_batches 16 \
     --sample_prompt '#include <' --sample_tokens 200 "${settings[@]}" "$@"

@@ -9,8 +9,9 @@
 # Trains on the GPUs of a SLURM job, one process a GPU.
 #   sbatch [--nodes=N ...] scripts/slurm_train.sh FLAG ...        FLAG: of train_gpt
 #   sbatch --nodes=4 scripts/slurm_train.sh --context_parallel 32 --config run.toml
-# Two minutes before the time limit SLURM sends SIGTERM: the step is finished and a checkpoint written. Submit the same line
-# with --resume to go on, on as many nodes as you like.
+# Two minutes before the time limit SLURM sends SIGTERM: the step is finished and a checkpoint written. Where a step takes
+# longer, ask for more with sbatch --signal=TERM@SECONDS. Submit the same line with --resume to go on, on as many nodes as
+# you like.
 set -euo pipefail
 cd "${SLURM_SUBMIT_DIR:?this is a batch script: sbatch scripts/slurm_train.sh FLAG ...}"
 if [ ! -x train_gpt ]; then

@@ -12,6 +12,8 @@ esac
 [ $# -ge 2 ] || { echo "spawn_ranks: no program: scripts/spawn_ranks.sh N PROGRAM [ARGUMENT...]" >&2; exit 2; }
 size=$1
 shift
+grace=${SPAWN_GRACE:-30}
+[[ $grace =~ ^[0-9]{1,6}$ ]] || { echo "spawn_ranks: SPAWN_GRACE '$grace': must be whole seconds" >&2; exit 2; }
 LLMC_RENDEZVOUS=$(mktemp -u "${TMPDIR:-/tmp}/llmc_rendezvous.XXXXXXXX")
 export LLMC_RENDEZVOUS LLMC_WORLD_SIZE=$size
 
@@ -39,7 +41,7 @@ while [ "$left" -gt 0 ]; do
         echo "spawn_ranks: a rank ended with status $ended; ending the others" >&2
         sleep 1 # for their own words about it
         send TERM
-        for ((i = 0; i < 10 * ${SPAWN_GRACE:-30}; ++i)); do
+        for ((i = 0; i < 10 * 10#$grace; ++i)); do
             [ -n "$(jobs -rp)" ] || break
             sleep 0.1
         done

@@ -3,7 +3,8 @@
 # of Lighthouse attention varied, each run switched to dense attention at the same step, and prints a table.
 #   TRAIN_DATA='corpus/*.txt' scripts/sweep.sh topk|pool|levels|scorer [VALUE,VALUE,...] [FLAG ...]
 # FLAGs go to every run and win. STEPS (600), SWITCH (400: the step at which attention becomes dense), SEQ_LEN (32768),
-# TRAINER (./train_gpt) and OUTPUT_DIR (runs/sweep_AXIS) come from the environment. The default model has 25 M parameters.
+# TRAINER (./train_gpt) and OUTPUT_DIR (runs/sweep_AXIS, which must hold no sweep yet) come from the environment. The
+# default model has 25 M parameters.
 # A value whose geometry SEQ_LEN does not allow is refused by the trainer and listed as such; the others run.
 #   TRAIN_DATA=build/corpus.txt scripts/sweep.sh topk 256,512,1024 --num_layers 12
 set -uo pipefail
@@ -15,6 +16,10 @@ axis=$1 && shift
 case $axis in topk | pool | levels | scorer) ;; *) usage ;; esac
 : "${TRAIN_DATA:?set TRAIN_DATA to the text files to train on, e.g. TRAIN_DATA='corpus/*.txt'}"
 seq_len=${SEQ_LEN:-32768} steps=${STEPS:-600} switch=${SWITCH:-400} trainer=${TRAINER:-./train_gpt}
+for name in seq_len steps switch; do
+    [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]] || { echo "sweep: ${name^^} '${!name}': must be a whole number above 0" >&2; exit 2; }
+done
+[ "$switch" -lt "$steps" ] || { echo "sweep: SWITCH $switch: must be below STEPS $steps, or no step is dense" >&2; exit 2; }
 case $axis in
 topk) values=$((seq_len / 128)),$((seq_len / 64)),$((seq_len / 32)) ;;
 pool) values=2,4,8 ;;
@@ -22,7 +27,12 @@ levels) values=2,3,4 ;;
 scorer) values=norm,dilated ;;
 esac
 if [ $# -ge 1 ] && [[ $1 != --* ]]; then values=$1 && shift; fi
+[[ $values =~ ^[A-Za-z0-9_]+(,[A-Za-z0-9_]+)*$ ]] || { echo "sweep: '$values': must be values with commas between them" >&2; exit 2; }
+[[ " $*" != *" --train_data"* ]] || { echo "sweep: --train_data: TRAIN_DATA names the text" >&2; exit 2; }
 output=${OUTPUT_DIR:-runs/sweep_$axis}
+for made in table.md ${values//,/ }; do
+    [ ! -e "$output/$made" ] || { echo "sweep: $output/$made is there already: move it away, or name another folder with OUTPUT_DIR" >&2; exit 1; }
+done
 [ "$trainer" != ./train_gpt ] || make -s train_gpt || exit 1
 mkdir -p "$output"
 
@@ -36,7 +46,6 @@ loss() {
 rows="" failed=0
 for value in ${values//,/ }; do
     run=$output/$value
-    rm -rf "$run"
     echo "== --lighthouse_$axis $value"
     topk=$((seq_len / 64))
     if ! "$trainer" --num_layers 8 --width 512 --num_heads 8 --num_kv_heads 8 --head_dim 64 --ffn_width 1408 \

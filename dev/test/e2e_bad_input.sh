@@ -114,6 +114,23 @@ refused "illegal Lighthouse geometry" "--seq_len 32: .*nearest" "${data[@]}" --a
 resume_refused "resume of nothing" "settings.toml" --output_dir "$work/nothing"
 [ ! -e "$work/a" ] && ok "a refused run leaves no output folder" || bad "a refused run left $work/a: $(ls "$work/a")"
 
+# Scripts. What exists is not replaced, and what they are given is looked at first.
+script_refused() { # script_refused NAME WORDS COMMAND...
+    local name=$1 words=$2 status=0
+    shift 2
+    "$@" >"$work/out" 2>&1 </dev/null || status=$?
+    if [ $status -ne 0 ] && grep -q -- "$words" "$work/out"; then ok "$name"; else bad "$name: status $status, $(cat "$work/out")"; fi
+}
+mkdir -p "$work/sweep/2"
+touch "$work/sweep/2/mine"
+sweep=(env "TRAINER=$trainer" "TRAIN_DATA=$work/corpus.txt" "OUTPUT_DIR=$work/sweep")
+script_refused "a sweep where one is already" "sweep/2 is there already" "${sweep[@]}" scripts/sweep.sh levels 2
+[ -e "$work/sweep/2/mine" ] && ok "which stays" || bad "a sweep removed $work/sweep/2"
+script_refused "a sweep over another folder" "values with commas" "${sweep[@]}" scripts/sweep.sh levels ../sweep
+script_refused "a sweep that never becomes dense" "SWITCH 9: must be below STEPS 4" "${sweep[@]}" STEPS=4 SWITCH=9 scripts/sweep.sh pool
+script_refused "a corpus in place of a folder" "is no file that could be replaced" scripts/make_corpus.sh "$work/sweep" 1
+script_refused "a grace that is no number" "SPAWN_GRACE 'x'" env SPAWN_GRACE=x scripts/spawn_ranks.sh 2 true
+
 # Those that are run for what they print.
 for printing in "--help" "--max_steps 0 --val_data $work/corpus.txt"; do
     # shellcheck disable=SC2086
