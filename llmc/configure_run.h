@@ -139,9 +139,9 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
 }
 
 // The rest of what is decided before a model exists: finds the checkpoint to start from and takes the model's shape
-// from it, checks all rules; with --fit data and output folder are not looked at. Writes nothing but, with --resume,
-// the lock that rank 0 takes. All ranks call it, and get the same. Throws Error for anything that cannot be run as
-// asked.
+// from it, checks all rules; with --fit data and output folder are not looked at. Writes nothing but the
+// lock's file: of --resume, and of a folder that holds a run. All ranks call it, and get the same. Throws Error for
+// anything that cannot be run as asked.
 inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     RunConfig& config = parsed.config;
     config.data_parallel = ranks.mesh().data_parallel;
