@@ -65,7 +65,7 @@ inline void check_holds_no_run(const RunConfig& config, bool alone) {
         return;
     }
     const bool holds = holds_a_run(config.output_dir);
-    if (holds && alone && !config.output_lock) {
+    if (holds && alone) {
         lock_output(config);  // a run that is under way is not to be removed: that is said instead
     }
     CHECK(!holds, "--output_dir %s already holds a run%s or name another folder", config.output_dir.c_str(),

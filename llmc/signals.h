@@ -10,10 +10,10 @@ namespace stop_signal {
 inline volatile std::sig_atomic_t received = 0;
 
 inline void on_signal(int signal_number) {
-    if (received != 0 && signal_number == SIGHUP) {
-        return;  // of a closed terminal both the kernel and the shell may send one
-    }
     if (received != 0) {
+        if (signal_number == SIGHUP) {
+            return;  // of a closed terminal both the kernel and the shell may send one
+        }
         static const char message[] = "\nsecond signal: stopped without a checkpoint\n";
         if (write(STDERR_FILENO, message, sizeof message - 1) < 0) {
             // nothing is left to be done about it

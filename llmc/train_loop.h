@@ -206,12 +206,6 @@ class TrainingRun {
         print_data("validation  ", data_.validation);
         if (config_.attention == AttentionMode::lighthouse) {
             print_lighthouse();
-            if (config_.lighthouse.num_lighthouse_layers(config_.model.num_layers) == 0) {
-                warn(format_string(
-                    "--attention lighthouse: --lighthouse_dense_layers keeps all %d layers dense, so nothing is "
-                    "different from --attention dense",
-                    config_.model.num_layers));
-            }
         }
         if (!config_.checkpoint.empty()) {
             terminal_.print(format_string("%s %s, step %lld", config_.resume ? "resumed from" : "weights from",
@@ -229,14 +223,21 @@ class TrainingRun {
 
     void print_lighthouse() {
         const LighthouseGeometry g = make_lighthouse_geometry(config_.seq_len, config_.lighthouse);
+        const int all_layers = config_.model.num_layers;
+        const int lighthouse_layers = config_.lighthouse.num_lighthouse_layers(all_layers);
         const SequenceFlops flops =
             sequence_flops(config_.model, config_.seq_len, AttentionMode::lighthouse, config_.lighthouse);
         terminal_.print(
             format_string("lighthouse  T %lld, S %lld, %lld tiles; %d of %d layers; their attention does %.2f %% of "
                           "the dense work; expected speed-up of a step %.2fx",
-                          (long long)g.T, (long long)g.S, (long long)g.tiles,
-                          config_.lighthouse.num_lighthouse_layers(config_.model.num_layers), config_.model.num_layers,
+                          (long long)g.T, (long long)g.S, (long long)g.tiles, lighthouse_layers, all_layers,
                           100.0 * g.dense_work_fraction(), flops.dense_equivalent / flops.work));
+        if (lighthouse_layers == 0) {
+            warn(format_string(
+                "--attention lighthouse: --lighthouse_dense_layers keeps all %d layers dense, so nothing is different "
+                "from --attention dense",
+                all_layers));
+        }
     }
 
     void open_output() {
@@ -263,8 +264,7 @@ class TrainingRun {
         }
         output_lock_ = config_.output_lock ? config_.output_lock : lock_output(config_);  // of --resume, long since
         check_holds_no_run(config_, false);  // again: another may have been there since the settings were checked
-        write_settings();
-        metrics_.emplace(config_.output_dir + "/metrics.jsonl", state_.step);
+        begin_run_files();
         metrics_->write("start", state_.step,
                         {{"program", config_.program},
                          {"device", device_.name},
@@ -273,6 +273,12 @@ class TrainingRun {
                          {"data_parallel", ranks_.mesh().data_parallel},
                          {"settings", settings_toml(config_)}});
         return config_.output_dir;
+    }
+
+    // What --resume and the reader of the metrics look for in the output folder.
+    void begin_run_files() {
+        write_settings();
+        metrics_.emplace(config_.output_dir + "/metrics.jsonl", state_.step);
     }
 
     // Complete under a temporary name first: a full disk leaves the old settings.
@@ -590,8 +596,7 @@ class TrainingRun {
         }
         warn(format_string("--output_dir %s has been removed or moved: it is made again, and metrics.jsonl begins anew",
                            config_.output_dir.c_str()));
-        write_settings();
-        metrics_.emplace(config_.output_dir + "/metrics.jsonl", state_.step);
+        begin_run_files();
     }
 
     std::string resume_command() const {
@@ -620,16 +625,21 @@ class TrainingRun {
         return 0;
     }
 
+    // Says, on rank 0, why the run is no success after all. Returns the status to end with.
+    int fail_saying(const std::string& sentence) const {
+        if (ranks_.is_first()) {
+            std::fprintf(stderr, "%s: %s\n", config_.program.c_str(), sentence.c_str());
+        }
+        return 1;
+    }
+
     // Ends a run because steps were skipped. why(): what rank 0 says, once the checkpoint is written.
     template <class Why>
     int stop_because(const StepResult& result, Why why) {
         save();
         terminal_.end_progress();
         log("stop", {{"skipped_in_a_row", state_.skipped_in_a_row}, {"first_bad_tensor", result.first_bad_tensor}});
-        if (ranks_.is_first()) {
-            std::fprintf(stderr, "%s: %s\n", config_.program.c_str(), why().c_str());
-        }
-        return 1;
+        return fail_saying(why());
     }
     // Where the data of the last num_steps steps begin.
     int64_t position_before(int64_t num_steps) const {
@@ -663,13 +673,10 @@ class TrainingRun {
         save();  // before what may fail
         const std::optional<double> loss = evaluate();
         if (loss && !std::isfinite(*loss)) {
-            if (ranks_.is_first()) {
-                std::fprintf(stderr,
-                             "%s: the last validation loss is not finite: the weights in %s are bad, or the validation "
-                             "data are: look at both before going on from there\n",
-                             config_.program.c_str(), checkpoint_.c_str());
-            }
-            return 1;
+            return fail_saying(
+                format_string("the last validation loss is not finite: the weights in %s are bad, or the validation "
+                              "data are: look at both before going on from there",
+                              checkpoint_.c_str()));
         }
         sample();
         if (stop_requested()) {

@@ -13,8 +13,6 @@ cd "$(dirname "$0")/.."
 usage() { sed -n 's/^#   //p' "$0" >&2; exit 2; }
 [ $# -ge 1 ] || usage
 axis=$1 && shift
-case $axis in topk | pool | levels | scorer) ;; *) usage ;; esac
-: "${TRAIN_DATA:?set TRAIN_DATA to the text files to train on, e.g. TRAIN_DATA='corpus/*.txt'}"
 seq_len=${SEQ_LEN:-32768} steps=${STEPS:-600} switch=${SWITCH:-400} trainer=${TRAINER:-./train_gpt}
 for name in seq_len steps switch; do
     [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]] || { echo "sweep: ${name^^} '${!name}': must be a whole number above 0" >&2; exit 2; }
@@ -25,7 +23,9 @@ topk) values=$((seq_len / 128)),$((seq_len / 64)),$((seq_len / 32)) ;;
 pool) values=2,4,8 ;;
 levels) values=2,3,4 ;;
 scorer) values=norm,dilated ;;
+*) usage ;;
 esac
+: "${TRAIN_DATA:?set TRAIN_DATA to the text files to train on, e.g. TRAIN_DATA='corpus/*.txt'}"
 if [ $# -ge 1 ] && [[ $1 != --* ]]; then values=$1 && shift; fi
 [[ $values =~ ^[A-Za-z0-9_]+(,[A-Za-z0-9_]+)*$ ]] || { echo "sweep: '$values': must be values with commas between them" >&2; exit 2; }
 [[ " $*" != *" --train_data"* ]] || { echo "sweep: --train_data: TRAIN_DATA names the text" >&2; exit 2; }

@@ -13,8 +13,8 @@ a shard in llm.c's format is written first, so both programs see data of the sam
 --lighthouse_peer names a third program, for the rows under Lighthouse attention. It is given what pytorch_llama.py is
 given (--num_layers ... --vocab_size, --steps, --warmup_steps), the row's --lighthouse_levels, --lighthouse_pool,
 --lighthouse_topk and --lighthouse_dense_layers, and --recompute block where the trainer recomputes more than norms and
-gate; flags in COMMAND come before these. Its last line of output must be JSON with at least tokens_per_second, ms and peak_gib; a field
-"recompute" is shown. PyTorch's own column stays dense.
+gate; flags in COMMAND come before these. Its last line of output must be JSON with at least tokens_per_second, ms and
+peak_gib; a field "recompute" is shown. PyTorch's own column stays dense.
 
 From 262144 tokens on a step takes seconds to minutes: there one step warms up and two are timed, unless --steps says
 otherwise. What has been measured when --time_limit ends a run counts, with a word about it.

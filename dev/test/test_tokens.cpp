@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "llmc/tokens.h"
+#include "token_shards.h"
 
 namespace {
 
@@ -23,17 +24,6 @@ class Tokens : public testing::Test {
     std::string write(const std::string& name, const std::string& bytes) const {
         std::ofstream(folder_ + "/" + name, std::ios::binary) << bytes;
         return folder_ + "/" + name;
-    }
-    // A shard whose header may lie.
-    std::string shard_bytes(uint32_t magic, uint32_t version, uint32_t stated,
-                            const std::vector<uint32_t>& tokens) const {
-        std::vector<uint32_t> header(256, 0);
-        header[0] = magic, header[1] = version, header[2] = stated;
-        std::string bytes((const char*)header.data(), 1024);
-        for (const uint32_t token : tokens) {
-            bytes.append((const char*)&token, magic == 20240801 ? 4 : 2);
-        }
-        return bytes;
     }
     std::string write_u16(const std::string& name, const std::vector<uint32_t>& tokens) const {
         return write(name, shard_bytes(20240520, 1, (uint32_t)tokens.size(), tokens));

@@ -11,6 +11,7 @@
 #include <sstream>
 
 #include "llmc/train_loop.h"
+#include "token_shards.h"
 
 namespace {
 
@@ -350,18 +351,14 @@ TEST_F(TrainLoop, WhatIsTrainedIsSavedBeforeWhatMayFail) {
 }
 
 TEST_F(TrainLoop, ValidationDataThatProveBadCostNoSteps) {
-    const auto write_shard = [&](const char* name, uint16_t last_token) {
-        std::vector<int32_t> header(256, 0);
-        std::vector<uint16_t> tokens(2000, 7);
-        header[0] = 20240520, header[1] = 1, header[2] = (int32_t)tokens.size();
-        tokens[tokens.size() / 2] = last_token;
-        std::ofstream file(folder_ + name, std::ios::binary);
-        file.write((const char*)header.data(), header.size() * sizeof header[0]);
-        file.write((const char*)tokens.data(), tokens.size() * sizeof tokens[0]);
+    const auto write_shard = [&](const char* name, int64_t middle_token) {
+        std::vector<uint32_t> tokens(2000, 7);
+        tokens[tokens.size() / 2] = (uint32_t)middle_token;
+        std::ofstream(folder_ + name, std::ios::binary) << shard_bytes(20240520, 1, (uint32_t)tokens.size(), tokens);
         return folder_ + name;
     };
     config_.train_data = {write_shard("/train.bin", 8)};
-    config_.val_data = {write_shard("/validation.bin", (uint16_t)config_.model.vocab_size)};
+    config_.val_data = {write_shard("/validation.bin", config_.model.vocab_size)};
     config_.data_format = DataFormat::shards, config_.eval_every = 3;
     FakeModel model(config_.model);
     EXPECT_THROW(run(model, config_), Error);
