@@ -15,6 +15,7 @@
 #include <functional>
 #include <memory>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "dev/test/gpt_cases.cuh"   // shapes, weights, tokens
@@ -170,6 +171,40 @@ static std::pair<std::vector<double>, Tensors> three_steps(GpuModel& model, cons
         tensors.push_back(std::move(tensor));
     }
     return {numbers, tensors};
+}
+
+// Launches that are replayed must give the same bits as those that are not: micro-batches of a step, steps, the switch
+// to the other attention and back.
+static void test_cuda_graphs(Checks& checks, const Case& c) {
+    const auto weights = random_weights(c, checks.seed);
+    const auto run = [&](bool cuda_graphs) {
+        GpuModelSettings settings = c.settings(Recompute::norms_and_gate, true);
+        settings.cuda_graphs = cuda_graphs;
+        GpuModel model(c.config, settings);
+        for (size_t i = 0; i < weights.size(); ++i) {
+            model.write_state(StateKind::master, (int)i, weights[i].data());
+        }
+        std::vector<double> numbers;
+        Tensors tensors;
+        for (const AttentionMode attention : {c.attention(), AttentionMode::dense, c.attention()}) {
+            model.set_attention(attention);
+            auto [some_numbers, some_tensors] = three_steps(model, c, checks.seed);
+            numbers.insert(numbers.end(), some_numbers.begin(), some_numbers.end());
+            for (std::vector<double>& tensor : some_tensors) {
+                tensors.push_back(std::move(tensor));
+            }
+        }
+        return std::tuple(numbers, tensors, model.num_graph_replays());
+    };
+    const auto [numbers, tensors, no_replays] = run(false);
+    const auto [replayed_numbers, replayed_tensors, num_replays] = run(true);
+    checks.expect(replayed_numbers == numbers, "replayed losses and norms", c.name,
+                  format_string("the last %.9g and %.9g", replayed_numbers.back(), numbers.back()));
+    expect_equal(checks, "replayed gradients and state", c.name, replayed_tensors, tensors);
+    // Launched one by one: the first step of each attention, and of its later micro-batches the first and each that
+    // follows one of another weight.
+    checks.expect(no_replays == 0 && num_replays > 0, "launches are replayed", c.name,
+                  format_string("%lld and %lld times", (long long)no_replays, (long long)num_replays));
 }
 
 // What lies in host memory between its uses must be the same bits as what stays. Small: of the modes only the one in
@@ -434,6 +469,7 @@ static void run_tests(Checks& checks, bool small) {
         test_evaluation(checks, c);
         if (!small) {
             test_bits(checks, c, small);
+            test_cuda_graphs(checks, c);
         }
     }
     for (const Case& c : selecting_cases(small)) {

@@ -84,6 +84,7 @@ struct RunConfig {
     double gpu_memory = 0.0;       // GiB of the GPU that the run may use; 0: all that is free
     double host_memory = 0.0;      // GiB of the host that --offload may use; 0: all that is available
     bool print_influence = false;  // with every evaluation under Lighthouse attention
+    bool cuda_graphs = true;       // replay what a batch enqueues on the GPU
     bool profile = false;
     bool plain = false;  // no progress bar on a terminal
 

@@ -79,12 +79,15 @@ inline KeySums hopper_key_sums(const AttentionShape& s, bool deterministic) {
 // How a query tile's sum of dq starts. ZEROED: every part is added. FIRST_STORED: a part that finds none there is
 // stored, not added, which spares 4 D bytes a query row and head. But a writer that looks first is later, and at D =
 // 128 it has no time to spare. H200, ms, zeroed and stored, B = 64, 32, 16, 4 with H = 12, 12, 12, 16 and D = 64: T =
-// 1024 0.775, 0.739; 2048 1.18, 1.15; 4096 2.10, 2.00; 8192 2.58, 2.57; D = 128, H = 8: B = 4, T = 8192 2.20, 2.38; B =
-// 1, 98304 80, 92. Deterministic calls look anyway: 0.861, 0.790 and 2.77, 2.70 for the first and the last but one.
+// 1024 0.775, 0.739; 2048 1.18, 1.15; 4096 2.11, 1.99; 8192 2.58, 2.57; D = 128, H = 8: B = 4, T = 8192 2.21, 2.38; B =
+// 1, 98304 80, 92. Deterministic calls look anyway: 0.861, 0.776 and 2.77, 2.67 for the first and the last but one.
 enum class DqStart { ZEROED, FIRST_STORED };
+// Whether kernels can look at all.
+constexpr bool hopper_may_store_dq(int D, bool deterministic) { return deterministic || D == 64; }
 inline DqStart hopper_dq_start(const AttentionShape& s, bool deterministic) {
     constexpr int64_t SHORT_QUERIES = 4096;
-    return deterministic || (s.D == 64 && s.Tq <= SHORT_QUERIES) ? DqStart::FIRST_STORED : DqStart::ZEROED;
+    return hopper_may_store_dq(s.D, deterministic) && (deterministic || s.Tq <= SHORT_QUERIES) ? DqStart::FIRST_STORED
+                                                                                               : DqStart::ZEROED;
 }
 
 // An item of work: BLOCK_N keys of a kv head and, for heads_an_item query heads of its group from first_head on, the
@@ -103,7 +106,7 @@ struct HopperBackwardTile {
     static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
     static constexpr int D = D_;
     static constexpr bool DETERMINISTIC = DETERMINISTIC_;
-    static constexpr bool MAY_STORE_DQ = DETERMINISTIC || D == 64;  // where hopper_dq_start says so
+    static constexpr bool MAY_STORE_DQ = hopper_may_store_dq(D, DETERMINISTIC);
     static constexpr DvStart DV_START = DV_START_;
     static constexpr int TILES_A_TURN = TILES_A_TURN_;
     static constexpr int BLOCK_M = D == 128 ? 64 : 128;    // queries a tile: 8192 elements of q
@@ -154,6 +157,13 @@ struct HopperBackwardArguments {
     float *dk_accumulator, *dv_accumulator;
     HeadView<float> dk_whole, dv_whole;
 };
+
+// The first query tile that sees a key of those from first_key on; num_tiles when none does.
+template <class Tile>
+__host__ __device__ __forceinline__ int first_tile_to_see(int first_key, int key_offset, int Tq, int num_tiles) {
+    const int first_query = first_key > key_offset ? first_key - key_offset : 0;
+    return first_query < Tq ? first_query / Tile::BLOCK_M : num_tiles;
+}
 
 // What dq_parts says of a query tile. Deterministic: how many blocks of keys have their part of its sum in memory.
 // Otherwise: nothing is there; a block has taken it on itself to store the first part; it is there, so others may add.
@@ -301,8 +311,7 @@ __device__ __forceinline__ void find_key_block(KeyBlock& block, const HopperBack
     block.first_key = first_key;
     const int end_tile = args.num_query_tiles, key_offset = (int)args.key_offset;
     block.end_tile = end_tile;
-    const int first_query = max(0, first_key - key_offset);
-    const int first_tile = first_query < (int)args.Tq ? first_query / Tile::BLOCK_M : end_tile;
+    const int first_tile = first_tile_to_see<Tile>(first_key, key_offset, (int)args.Tq, end_tile);
     block.first_tile = first_tile;
     const bool whole = first_key + Tile::BLOCK_N <= (int)args.Tk;
     const int first_to_see_all = max(0, first_key + Tile::BLOCK_N - 1 - key_offset);

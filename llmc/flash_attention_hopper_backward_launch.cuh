@@ -130,9 +130,8 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
     if (hopper_dq_start(s, Tile::DETERMINISTIC) == DqStart::FIRST_STORED) {
         args.dq_parts = reinterpret_cast<int*>(rest);
         // Nobody stores those of the tiles whose queries see no key.
-        const int64_t num_blind_tiles = args.key_offset >= 0      ? 0
-                                        : -args.key_offset < s.Tq ? -args.key_offset / Tile::BLOCK_M
-                                                                  : num_query_tiles;
+        const int64_t num_blind_tiles =
+            first_tile_to_see<Tile>(0, (int)args.key_offset, (int)s.Tq, args.num_query_tiles);
         for (int64_t head = 0; num_blind_tiles > 0 && head < (int64_t)s.B * s.H; ++head) {
             CUDA_CHECK(cudaMemsetAsync(args.dq_accumulator + head * padded_Tq * s.D, 0,
                                        num_blind_tiles * Tile::BLOCK_M * s.D * sizeof(float), stream));

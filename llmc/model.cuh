@@ -16,16 +16,17 @@
 #include <string>
 #include <vector>
 
-#include "embedding.cuh"         // rows of the table
-#include "fit.cuh"               // whether the plan fits
-#include "fused_gemm.cuh"        // products and what follows them
-#include "model_memory.cuh"      // settings, buffers, plan
-#include "offload.cuh"           // what lives in host memory
-#include "profile.cuh"           // times of the step's stages
-#include "rope.cuh"              // rotary positions
-#include "swiglu.cuh"            // feed-forward gate
-#include "transfer_profile.cuh"  // transfers between ranks, and what hides them
-#include "trainable_model.h"     // the interface of the training loop
+#include "embedding.cuh"          // rows of the table
+#include "fit.cuh"                // whether the plan fits
+#include "fused_gemm.cuh"         // products and what follows them
+#include "micro_batch_graph.cuh"  // launches replayed
+#include "model_memory.cuh"       // settings, buffers, plan
+#include "offload.cuh"            // what lives in host memory
+#include "profile.cuh"            // times of the step's stages
+#include "rope.cuh"               // rotary positions
+#include "swiglu.cuh"             // feed-forward gate
+#include "transfer_profile.cuh"   // transfers between ranks, and what hides them
+#include "trainable_model.h"      // the interface of the training loop
 
 class GpuModel : public TrainableModel {
   public:
@@ -41,6 +42,8 @@ class GpuModel : public TrainableModel {
     int64_t max_sequence_length() const override { return settings_.local_seq_len(); }
     double peak_memory_gib() const override { return plan_.num_bytes() / BYTES_PER_GIB; }
     const MemoryPlan& memory_plan() const { return plan_; }
+    // Micro-batches so far whose launches were replayed.
+    int64_t num_graph_replays() const { return graphs_[0].num_replays() + graphs_[1].num_replays(); }
     // Times of the training steps so far, with settings.profile; else empty.
     std::string profile_table() const { return settings_.profile ? profile_.table() + transfers_.table() : ""; }
     void set_attention(AttentionMode mode) override;
@@ -104,6 +107,15 @@ class GpuModel : public TrainableModel {
     std::string first_bad_tensor(double loss);
     bool is_bad_tensor(int tensor);
 
+    // Whether forward and backward enqueue the same each time, on this stream alone. With `make debug` every launch is
+    // waited for.
+    bool replays_launches() const {
+#ifdef LLMC_DEBUG
+        return false;
+#else
+        return settings_.cuda_graphs && comms_ == nullptr && !inputs_ && !settings_.profile;
+#endif
+    }
     bool uses_lighthouse(int l) const {
         return attention_ == AttentionMode::lighthouse && settings_.lighthouse->applies_to(l, config_.num_layers);
     }
@@ -148,6 +160,7 @@ class GpuModel : public TrainableModel {
     TransferProfile transfers_;  // of several ranks
     bool profiling_ = false;     // inside a training step with settings.profile
     StepPass pass_ = StepPass::forward;
+    std::array<MicroBatchGraph, 2> graphs_;  // of a step's first micro-batch, and of the others
     std::array<TokenStage, 2> stages_;
     int next_stage_ = 0;
     PinnedMemory<float> results_;  // [2]: what update() and evaluate() wait for
@@ -211,6 +224,9 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
 inline void GpuModel::set_attention(AttentionMode mode) {
     CHECK(mode == AttentionMode::dense || settings_.lighthouse,
           "Lighthouse attention: memory was planned for a model that is dense throughout (--attention dense)");
+    if (mode != attention_) {
+        graphs_[0].reset(), graphs_[1].reset();
+    }
     attention_ = mode;
 }
 
@@ -242,9 +258,16 @@ inline void GpuModel::accumulate_gradients(const int32_t* tokens, int B, int64_t
     // for the first time. Its choice depends on the clock, so a deterministic run goes without.
     gemm_->set_search(!settings_.deterministic);
     set_profiling(settings_.profile);
-    forward(batch);
-    // Sums over ranks are means: every rank has as many tokens of the step.
-    backward(batch, loss_weight / settings_.mesh.size());
+    const auto enqueue = [&] {
+        forward(batch);
+        // Sums over ranks are means: every rank has as many tokens of the step.
+        backward(batch, loss_weight / settings_.mesh.size());
+    };
+    if (replays_launches()) {
+        graphs_[first_micro_batch_ ? 0 : 1].run({B, T, loss_weight}, stream_, enqueue);
+    } else {
+        enqueue();
+    }
     stage(nullptr);
     set_profiling(false);
     gemm_->set_search(false);

@@ -34,6 +34,7 @@ struct GpuModelSettings {
     Offload offload = Offload::none;
     int64_t optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;  // of AdamW's state offloaded, at a time on the GPU
     bool deterministic = false;
+    bool cuda_graphs = false;           // replay what a micro-batch enqueues, where that is always the same
     bool profile = false;               // time the stages of training steps
     int64_t classifier_chunk_rows = 0;  // rows whose logits exist at once; 0: as many as fit CLASSIFIER_CHUNK_BYTES
     // Lighthouse attention, in the layers it applies to; without it every layer is always dense.
@@ -59,6 +60,7 @@ inline GpuModelSettings gpu_model_settings(const RunConfig& c, const ParallelMes
     settings.recompute = c.recompute;
     settings.offload = c.offload;
     settings.deterministic = c.deterministic;
+    settings.cuda_graphs = c.cuda_graphs;
     settings.profile = c.profile;
     settings.classifier_chunk_rows = c.classifier_chunk_rows;
     settings.gpu_memory = (size_t)(c.gpu_memory * BYTES_PER_GIB);

@@ -150,7 +150,7 @@ inline ContextExchange choose_context_exchange(const AttentionShape& local) {
 // ---- sizes -------------------------------------------------------------------------------------
 // Keys of a chunk, over all heads of a part: as few heads as have so many. 4096 tiles of 128 keys take 132
 // multiprocessors 32 rounds instead of 31.03, but the next step fills what the last round leaves idle: without
-// transfers (H200, n = 262144, 8 heads) parts of two heads are no slower than all heads at once, and need a quarter of
+// transfers (H200, n = 131072, 8 heads) parts of four heads are no slower than all heads at once, and need half of
 // their scratch memory.
 constexpr int64_t RING_PART_KEYS = (int64_t)1 << 19;
 

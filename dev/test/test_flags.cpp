@@ -212,6 +212,7 @@ TEST(Flags, TheCpuRefusesWhatOnlyAGpuHas) {
     refused({"--host_memory", "8"}, "--host_memory: ");
     refused({"--recompute", "block", "--offload", "all"}, "--recompute, --offload: ");
     refused({"--classifier_chunk_rows", "64"}, "--classifier_chunk_rows: ");
+    refused({"--cuda_graphs", "false"}, "--cuda_graphs: ");
     refused({"--fit", "--gpu_memory", "80"}, "--fit: is about the memory of a GPU; train_gpt answers it");
     // What the CPU does anyway.
     EXPECT_EQ(said({"--train_data", "x", "--profile", "false", "--device", "0", "--recompute", "none"}), "");
