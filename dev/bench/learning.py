@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
 """Does training under Lighthouse attention and then under dense attention learn as well as dense attention from the start?
 
-Trains one small byte-level Llama at 32768 tokens of context on text found on this machine (C and C++ headers, Python
-sources): dense from scratch, and Lighthouse switched to dense at three points of the run; equal tokens, data order, seed and
+Trains one small byte-level Llama at 32768 tokens of context on text found on this machine (headers and Python sources,
+each once): dense from scratch, and Lighthouse switched to dense at three points of the run; equal tokens, data order, seed and
 schedule. A few steps of each attention are timed first, and the number of steps is what fits the budget.
-Writes learning.json, learning.md (loss, wall-clock, the jump at the switch and the recovery) and learning.png.
+With --equal_seconds also, for each Lighthouse run, dense attention for as many seconds: fewer steps, a schedule of its own.
+Writes learning.json, learning.md (loss, wall-clock, the jump at the switch and the recovery, and what later tokens do
+to earlier losses at the last evaluation under Lighthouse attention: --print_influence) and learning.png.
 
     make train_gpt && python3 dev/bench/learning.py --budget 360 --out results
     python3 dev/bench/learning.py --gpus 2 --out results              a run on each of two GPUs at a time
@@ -12,6 +14,7 @@ Writes learning.json, learning.md (loss, wall-clock, the jump at the switch and 
 """
 import argparse
 import concurrent.futures
+import hashlib
 import json
 import os
 import queue
@@ -32,24 +35,35 @@ ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__)
 
 # ---- corpus
 
+FOLDERS = ["/usr/include", "/usr/local/include", "/usr/lib/gcc", "/usr/local/cuda/include", os.path.dirname(os.__file__),
+           *site.getsitepackages()]
+ENDINGS = (".h", ".hh", ".hpp", ".tcc", ".cuh", ".py")
+LARGEST_SOURCE = 512 << 10  # larger ones are tables
+
+
 def make_corpus(path, mib):
-    """The system's headers; Python sources fill up what is missing."""
-    subprocess.run([os.path.join(ROOT, "scripts/make_corpus.sh"), path, str(mib)], capture_output=True)
-    size = os.path.getsize(path) if os.path.exists(path) else 0
-    if size >= mib << 20:
-        return
-    sources = []
-    for folder in {*site.getsitepackages(), os.path.dirname(os.__file__)}:
-        for directory, _, names in os.walk(folder):
-            sources += [os.path.join(directory, name) for name in names if name.endswith((".py", ".h", ".cuh", ".hpp"))]
-    sources = sorted(set(sources))
-    random.Random(1).shuffle(sources)
-    with open(path, "ab") as out:
-        for source in sources:
+    """Headers and Python sources of this machine, each text once, shuffled as wholes: the validation split, the end of the
+    file, is then of the same kind as the rest."""
+    names = set()
+    for folder in FOLDERS:
+        for directory, _, files in os.walk(folder):
+            names.update(os.path.realpath(os.path.join(directory, name)) for name in files if name.endswith(ENDINGS))
+    names = sorted(names)
+    random.Random(1).shuffle(names)
+    size, seen = 0, set()
+    with open(path, "wb") as out:
+        for name in names:
             if size >= mib << 20:
                 break
-            with open(source, "rb") as file:
-                text = file.read((mib << 20) - size)
+            try:
+                with open(name, "rb") as file:
+                    text = file.read(LARGEST_SOURCE + 1)
+            except OSError:
+                continue
+            digest = hashlib.sha256(text).digest()
+            if len(text) > LARGEST_SOURCE or digest in seen:
+                continue
+            seen.add(digest)
             out.write(text)
             size += len(text)
     if size < 4 << 20:
@@ -65,7 +79,8 @@ def trainer_flags(options, steps, corpus, folder, switch):
              "eval_batches": options.eval_batches, "sample_tokens": 0, "output_dir": folder, "seed": 1}
     if switch > 0:
         flags.update(attention="lighthouse", lighthouse_steps=switch, lighthouse_levels=3, lighthouse_pool=4,
-                     lighthouse_topk=options.seq_len // 64, lighthouse_dense_layers=options.dense_layers)
+                     lighthouse_topk=options.seq_len // 64, lighthouse_dense_layers=options.dense_layers,
+                     print_influence="true")
     return [word for name, value in flags.items() for word in (f"--{name}", str(value))] + ["--plain"]
 
 
@@ -82,27 +97,28 @@ def train(options, steps, corpus, scratch, name, switch, gpu=0):
     return {"switch": switch, "steps": [line["step"] for line in steps_run], "loss": [line["loss"] for line in steps_run],
             "elapsed_ms": [line["elapsed_ms"] for line in steps_run],
             "skipped": sum(line["event"] == "skip" for line in lines),
-            "validation": [{key: line[key] for key in ("step", "loss", "dense_loss", "attention")}
+            "validation": [{key: line[key] for key in ("step", "loss", "dense_loss", "attention", "influence") if key in line}
                            for line in lines if line["event"] == "validation"]}
 
 
-def train_side_by_side(options, steps, corpus, scratch, switches):
-    """Trains a run for each switch, one at a time on each GPU; yields (switch, metrics or the error) as runs end."""
+def train_side_by_side(options, corpus, scratch, runs):
+    """Trains `runs`, (steps, switch) each, one at a time on each GPU; yields ((steps, switch), metrics or the error) as
+    they end."""
     free_gpus = queue.SimpleQueue()
     for gpu in range(options.gpus):
         free_gpus.put(gpu)
 
-    def train_on_free_gpu(switch):
+    def train_on_free_gpu(steps, switch):
         gpu = free_gpus.get()
         try:
-            return switch, train(options, steps, corpus, scratch, f"run_{switch}", switch, gpu)
+            return (steps, switch), train(options, steps, corpus, scratch, f"run_{steps}_{switch}", switch, gpu)
         except (RuntimeError, subprocess.TimeoutExpired, OSError) as error:
-            return switch, error
+            return (steps, switch), error
         finally:
             free_gpus.put(gpu)
 
     with concurrent.futures.ThreadPoolExecutor(options.gpus) as pool:
-        for ended in concurrent.futures.as_completed([pool.submit(train_on_free_gpu, switch) for switch in switches]):
+        for ended in concurrent.futures.as_completed([pool.submit(train_on_free_gpu, *run) for run in runs]):
             yield ended.result()
 
 
@@ -113,10 +129,14 @@ def smooth(values, width):
     return [sum(values[max(0, i + 1 - width):i + 1]) / (i + 1 - max(0, i + 1 - width)) for i in range(len(values))]
 
 
+def seconds_of(run):
+    return sum(run["elapsed_ms"]) / 1e3
+
+
 def summary(run, dense):
-    """Final losses, seconds, the jump at the switch and when the loss is back where it was before."""
+    """Final losses, seconds, the jump at the switch and when the loss is back where it was before, the last influence."""
     last = run["validation"][-1]
-    row = {"validation": last["dense_loss"], "seconds": sum(run["elapsed_ms"]) / 1e3,
+    row = {"validation": last["dense_loss"], "seconds": seconds_of(run),
            "train": smooth(run["loss"], 20)[-1], "against_dense": last["dense_loss"] - dense["validation"][-1]["dense_loss"]}
     switch = run["switch"]
     if 0 < switch < len(run["loss"]):
@@ -126,6 +146,9 @@ def summary(run, dense):
         row["jump"] = max(after[:20]) - before
         row["recovered_after"] = next((i + 1 - switch for i in range(switch + 20, len(smoothed)) if smoothed[i] <= before),
                                       None)
+    influences = [v["influence"] for v in run["validation"] if "influence" in v]
+    if influences:
+        row["influence"] = influences[-1]
     return row
 
 
@@ -134,18 +157,24 @@ def table(results):
     if dense is None:
         return "no dense run: nothing to compare with"
     header = ["run", "validation loss (dense attention)", "against dense", "training loss", "wall-clock s",
-              "jump at the switch", "steps to recover"]
+              "jump at the switch", "steps to recover", "dense for as long", "later tokens change, help"]
+    equal_seconds = results.get("equal_seconds", {})
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for name, run in results["runs"].items():
         row = summary(run, dense)
+        as_long = equal_seconds.get(name)
+        influence = row.get("influence")
         lines.append("| " + " | ".join([
             name, f"{row['validation']:.4f}", f"{row['against_dense']:+.4f}", f"{row['train']:.4f}",
             f"{row['seconds']:.1f}", f"{row['jump']:+.3f}" if "jump" in row else "-",
-            str(row.get("recovered_after") or "not yet") if "jump" in row else "-"]) + " |")
+            str(row.get("recovered_after") or "not yet") if "jump" in row else "-",
+            f"{as_long['validation'][-1]['dense_loss']:.4f} ({as_long['steps'][-1]} steps)" if as_long else "-",
+            f"{influence['mean_change']:.3f}, {influence['mean_benefit']:+.4f}" if influence else "-"]) + " |")
     settings = results["settings"]
     note = (f"{settings['steps']} steps of {settings['tokens_per_step']} tokens at T={settings['seq_len']}, "
             f"{settings['corpus_bytes']} bytes of text; losses in nats a byte. Recovered: the mean training loss of 20 steps "
-            "is again what it was before the switch.")
+            "is again what it was before the switch. Later tokens: mean change of the losses before them in their tile when "
+            "they are replaced, and how much the true ones help.")
     return "\n".join(lines) + "\n\n" + note
 
 
@@ -186,9 +215,10 @@ def main():
     parser.add_argument("--global_batch", type=int, default=2)
     parser.add_argument("--dense_layers", default="0,-1", help="of the 8 layers, dense throughout")
     parser.add_argument("--evaluations", type=int, default=12, help="validation losses of a run")
-    parser.add_argument("--eval_batches", type=int, default=4)
+    parser.add_argument("--eval_batches", type=int, default=16)
     parser.add_argument("--corpus", help="a text file, instead of what is found on this machine")
-    parser.add_argument("--corpus_mib", type=int, default=32)
+    parser.add_argument("--corpus_mib", type=int, default=96)
+    parser.add_argument("--equal_seconds", action="store_true", help="also dense runs as long as each Lighthouse run")
     parser.add_argument("--gpus", type=int, default=1, help="runs side by side, each on a GPU of its own")
     parser.add_argument("--time_limit", type=float, default=900, help="seconds one run may take")
     parser.add_argument("--out", default=".", help="folder for learning.json, learning.md and learning.png")
@@ -224,19 +254,33 @@ def main():
                                     "seq_len": options.seq_len, "corpus_bytes": os.path.getsize(corpus),
                                     "model": MODEL, "training": TRAINING, "dense_layers": options.dense_layers}, "runs": {}}
             all_switches = [round(part * steps) for part in [0.0] + switches]
+            names = {switch: f"Lighthouse to step {switch}, then dense" if switch else "dense" for switch in all_switches}
             finished = {}
-            for switch, run in train_side_by_side(options, steps, corpus, scratch, all_switches):
-                name = f"Lighthouse to step {switch}, then dense" if switch else "dense"
-                if isinstance(run, Exception):
-                    failed = True
-                    print(f"FAILED {name}: {run}", flush=True)
-                    continue
-                print(f"{name}: validation loss {run['validation'][-1]['dense_loss']:.4f}, "
-                      f"{sum(run['elapsed_ms']) / 1e3:.1f} s", flush=True)
-                finished[switch] = name, run
-                results["runs"] = dict(finished[done] for done in all_switches if done in finished)
-                with open(path("json"), "w") as file:
-                    json.dump(results, file)
+
+            def train_and_report(runs, name_of):
+                """Trains them and prints a line for each; yields those that did not fail."""
+                nonlocal failed
+                for key, run in train_side_by_side(options, corpus, scratch, runs):
+                    if isinstance(run, Exception):
+                        failed = True
+                        print(f"FAILED {name_of(*key)}: {run}", flush=True)
+                        continue
+                    print(f"{name_of(*key)}: validation loss {run['validation'][-1]['dense_loss']:.4f}, "
+                          f"{seconds_of(run):.1f} s", flush=True)
+                    yield key, run
+                    with open(path("json"), "w") as file:
+                        json.dump(results, file)
+
+            for (_, switch), run in train_and_report([(steps, switch) for switch in all_switches], lambda _, s: names[s]):
+                finished[switch] = run
+                results["runs"] = {names[done]: finished[done] for done in all_switches if done in finished}
+            if options.equal_seconds and 0 in finished:
+                step_seconds = seconds_of(finished[0]) / steps
+                as_long = {max(1, round(seconds_of(run) / step_seconds)): names[switch]
+                           for switch, run in finished.items() if switch}
+                results["equal_seconds"] = {}
+                for (some_steps, _), run in train_and_report([(n, 0) for n in as_long], lambda n, _: f"dense, {n} steps"):
+                    results["equal_seconds"][as_long[some_steps]] = run
     text = table(results)
     with open(path("md"), "w") as file:
         file.write(text + "\n")
