@@ -58,6 +58,17 @@ inline std::shared_ptr<const OutputLock> lock_output(const RunConfig& config) {
     return lock;
 }
 
+// Throws Error when `flag` names what is no folder; with may_be_missing one that is not there yet is right.
+inline void check_names_folder(const char* flag, const std::string& folder, bool may_be_missing) {
+    std::error_code error;
+    const std::filesystem::file_status status = std::filesystem::status(folder, error);
+    const bool is_missing = status.type() == std::filesystem::file_type::not_found &&
+                            (!error || error == std::errc::no_such_file_or_directory);
+    CHECK(!is_missing || may_be_missing, "%s %s: there is no such folder", flag, folder.c_str());
+    CHECK(!error || is_missing, "%s %s: cannot look there: %s", flag, folder.c_str(), error.message().c_str());
+    CHECK(is_missing || std::filesystem::is_directory(status), "%s %s: is no folder", flag, folder.c_str());
+}
+
 // Throws Error when a run that is not resumed would mix with another, or replace settings that someone has put there.
 // alone: no other rank asks at the same time.
 inline void check_holds_no_run(const RunConfig& config, bool alone) {
@@ -145,6 +156,12 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
 inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     RunConfig& config = parsed.config;
     config.data_parallel = ranks.mesh().data_parallel;
+    if (!config.init_from.empty()) {
+        check_names_folder("--init_from", config.init_from, false);
+    }
+    if (!config.output_dir.empty() && !config.fit) {
+        check_names_folder("--output_dir", config.output_dir, true);
+    }
     if (config.resume) {
         const auto find = [&](std::atomic<uint64_t>* progress) {
             if (config.max_steps > 0 && !config.fit) {  // first: a run that is about to end may yet write a newer one

@@ -37,7 +37,7 @@ inline int edit_distance(const std::string& a, const std::string& b) {
 
 // The setting whose name is nearest to a mistyped one: dashes count as underscores, initials ("lr") stand for their
 // words, and a name that contains the typed one, or is contained in it, is nearer than its length says.
-inline std::string nearest_setting(const std::vector<Setting>& settings, std::string typed) {
+inline std::string nearest_setting(const std::vector<Setting>& settings, std::string typed, bool on_command_line) {
     std::replace(typed.begin(), typed.end(), '-', '_');
     std::string nearest;
     int best = 1 << 20;
@@ -58,8 +58,10 @@ inline std::string nearest_setting(const std::vector<Setting>& settings, std::st
     for (const Setting& s : settings) {
         consider(s.name);
     }
-    consider("config");
-    consider("help");
+    if (on_command_line) {
+        consider("config");
+        consider("help");
+    }
     return nearest;
 }
 
@@ -107,7 +109,7 @@ inline SettingsLayer layer_from_file(const std::vector<Setting>& settings, const
         CHECK(entry.name != "config", "%s line %d: a settings file cannot name another", path.c_str(), entry.line);
         const Setting* s = find_setting(settings, entry.name);
         CHECK(s != nullptr, "%s line %d: there is no setting '%s'; the nearest is '%s'", path.c_str(), entry.line,
-              entry.name.c_str(), nearest_setting(settings, entry.name).c_str());
+              entry.name.c_str(), nearest_setting(settings, entry.name, false).c_str());
         CHECK(s->is_list || entry.values.size() == 1, "%s line %d: %s takes one value, not an array", path.c_str(),
               entry.line, entry.name.c_str());
         layer.values[entry.name] = entry.values;
@@ -179,10 +181,7 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
               extra.c_str(), extra.c_str());
         const std::string name = extra.substr(0, extra.find('='));
         fail("%s: there is no such flag; the nearest is --%s (--help lists all)", name.c_str(),
-             nearest_setting(
-                 settings, name.substr(name.find_first_not_of('-') == std::string::npos ? name.size()
-                                                                                        : name.find_first_not_of('-')))
-                 .c_str());
+             nearest_setting(settings, name.substr(std::min(name.find_first_not_of('-'), name.size())), true).c_str());
     }
 
     SettingsLayer command_line;

@@ -135,9 +135,10 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
 
     group = "Many GPUs (one process each: scripts/mpirun_train.sh, slurm_train.sh, spawn_ranks.sh)";
     add("context_parallel", c.context_parallel, "processes that share each sequence; must divide their number");
-    add("context_exchange", c.context_exchange, "how keys of a shared sequence travel; auto: by the cost of both");
-    add("comm_transport", c.comm_transport, "auto: nccl; host: through host memory, slow, for tests");
-    add("comm_timeout", c.comm_timeout, "seconds without progress between processes that end the job");
+    add_of_gpu("context_exchange", c.context_exchange,
+               "how keys of a shared sequence travel; auto: by the cost of both");
+    add_of_gpu("comm_transport", c.comm_transport, "auto: nccl; host: through host memory, slow, for tests");
+    add_of_gpu("comm_timeout", c.comm_timeout, "seconds without progress between processes that end the job");
 
     group = "Device and terminal";
     add_of_gpu("device", c.device, "its index");

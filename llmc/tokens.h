@@ -144,6 +144,7 @@ inline std::vector<std::string> expand_patterns(const std::string& flag, const s
         if (stat(pattern.c_str(), &status) == 0) {
             CHECK(!S_ISDIR(status.st_mode), "%s %s: is a folder; name the files in it: %s '%s/*'", flag.c_str(),
                   pattern.c_str(), flag.c_str(), pattern.c_str());
+            CHECK(S_ISREG(status.st_mode), "%s %s: is a device or pipe, not a file", flag.c_str(), pattern.c_str());
             paths.push_back(pattern);
             continue;
         }

@@ -106,7 +106,14 @@ refused "where a constant learning rate ends" "--final_learning_rate_fraction an
 refused "dilation of another scorer" "--lighthouse_dilation and --lighthouse_scorer norm" "${data[@]}" --attention lighthouse --lighthouse_dilation 2
 refused "a decay that is 1 in float32" "--beta2 0.99999999999" "${data[@]}" --beta2 0.99999999999
 refused "an epsilon that is 0 in float32" "--adam_eps 1e-46" "${data[@]}" --adam_eps 1e-46
-refused "a folder's name that is too long" "aaa: cannot list this folder: File name too long" "${data[@]}" "${shape[@]}" --output_dir "$work/$(printf 'a%.0s' $(seq 300))"
+refused "a folder's name that is too long" "aaa: cannot look there: File name too long" "${data[@]}" "${shape[@]}" --output_dir "$work/$(printf 'a%.0s' $(seq 300))"
+touch "$work/a_file"
+refused "a file for --output_dir" "--output_dir [^ ]*a_file: is no folder" "${data[@]}" "${shape[@]}" --output_dir "$work/a_file"
+refused "a folder in a file for --output_dir" "--output_dir [^ ]*a_file/x: cannot look there" "${data[@]}" "${shape[@]}" --output_dir "$work/a_file/x"
+refused "a file for --init_from" "--init_from [^ ]*a_file: is no folder" "${data[@]}" --init_from "$work/a_file"
+refused "no folder for --init_from" "--init_from [^ ]*nothing: there is no such folder" "${data[@]}" --init_from "$work/nothing"
+mkfifo "$work/a_pipe"
+refused "a pipe for --train_data" "--train_data [^ ]*a_pipe: is a device or pipe" "${shape[@]}" --train_data "$work/a_pipe"
 refused "heads that do not divide" "--num_kv_heads 3" "${data[@]}" --num_kv_heads 3
 refused "batch that does not divide" "--global_batch 3" "${data[@]}" --global_batch 3
 refused "Lighthouse flag under dense attention" "--lighthouse_topk" "${data[@]}" --lighthouse_topk 128

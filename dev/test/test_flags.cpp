@@ -213,6 +213,7 @@ TEST(Flags, TheCpuRefusesWhatOnlyAGpuHas) {
     refused({"--recompute", "block", "--offload", "all"}, "--recompute, --offload: ");
     refused({"--classifier_chunk_rows", "64"}, "--classifier_chunk_rows: ");
     refused({"--cuda_graphs", "false"}, "--cuda_graphs: ");
+    refused({"--comm_transport", "host", "--comm_timeout", "9"}, "--comm_transport, --comm_timeout: ");
     refused({"--fit", "--gpu_memory", "80"}, "--fit: is about the memory of a GPU; train_gpt answers it");
     // What the CPU does anyway.
     EXPECT_EQ(said({"--train_data", "x", "--profile", "false", "--device", "0", "--recompute", "none"}), "");
