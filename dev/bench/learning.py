@@ -276,11 +276,12 @@ def main():
                 results["runs"] = {names[done]: finished[done] for done in all_switches if done in finished}
             if options.equal_seconds and 0 in finished:
                 step_seconds = seconds_of(finished[0]) / steps
-                as_long = {max(1, round(seconds_of(run) / step_seconds)): names[switch]
+                as_long = {names[switch]: max(1, round(seconds_of(run) / step_seconds))
                            for switch, run in finished.items() if switch}
                 results["equal_seconds"] = {}
-                for (some_steps, _), run in train_and_report([(n, 0) for n in as_long], lambda n, _: f"dense, {n} steps"):
-                    results["equal_seconds"][as_long[some_steps]] = run
+                dense_runs = [(n, 0) for n in sorted(set(as_long.values()))]
+                for (some_steps, _), run in train_and_report(dense_runs, lambda n, _: f"dense, {n} steps"):
+                    results["equal_seconds"].update({name: run for name, n in as_long.items() if n == some_steps})
     text = table(results)
     with open(path("md"), "w") as file:
         file.write(text + "\n")
