@@ -4,7 +4,9 @@
 #include <cerrno>
 #include <cstdio>
 #include <cstring>
+#include <filesystem>
 #include <fstream>
+#include <set>
 #include <string>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -18,8 +20,8 @@
 class MetricsLog {
   public:
     // Opens or creates `path`. Of a file that exists, lines of steps after `last_step` are dropped, as is a last line
-    // cut off by a crash: a resumed run writes those steps again, and whether attention switches behind `last_step`.
-    // Throws Error when it cannot be read or written.
+    // cut off by a crash: a resumed run writes those steps again, and whether attention switches behind `last_step`. A
+    // symbolic link stays one. Throws Error when it cannot be read or written.
     MetricsLog(const std::string& path, int64_t last_step) : path_(path) {
         drop_lines_after(last_step);
         file_ = std::fopen(path.c_str(), "ab");
@@ -32,6 +34,9 @@ class MetricsLog {
     }
     MetricsLog(const MetricsLog&) = delete;
     MetricsLog& operator=(const MetricsLog&) = delete;
+
+    // Whether the file had such an event of `last_step`.
+    bool had_at_start(const std::string& event) const { return events_at_start_.count(event) > 0; }
 
     // One line {"event": event, "step": step, ...fields}. Numbers that are not finite become null: JSON has no others.
     // Throws Error when the line does not reach the file.
@@ -50,7 +55,7 @@ class MetricsLog {
         return object.dump(-1, ' ', false, Json::error_handler_t::replace);
     }
 
-    void drop_lines_after(int64_t last_step) const {
+    void drop_lines_after(int64_t last_step) {
         struct stat status;
         if (stat(path_.c_str(), &status) != 0) {
             return;
@@ -58,7 +63,9 @@ class MetricsLog {
         CHECK(S_ISREG(status.st_mode), "%s: is not a file", path_.c_str());
         std::ifstream old(path_, std::ios::binary);
         CHECK(old.good(), "%s: cannot read: %s", path_.c_str(), std::strerror(errno));
-        const std::string kept_path = path_ + ".new";
+        std::error_code error;
+        const std::string real_path = std::filesystem::canonical(path_, error).string(), kept_path = real_path + ".new";
+        CHECK(!error, "%s: cannot find: %s", path_.c_str(), error.message().c_str());
         std::ofstream kept(kept_path, std::ios::binary | std::ios::trunc);
         CHECK(kept.good(), "%s: cannot write: %s", kept_path.c_str(), std::strerror(errno));
         for (std::string line; std::getline(old, line);) {
@@ -67,14 +74,18 @@ class MetricsLog {
             const bool is_switch = whole && object.value("event", Json()) == "attention_switch";
             if (whole && object["step"].get<int64_t>() <= (is_switch ? last_step - 1 : last_step)) {
                 kept << line << '\n';
+                if (object["step"].get<int64_t>() == last_step) {
+                    events_at_start_.insert(object.value("event", ""));
+                }
             }
         }
         kept.close();
-        CHECK(!old.bad() && kept.good() && std::rename(kept_path.c_str(), path_.c_str()) == 0, "%s: cannot write: %s",
-              kept_path.c_str(), std::strerror(errno));
+        CHECK(!old.bad() && kept.good() && std::rename(kept_path.c_str(), real_path.c_str()) == 0,
+              "%s: cannot write: %s", kept_path.c_str(), std::strerror(errno));
     }
 
     std::string path_;
+    std::set<std::string> events_at_start_;
     std::FILE* file_ = nullptr;
 };
 

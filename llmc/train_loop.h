@@ -56,6 +56,9 @@ class TrainingRun {
                                           (long long)state_.step, (long long)config_.max_steps));
             return 0;
         }
+        if (config_.resume) {
+            make_up_for_what_was_due();
+        }
         while (state_.step < config_.max_steps && !stop_requested()) {
             switch_attention_when_due();
             const StepResult result = training_step();
@@ -291,6 +294,20 @@ class TrainingRun {
         file.finish();
         CHECK(std::rename(temporary.c_str(), path.c_str()) == 0, "%s: cannot write: %s", path.c_str(),
               std::strerror(errno));
+    }
+
+    // A signal ends a run before the evaluation and the sample that are due at its last step.
+    void make_up_for_what_was_due() {
+        const auto is_missing = [&](const char* event) {
+            const int missing = metrics_ && !metrics_->had_at_start(event);  // rank 0 knows
+            return (ranks_.size() == 1 ? missing : ranks_.largest(missing, "whether metrics lack an event")) != 0;
+        };
+        if (is_due(config_.eval_every) && is_missing("validation")) {
+            evaluate();
+        }
+        if (is_due(config_.sample_every) && is_missing("sample")) {
+            sample();
+        }
     }
 
     // ---- one step

@@ -68,6 +68,37 @@ TEST(MetricsLog, ResumeDropsLaterStepsAndCutLines) {
     EXPECT_NE(read_all(path).find("40}"), std::string::npos);
 }
 
+TEST(MetricsLog, KnowsWhatTheLastStepHad) {
+    TemporaryFolder folder;
+    const std::string path = folder.path + "/metrics.jsonl";
+    {
+        MetricsLog log(path, 0);
+        log.write("step", 3, Json::object());
+        log.write("validation", 3, Json::object());
+        log.write("sample", 2, Json::object());
+        log.write("checkpoint", 4, Json::object());
+        EXPECT_FALSE(log.had_at_start("step"));
+    }
+    const MetricsLog log(path, 3);
+    EXPECT_TRUE(log.had_at_start("validation"));
+    EXPECT_FALSE(log.had_at_start("sample"));
+    EXPECT_FALSE(log.had_at_start("checkpoint"));
+}
+
+TEST(MetricsLog, ASymbolicLinkStaysOne) {
+    TemporaryFolder folder;
+    std::filesystem::create_directory(folder.path + "/elsewhere");
+    const std::string real = folder.path + "/elsewhere/real.jsonl", path = folder.path + "/metrics.jsonl";
+    std::filesystem::create_symlink("elsewhere/real.jsonl", path);
+    for (int step = 1; step <= 2; ++step) {
+        MetricsLog log(path, 1);
+        log.write("step", step, Json::object());
+    }
+    EXPECT_TRUE(std::filesystem::is_symlink(path));
+    EXPECT_EQ(read_all(real), read_all(path));
+    EXPECT_NE(read_all(real).find("\"step\":2"), std::string::npos) << read_all(real);
+}
+
 TEST(MetricsLog, ASwitchIsOfTheStepsBehindIt) {
     TemporaryFolder folder;
     const std::string path = folder.path + "/metrics.jsonl";

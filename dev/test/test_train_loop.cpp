@@ -486,6 +486,31 @@ TEST_F(TrainLoop, SignalFinishesTheStepAndSaves) {
     }
 }
 
+TEST_F(TrainLoop, WhatASignalKeptFromBeingDoneIsMadeUpFor) {
+    config_.eval_every = config_.sample_every = 3, config_.sample_tokens = 4;
+    const auto steps_of = [&](const char* event) {
+        std::string steps;
+        for (const Json& line : events(event)) {
+            steps += std::to_string(line["step"].get<int>()) + " ";
+        }
+        return steps;
+    };
+    FakeModel model(config_.model);
+    model.on_update = [](int n) { n == 3 ? std::raise(SIGINT) : 0; };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_EQ(steps_of("validation") + steps_of("sample"), "");
+    stop_signal::received = 0;
+    FakeModel after(config_.model);
+    after.on_update = [](int n) { n == 4 ? std::raise(SIGINT) : 0; };  // at step 7, where nothing is due
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    EXPECT_EQ(steps_of("validation"), "3 6 ");
+    stop_signal::received = 0;
+    FakeModel last(config_.model);
+    EXPECT_EQ(run(last, resumed(config_)), 0);
+    EXPECT_EQ(steps_of("validation"), "3 6 8 ");
+    EXPECT_EQ(steps_of("sample"), "3 6 8 ");
+}
+
 // There is nothing to go on with then, but an evaluation that did not end.
 TEST_F(TrainLoop, SignalAfterTheLastStepSaysHowToEvaluate) {
     config_.val_data = config_.train_data;
