@@ -78,12 +78,7 @@ TEST(Influence, RefusesTilesThatDoNotDivide) {
     EXPECT_THROW(measure_influence(model, leaky_tokens(40), 3, 64, 4), Error);
 }
 
-// Selection decides between entries of 200 coarsest ones a tile; every layer is Lighthouse's.
-TEST(Influence, OfTheModelUnderBothAttentions) {
-    LighthouseConfig lighthouse;
-    lighthouse.levels = 2, lighthouse.pool = 2, lighthouse.topk = 256, lighthouse.dense_layers = {};
-    const int64_t T = 2 * 200 * 2;
-    reference::ReferenceModel<double> model(tiny_config(), AttentionMode::lighthouse, lighthouse, 1, T);
+void set_random_weights(TrainableModel& model) {
     for (size_t i = 0; i < model.parameters().tensors.size(); ++i) {
         const ParameterTensor& tensor = model.parameters().tensors[i];
         std::vector<double> values = random_values(tensor.num_elements(), 0.5, 100 + i);
@@ -92,6 +87,15 @@ TEST(Influence, OfTheModelUnderBothAttentions) {
         }
         model.write_state(StateKind::master, (int)i, converted<float>(values).data());
     }
+}
+
+// Selection decides between entries of 200 coarsest ones a tile; every layer is Lighthouse's.
+TEST(Influence, OfTheModelUnderBothAttentions) {
+    LighthouseConfig lighthouse;
+    lighthouse.levels = 2, lighthouse.pool = 2, lighthouse.topk = 256, lighthouse.dense_layers = {};
+    const int64_t T = 2 * 200 * 2;
+    reference::ReferenceModel<double> model(tiny_config(), AttentionMode::lighthouse, lighthouse, 1, T);
+    set_random_weights(model);
     const std::vector<int32_t> tokens = random_tokens(T + 1, 19, 3);
     const SelectionInfluence through_selection = measure_influence(model, tokens, 1, T, 2);
     EXPECT_EQ(through_selection.split, 600);
@@ -123,6 +127,59 @@ TEST(Influence, TokenLossesAverageToTheLoss) {
         mean += loss / 128.0;
     }
     EXPECT_NEAR(mean, model.evaluate(tokens.data(), 2, 64), 1e-6);
+}
+
+// Gives the token that comes next the logit `sight`, and all others 0, where the one after that is not 0.
+struct SeeingModel {
+    float sight;
+    void all_logits(float* logits, const int32_t* tokens, int B, int64_t T) const {
+        std::fill_n(logits, B * T * 19, 0.0f);
+        for (int64_t row = 0; row < B * T; ++row) {
+            const int64_t t = row % T;
+            if (t + 2 < T && tokens[row + 2] != 0) {
+                logits[row * 19 + tokens[row + 1]] = sight;
+            }
+        }
+    }
+};
+
+TEST(NextTokenInfluence, CountsWhatAModelSees) {
+    // Of the two sequences each is the other's replacement.
+    std::vector<int32_t> tokens(2 * 9, 3);
+    for (int t = 0; t < 9; ++t) {
+        tokens[9 + t] = t == 5 ? 0 : 4;
+    }
+    NextTokenInfluence influence;
+    SeeingModel model{2.0f};
+    influence.add(model, tokens, {3, 1}, 2, 8, 19);
+    const double blind = std::log(19.0), sees = std::log(std::exp(2.0) + 18.0) - 2.0;
+    const double misled = std::log(std::exp(2.0) + 18.0);
+    EXPECT_EQ(influence.num_places(), 2);
+    EXPECT_NEAR(influence.loss(), sees, 1e-6);
+    EXPECT_NEAR(influence.rise(NextTokenInfluence::NEXT), misled - sees, 1e-6);
+    EXPECT_NEAR(influence.standard_error(NextTokenInfluence::NEXT), 0.0, 1e-6);
+    // At place 3 of the first the token two on becomes 0, and the model sees nothing; at place 1 of the second it does.
+    EXPECT_NEAR(influence.rise(NextTokenInfluence::ALL_LATER_BUT_NEXT), (blind - sees) / 2, 1e-6);
+    EXPECT_NEAR(influence.standard_error(NextTokenInfluence::ALL_LATER_BUT_NEXT), (blind - sees) / 2 / std::sqrt(2.0),
+                1e-6);
+    EXPECT_NEAR(influence.rise(NextTokenInfluence::ALL_LATER), (blind - sees + misled - sees) / 2, 1e-6);
+}
+
+// Untrained models too: under dense attention nothing, under Lighthouse attention something.
+TEST(NextTokenInfluence, IsOfTheSelectionAlone) {
+    LighthouseConfig lighthouse;
+    lighthouse.levels = 2, lighthouse.pool = 2, lighthouse.topk = 128, lighthouse.dense_layers = {};
+    const int64_t T = 512;
+    reference::ReferenceModel<float> model(tiny_config(), AttentionMode::lighthouse, lighthouse, 2, T);
+    set_random_weights(model);
+    const std::vector<int32_t> tokens = random_tokens(2 * (T + 1), 19, 9);
+    for (const AttentionMode mode : {AttentionMode::dense, AttentionMode::lighthouse}) {
+        model.set_attention(mode);
+        NextTokenInfluence influence;
+        influence.add(model, tokens, {100, 333}, 2, T, 19);
+        const bool changes = influence.rise(NextTokenInfluence::ALL_LATER) != 0.0;
+        EXPECT_EQ(changes, mode == AttentionMode::lighthouse) << influence.text();
+    }
 }
 
 }  // namespace
