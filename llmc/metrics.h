@@ -71,11 +71,15 @@ class MetricsLog {
         for (std::string line; std::getline(old, line);) {
             const Json object = Json::parse(line, nullptr, false);
             const bool whole = object.is_object() && object.contains("step") && object["step"].is_number_integer();
-            const bool is_switch = whole && object.value("event", Json()) == "attention_switch";
-            if (whole && object["step"].get<int64_t>() <= (is_switch ? last_step - 1 : last_step)) {
+            if (!whole) {
+                continue;
+            }
+            const int64_t step = object["step"].get<int64_t>();
+            const Json event = object.value("event", Json());  // of any type, in lines that are not ours
+            if (step <= (event == "attention_switch" ? last_step - 1 : last_step)) {
                 kept << line << '\n';
-                if (object["step"].get<int64_t>() == last_step) {
-                    events_at_start_.insert(object.value("event", ""));
+                if (step == last_step && event.is_string()) {
+                    events_at_start_.insert(event.get<std::string>());
                 }
             }
         }

@@ -79,10 +79,12 @@ TEST(MetricsLog, KnowsWhatTheLastStepHad) {
         log.write("checkpoint", 4, Json::object());
         EXPECT_FALSE(log.had_at_start("step"));
     }
+    std::ofstream(path, std::ios::app) << "{\"event\":5,\"step\":3}\n";  // of somebody else
     const MetricsLog log(path, 3);
     EXPECT_TRUE(log.had_at_start("validation"));
     EXPECT_FALSE(log.had_at_start("sample"));
     EXPECT_FALSE(log.had_at_start("checkpoint"));
+    EXPECT_NE(read_all(path).find("{\"event\":5,"), std::string::npos);
 }
 
 TEST(MetricsLog, ASymbolicLinkStaysOne) {
