@@ -56,7 +56,7 @@ class TrainingRun {
                                           (long long)state_.step, (long long)config_.max_steps));
             return 0;
         }
-        if (config_.resume) {
+        if (config_.resume && state_.step > 0) {
             make_up_for_what_was_due();
         }
         while (state_.step < config_.max_steps && !stop_requested()) {

@@ -495,9 +495,13 @@ TEST_F(TrainLoop, WhatASignalKeptFromBeingDoneIsMadeUpFor) {
         }
         return steps;
     };
+    stop_signal::received = SIGINT;  // before the first step, where nothing is due
+    FakeModel unstarted(config_.model);
+    EXPECT_EQ(run(unstarted, config_), 0);
+    stop_signal::received = 0;
     FakeModel model(config_.model);
     model.on_update = [](int n) { n == 3 ? std::raise(SIGINT) : 0; };
-    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_EQ(run(model, resumed(config_)), 0);
     EXPECT_EQ(steps_of("validation") + steps_of("sample"), "");
     stop_signal::received = 0;
     FakeModel after(config_.model);
