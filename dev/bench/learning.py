@@ -30,7 +30,6 @@ from plotting import pyplot
 MODEL = dict(num_layers=8, width=512, num_heads=8, num_kv_heads=8, head_dim=64, ffn_width=1408, vocab_size=258)
 TRAINING = dict(learning_rate="1.5e-3", schedule="cosine", final_learning_rate_fraction="0.1", weight_decay="0.1",
                 beta1="0.9", beta2="0.95", max_grad_norm="1.0")
-ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 
 # ---- corpus
@@ -268,12 +267,15 @@ def main():
                     print(f"{name_of(*key)}: validation loss {run['validation'][-1]['dense_loss']:.4f}, "
                           f"{seconds_of(run):.1f} s", flush=True)
                     yield key, run
-                    with open(path("json"), "w") as file:
-                        json.dump(results, file)
+
+            def save():
+                with open(path("json"), "w") as file:
+                    json.dump(results, file)
 
             for (_, switch), run in train_and_report([(steps, switch) for switch in all_switches], lambda _, s: names[s]):
                 finished[switch] = run
                 results["runs"] = {names[done]: finished[done] for done in all_switches if done in finished}
+                save()
             if options.equal_seconds and 0 in finished:
                 step_seconds = seconds_of(finished[0]) / steps
                 as_long = {names[switch]: max(1, round(seconds_of(run) / step_seconds))
@@ -282,6 +284,7 @@ def main():
                 dense_runs = [(n, 0) for n in sorted(set(as_long.values()))]
                 for (some_steps, _), run in train_and_report(dense_runs, lambda n, _: f"dense, {n} steps"):
                     results["equal_seconds"].update({name: run for name, n in as_long.items() if n == some_steps})
+                    save()
     text = table(results)
     with open(path("md"), "w") as file:
         file.write(text + "\n")

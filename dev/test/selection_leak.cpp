@@ -1,5 +1,6 @@
 // selection_leak.cpp: how much a model trained under Lighthouse attention has learned to read of the token that it is
-// to predict from the choice of entries, which depends on it (llmc/influence.h). On the CPU, in float32.
+// to predict from the choice of entries, which depends on it (llmc/reference/next_token_influence.h). On the CPU, in
+// float32.
 //   selection_leak FLAG ...    flags of the trainer that evaluate a checkpoint under Lighthouse attention on data
 //                              (--resume or --init_from, --val_data, --seed: of the places); one place of each
 //                              validation sequence, --eval_batches batches of --batch_size, 0: all
@@ -9,11 +10,11 @@
 
 #include "llmc/checkpoint_load.h"
 #include "llmc/configure_run.h"
-#include "llmc/influence.h"
 #include "llmc/random.h"
 #include "llmc/reference/model.h"
+#include "llmc/reference/next_token_influence.h"
 
-static void measure(RunConfig config, bool evaluates_all) {
+static void measure(const RunConfig& config) {
     const int B = config.batch_size;
     const int64_t T = config.seq_len;
     CHECK(!config.checkpoint.empty(), "needs a checkpoint: --resume --output_dir RUN, or --init_from");
@@ -30,8 +31,8 @@ static void measure(RunConfig config, bool evaluates_all) {
     const int64_t all_batches = data.validation->num_sequences() / B;
     CHECK(all_batches >= 1, "--batch_size %d: must be at most the number of validation sequences, %lld", B,
           (long long)data.validation->num_sequences());
-    const int64_t num_batches = evaluates_all ? all_batches : std::min(config.eval_batches, all_batches);
-    NextTokenInfluence influence;
+    const int64_t num_batches = config.eval_batches == 0 ? all_batches : std::min(config.eval_batches, all_batches);
+    reference::NextTokenInfluence influence;
     for (int64_t i = 0; i < num_batches; ++i) {
         const RandomStream random(config.seed, RandomUse::samples, (uint64_t)i);
         std::vector<int32_t> tokens(B * (T + 1));
@@ -53,7 +54,7 @@ int main(int argc, char** argv) {
         }
         const std::optional<RunConfig> config = configure_run((int)arguments.size(), arguments.data());
         if (config) {
-            measure(*config, config->eval_batches == 0);
+            measure(*config);
         }
         return 0;
     } catch (const std::exception& error) {

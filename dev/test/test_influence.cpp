@@ -5,6 +5,7 @@
 #include "dev/test/reference_testing.h"
 #include "llmc/influence.h"
 #include "llmc/reference/model.h"
+#include "llmc/reference/next_token_influence.h"
 
 namespace {
 
@@ -114,11 +115,7 @@ TEST(Influence, OfTheModelUnderBothAttentions) {
 // Their mean is the loss that evaluate gives.
 TEST(Influence, TokenLossesAverageToTheLoss) {
     reference::ReferenceModel<double> model(tiny_config(), AttentionMode::dense, {}, 2, 64);
-    for (size_t i = 0; i < model.parameters().tensors.size(); ++i) {
-        const ParameterTensor& tensor = model.parameters().tensors[i];
-        model.write_state(StateKind::master, (int)i,
-                          converted<float>(random_values(tensor.num_elements(), 0.5, 100 + i)).data());
-    }
+    set_random_weights(model);
     const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 3);
     std::vector<float> losses(2 * 64);
     model.token_losses(losses.data(), tokens.data(), 2, 64);
@@ -128,6 +125,8 @@ TEST(Influence, TokenLossesAverageToTheLoss) {
     }
     EXPECT_NEAR(mean, model.evaluate(tokens.data(), 2, 64), 1e-6);
 }
+
+using reference::NextTokenInfluence;
 
 // Gives the token that comes next the logit `sight`, and all others 0, where the one after that is not 0.
 struct SeeingModel {
