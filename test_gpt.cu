@@ -71,6 +71,26 @@ static void test_evaluation(Checks& checks, const Case& c) {
     const double true_loss = truth.model->evaluate(tokens.data(), c.B, c.T);
     compare_loss(checks, "evaluation", c, model->evaluate(tokens.data(), c.B, c.T), true_loss,
                  std::abs(plain_loss - true_loss));
+    // The loss of each token, for targets of one's own: another target changes the loss of its place alone.
+    std::vector<int32_t> inputs, targets;
+    for (int b = 0; b < c.B; ++b) {
+        const int32_t* const row = tokens.data() + b * (c.T + 1);
+        inputs.insert(inputs.end(), row, row + c.T), targets.insert(targets.end(), row + 1, row + c.T + 1);
+    }
+    std::vector<float> losses(c.B * c.T, NAN), others(losses), expected_losses(losses);
+    model->token_losses(losses.data(), inputs.data(), targets.data(), c.B, c.T);
+    truth.model->token_losses(expected_losses.data(), inputs.data(), targets.data(), c.B, c.T);
+    compare(checks, "losses of tokens", c.name, to_double(losses), to_double(expected_losses),
+            limit_of(to_double(plain.model.token_losses()), to_double(expected_losses)));
+    const int64_t place = c.B * c.T / 2;
+    targets[place] = (int32_t)((targets[place] + 1) % c.config.vocab_size);
+    model->token_losses(others.data(), inputs.data(), targets.data(), c.B, c.T);
+    int64_t num_changed = 0;
+    for (size_t i = 0; i < losses.size(); ++i) {
+        num_changed += losses[i] != others[i];
+    }
+    checks.expect(num_changed == 1 && losses[place] != others[place], "another target", c.name,
+                  format_string("%lld losses changed", (long long)num_changed));
     for (const int64_t T : {c.T, (c.T + 2) / 3}) {
         if (c.lighthouse && T != c.T) {
             continue;  // not a length of this geometry
@@ -137,15 +157,13 @@ static void test_bits(Checks& checks, const Case& c, bool small) {
         }
         GpuModelSettings settings = c.settings(recompute, true);
         settings.trains_dense = false;
-        GpuModel first_stage(c.config, settings);
-        for (size_t i = 0; i < weights.size(); ++i) {
-            first_stage.write_state(StateKind::master, (int)i, weights[i].data());
-        }
-        const double dense_loss = first_stage.evaluate(batches[0].data(), c.B, c.T);
-        first_stage.set_attention(AttentionMode::lighthouse);
-        accumulate(first_stage, c, batches);
+        const auto first_stage = make_model(c, settings, weights);
+        first_stage->set_attention(AttentionMode::dense);
+        const double dense_loss = first_stage->evaluate(batches[0].data(), c.B, c.T);
+        first_stage->set_attention(AttentionMode::lighthouse);
+        accumulate(*first_stage, c, batches);
         expect_equal(checks, format_string("first stage alone, --recompute %s", name), c.name,
-                     gradients_of(first_stage), gradients);
+                     gradients_of(*first_stage), gradients);
         const double expected = dense_model->evaluate(batches[0].data(), c.B, c.T);
         checks.expect(dense_loss == expected, "dense evaluation in the first stage", c.name,
                       format_string("%.9g and %.9g", dense_loss, expected));
@@ -180,31 +198,31 @@ static void test_cuda_graphs(Checks& checks, const Case& c) {
     const auto run = [&](bool cuda_graphs) {
         GpuModelSettings settings = c.settings(Recompute::norms_and_gate, true);
         settings.cuda_graphs = cuda_graphs;
-        GpuModel model(c.config, settings);
-        for (size_t i = 0; i < weights.size(); ++i) {
-            model.write_state(StateKind::master, (int)i, weights[i].data());
-        }
+        const auto model = make_model(c, settings, weights);
         std::vector<double> numbers;
         Tensors tensors;
         for (const AttentionMode attention : {c.attention(), AttentionMode::dense, c.attention()}) {
-            model.set_attention(attention);
-            auto [some_numbers, some_tensors] = three_steps(model, c, checks.seed);
+            model->set_attention(attention);
+            auto [some_numbers, some_tensors] = three_steps(*model, c, checks.seed);
             numbers.insert(numbers.end(), some_numbers.begin(), some_numbers.end());
             for (std::vector<double>& tensor : some_tensors) {
                 tensors.push_back(std::move(tensor));
             }
         }
-        return std::tuple(numbers, tensors, model.num_graph_replays());
+        return std::tuple(numbers, tensors, model->num_graph_replays());
     };
     const auto [numbers, tensors, no_replays] = run(false);
     const auto [replayed_numbers, replayed_tensors, num_replays] = run(true);
     checks.expect(replayed_numbers == numbers, "replayed losses and norms", c.name,
                   format_string("the last %.9g and %.9g", replayed_numbers.back(), numbers.back()));
     expect_equal(checks, "replayed gradients and state", c.name, replayed_tensors, tensors);
-    // Launched one by one: the first step of each attention, and of its later micro-batches the first and each that
-    // follows one of another weight.
-    checks.expect(no_replays == 0 && num_replays > 0, "launches are replayed", c.name,
-                  format_string("%lld and %lld times", (long long)no_replays, (long long)num_replays));
+    // One by one go, under each attention, the launches of the first step's first two micro-batches; the third differs
+    // from the second in its tokens alone.
+    const int64_t num_attentions = c.lighthouse ? 2 : 1, later = 9 * (c.num_micro_batches - 1);
+    const int64_t expected = 9 - num_attentions + (later > 0 ? later - num_attentions : 0);
+    checks.expect(no_replays == 0 && num_replays == expected, "launches are replayed", c.name,
+                  format_string("%lld and %lld times, not 0 and %lld", (long long)no_replays, (long long)num_replays,
+                                (long long)expected));
 }
 
 // What lies in host memory between its uses must be the same bits as what stays. Small: of the modes only the one in

@@ -1,6 +1,9 @@
 // micro_batch_graph.cuh: what a micro-batch enqueues, kept as a CUDA graph and replayed: one call of the driver instead
 // of some hundreds of launches, which take the host longer than the GPU where steps are short.
 #pragma once
+#include <cstdint>
+#include <optional>
+
 #include "cuda_common.cuh"
 
 // What is baked into the launches, beside what never changes in a model.
@@ -13,6 +16,14 @@ struct MicroBatchKey {
 
 class MicroBatchGraph {
   public:
+    // Drivers before CUDA 12.3 do not capture launches that overlap the end of the one before (cudaLaunchAttribute-
+    // ProgrammaticStreamSerialization), as the attention backward's are.
+    static bool driver_captures_all_launches() {
+        int version = 0;
+        CUDA_CHECK(cudaDriverGetVersion(&version));
+        return version >= 12030;
+    }
+
     MicroBatchGraph() = default;
     MicroBatchGraph(const MicroBatchGraph&) = delete;
     MicroBatchGraph& operator=(const MicroBatchGraph&) = delete;
@@ -23,9 +34,9 @@ class MicroBatchGraph {
     // the key stays the same. work() must enqueue the same for the same key and must not wait for the GPU.
     template <class Work>
     void run(const MicroBatchKey& key, cudaStream_t stream, const Work& work) {
-        if (!has_key_ || !(key == key_)) {
+        if (!key_ || !(key == *key_)) {
             reset();
-            has_key_ = true, key_ = key;
+            key_ = key;
             work();
             return;
         }
@@ -35,16 +46,15 @@ class MicroBatchGraph {
         CUDA_CHECK(cudaGraphLaunch(graph_, stream));
         ++num_replays_;
     }
-    // Forgets the graph: the same key now means other launches.
+    int64_t num_replays() const { return num_replays_; }
+
+  private:
     void reset() {
         if (graph_ != nullptr) {
             cudaGraphExecDestroy(graph_);  // one that runs is freed when it is over
         }
-        graph_ = nullptr, has_key_ = false;
+        graph_ = nullptr;
     }
-    int64_t num_replays() const { return num_replays_; }
-
-  private:
     // A capture that ends with its scope: an exception may not leave the stream in one.
     struct Capture {
         cudaStream_t stream;
@@ -76,8 +86,7 @@ class MicroBatchGraph {
         CUDA_CHECK(cudaGraphInstantiate(&graph_, capture.graph, 0));
     }
 
-    bool has_key_ = false;
-    MicroBatchKey key_ = {};
+    std::optional<MicroBatchKey> key_;
     cudaGraphExec_t graph_ = nullptr;
     int64_t num_replays_ = 0;
 };

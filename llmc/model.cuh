@@ -4,7 +4,8 @@
 // Precision: storage bf16 (residual stream too), float32 accumulation in every product, gradients of weights
 // accumulated in float32, statistics (norms, log-sum-exp, loss) float32, AdamW on float32 master weights. Asynchrony:
 // everything is enqueued on one stream. The host waits in update(), evaluate() and next_token_logits() for their
-// results; and in accumulate_gradients() only for the token copy of two micro-batches before. Order of additions into a
+// results; and in accumulate_gradients() only for the token copy of two micro-batches before. With
+// settings.cuda_graphs a micro-batch's launches, always the same, are replayed as one (micro_batch_graph.cuh). Order of additions into a
 // gradient: micro-batches as they come; a tied embedding first gets the classifier's part, chunk by chunk, then the
 // embedding's. With settings.deterministic a step repeats bit for bit; without it the attention backward may differ,
 // and between runs all products, as the algorithms of the first step's search are chosen by the clock.
@@ -43,7 +44,13 @@ class GpuModel : public TrainableModel {
     double peak_memory_gib() const override { return plan_.num_bytes() / BYTES_PER_GIB; }
     const MemoryPlan& memory_plan() const { return plan_; }
     // Micro-batches so far whose launches were replayed.
-    int64_t num_graph_replays() const { return graphs_[0].num_replays() + graphs_[1].num_replays(); }
+    int64_t num_graph_replays() const {
+        int64_t sum = 0;
+        for (const auto& of_attention : graphs_) {
+            sum += of_attention[0].num_replays() + of_attention[1].num_replays();
+        }
+        return sum;
+    }
     // Times of the training steps so far, with settings.profile; else empty.
     std::string profile_table() const { return settings_.profile ? profile_.table() + transfers_.table() : ""; }
     void set_attention(AttentionMode mode) override;
@@ -53,7 +60,7 @@ class GpuModel : public TrainableModel {
     StepResult update(const AdamWSettings& settings) override;
 
     double evaluate(const int32_t* tokens, int B, int64_t T) override;
-    void token_losses(float* losses, const int32_t* tokens, int B, int64_t T) override;
+    void token_losses(float* losses, const int32_t* inputs, const int32_t* targets, int B, int64_t T) override;
     void next_token_logits(const int32_t* tokens, int64_t T, float* logits) override;
 
     void gather_state(StateKind kind) override;
@@ -80,8 +87,12 @@ class GpuModel : public TrainableModel {
         CudaEvent copied;
     };
 
-    Batch upload(const int32_t* tokens, int B, int64_t T, bool with_targets, bool shared);
+    Batch upload(const int32_t* inputs, const int32_t* targets, int64_t row_stride, int B, int64_t T, bool shared);
+    Batch upload_columns(const int32_t* tokens, int B, int64_t T) {  // of [B, T + 1]
+        return upload(tokens, tokens + 1, T + 1, B, T, ring_ != nullptr);
+    }
     void forward(const Batch& batch);
+    void forward_losses(const Batch& batch);
     void forward_block(int l, const Batch& batch, bf16* residual_out);
     void recompute_block(int l, const Batch& batch);
     void backward(const Batch& batch, double loss_weight);
@@ -113,7 +124,7 @@ class GpuModel : public TrainableModel {
 #ifdef LLMC_DEBUG
         return false;
 #else
-        return settings_.cuda_graphs && comms_ == nullptr && !inputs_ && !settings_.profile;
+        return captures_launches_ && settings_.cuda_graphs && comms_ == nullptr && !inputs_ && !settings_.profile;
 #endif
     }
     bool uses_lighthouse(int l) const {
@@ -160,7 +171,9 @@ class GpuModel : public TrainableModel {
     TransferProfile transfers_;  // of several ranks
     bool profiling_ = false;     // inside a training step with settings.profile
     StepPass pass_ = StepPass::forward;
-    std::array<MicroBatchGraph, 2> graphs_;  // of a step's first micro-batch, and of the others
+    const bool captures_launches_ = MicroBatchGraph::driver_captures_all_launches();
+    // Under each attention of a step's first micro-batch, and of the others.
+    std::array<std::array<MicroBatchGraph, 2>, 2> graphs_;
     std::array<TokenStage, 2> stages_;
     int next_stage_ = 0;
     PinnedMemory<float> results_;  // [2]: what update() and evaluate() wait for
@@ -224,9 +237,6 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
 inline void GpuModel::set_attention(AttentionMode mode) {
     CHECK(mode == AttentionMode::dense || settings_.lighthouse,
           "Lighthouse attention: memory was planned for a model that is dense throughout (--attention dense)");
-    if (mode != attention_) {
-        graphs_[0].reset(), graphs_[1].reset();
-    }
     attention_ = mode;
 }
 
@@ -251,7 +261,7 @@ inline void GpuModel::begin_step(int64_t num_micro_batches) {
 
 inline void GpuModel::accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) {
     NVTX_RANGE();
-    Batch batch = upload(tokens, B, T, true, ring_ != nullptr);
+    Batch batch = upload_columns(tokens, B, T);
     batch.keeps_inputs = true;
     micro_batches_left_ -= 1;
     // A training batch's shape comes again and again, so its products are worth a search: it happens when they are met
@@ -264,7 +274,7 @@ inline void GpuModel::accumulate_gradients(const int32_t* tokens, int B, int64_t
         backward(batch, loss_weight / settings_.mesh.size());
     };
     if (replays_launches()) {
-        graphs_[first_micro_batch_ ? 0 : 1].run({B, T, loss_weight}, stream_, enqueue);
+        graphs_[(size_t)attention_][first_micro_batch_ ? 0 : 1].run({B, T, loss_weight}, stream_, enqueue);
     } else {
         enqueue();
     }
@@ -624,9 +634,10 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
 }
 
 // ---- tokens ------------------------------------------------------------------------------------
-// tokens: host [B, T + 1] with targets, else [B, T]. Enqueues the copy to m.tokens of what this rank holds of them, all
-// or, when they are shared with other ranks, two chunks of each sequence: inputs, then targets.
-inline GpuModel::Batch GpuModel::upload(const int32_t* tokens, int B, int64_t T, bool with_targets, bool shared) {
+// inputs, and targets unless null: host, B rows of T, row_stride apart. Enqueues the copy to m.tokens of what this rank
+// holds of them, all or, when they are shared with other ranks, two chunks of each sequence: inputs, then targets.
+inline GpuModel::Batch GpuModel::upload(const int32_t* inputs, const int32_t* targets, int64_t row_stride, int B,
+                                        int64_t T, bool shared) {
     NVTX_RANGE();
     const int64_t max_T = shared ? settings_.max_seq_len : settings_.local_seq_len();
     CHECK(B >= 1 && B <= settings_.max_batch_size && T >= (shared ? max_T : 1) && T <= max_T,
@@ -639,41 +650,48 @@ inline GpuModel::Batch GpuModel::upload(const int32_t* tokens, int B, int64_t T,
     TokenStage& stage = stages_[next_stage_];
     next_stage_ = 1 - next_stage_;
     CUDA_CHECK(cudaEventSynchronize(stage.copied));
-    int32_t* const inputs = stage.tokens.data();
-    int32_t* const targets = inputs + batch.rows();
-    const int64_t host_row = with_targets ? T + 1 : T;
-    for (int b = 0; b < B; ++b) {
-        const int32_t* row = tokens + b * host_row;
-        for (int64_t t = 0; t < host_row; ++t) {
-            CHECK(row[t] >= 0 && row[t] < config_.vocab_size, "token %d at position %lld: --vocab_size is %lld", row[t],
-                  (long long)t, (long long)config_.vocab_size);
-        }
-        for (int half = 0; half < partition.halves(); ++half) {
-            const int32_t* const chunk = row + partition.first_position(half);
-            const int64_t n = partition.chunk_rows(), to = b * batch.T + half * n;
-            std::copy(chunk, chunk + n, inputs + to);
-            if (with_targets) {
-                std::copy(chunk + 1, chunk + n + 1, targets + to);
+    const auto fill = [&](int32_t* staged, const int32_t* rows) {
+        for (int b = 0; b < B; ++b) {
+            const int32_t* const row = rows + b * row_stride;
+            for (int64_t t = 0; t < T; ++t) {
+                CHECK(row[t] >= 0 && row[t] < config_.vocab_size, "token %d at position %lld: --vocab_size is %lld",
+                      row[t], (long long)t, (long long)config_.vocab_size);
+            }
+            for (int half = 0; half < partition.halves(); ++half) {
+                std::copy_n(row + partition.first_position(half), partition.chunk_rows(),
+                            staged + b * batch.T + half * partition.chunk_rows());
             }
         }
+    };
+    fill(stage.tokens.data(), inputs);
+    if (targets != nullptr) {
+        fill(stage.tokens.data() + batch.rows(), targets);
     }
-    const int64_t num_tokens = (with_targets ? 2 : 1) * batch.rows();
-    CUDA_CHECK(cudaMemcpyAsync(buffers_.tokens, inputs, num_tokens * sizeof(int32_t), cudaMemcpyHostToDevice, stream_));
+    const int64_t num_tokens = (targets != nullptr ? 2 : 1) * batch.rows();
+    CUDA_CHECK(cudaMemcpyAsync(buffers_.tokens, stage.tokens.data(), num_tokens * sizeof(int32_t),
+                               cudaMemcpyHostToDevice, stream_));
     CUDA_CHECK(cudaEventRecord(stage.copied, stream_));
     return batch;
 }
 
 // ---- evaluation and sampling -------------------------------------------------------------------
-inline double GpuModel::evaluate(const int32_t* tokens, int B, int64_t T) {
-    NVTX_RANGE();
+// Leaves the loss of every token in losses.
+inline void GpuModel::forward_losses(const Batch& batch) {
     const ModelBuffers& m = buffers_;
-    const Batch batch = upload(tokens, B, T, true, ring_ != nullptr);
     forward(batch);
     const int64_t rows = batch.rows();
     classifier_loss(m.losses, m.logits, m.norm_out, weight(table_.classifier), m.tokens + rows,
                     classifier_shape(config_, settings_, rows), *gemm_, stream_);
+}
+
+inline double GpuModel::evaluate(const int32_t* tokens, int B, int64_t T) {
+    NVTX_RANGE();
+    const ModelBuffers& m = buffers_;
+    const Batch batch = upload_columns(tokens, B, T);
+    forward_losses(batch);
     CUDA_CHECK(cudaMemsetAsync(m.eval_loss, 0, sizeof(float), stream_));
-    mean_loss(m.eval_loss, m.losses, rows, 1.0f / (float)settings_.mesh.context_parallel, m.mean_loss_scratch, stream_);
+    mean_loss(m.eval_loss, m.losses, batch.rows(), 1.0f / (float)settings_.mesh.context_parallel, m.mean_loss_scratch,
+              stream_);
     if (batch.shared) {
         comms_->context().all_reduce_sum(m.eval_loss, 1, "loss of a sequence", stream_);
     }
@@ -681,18 +699,17 @@ inline double GpuModel::evaluate(const int32_t* tokens, int B, int64_t T) {
     return results_.data()[0];
 }
 
-inline void GpuModel::token_losses(float* losses, const int32_t* tokens, int B, int64_t T) {
+inline void GpuModel::token_losses(float* losses, const int32_t* inputs, const int32_t* targets, int B, int64_t T) {
     NVTX_RANGE();
     CHECK(ring_ == nullptr, "losses of tokens: no rank has those of a sequence that is shared with others");
-    evaluate(tokens, B, T);
+    forward_losses(upload(inputs, targets, T, B, T, false));
     read_floats(losses, buffers_.losses, B * T);
 }
 
 inline void GpuModel::next_token_logits(const int32_t* tokens, int64_t T, float* logits) {
     NVTX_RANGE();
     const ModelBuffers& m = buffers_;
-    const Batch batch = upload(tokens, 1, T, false, false);
-    forward(batch);
+    forward(upload(tokens, nullptr, T, 1, T, false));
     const int64_t V = config_.vocab_size, C = config_.width;
     gemm_->forward(m.logits, m.norm_out + (T - 1) * C, weight(table_.classifier), nullptr, 1,
                    classifier_padded_vocab(V), C, stream_);

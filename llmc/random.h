@@ -22,7 +22,7 @@ inline RandomBlock philox4x32(RandomBlock counter, std::array<uint32_t, 2> key) 
 }
 
 // What numbers are for: streams of different uses have nothing in common. Values are part of what a seed means.
-enum class RandomUse : uint64_t { initial_weights = 1, data_order = 2, samples = 3 };
+enum class RandomUse : uint64_t { initial_weights = 1, data_order = 2, samples = 3, replaced_tokens = 4 };
 
 // One of 2^56 independent streams of a seed and use.
 class RandomStream {

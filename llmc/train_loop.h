@@ -521,10 +521,20 @@ class TrainingRun {
     Json print_influence() {
         const int B = (int)std::min<int64_t>(config_.batch_size, data_.validation->num_sequences());
         read_batch(*data_.validation, 0, B);
-        const SelectionInfluence i =
-            measure_influence(model_, tokens_, B, config_.seq_len, config_.lighthouse.topk / LIGHTHOUSE_TILE_BUDGET);
-        terminal_.print(format_string("step %lld | influence: %s", (long long)state_.step, influence_text(i).c_str()));
-        return {{"tile_tokens", i.tile_tokens},
+        const int64_t tiles = config_.lighthouse.topk / LIGHTHOUSE_TILE_BUDGET;
+        const SelectionInfluence i = measure_selection_influence(model_, tokens_, B, config_.seq_len, tiles);
+        const RandomStream random(config_.seed, RandomUse::replaced_tokens, (uint64_t)state_.step);
+        const NextTokenInfluence next =
+            measure_next_token_influence(model_, tokens_, B, config_.seq_len, tiles, random);
+        for (const std::string& text : {text_of(i), text_of(next)}) {
+            terminal_.print(format_string("step %lld | influence: %s", (long long)state_.step, text.c_str()));
+        }
+        return {{"next_token",
+                 {{"places", next.num_places},
+                  {"loss", next.loss},
+                  {"rise", next.rise},
+                  {"standard_error", next.standard_error}}},
+                {"tile_tokens", i.tile_tokens},
                 {"split", i.split},
                 {"changed_fraction", i.changed_fraction},
                 {"mean_change", i.mean_change},

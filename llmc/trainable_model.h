@@ -58,8 +58,9 @@ class TrainableModel {
 
     // Mean loss in nats of one batch; tokens as above. Touches neither gradients nor the step's loss.
     virtual double evaluate(const int32_t* tokens, int B, int64_t T) = 0;
-    // losses (=) host [B, T]: those that evaluate gives the mean of.
-    virtual void token_losses(float* losses, const int32_t* tokens, int B, int64_t T) = 0;
+    // losses (=), inputs, targets: host [B, T]. The loss of each target after the inputs up to its place: with the
+    // columns of `tokens` those that evaluate gives the mean of.
+    virtual void token_losses(float* losses, const int32_t* inputs, const int32_t* targets, int B, int64_t T) = 0;
     // Logits [V] after the last of T tokens (host [T]; at most max_sequence_length()): for sampling.
     virtual void next_token_logits(const int32_t* tokens, int64_t T, float* logits) = 0;
     virtual int64_t max_sequence_length() const = 0;

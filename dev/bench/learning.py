@@ -156,24 +156,27 @@ def table(results):
     if dense is None:
         return "no dense run: nothing to compare with"
     header = ["run", "validation loss (dense attention)", "against dense", "training loss", "wall-clock s",
-              "jump at the switch", "steps to recover", "dense for as long", "later tokens change, help"]
+              "jump at the switch", "steps to recover", "dense for as long", "later tokens change, help", "next token replaced"]
     equal_seconds = results.get("equal_seconds", {})
     lines = ["| " + " | ".join(header) + " |", "|" + "---|" * len(header)]
     for name, run in results["runs"].items():
         row = summary(run, dense)
         as_long = equal_seconds.get(name)
         influence = row.get("influence")
+        next_token = influence.get("next_token") if influence else None
         lines.append("| " + " | ".join([
             name, f"{row['validation']:.4f}", f"{row['against_dense']:+.4f}", f"{row['train']:.4f}",
             f"{row['seconds']:.1f}", f"{row['jump']:+.3f}" if "jump" in row else "-",
             str(row.get("recovered_after") or "not yet") if "jump" in row else "-",
             f"{as_long['validation'][-1]['dense_loss']:.4f} ({as_long['steps'][-1]} steps)" if as_long else "-",
-            f"{influence['mean_change']:.3f}, {influence['mean_benefit']:+.4f}" if influence else "-"]) + " |")
+            f"{influence['mean_change']:.3f}, {influence['mean_benefit']:+.4f}" if influence else "-",
+            f"{next_token['rise']:+.3f} (+- {next_token['standard_error']:.3f})" if next_token else "-"]) + " |")
     settings = results["settings"]
     note = (f"{settings['steps']} steps of {settings['tokens_per_step']} tokens at T={settings['seq_len']}, "
             f"{settings['corpus_bytes']} bytes of text; losses in nats a byte. Recovered: the mean training loss of 20 steps "
             "is again what it was before the switch. Later tokens: mean change of the losses before them in their tile when "
-            "they are replaced, and how much the true ones help.")
+            "they are replaced, and how much the true ones help. Next token replaced: how much its loss rises when it is "
+            "another one as an input.")
     return "\n".join(lines) + "\n\n" + note
 
 
@@ -186,6 +189,10 @@ def plot(results, path):
         seconds = [sum(run["elapsed_ms"][:i + 1]) / 1e3 for i in range(len(run["elapsed_ms"]))]
         line, = axes[0].plot(run["steps"], smooth(run["loss"], 5), lw=1, label=name)
         axes[1].plot(seconds, smooth(run["loss"], 5), lw=1, color=line.get_color(), label=name)
+        as_long = results.get("equal_seconds", {}).get(name)
+        if as_long:
+            seconds = [sum(as_long["elapsed_ms"][:i + 1]) / 1e3 for i in range(len(as_long["elapsed_ms"]))]
+            axes[1].plot(seconds, smooth(as_long["loss"], 5), lw=1, ls="--", color=line.get_color())
         points = [v for v in run["validation"]]
         axes[0].plot([v["step"] for v in points], [v["dense_loss"] for v in points], "o", ms=3, color=line.get_color())
         if run["switch"]:
@@ -193,7 +200,8 @@ def plot(results, path):
     losses = sorted(loss for run in results["runs"].values() for loss in run["loss"])
     axes[0].set_ylim(losses[0] - 0.05, losses[int(0.93 * len(losses))] + 0.3)
     axes[0].set_xlabel("step (dots: validation loss under dense attention)")
-    axes[1].set_xlabel("seconds of training")
+    axes[1].set_xlabel("seconds of training" +
+                       (" (dashed: dense for as long)" if results.get("equal_seconds") else ""))
     axes[0].set_ylabel("training loss, nats a byte")
     for axis in axes:
         axis.grid(True, alpha=0.3)

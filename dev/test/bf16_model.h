@@ -66,6 +66,8 @@ class Bf16Model {
         forward();
         return backward(loss_weight);
     }
+    // [B, T], of the last accumulate.
+    const Values& token_losses() const { return losses_; }
     // Of the last of T tokens, [V].
     Values next_token_logits(const int32_t* tokens, int64_t T) {
         B_ = 1, T_ = T;
@@ -149,9 +151,9 @@ class Bf16Model {
     double backward(double loss_weight) {
         const int C = config_.width, F = config_.ffn_width;
         const int64_t V = config_.vocab_size;
-        Values losses(rows());
+        losses_.resize(rows());
         Values logits = product(hidden_.data(), table_.classifier, rows(), V, C);
-        cross_entropy_forward_backward(losses.data(), logits.data(), targets_.data(), rows(), V, V,
+        cross_entropy_forward_backward(losses_.data(), logits.data(), targets_.data(), rows(), V, V,
                                        loss_weight / (double)rows(), true);
         round_to_bf16(logits);
         dresidual_.assign(rows() * C, 0.0f);
@@ -175,7 +177,7 @@ class Bf16Model {
                           block.residual_in, block.attention_rstd, p.attention_norm, false);
         }
         embedding_backward(gradients_[table_.embedding].data(), dresidual_.data(), inputs_.data(), rows(), C);
-        return mean_loss(losses.data(), rows());
+        return mean_loss(losses_.data(), rows());
     }
 
     // ---- attention
@@ -238,7 +240,7 @@ class Bf16Model {
     int B_ = 0;
     int64_t T_ = 0;
     std::vector<int32_t> inputs_, targets_;
-    Values final_residual_, final_rstd_, hidden_, dresidual_;
+    Values final_residual_, final_rstd_, hidden_, losses_, dresidual_;
 };
 
 }  // namespace reference

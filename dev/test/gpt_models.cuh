@@ -12,15 +12,19 @@
 #include "llmc/reference/model.h"  // the truth
 
 // ---- the GPU's side ----------------------------------------------------------------------------
-inline std::unique_ptr<GpuModel> make_model(const Case& c, Recompute recompute, bool deterministic,
-                                            const std::vector<std::vector<float>>& weights,
-                                            Offload offload = Offload::none) {
-    auto model = std::make_unique<GpuModel>(c.config, c.settings(recompute, deterministic, offload));
+inline std::unique_ptr<GpuModel> make_model(const Case& c, const GpuModelSettings& settings,
+                                            const std::vector<std::vector<float>>& weights) {
+    auto model = std::make_unique<GpuModel>(c.config, settings);
     model->set_attention(c.attention());
     for (size_t i = 0; i < weights.size(); ++i) {
         model->write_state(StateKind::master, (int)i, weights[i].data());
     }
     return model;
+}
+inline std::unique_ptr<GpuModel> make_model(const Case& c, Recompute recompute, bool deterministic,
+                                            const std::vector<std::vector<float>>& weights,
+                                            Offload offload = Offload::none) {
+    return make_model(c, c.settings(recompute, deterministic, offload), weights);
 }
 inline void accumulate(GpuModel& model, const Case& c, const std::vector<std::vector<int32_t>>& batches) {
     model.begin_step();

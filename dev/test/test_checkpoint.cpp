@@ -41,7 +41,7 @@ class StateModel : public TrainableModel {
     void accumulate_gradients(const int32_t*, int, int64_t, double) override {}
     StepResult update(const AdamWSettings&) override { return {}; }
     double evaluate(const int32_t*, int, int64_t) override { return 0.0; }
-    void token_losses(float*, const int32_t*, int, int64_t) override {}
+    void token_losses(float*, const int32_t*, const int32_t*, int, int64_t) override {}
     void next_token_logits(const int32_t*, int64_t, float*) override {}
     int64_t max_sequence_length() const override { return 1; }
     void read_state(StateKind kind, int tensor, float* out) override {

@@ -1,11 +1,14 @@
-// test_influence.cpp: what measure_influence counts, on a model whose losses are known, and on the CPU model: nothing
-// under dense attention, nothing in earlier tiles under Lighthouse, something in the tile itself.
+// test_influence.cpp: what the measures of influence.h count, on models whose losses are known, and on the CPU model:
+// nothing under dense attention, nothing in earlier tiles under Lighthouse, something in the tile itself.
 #include <gtest/gtest.h>
+
+#include <functional>
+#include <numeric>
+#include <set>
 
 #include "dev/test/reference_testing.h"
 #include "llmc/influence.h"
 #include "llmc/reference/model.h"
-#include "llmc/reference/next_token_influence.h"
 
 namespace {
 
@@ -16,39 +19,45 @@ ModelConfig tiny_config() {
     return m;
 }
 
-// The CPU model with losses of one's own: loss t of a sequence is tokens[t], plus leak * tokens[T] where t >= from.
-class LeakyModel : public reference::ReferenceModel<float> {
+// The CPU model with losses of one's own: of target t, given a sequence's inputs [T], its targets [T], and t.
+class KnownLosses : public reference::ReferenceModel<float> {
   public:
-    LeakyModel(float leak, int64_t from)
-        : ReferenceModel(tiny_config(), AttentionMode::dense, {}, 2, 64), leak_(leak), from_(from) {}
-    void token_losses(float* losses, const int32_t* tokens, int B, int64_t T) override {
+    using Loss = std::function<float(const int32_t* inputs, const int32_t* targets, int64_t t, int64_t T)>;
+    explicit KnownLosses(Loss loss)
+        : ReferenceModel(tiny_config(), AttentionMode::dense, {}, 2, 64), loss_(std::move(loss)) {}
+    void token_losses(float* losses, const int32_t* inputs, const int32_t* targets, int B, int64_t T) override {
         for (int b = 0; b < B; ++b) {
-            const int32_t* row = tokens + b * (T + 1);
             for (int64_t t = 0; t < T; ++t) {
-                losses[b * T + t] = (float)row[t] + (t >= from_ ? leak_ * (float)row[T] : 0.0f);
+                losses[b * T + t] = loss_(inputs + b * T, targets + b * T, t, T);
             }
         }
     }
 
   private:
-    float leak_;
-    int64_t from_;
+    Loss loss_;
 };
 
-// Two sequences of 64 tokens; the last token of each is 1 and the one that reversing puts in its place is 3.
+// Loss t is inputs[t], plus leak * the last input where t >= from.
+KnownLosses leaky_model(float leak, int64_t from) {
+    return KnownLosses([=](const int32_t* inputs, const int32_t*, int64_t t, int64_t T) {
+        return (float)inputs[t] + (t >= from ? leak * (float)inputs[T - 1] : 0.0f);
+    });
+}
+
+// Two sequences of 64 tokens; the last input of each is 1 and the one that reversing puts in its place is 3.
 std::vector<int32_t> leaky_tokens(int64_t split) {
     std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 7);
     for (int b = 0; b < 2; ++b) {
-        tokens[b * 65 + 64] = 1;
+        tokens[b * 65 + 63] = 1;
         tokens[b * 65 + split + 1] = 3;
     }
     return tokens;
 }
 
 TEST(Influence, CountsAKnownLeak) {
-    // 4 tiles of 16: the split is in the middle of the third, tokens 41 to 64 are replaced.
-    LeakyModel model(0.5f, 36);
-    const SelectionInfluence i = measure_influence(model, leaky_tokens(40), 2, 64, 4);
+    // 4 tiles of 16: the split is in the middle of the third, tokens 41 to 63 are replaced.
+    KnownLosses model = leaky_model(0.5f, 36);
+    const SelectionInfluence i = measure_selection_influence(model, leaky_tokens(40), 2, 64, 4);
     EXPECT_EQ(i.tile_tokens, 16);
     EXPECT_EQ(i.split, 40);
     EXPECT_DOUBLE_EQ(i.changed_fraction, 4.0 / 8.0);  // losses 36 to 39 of 32 to 39
@@ -59,24 +68,24 @@ TEST(Influence, CountsAKnownLeak) {
 }
 
 TEST(Influence, SeesALeakIntoEarlierTiles) {
-    LeakyModel model(-0.5f, 31);
-    const SelectionInfluence i = measure_influence(model, leaky_tokens(40), 2, 64, 4);
+    KnownLosses model = leaky_model(-0.5f, 31);
+    const SelectionInfluence i = measure_selection_influence(model, leaky_tokens(40), 2, 64, 4);
     EXPECT_DOUBLE_EQ(i.earlier_max_change, 1.0);
     EXPECT_DOUBLE_EQ(i.mean_benefit, -1.0);
     EXPECT_DOUBLE_EQ(i.mean_change, 1.0);
 }
 
 TEST(Influence, NaNIsAChange) {
-    LeakyModel model(NAN, 0);
-    const SelectionInfluence i = measure_influence(model, leaky_tokens(40), 2, 64, 4);
+    KnownLosses model = leaky_model(NAN, 0);
+    const SelectionInfluence i = measure_selection_influence(model, leaky_tokens(40), 2, 64, 4);
     EXPECT_EQ(i.earlier_max_change, INFINITY);
     EXPECT_EQ(i.max_change, INFINITY);
 }
 
 TEST(Influence, RefusesTilesThatDoNotDivide) {
-    LeakyModel model(0.0f, 0);
-    EXPECT_THROW(measure_influence(model, leaky_tokens(40), 2, 64, 5), Error);
-    EXPECT_THROW(measure_influence(model, leaky_tokens(40), 3, 64, 4), Error);
+    KnownLosses model = leaky_model(0.0f, 0);
+    EXPECT_THROW(measure_selection_influence(model, leaky_tokens(40), 2, 64, 5), Error);
+    EXPECT_THROW(measure_selection_influence(model, leaky_tokens(40), 3, 64, 4), Error);
 }
 
 void set_random_weights(TrainableModel& model) {
@@ -98,7 +107,7 @@ TEST(Influence, OfTheModelUnderBothAttentions) {
     reference::ReferenceModel<double> model(tiny_config(), AttentionMode::lighthouse, lighthouse, 1, T);
     set_random_weights(model);
     const std::vector<int32_t> tokens = random_tokens(T + 1, 19, 3);
-    const SelectionInfluence through_selection = measure_influence(model, tokens, 1, T, 2);
+    const SelectionInfluence through_selection = measure_selection_influence(model, tokens, 1, T, 2);
     EXPECT_EQ(through_selection.split, 600);
     EXPECT_EQ(through_selection.earlier_max_change, 0.0);
     EXPECT_GT(through_selection.changed_fraction, 0.1);
@@ -106,66 +115,107 @@ TEST(Influence, OfTheModelUnderBothAttentions) {
     EXPECT_LT(through_selection.mean_change, through_selection.max_change);
 
     model.set_attention(AttentionMode::dense);
-    const SelectionInfluence dense = measure_influence(model, tokens, 1, T, 2);
+    const SelectionInfluence dense = measure_selection_influence(model, tokens, 1, T, 2);
     EXPECT_EQ(dense.max_change, 0.0);
     EXPECT_EQ(dense.changed_fraction, 0.0);
     EXPECT_EQ(dense.earlier_max_change, 0.0);
 }
 
-// Their mean is the loss that evaluate gives.
-TEST(Influence, TokenLossesAverageToTheLoss) {
+// With the columns of tokens their mean is the loss that evaluate gives; another target changes the loss of its place.
+TEST(Influence, TokenLosses) {
     reference::ReferenceModel<double> model(tiny_config(), AttentionMode::dense, {}, 2, 64);
     set_random_weights(model);
     const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 3);
+    InputsAndTargets columns(tokens, 2, 64);
     std::vector<float> losses(2 * 64);
-    model.token_losses(losses.data(), tokens.data(), 2, 64);
+    model.token_losses(losses.data(), columns.inputs.data(), columns.targets.data(), 2, 64);
     double mean = 0.0;
     for (const float loss : losses) {
         mean += loss / 128.0;
     }
     EXPECT_NEAR(mean, model.evaluate(tokens.data(), 2, 64), 1e-6);
+
+    columns.targets[70] = (columns.targets[70] + 1) % 19;
+    std::vector<float> others(2 * 64);
+    model.token_losses(others.data(), columns.inputs.data(), columns.targets.data(), 2, 64);
+    for (int64_t i = 0; i < 128; ++i) {
+        EXPECT_EQ(losses[i] != others[i], i == 70) << i;
+    }
+    columns.targets[70] = 19;
+    EXPECT_THROW(model.token_losses(others.data(), columns.inputs.data(), columns.targets.data(), 2, 64), Error);
 }
 
-using reference::NextTokenInfluence;
+const RandomStream places(1, RandomUse::replaced_tokens, 0);
 
-// Gives the token that comes next the logit `sight`, and all others 0, where the one after that is not 0.
-struct SeeingModel {
-    float sight;
-    void all_logits(float* logits, const int32_t* tokens, int B, int64_t T) const {
-        std::fill_n(logits, B * T * 19, 0.0f);
-        for (int64_t row = 0; row < B * T; ++row) {
-            const int64_t t = row % T;
-            if (t + 2 < T && tokens[row + 2] != 0) {
-                logits[row * 19 + tokens[row + 1]] = sight;
-            }
-        }
-    }
-};
-
+// A model that has 0.5 nats where the next input is the target, and 2 where it is not.
 TEST(NextTokenInfluence, CountsWhatAModelSees) {
-    // Of the two sequences each is the other's replacement.
-    std::vector<int32_t> tokens(2 * 9, 3);
-    for (int t = 0; t < 9; ++t) {
-        tokens[9 + t] = t == 5 ? 0 : 4;
+    KnownLosses model([](const int32_t* inputs, const int32_t* targets, int64_t t, int64_t T) {
+        return t + 1 < T && inputs[t + 1] == targets[t] ? 0.5f : 2.0f;
+    });
+    const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 5);
+    for (const int64_t tiles : {1, 4}) {
+        const NextTokenInfluence i = measure_next_token_influence(model, tokens, 2, 64, tiles, places, 100);
+        EXPECT_GE(i.num_places, 100);
+        EXPECT_EQ(i.num_places % (2 * tiles), 0);
+        EXPECT_DOUBLE_EQ(i.loss, 0.5);
+        EXPECT_DOUBLE_EQ(i.rise, 1.5);
+        EXPECT_EQ(i.standard_error, 0.0);
     }
-    NextTokenInfluence influence;
-    SeeingModel model{2.0f};
-    influence.add(model, tokens, {3, 1}, 2, 8, 19);
-    const double blind = std::log(19.0), sees = std::log(std::exp(2.0) + 18.0) - 2.0;
-    const double misled = std::log(std::exp(2.0) + 18.0);
-    EXPECT_EQ(influence.num_places(), 2);
-    EXPECT_NEAR(influence.loss(), sees, 1e-6);
-    EXPECT_NEAR(influence.rise(NextTokenInfluence::NEXT), misled - sees, 1e-6);
-    EXPECT_NEAR(influence.standard_error(NextTokenInfluence::NEXT), 0.0, 1e-6);
-    // At place 3 of the first the token two on becomes 0, and the model sees nothing; at place 1 of the second it does.
-    EXPECT_NEAR(influence.rise(NextTokenInfluence::ALL_LATER_BUT_NEXT), (blind - sees) / 2, 1e-6);
-    EXPECT_NEAR(influence.standard_error(NextTokenInfluence::ALL_LATER_BUT_NEXT), (blind - sees) / 2 / std::sqrt(2.0),
-                1e-6);
-    EXPECT_NEAR(influence.rise(NextTokenInfluence::ALL_LATER), (blind - sees + misled - sees) / 2, 1e-6);
 }
 
-// Untrained models too: under dense attention nothing, under Lighthouse attention something.
-TEST(NextTokenInfluence, IsOfTheSelectionAlone) {
+// Losses that depend on the inputs up to their place, above all on the last tile's: they differ between two forwards,
+// but not on average. The standard error is that of the differences.
+TEST(NextTokenInfluence, EarlierReplacementsCancel) {
+    KnownLosses model([](const int32_t* inputs, const int32_t*, int64_t t, int64_t) {
+        return (float)(std::accumulate(inputs, inputs + t + 1, 0) % 7);
+    });
+    const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 6);
+    const NextTokenInfluence i = measure_next_token_influence(model, tokens, 2, 64, 8, places, 4000);
+    EXPECT_GT(i.standard_error, 0.02);
+    EXPECT_LT(i.standard_error, 0.06);
+    EXPECT_LT(std::fabs(i.rise), 4.0 * i.standard_error);
+}
+
+// Every place but the last of a tile, whose next token has no part in the choice of its entries; every token but the
+// true one; and either forward.
+TEST(NextTokenInfluence, PlacesAndTokens) {
+    std::set<int64_t> replaced_places;
+    std::set<int32_t> replacements;
+    std::vector<int32_t> tokens(2 * 65, 3);
+    tokens[5] = 4, tokens[65 + 63] = 7;
+    int num_with = 0, num_without = 0;
+    KnownLosses model([&](const int32_t* inputs, const int32_t* targets, int64_t t, int64_t T) {
+        if (t + 1 < T && inputs[t + 1] != targets[t]) {
+            replaced_places.insert(t), replacements.insert(inputs[t + 1]);
+        }
+        if (t == 0) {
+            (std::equal(inputs + 1, inputs + T, targets) ? num_without : num_with) += 1;
+        }
+        return 1.0f;
+    });
+    const NextTokenInfluence i = measure_next_token_influence(model, tokens, 2, 64, 4, places, 2000);
+    EXPECT_EQ(i.rise, 0.0);
+    EXPECT_EQ(replaced_places.size(), 60u);
+    for (const int64_t place : {15, 31, 47, 63}) {
+        EXPECT_EQ(replaced_places.count(place), 0u);
+    }
+    EXPECT_EQ(replacements, (std::set<int32_t>{3, 4, 7}));
+    EXPECT_GT(num_with, 10 * num_without);  // of four tiles both ways: all in one forward once in eight times
+}
+
+// Where all tokens are the same there is no other.
+TEST(NextTokenInfluence, OfOneToken) {
+    KnownLosses model([](const int32_t* inputs, const int32_t* targets, int64_t t, int64_t T) {
+        return t + 1 < T && inputs[t + 1] == targets[t] ? 0.5f : 2.0f;
+    });
+    const NextTokenInfluence i =
+        measure_next_token_influence(model, std::vector<int32_t>(2 * 65, 3), 2, 64, 1, places, 10);
+    EXPECT_EQ(i.rise, 0.0);
+}
+
+// Untrained models too: under dense attention nothing, under Lighthouse attention something. One tile of one span, so
+// that no other token is replaced.
+TEST(NextTokenInfluence, IsOfTheSelection) {
     LighthouseConfig lighthouse;
     lighthouse.levels = 2, lighthouse.pool = 2, lighthouse.topk = 128, lighthouse.dense_layers = {};
     const int64_t T = 512;
@@ -174,10 +224,10 @@ TEST(NextTokenInfluence, IsOfTheSelectionAlone) {
     const std::vector<int32_t> tokens = random_tokens(2 * (T + 1), 19, 9);
     for (const AttentionMode mode : {AttentionMode::dense, AttentionMode::lighthouse}) {
         model.set_attention(mode);
-        NextTokenInfluence influence;
-        influence.add(model, tokens, {100, 333}, 2, T, 19);
-        const bool changes = influence.rise(NextTokenInfluence::ALL_LATER) != 0.0;
-        EXPECT_EQ(changes, mode == AttentionMode::lighthouse) << influence.text();
+        const NextTokenInfluence i = measure_next_token_influence(model, tokens, 2, T, 1, places, 16);
+        EXPECT_EQ(i.num_places, 16);
+        EXPECT_EQ(i.standard_error > 0.0, mode == AttentionMode::lighthouse) << text_of(i);
+        EXPECT_EQ(i.rise != 0.0, mode == AttentionMode::lighthouse) << text_of(i);
     }
 }
 

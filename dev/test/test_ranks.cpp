@@ -70,7 +70,7 @@ class ShardedModel : public TrainableModel {
         HostGroup(ranks_.world().comm(), ranks_.mesh().context_group()).all_reduce_sum(&mean, 1, "evaluation");
         return mean;
     }
-    void token_losses(float*, const int32_t*, int, int64_t) override {}
+    void token_losses(float*, const int32_t*, const int32_t*, int, int64_t) override {}
     void next_token_logits(const int32_t*, int64_t, float* logits) override {
         std::fill_n(logits, config_.vocab_size, 0.0f);
     }

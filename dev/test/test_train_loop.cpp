@@ -67,7 +67,7 @@ class FakeModel : public TrainableModel {
         attention_of_evaluations.push_back(attention);
         return attention == AttentionMode::dense ? validation_loss : 2.0;
     }
-    void token_losses(float* losses, const int32_t*, int B, int64_t T) override {
+    void token_losses(float* losses, const int32_t*, const int32_t*, int B, int64_t T) override {
         std::fill_n(losses, B * T, attention == AttentionMode::dense ? 1.0f : 2.0f);
     }
     void next_token_logits(const int32_t*, int64_t, float* logits) override {

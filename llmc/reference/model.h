@@ -90,7 +90,7 @@ class ReferenceModel : public TrainableModel {
     StepResult update(const AdamWSettings& settings) override;
 
     double evaluate(const int32_t* tokens, int B, int64_t T) override;
-    void token_losses(float* losses, const int32_t* tokens, int B, int64_t T) override;
+    void token_losses(float* losses, const int32_t* inputs, const int32_t* targets, int B, int64_t T) override;
     void next_token_logits(const int32_t* tokens, int64_t T, float* logits) override;
     // logits (=) [B, T, V] of every position; tokens [B, T].
     void all_logits(Real* logits, const int32_t* tokens, int B, int64_t T);
@@ -111,7 +111,11 @@ class ReferenceModel : public TrainableModel {
         int64_t rows() const { return B * T; }
     };
 
-    Batch take_tokens(const int32_t* tokens, int B, int64_t T, bool with_targets);
+    Batch take_tokens(const int32_t* inputs, const int32_t* targets, int64_t row_stride, int B, int64_t T);
+    Batch take_columns(const int32_t* tokens, int B, int64_t T) {  // of [B, T + 1]
+        return take_tokens(tokens, tokens + 1, T + 1, B, T);
+    }
+    void forward_losses(const Batch& batch);
     void forward(const Batch& batch);
     void forward_block(int l, const Batch& batch);
     void backward(const Batch& batch, double loss_weight);
@@ -223,7 +227,7 @@ void ReferenceModel<Real>::begin_step(int64_t) {
 
 template <class Real>
 void ReferenceModel<Real>::accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) {
-    const Batch batch = take_tokens(tokens, B, T, true);
+    const Batch batch = take_columns(tokens, B, T);
     forward(batch);
     backward(batch, loss_weight);
 }
@@ -403,48 +407,57 @@ void ReferenceModel<Real>::attention_backward_layer(int l, const Batch& batch) {
 }
 
 // ---- tokens ------------------------------------------------------------------------------------
-// tokens: [B, T + 1] with targets, else [B, T].
+// inputs, and targets unless null: B rows of T, row_stride apart.
 template <class Real>
-typename ReferenceModel<Real>::Batch ReferenceModel<Real>::take_tokens(const int32_t* tokens, int B, int64_t T,
-                                                                       bool with_targets) {
+typename ReferenceModel<Real>::Batch ReferenceModel<Real>::take_tokens(const int32_t* inputs, const int32_t* targets,
+                                                                       int64_t row_stride, int B, int64_t T) {
     CHECK(B >= 1 && T >= 1 && B <= max_batch_ && T <= max_T_,
           "a batch of %d sequences of %lld tokens: memory was planned for at most %d of %lld", B, (long long)T,
           max_batch_, (long long)max_T_);
-    const int64_t row_tokens = with_targets ? T + 1 : T;
-    for (int b = 0; b < B; ++b) {
-        const int32_t* row = tokens + b * row_tokens;
-        for (int64_t t = 0; t < row_tokens; ++t) {
-            CHECK(row[t] >= 0 && row[t] < config_.vocab_size, "token %d at position %lld: --vocab_size is %lld", row[t],
-                  (long long)t, (long long)config_.vocab_size);
+    const auto take = [&](int32_t* taken, const int32_t* rows) {
+        for (int b = 0; b < B; ++b) {
+            const int32_t* const row = rows + b * row_stride;
+            for (int64_t t = 0; t < T; ++t) {
+                CHECK(row[t] >= 0 && row[t] < config_.vocab_size, "token %d at position %lld: --vocab_size is %lld",
+                      row[t], (long long)t, (long long)config_.vocab_size);
+            }
+            std::copy_n(row, T, taken + b * T);
         }
-        std::copy_n(row, T, tokens_.data() + b * T);
-        if (with_targets) {
-            std::copy_n(row + 1, T, targets_.data() + b * T);
-        }
+    };
+    take(tokens_.data(), inputs);
+    if (targets != nullptr) {
+        take(targets_.data(), targets);
     }
     return {B, T};
 }
 
 // ---- evaluation and sampling -------------------------------------------------------------------
+// Leaves the loss of every token in losses_.
 template <class Real>
-double ReferenceModel<Real>::evaluate(const int32_t* tokens, int B, int64_t T) {
-    const Batch batch = take_tokens(tokens, B, T, true);
+void ReferenceModel<Real>::forward_losses(const Batch& batch) {
     forward(batch);
     const int64_t rows = batch.rows();
     classifier_loss(losses_.data(), logits_.data(), hidden_.data(), weight(table_.classifier), targets_.data(), rows,
                     config_.vocab_size, config_.width, chunk_rows(rows));
-    return mean_loss(losses_.data(), rows);
 }
 
 template <class Real>
-void ReferenceModel<Real>::token_losses(float* losses, const int32_t* tokens, int B, int64_t T) {
-    evaluate(tokens, B, T);
+double ReferenceModel<Real>::evaluate(const int32_t* tokens, int B, int64_t T) {
+    const Batch batch = take_columns(tokens, B, T);
+    forward_losses(batch);
+    return mean_loss(losses_.data(), batch.rows());
+}
+
+template <class Real>
+void ReferenceModel<Real>::token_losses(float* losses, const int32_t* inputs, const int32_t* targets, int B,
+                                        int64_t T) {
+    forward_losses(take_tokens(inputs, targets, T, B, T));
     std::copy_n(losses_.data(), B * T, losses);
 }
 
 template <class Real>
 void ReferenceModel<Real>::next_token_logits(const int32_t* tokens, int64_t T, float* logits) {
-    forward(take_tokens(tokens, 1, T, false));
+    forward(take_tokens(tokens, nullptr, T, 1, T));
     const int64_t V = config_.vocab_size, C = config_.width;
     gemm_forward(logits_.data(), hidden_.data() + (T - 1) * C, weight(table_.classifier), 1, V, C, false);
     std::copy_n(logits_.data(), V, logits);
@@ -452,7 +465,7 @@ void ReferenceModel<Real>::next_token_logits(const int32_t* tokens, int64_t T, f
 
 template <class Real>
 void ReferenceModel<Real>::all_logits(Real* logits, const int32_t* tokens, int B, int64_t T) {
-    const Batch batch = take_tokens(tokens, B, T, false);
+    const Batch batch = take_tokens(tokens, nullptr, T, B, T);
     forward(batch);
     gemm_forward(logits, hidden_.data(), weight(table_.classifier), batch.rows(), config_.vocab_size, config_.width,
                  false);
