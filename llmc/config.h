@@ -188,6 +188,10 @@ inline void validate(const RunConfig& c) {
     CHECK(c.top_p > 0.0 && c.top_p <= 1.0, "--top_p %g: must be greater than 0 and at most 1", c.top_p);
 
     in_range("context_parallel", c.context_parallel, 1, 1 << 16);
+    CHECK(c.context_exchange != ContextExchange::heads || c.model.num_kv_heads % c.context_parallel == 0,
+          "--context_exchange heads: --num_kv_heads %d must be a multiple of --context_parallel %d; --context_exchange "
+          "ring takes any",
+          c.model.num_kv_heads, c.context_parallel);
     CHECK(c.comm_timeout > 0.0, "--comm_timeout %g: must be greater than 0 seconds", c.comm_timeout);
     CHECK(
         c.context_parallel * c.data_parallel == 1 || !offloads_optimizer(c.offload),

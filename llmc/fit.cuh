@@ -54,14 +54,14 @@ inline int64_t longest_seq_len(const ModelConfig& config, const GpuModelSettings
         return longer;
     };
     auto fits = [&](int64_t units) { return free.holds(largest_planned_memory(config, with_length(units))); };
-    auto parts = [&](int64_t units) { return num_attention_parts(config, with_length(units)); };
-    // The most units from first to last that fit, or 0. Longer sequences need more but where attention takes them in
-    // more parts.
+    auto pace = [&](int64_t units) { return attention_pace(config, with_length(units)); };
+    // The most units from first to last that fit, or 0. Longer sequences need more, but where attention takes them
+    // another way.
     const std::function<int64_t(int64_t, int64_t)> most = [&](int64_t first, int64_t last) -> int64_t {
         if (first > last) {
             return 0;
         }
-        if (parts(first) != parts(last)) {
+        if (pace(first) != pace(last)) {
             const int64_t middle = (first + last) / 2, longer = most(middle + 1, last);
             return longer > 0 ? longer : most(first, middle);
         }

@@ -5,10 +5,11 @@
 // accumulated in float32, statistics (norms, log-sum-exp, loss) float32, AdamW on float32 master weights. Asynchrony:
 // everything is enqueued on one stream. The host waits in update(), evaluate() and next_token_logits() for their
 // results; and in accumulate_gradients() only for the token copy of two micro-batches before. With
-// settings.cuda_graphs a micro-batch's launches, always the same, are replayed as one (micro_batch_graph.cuh). Order of additions into a
-// gradient: micro-batches as they come; a tied embedding first gets the classifier's part, chunk by chunk, then the
-// embedding's. With settings.deterministic a step repeats bit for bit; without it the attention backward may differ,
-// and between runs all products, as the algorithms of the first step's search are chosen by the clock.
+// settings.cuda_graphs a micro-batch's launches, always the same, are replayed as one (micro_batch_graph.cuh). Order of
+// additions into a gradient: micro-batches as they come; a tied embedding first gets the classifier's part, chunk by
+// chunk, then the embedding's. With settings.deterministic a step repeats bit for bit; without it the attention
+// backward may differ, and between runs all products, as the algorithms of the first step's search are chosen by the
+// clock.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -89,7 +90,7 @@ class GpuModel : public TrainableModel {
 
     Batch upload(const int32_t* inputs, const int32_t* targets, int64_t row_stride, int B, int64_t T, bool shared);
     Batch upload_columns(const int32_t* tokens, int B, int64_t T) {  // of [B, T + 1]
-        return upload(tokens, tokens + 1, T + 1, B, T, ring_ != nullptr);
+        return upload(tokens, tokens + 1, T + 1, B, T, context_ != nullptr);
     }
     void forward(const Batch& batch);
     void forward_losses(const Batch& batch);
@@ -160,7 +161,7 @@ class GpuModel : public TrainableModel {
     std::unique_ptr<OptimizerOffload> host_optimizer_;  // with --offload of the optimizer
     const Communicators* comms_;                        // null: one rank
     std::unique_ptr<ZeroOptimizer> zero_;               // of several ranks
-    std::unique_ptr<RingAttention> ring_;               // of several ranks that share sequences
+    std::unique_ptr<ContextAttention> context_;         // of several ranks that share sequences
     std::unique_ptr<LighthouseContext> lighthouse_context_;
     AttentionMode attention_ = AttentionMode::dense;
     bool first_micro_batch_ = true;      // of the step: it writes the gradients of the blocks' matrices, later ones add
@@ -213,20 +214,21 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     if (settings.mesh.context_parallel > 1) {
         const AttentionShape largest =
             dense_attention_shape(config_, settings.max_batch_size, settings.local_seq_len());
-        ring_ = std::make_unique<RingAttention>(comms->context(), ring_attention_plan(settings, largest).exchange());
+        context_ =
+            std::make_unique<ContextAttention>(comms->context(), context_attention_plan(settings, largest).exchange());
         if (settings.lighthouse) {
             const AttentionShape inner = lighthouse_context_inner_shape(lighthouse_shape(
                 config_, *settings.lighthouse, settings.mesh, settings.max_batch_size, settings.max_seq_len));
-            lighthouse_context_ =
-                std::make_unique<LighthouseContext>(comms->context(), ring_attention_plan(settings, inner).exchange());
+            lighthouse_context_ = std::make_unique<LighthouseContext>(
+                comms->context(), context_attention_plan(settings, inner).exchange());
         }
     }
     if (settings.profile) {
         if (zero_) {
             zero_->set_profile(&transfers_);
         }
-        if (ring_) {
-            ring_->set_profile(&transfers_, "dense attention");
+        if (context_) {
+            context_->set_profile(&transfers_, "dense attention");
         }
         if (lighthouse_context_) {
             lighthouse_context_->set_profile(&transfers_, "Lighthouse attention");
@@ -579,8 +581,8 @@ inline void GpuModel::attention_forward(int l, const Batch& batch) {
         lighthouse_forward(out, block.lighthouse, in.q, in.k, in.v, buffers_.lighthouse_forward_scratch,
                            lighthouse_shape_of(batch), stream_);
     } else if (batch.shared) {
-        ring_->forward(out, block.lse, in.q, in.k, in.v, buffers_.ring_forward_scratch,
-                       dense_attention_shape(config_, batch.B, batch.T), stream_);
+        context_->forward(out, block.lse, in.q, in.k, in.v, buffers_.context_forward_scratch,
+                          dense_attention_shape(config_, batch.B, batch.T), stream_);
     } else {
         flash_attention_forward(out, block.lse, in.q, in.k, in.v, dense_attention_shape(config_, batch.B, batch.T),
                                 stream_);
@@ -619,8 +621,8 @@ inline void GpuModel::attention_backward(int l, const Batch& batch) {
         const HeadView<const bf16> out = head_view(block.attention, config_, batch.T);
         const AttentionShape shape = dense_attention_shape(config_, batch.B, batch.T);
         if (batch.shared) {
-            ring_->backward(din.q, din.k, din.v, dout, in.q, in.k, in.v, out, block.lse, m.attention_scratch, shape,
-                            settings_.deterministic, stream_);
+            context_->backward(din.q, din.k, din.v, dout, in.q, in.k, in.v, out, block.lse, m.attention_scratch, shape,
+                               settings_.deterministic, stream_);
         } else {
             flash_attention_backward(din.q, din.k, din.v, dout, in.q, in.k, in.v, out, block.lse, m.attention_scratch,
                                      shape, settings_.deterministic, stream_, &rotation);
@@ -701,7 +703,7 @@ inline double GpuModel::evaluate(const int32_t* tokens, int B, int64_t T) {
 
 inline void GpuModel::token_losses(float* losses, const int32_t* inputs, const int32_t* targets, int B, int64_t T) {
     NVTX_RANGE();
-    CHECK(ring_ == nullptr, "losses of tokens: no rank has those of a sequence that is shared with others");
+    CHECK(context_ == nullptr, "losses of tokens: no rank has those of a sequence that is shared with others");
     forward_losses(upload(inputs, targets, T, B, T, false));
     read_floats(losses, buffers_.losses, B * T);
 }

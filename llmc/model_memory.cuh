@@ -22,7 +22,6 @@
 #include "model_config.h"          // the model's shape
 #include "offload.cuh"             // sizes of what stays on the GPU of what does not
 #include "parameters.h"            // the table of tensors
-#include "ring_attention.cuh"      // scratch sizes of attention over several ranks
 #include "rmsnorm.cuh"             // scratch size of the backward
 #include "zero.cuh"                // shards of the optimizer's state
 
@@ -195,7 +194,7 @@ struct ModelBuffers {
     bf16* dresidual;  // [rows, C] gradient of the residual stream
     // workspace of the forward, and of recomputing
     std::byte* lighthouse_forward_scratch;
-    std::byte* ring_forward_scratch;
+    std::byte* context_forward_scratch;
     // workspace of the classifier
     bf16* dhidden;  // [rows, C]
     bf16* logits;   // [chunk, Vp], then their gradient
@@ -226,11 +225,11 @@ inline AttentionShape dense_attention_shape(const ModelConfig& config, int B, in
     return shape;
 }
 
-// How the ranks that share a sequence exchange keys: one way for all batches, as scratch is planned once.
-inline RingAttentionPlan ring_attention_plan(const GpuModelSettings& settings, const AttentionShape& largest) {
+// How the ranks that share a sequence exchange rows: one way for all batches, as scratch is planned once.
+inline ContextAttentionPlan context_attention_plan(const GpuModelSettings& settings, const AttentionShape& largest) {
     const bool automatic = settings.context_exchange == ContextExchange::automatic;
     return {settings.mesh.context_parallel, settings.mesh.context_rank(),
-            automatic ? choose_context_exchange(largest) : settings.context_exchange};
+            automatic ? choose_ring_or_gather(largest) : settings.context_exchange};
 }
 
 // Of a batch of B sequences of T tokens, or of this rank's chunks of them. The geometry must be legal for T.
@@ -285,9 +284,9 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     const int64_t attention_width = config.attention_width(), qkv_width = config.qkv_width();
     const int64_t num_parameters = layout.num_elements;
     const AttentionShape dense_shape = dense_attention_shape(config, settings.max_batch_size, settings.local_seq_len());
-    std::optional<RingAttentionPlan> ring;
+    std::optional<ContextAttentionPlan> context;
     if (settings.mesh.context_parallel > 1) {
-        ring = ring_attention_plan(settings, dense_shape);
+        context = context_attention_plan(settings, dense_shape);
     }
     std::optional<LighthouseShape> lighthouse;
     if (settings.lighthouse && settings.lighthouse->num_lighthouse_layers(config.num_layers) > 0) {
@@ -296,8 +295,9 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     }
     const char* const optimizer_shape = layout.zero ? "[parameters / ranks] float32" : "[parameters] float32";
     size_t lighthouse_saved_size = 0, lighthouse_forward_size = 0, lighthouse_backward_size = 0;
-    if (lighthouse && ring) {
-        const RingAttentionPlan inner = ring_attention_plan(settings, lighthouse_context_inner_shape(*lighthouse));
+    if (lighthouse && context) {
+        const ContextAttentionPlan inner =
+            context_attention_plan(settings, lighthouse_context_inner_shape(*lighthouse));
         lighthouse_saved_size = lighthouse_context_saved_bytes(*lighthouse);
         lighthouse_forward_size = lighthouse_context_forward_scratch_bytes(inner, *lighthouse);
         lighthouse_backward_size =
@@ -417,7 +417,8 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     plan.begin_alternatives(use);  // attention
     add_scratch(&m.lighthouse_forward_scratch, "lighthouse_forward scratch", lighthouse_forward_size);
     plan.next_alternative();
-    add_scratch(&m.ring_forward_scratch, "ring attention scratch", ring ? ring->forward_scratch_bytes(dense_shape) : 0);
+    add_scratch(&m.context_forward_scratch, "attention scratch, of several ranks",
+                context ? context->forward_scratch_bytes(dense_shape) : 0);
     plan.next_alternative();  // feed-forward
     swiglu.add_shared(plan, m.shared);
     plan.next_alternative();  // the backward of feed-forward
@@ -436,9 +437,10 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     plan.begin_alternatives(use);
     plan.add(&m.dattention, use, "dattention", "[B T, H D] bf16", rows * attention_width);
     plan.begin_alternatives(use);
-    add_scratch(&m.attention_scratch, ring ? "ring attention scratch" : "flash_attention_backward scratch",
+    add_scratch(&m.attention_scratch,
+                context ? "attention scratch, of several ranks" : "flash_attention_backward scratch",
                 !any_trains_dense ? 0
-                : ring            ? ring->backward_scratch_bytes(dense_shape, settings.deterministic)
+                : context         ? context->backward_scratch_bytes(dense_shape, settings.deterministic)
                                   : flash_attention_backward_scratch_bytes(dense_shape, settings.deterministic, true));
     plan.next_alternative();
     add_scratch(&m.lighthouse_backward_scratch, "lighthouse_backward scratch", lighthouse_backward_size);
@@ -466,7 +468,7 @@ inline MemoryPlan planned_memory(const ModelConfig& config, const GpuModelSettin
                  settings);
     return plan;
 }
-// Of the ranks that share a sequence, the plan of one that needs most: their steps of ring attention differ.
+// Of the ranks that share a sequence, the plan of one that needs most: their steps of attention differ.
 inline MemoryPlan largest_planned_memory(const ModelConfig& config, const GpuModelSettings& settings) {
     GpuModelSettings of_rank = settings;
     std::optional<MemoryPlan> largest;
@@ -479,17 +481,17 @@ inline MemoryPlan largest_planned_memory(const ModelConfig& config, const GpuMod
     }
     return std::move(*largest);
 }
-// In how many parts attention takes a batch, all of a layer's rings together. Where a longer sequence goes in more
-// parts it may need less memory.
-inline int64_t num_attention_parts(const ModelConfig& config, const GpuModelSettings& settings) {
+// A number that is never smaller for longer sequences; where it is the same, attention needs more memory for them. Of
+// the attention of dense and of Lighthouse layers.
+inline int64_t attention_pace(const ModelConfig& config, const GpuModelSettings& settings) {
     if (settings.mesh.context_parallel == 1) {
         return 1;
     }
-    auto parts = [&](const AttentionShape& shape) { return ring_attention_plan(settings, shape).num_parts(shape); };
-    int64_t num_parts = parts(dense_attention_shape(config, settings.max_batch_size, settings.local_seq_len()));
+    auto pace_of = [&](const AttentionShape& shape) { return context_attention_plan(settings, shape).pace(shape); };
+    int64_t pace = pace_of(dense_attention_shape(config, settings.max_batch_size, settings.local_seq_len()));
     if (settings.lighthouse) {
-        num_parts += parts(lighthouse_context_inner_shape(lighthouse_shape(
+        pace += pace_of(lighthouse_context_inner_shape(lighthouse_shape(
             config, *settings.lighthouse, settings.mesh, settings.max_batch_size, settings.max_seq_len)));
     }
-    return num_parts;
+    return pace;
 }

@@ -23,7 +23,7 @@
 // be large and cancel: they are float32 from the registers of the kernel to the sum. Sums run in the order of steps
 // (gather: of ranks), so results repeat bit for bit wherever flash attention's do, whatever the timing.
 // Shapes: the local rows of each sequence, head chunk then tail chunk: q, out [B, 2n, H, D]; k, v [B, 2n, Hkv, D], each
-// a HeadView; lse [B, H, 2n]. n: rows of a chunk. Checked by dev/cuda/ring_attention.cu.
+// a HeadView; lse [B, H, 2n]. n: rows of a chunk. Checked by dev/cuda/context_attention.cu.
 #pragma once
 #include "comm.cuh"              // ranks
 #include "context_rows.cuh"      // rows in launches
@@ -139,7 +139,7 @@ constexpr double RING_FLOPS = 500e12;        // of flash attention on one GPU
 constexpr double RING_BYTES_SECOND = 150e9;  // between two GPUs of a node, one way
 
 // `local`: the shape of the local rows on each other (Tq = Tk = 2n).
-inline ContextExchange choose_context_exchange(const AttentionShape& local) {
+inline ContextExchange choose_ring_or_gather(const AttentionShape& local) {
     const double n = 0.5 * (double)local.Tq;
     const double flops = 4.0 * local.B * local.H * local.D * 2.0 * n * n;
     const double num_bytes = 2.0 * local.B * local.Hkv * local.D * 2.0 * n * sizeof(bf16);
@@ -157,24 +157,26 @@ constexpr int64_t RING_PART_KEYS = (int64_t)1 << 19;
 // What one rank's attention needs, known before there are other ranks: to plan memory.
 class RingAttentionPlan {
   public:
-    // Rank `rank` of W that share every sequence. automatic: by choose_context_exchange, for each shape.
+    // Rank `rank` of W that share every sequence. exchange: ring or gather.
     RingAttentionPlan(int W, int rank, ContextExchange exchange, int64_t part_keys = RING_PART_KEYS)
-        : W_(W), rank_(rank), exchange_(exchange), part_keys_(part_keys), steps_(make_ring_schedule(W, rank)) {
+        : W_(W),
+          rank_(rank),
+          gathers_(exchange == ContextExchange::gather),
+          part_keys_(part_keys),
+          steps_(make_ring_schedule(W, rank)) {
         CHECK(W >= 2, "ring attention: needs at least 2 ranks on a sequence, not %d", W);
     }
-
-    ContextExchange exchange() const { return exchange_; }
 
     // `local`: the shape of the local rows on each other: Tq = Tk = 2n, causal, no offset. Fewer sequences need no
     // more, but shorter ones may, as they go in larger parts.
     size_t forward_scratch_bytes(const AttentionShape& local) const {
         MemoryArea area(nullptr);
-        gathers(local) ? (void)GatherForward(area, sizes(local)) : (void)RingForward(area, sizes(part_shape(local)));
+        gathers_ ? (void)GatherForward(area, sizes(local)) : (void)RingForward(area, sizes(part_shape(local)));
         return area.num_bytes();
     }
     size_t backward_scratch_bytes(const AttentionShape& local, bool deterministic) const {
         MemoryArea area(nullptr);
-        if (gathers(local)) {
+        if (gathers_) {
             GatherBackward(area, sizes(local), gather_scratch_bytes(local, deterministic));
         } else {
             const AttentionShape part = part_shape(local);
@@ -187,7 +189,7 @@ class RingAttentionPlan {
     // as many, longer sequences need more scratch.
     int64_t num_parts(const AttentionShape& local) const {
         const AttentionShape part = part_shape(local);
-        return gathers(local) ? 0 : (int64_t)ceil_div(local.B, part.B) * (local.Hkv / part.Hkv);
+        return gathers_ ? 0 : (int64_t)ceil_div(local.B, part.B) * (local.Hkv / part.Hkv);
     }
 
     // Bytes that this rank receives in one forward, and in one backward: the keys again, and float32 gradients of its
@@ -299,11 +301,6 @@ class RingAttentionPlan {
                         area.take<std::byte>((int64_t)attention_bytes[1])} {}
     };
 
-    bool gathers(const AttentionShape& local) const {
-        return (exchange_ == ContextExchange::automatic ? choose_context_exchange(local) : exchange_) ==
-               ContextExchange::gather;
-    }
-
     // ---- parts of a batch
 
     // The largest part that the ring takes at once: as few sequences as have part_keys keys in a chunk; where one has,
@@ -389,7 +386,7 @@ class RingAttentionPlan {
     }
 
     int W_, rank_;
-    ContextExchange exchange_;
+    bool gathers_;
     int64_t part_keys_;
     std::vector<RingStep> steps_;
 };
@@ -398,9 +395,8 @@ class RingAttentionPlan {
 // One object a rank, for all layers; calls are in the same order on all ranks of the communicator.
 class RingAttention : public RingAttentionPlan {
   public:
-    // The ranks of `context` share every sequence. automatic: by choose_context_exchange, for each shape.
-    explicit RingAttention(Comm& context, ContextExchange exchange = ContextExchange::automatic,
-                           int64_t part_keys = RING_PART_KEYS)
+    // The ranks of `context` share every sequence. exchange: ring or gather.
+    RingAttention(Comm& context, ContextExchange exchange, int64_t part_keys = RING_PART_KEYS)
         : RingAttentionPlan(context.size(), context.rank(), exchange, part_keys), comm_(context) {}
 
     // From here on `profile`, which must outlive this, sees every call: as operations called `name`, and the pass.
@@ -412,7 +408,7 @@ class RingAttention : public RingAttentionPlan {
                  void* scratch, const AttentionShape& local, cudaStream_t stream) {
         NVTX_RANGE();
         check_shape(local);
-        if (gathers(local)) {
+        if (gathers_) {
             probe_.begin_operation("forward");
             return gather_forward(out, lse, q, k, v, scratch, local, stream);
         }
@@ -431,7 +427,7 @@ class RingAttention : public RingAttentionPlan {
                   cudaStream_t stream) {
         NVTX_RANGE();
         check_shape(local);
-        if (gathers(local)) {
+        if (gathers_) {
             probe_.begin_operation("backward");
             return gather_backward({dq, dk, dv}, {dout, q, k, v, out, lse}, scratch, local, deterministic, stream);
         }

@@ -18,8 +18,8 @@ enum class Recompute { none, norms_and_gate, all_but_attention, block };
 enum class Offload { none, activations, optimizer, all };
 // Between GPUs: by NCCL, or staged through the host (for tests and debugging).
 enum class CommTransport { automatic, nccl, host };  // automatic: nccl
-// How keys come to the queries of the other ranks of a sequence (ring_attention.cuh).
-enum class ContextExchange { automatic, ring, gather };  // automatic: by the cost of both
+// How attention reaches over the ranks of a sequence (context_attention.cuh).
+enum class ContextExchange { automatic, ring, gather, heads };  // automatic: ring or gather
 
 // Whether the inputs of blocks, and the optimizer's state, are among what is offloaded.
 inline bool offloads_inputs(Offload offload) { return offload == Offload::activations || offload == Offload::all; }
@@ -60,7 +60,10 @@ inline Choices<CommTransport> choices(CommTransport) {
     return {{"auto", CommTransport::automatic}, {"nccl", CommTransport::nccl}, {"host", CommTransport::host}};
 }
 inline Choices<ContextExchange> choices(ContextExchange) {
-    return {{"auto", ContextExchange::automatic}, {"ring", ContextExchange::ring}, {"gather", ContextExchange::gather}};
+    return {{"auto", ContextExchange::automatic},
+            {"ring", ContextExchange::ring},
+            {"gather", ContextExchange::gather},
+            {"heads", ContextExchange::heads}};
 }
 
 // The word for a choice: choice_name(ScheduleKind::cosine) is "cosine".

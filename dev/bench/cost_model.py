@@ -103,7 +103,7 @@ def attention(machine, model, rows, W):
                 max(0.0, gradients + machine.latency - 0.25 * compute[1]))
     gather = [W * compute[i] + a_bytes / link + machine.latency * (1 + i)
               for i, a_bytes in enumerate((2 * a.forward_bytes / 1.5, 2 * a.backward_bytes / 1.5))]
-    gathers = min(compute[0], keys) < machine.latency  # the trainer's rule, choose_context_exchange()
+    gathers = min(compute[0], keys) < machine.latency  # the trainer's rule, choose_ring_or_gather()
     a.forward, a.backward = gather if gathers else ring
     a.exchange = "gather" if gathers else "ring"
     a.compute_step, a.transfer_step = compute, transfer

@@ -5,6 +5,7 @@ For every sequence length and attention, first one GPU, then each mesh:
     data N            N ranks with a sequence each; ideal: N times the tokens/s of one GPU
     context N ring    N ranks share one sequence, keys travel while attention computes
     context N gather  the same, all keys first
+    context N heads   the same, each rank attends with all rows of some heads
 Efficiency: tokens/s over N times those of one GPU on the same sequence length. What --profile says of the transfers is
 kept: the share that is hidden behind attention goes into the table, the rest, with its time axes, into ranks.json.
 Prints the table, and saves it after every row as ranks.json, at the end as ranks.png. A row that takes too long is
@@ -28,7 +29,7 @@ from plotting import pyplot
 from step import ALL_BUT_ATTENTION, LIGHTHOUSE_98K, LIGHTHOUSE_LONG, LLAMA_530M, LONG, cell, run_trainer, steps_to_time
 
 SPAWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts", "spawn_ranks.sh")
-MESHES = ("data", "context:ring", "context:gather")
+MESHES = ("data", "context:ring", "context:gather", "context:heads")
 VOCABULARY = 256
 
 

@@ -24,7 +24,7 @@ struct ContextCase {
 // windows reach far over a border.
 static std::vector<ContextCase> context_cases(bool small) {
     if (small) {
-        return {{2, {1, 2048, 2, 2, 512, 1, 1, 8}}};
+        return {{2, {1, 2048, 2, 2, 512, 1, 1, 8}}, {2, {1, 2048, 2, 2, 512, 2, 2, 8}}};
     }
     return {{2, {1, 2048, 2, 2, 512, 1, 1, 8}},
             {2, {2, 16384, 3, 4, 512, 4, 2, 64}},
@@ -116,7 +116,7 @@ struct RankWork {
 
     RankWork(LoopbackComm& comm, const ContextCase& c, const LighthouseShape& whole, ContextExchange exchange,
              const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows)
-        : RankWork(comm, c, whole, exchange, qkv_rows, dout_rows, RingAttentionPlan(c.W, comm.rank(), exchange)) {}
+        : RankWork(comm, c, whole, exchange, qkv_rows, dout_rows, ContextAttentionPlan(c.W, comm.rank(), exchange)) {}
 
     void run(int64_t delay_cycles) {
         const int64_t rows = partition.local_rows();
@@ -151,7 +151,7 @@ struct RankWork {
 
   private:
     RankWork(LoopbackComm& comm, const ContextCase& c, const LighthouseShape& whole, ContextExchange exchange,
-             const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows, const RingAttentionPlan& ring)
+             const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows, const ContextAttentionPlan& inner)
         : comm(comm),
           partition(make_context_partition(whole.geometry.T, c.W, comm.rank())),
           whole(whole),
@@ -163,8 +163,8 @@ struct RankWork {
           again(dout.size()),
           dqkv(qkv.size()),
           saved((int64_t)lighthouse_context_saved_bytes(chunks)),
-          forward_scratch((int64_t)lighthouse_context_forward_scratch_bytes(ring, chunks)),
-          backward_scratch((int64_t)lighthouse_context_backward_scratch_bytes(ring, chunks, true)) {}
+          forward_scratch((int64_t)lighthouse_context_forward_scratch_bytes(inner, chunks)),
+          backward_scratch((int64_t)lighthouse_context_backward_scratch_bytes(inner, chunks, true)) {}
 };
 
 static LayerResults run_ranks(const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows,
@@ -197,10 +197,17 @@ static LayerResults run_ranks(const std::vector<bf16>& qkv_rows, const std::vect
 
 // Of the sub-sequence's keys, and of the rows that go over the borders between chunks of two ranks: 2W - 2 of the 2W -
 // 1 borders, levels - 1 rows a head, bf16 forward and float32 backward.
-static ExchangedBytes least_bytes(const ContextCase& c, const LighthouseShape& whole) {
+// By heads the sub-sequence's rows travel as context_attention.cu says.
+static ExchangedBytes least_bytes(const ContextCase& c, const LighthouseShape& whole, ContextExchange exchange) {
     const LeastExchange least(c.W, whole.geometry.S);
     const int64_t border_elements =
         (2 * c.W - 2) * (int64_t)c.layer.B * (whole.geometry.levels - 1) * whole.H * whole.D;
+    if (exchange == ContextExchange::heads) {
+        const int64_t S = whole.geometry.S,
+                      elements = c.layer.B * (S - S / c.W) * (2 * whole.H + 2 * whole.Hkv) * whole.D;
+        return {(elements + border_elements) * (int64_t)sizeof(bf16),
+                2 * elements * (int64_t)sizeof(bf16) + border_elements * (int64_t)sizeof(float)};
+    }
     return {least.forward_bytes(c.layer.B, whole.Hkv, whole.D) + border_elements * (int64_t)sizeof(bf16),
             least.backward_bytes(c.layer.B, whole.Hkv, whole.D) + border_elements * (int64_t)sizeof(float)};
 }
@@ -258,7 +265,7 @@ static void check_case(Harness& h, const ContextCase& c, ContextExchange exchang
     compare_part("dq", 0, q_width, whole.H);
     compare_part("dk", q_width, k_width, whole.Hkv);
     compare_part("dv", q_width + k_width, k_width, whole.Hkv);
-    expect_least_bytes(h, label, found.bytes, least_bytes(c, whole));
+    expect_least_bytes(h, label, found.bytes, least_bytes(c, whole, exchange));
     h.expect(found.guards_intact, "guards", label, found.guards_intact ? "intact" : "stray write");
     h.expect(found.repeats, "output_again", label, found.repeats ? "the same bits" : "other bits");
 
@@ -271,16 +278,19 @@ static void check_case(Harness& h, const ContextCase& c, ContextExchange exchang
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
     for (const ContextCase& c : context_cases(h.small)) {
-        check_case(h, c, variant.launch);
+        if (variant.launch != ContextExchange::heads || c.layer.Hkv % c.W == 0) {
+            check_case(h, c, variant.launch);
+        }
     }
 }
-// What a rank adds to one GPU's layer is ring attention's, timed by ring_attention.cu, and a few dozen rows.
+// What a rank adds to one GPU's layer is its attention's, timed by context_attention.cu, and a few dozen rows.
 static void measure(Harness&, const Variant<Launcher>&) {}
 
 int main(int argc, char** argv) {
     static const std::vector<Variant<Launcher>> VARIANTS = {
         {1, "gather all keys of the sub-sequence", ContextExchange::gather},
         {2, "ring over the sub-sequence", ContextExchange::ring},
+        {3, "heads of the sub-sequence", ContextExchange::heads},
     };
     return run_variants(argc, argv, "lighthouse_context", VARIANTS, check, measure);
 }

@@ -95,6 +95,7 @@ if [[ $parts = *' meshes '* ]]; then
     mesh data2 dense 2 "${host[@]}" --batch_size 2
     mesh ring2 dense 2 "${host[@]}" --batch_size 2 --context_parallel 2 --context_exchange ring
     mesh gather2 dense 2 "${host[@]}" --batch_size 4 --context_parallel 2 --context_exchange gather
+    mesh heads2 dense 2 "${host[@]}" --batch_size 2 --context_parallel 2 --context_exchange heads
     mesh ring4 dense 4 "${host[@]}" --batch_size 1 --context_parallel 4 --context_exchange ring --recompute block \
         --offload activations
     mesh data2_ring2 dense 4 "${host[@]}" --batch_size 1 --context_parallel 2 --context_exchange ring
@@ -105,6 +106,8 @@ if [[ $parts = *' lighthouse '* ]]; then
         --lighthouse_topk 512
     mesh lighthouse2_recompute lighthouse 2 "${host[@]}" --batch_size 2 --context_parallel 2 "${lighthouse[@]}" \
         --lighthouse_topk 512 --recompute block --offload activations --context_exchange ring
+    mesh lighthouse2_heads lighthouse 2 "${host[@]}" --batch_size 2 --context_parallel 2 "${lighthouse[@]}" \
+        --lighthouse_topk 512 --recompute all_but_attention --context_exchange heads
     mesh data2_lighthouse2 lighthouse 4 "${host[@]}" --batch_size 1 --context_parallel 2 "${lighthouse[@]}" \
         --lighthouse_topk 512
 fi
@@ -113,10 +116,13 @@ if [[ $parts = *' nccl '* ]]; then
         mesh nccl_data2 dense 2 --comm_transport nccl --batch_size 2
         mesh nccl_ring2 dense 2 --comm_transport nccl --batch_size 2 --context_parallel 2 --context_exchange ring
         mesh nccl_gather2 dense 2 --comm_transport nccl --batch_size 2 --context_parallel 2 --context_exchange gather
+        mesh nccl_heads2 dense 2 --comm_transport nccl --batch_size 2 --context_parallel 2 --context_exchange heads
         mesh nccl_lighthouse2 lighthouse 2 --comm_transport nccl --batch_size 2 --context_parallel 2 \
             "${lighthouse[@]}" --lighthouse_topk 512
         mesh nccl_lighthouse2_ring lighthouse 2 --comm_transport nccl --batch_size 2 --context_parallel 2 \
             "${lighthouse[@]}" --lighthouse_topk 512 --context_exchange ring
+        mesh nccl_lighthouse2_heads lighthouse 2 --comm_transport nccl --batch_size 2 --context_parallel 2 \
+            "${lighthouse[@]}" --lighthouse_topk 512 --context_exchange heads
         for ranks in 4 8; do
             [ "$gpus" -ge $ranks ] || continue
             # Chunks of whole tiles: a longer sequence, and its own run on one GPU.
@@ -131,6 +137,13 @@ if [[ $parts = *' nccl '* ]]; then
                 mesh nccl_$exchange$ranks dense_for$ranks $ranks "${whole[@]}"
                 mesh nccl_lighthouse${ranks}_$exchange lighthouse_for$ranks $ranks "${whole[@]}" "${tiles[@]}"
             done
+            # Heads for every rank, and a run on one GPU with as many.
+            heads=("${longer[@]}" --batch_size 2 --num_kv_heads 8)
+            train dense_heads_for$ranks 1 "${heads[@]}" || bad "dense_heads_for$ranks"
+            train lighthouse_heads_for$ranks 1 "${heads[@]}" "${tiles[@]}" || bad "lighthouse_heads_for$ranks"
+            heads+=(--comm_transport nccl --context_parallel $ranks --context_exchange heads)
+            mesh nccl_heads$ranks dense_heads_for$ranks $ranks "${heads[@]}"
+            mesh nccl_lighthouse${ranks}_heads lighthouse_heads_for$ranks $ranks "${heads[@]}" "${tiles[@]}"
             mesh nccl_data2_ring$((ranks / 2)) dense_for$ranks $ranks --comm_transport nccl "${longer[@]}" \
                 --batch_size 1 --context_parallel $((ranks / 2)) --context_exchange ring
             mesh nccl_data2_lighthouse$((ranks / 2)) lighthouse_for$ranks $ranks --comm_transport nccl "${longer[@]}" \

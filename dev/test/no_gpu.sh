@@ -75,3 +75,5 @@ check_fit "--fit, Lighthouse" 512 79 "none activations optimizer all" "${lightho
 # Where attention goes in more parts, longer sequences need less.
 launcher=(scripts/spawn_ranks.sh 3)
 check_fit "--fit, three ranks on a sequence" 768 40 "none activations" --context_parallel 3 --batch_size 1
+launcher=(scripts/spawn_ranks.sh 2)
+check_fit "--fit, two ranks, by heads" 512 40 "none activations" --context_parallel 2 --context_exchange heads --batch_size 1

@@ -88,7 +88,8 @@ def draw(seed):
     mode = {"recompute": r.choice(["none", "norms_and_gate", "all_but_attention", "block"]),
             "offload": r.choice(["none", "activations", "optimizer", "all"] if ranks == 1 else ["none", "activations"])}
     if context > 1:
-        mode["context_exchange"] = r.choice(["ring", "gather", "auto"])
+        by_heads = ["heads"] if flags["num_kv_heads"] % context == 0 else []
+        mode["context_exchange"] = r.choice(["ring", "gather", "auto"] + by_heads)
         mode["context_parallel"] = context
     return flags, mode, ranks
 

@@ -229,6 +229,19 @@ TEST(Flags, TheCpuRefusesWhatOnlyAGpuHas) {
               "--offload (of a settings file): about a GPU, without effect on the CPU");
 }
 
+TEST(Flags, HeadsAreDividedAmongRanks) {
+    const std::string base = "--context_exchange heads: --num_kv_heads 2 must be a multiple of --context_parallel 4";
+    expect_refused(
+        {"--train_data", "x", "--num_kv_heads", "2", "--context_parallel", "4", "--context_exchange", "heads"},
+        base.c_str());
+    EXPECT_EQ(
+        refusal({"--train_data", "x", "--num_kv_heads", "2", "--context_parallel", "4", "--context_exchange", "ring"}),
+        "");
+    EXPECT_EQ(
+        refusal({"--train_data", "x", "--num_kv_heads", "2", "--context_parallel", "2", "--context_exchange", "heads"}),
+        "");
+}
+
 TEST(Flags, LighthouseGeometryIsCheckedAtStartUp) {
     expect_refused({"--train_data", "x", "--attention", "lighthouse", "--lighthouse_topk", "128", "--seq_len", "2000"},
                    "--seq_len 2000");

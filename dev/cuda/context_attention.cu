@@ -1,42 +1,49 @@
-// ring_attention.cu: attention of one sequence on several ranks (llmc/ring_attention.cuh), forward and backward,
+// context_attention.cu: attention of one sequence on several ranks (llmc/context_attention.cuh), forward and backward,
 // against attention of the whole sequence in float64. The ranks are threads of this process that share one GPU
 // (loopback_comm.cuh).
 //
 // The limit of an output: what flash attention itself may be off (flash_attention_cases.cuh), and twice what rounding
 // every rank's partial results of out and dq to bf16 costs, found by the same schedule in double with that rounding and
-// nothing else (dev/test/ring_emulation.h). Gathering is held to the same limits, though it rounds less.
-// Both ways must send the least that any way can (loopback_comm.cuh).
+// nothing else (dev/test/ring_emulation.h). Gathering and exchanging heads are held to the same limits, though they
+// round less; heads, taken one by one, also to the bits of flash attention on one GPU. Ring and gather must send the
+// least that any way can that moves keys (loopback_comm.cuh); exchanging heads, each row of another rank's heads once
+// each way.
 #include "dev/test/ring_emulation.h"
 #include "flash_attention_cases.cuh"
-#include "llmc/ring_attention.cuh"
+#include "llmc/context_attention.cuh"
 #include "loopback_comm.cuh"
 
 // ---- what should come out ----------------------------------------------------------------------
-struct RingCase {
+struct ContextCase {
     AttentionCase attention_case;
     int W;
     std::string label() const { return format_string("W%d %s", W, attention_case.label().c_str()); }
 };
-static RingCase ring_case(int W, int B, int64_t T, int H, int Hkv, int D, Scores scores = Scores::ordinary) {
+static ContextCase context_case(int W, int B, int64_t T, int H, int Hkv, int D, Scores scores = Scores::ordinary) {
     return {attention_case(B, T, T, H, Hkv, D, true, 0, scores), W};
 }
-static std::vector<RingCase> ring_cases(bool small) {
+static std::vector<ContextCase> context_cases(bool small) {
     if (small) {
-        return {ring_case(2, 1, 64, 2, 1, 64), ring_case(3, 2, 60, 2, 2, 40)};
+        return {context_case(2, 1, 64, 2, 1, 64), context_case(3, 2, 60, 2, 2, 40), context_case(2, 2, 64, 4, 4, 64)};
     }
     return {
-        ring_case(2, 1, 4, 2, 1, 64),
-        ring_case(2, 2, 1000, 4, 2, 128),
-        ring_case(2, 3, 516, 2, 1, 64),  // of variant 4's parts the last is smaller
-        ring_case(2, 1, 516, 6, 6, 64),  // and heads go in twos
-        ring_case(4, 1, 1024, 4, 4, 64),
-        ring_case(4, 2, 776, 8, 2, 128),
-        ring_case(3, 1, 606, 3, 1, 96),
-        ring_case(8, 1, 1040, 4, 1, 128),
-        ring_case(4, 1, 520, 2, 1, 72),
-        ring_case(2, 1, 516, 2, 2, 256),
-        ring_case(4, 1, 1024, 2, 2, 128, Scores::large),
-        ring_case(4, 1, 800, 4, 2, 64, Scores::dominant),
+        context_case(2, 1, 4, 2, 1, 64),
+        context_case(2, 2, 1000, 4, 2, 128),
+        context_case(2, 3, 516, 2, 1, 64),  // of variant 4's parts the last is smaller
+        context_case(2, 1, 516, 6, 6, 64),  // and heads go in twos
+        context_case(4, 1, 1024, 4, 4, 64),
+        context_case(4, 2, 776, 8, 2, 128),
+        context_case(3, 1, 606, 3, 1, 96),
+        context_case(8, 1, 1040, 4, 1, 128),
+        context_case(4, 1, 520, 2, 1, 72),
+        context_case(2, 1, 516, 2, 2, 256),
+        context_case(4, 1, 1024, 2, 2, 128, Scores::large),
+        context_case(4, 1, 800, 4, 2, 64, Scores::dominant),
+        context_case(2, 3, 516, 8, 4, 64),  // six parts of variants 6 and 7
+        context_case(4, 2, 776, 8, 4, 128),
+        context_case(3, 1, 606, 6, 3, 96),
+        context_case(8, 1, 1040, 8, 8, 128),
+        context_case(4, 1, 800, 4, 4, 64, Scores::dominant),
     };
 }
 
@@ -118,16 +125,30 @@ static std::vector<bf16> pack_local(const WholeRows& in, const ContextPartition&
     return packed;
 }
 
-struct RingOutputs {
+struct ContextOutputs {
     WholeRows rows;
     ExchangedBytes bytes, planned_bytes;
     bool guards_intact = true;
 };
 
-// How keys travel, and how many a part of the batch has at least.
+// What travels, and how many keys a part of the batch has at least.
 struct Launcher {
     ContextExchange exchange;
-    int64_t part_keys = RING_PART_KEYS;
+    std::optional<int64_t> part_keys = {};
+
+    bool by_heads() const { return exchange == ContextExchange::heads; }
+    bool takes(const ContextCase& c) const { return !by_heads() || c.attention_case.shape.Hkv % c.W == 0; }
+    // Received by all ranks in a layer.
+    ExchangedBytes least_bytes(const AttentionShape& whole, int W) const {
+        if (!by_heads()) {
+            const LeastExchange least(W, whole.Tq);
+            return {least.forward_bytes(whole.B, whole.Hkv, whole.D),
+                    least.backward_bytes(whole.B, whole.Hkv, whole.D)};
+        }
+        // Rows of one head that lie on another rank than the one that attends with it.
+        const int64_t rows = whole.B * (whole.Tq - whole.Tq / W) * whole.D * (int64_t)sizeof(bf16);
+        return {rows * (2 * whole.H + 2 * whole.Hkv), rows * (4 * whole.H + 4 * whole.Hkv)};
+    }
 };
 
 // What one rank works on. Operands lie packed; outputs in buffers of NaN.
@@ -136,7 +157,7 @@ struct RankWork {
     const ContextPartition partition;
     const AttentionShape local;
     CudaStream stream;
-    RingAttention ring;
+    ContextAttention attention;
     DeviceBuffer<bf16> qkv, dout, out, dqkv;
     DeviceBuffer<float> lse;
     DeviceBuffer<char> forward_scratch, backward_scratch;
@@ -146,25 +167,25 @@ struct RankWork {
         : comm(comm),
           partition(make_context_partition(whole.Tq, comm.size(), comm.rank())),
           local(local_shape(whole, comm.size())),
-          ring(comm, launch.exchange, launch.part_keys),
+          attention(comm, launch.exchange, launch.part_keys),
           qkv(pack_local(in, partition, local)),
           dout(to_bf16(local_rows(in.dout, partition))),
           out(dout.size()),
           dqkv(qkv.size()),
           lse((int64_t)local.B * local.H * local.Tq),
-          forward_scratch((int64_t)ring.forward_scratch_bytes(local)),
-          backward_scratch((int64_t)ring.backward_scratch_bytes(local, deterministic)) {}
+          forward_scratch((int64_t)attention.forward_scratch_bytes(local)),
+          backward_scratch((int64_t)attention.backward_scratch_bytes(local, deterministic)) {}
 
     void run(bool deterministic, int64_t delay_cycles) {
         const PackedViews operands = packed_views(qkv, local), gradients = packed_views(dqkv, local);
-        ring.forward(rows(out), lse, operands.q, operands.k, operands.v, forward_scratch, local, stream);
+        attention.forward(rows(out), lse, operands.q, operands.k, operands.v, forward_scratch, local, stream);
         forward_bytes = comm.bytes_received();
         if (delay_cycles > 0) {
             delay_kernel<<<1, 1, 0, stream>>>(3 * delay_cycles * comm.rank());
             CUDA_CHECK_LAUNCH();
         }
-        ring.backward(gradients.q, gradients.k, gradients.v, rows(dout), operands.q, operands.k, operands.v, rows(out),
-                      lse, backward_scratch, local, deterministic, stream);
+        attention.backward(gradients.q, gradients.k, gradients.v, rows(dout), operands.q, operands.k, operands.v,
+                           rows(out), lse, backward_scratch, local, deterministic, stream);
         backward_bytes = comm.bytes_received() - forward_bytes;
     }
     HeadView<bf16> rows(bf16* data) const {
@@ -177,11 +198,11 @@ struct RankWork {
 };
 
 // Forward and backward on W ranks.
-static RingOutputs run_ring(const WholeRows& in, const AttentionShape& whole, int W, Launcher launch,
-                            bool deterministic, int64_t delay_cycles) {
+static ContextOutputs run_ranks(const WholeRows& in, const AttentionShape& whole, int W, Launcher launch,
+                                bool deterministic, int64_t delay_cycles) {
     LoopbackRanks<RankWork> ranks(W, delay_cycles, in, whole, launch, deterministic);
     ranks.run([&](RankWork& rank) { rank.run(deterministic, delay_cycles); });
-    RingOutputs result;
+    ContextOutputs result;
     result.rows.out = empty_like(in.q), result.rows.dq = empty_like(in.q);
     result.rows.dk = empty_like(in.k), result.rows.dv = empty_like(in.v);
     result.rows.lse = Rows(in.q.B * in.q.heads, in.q.rows, 1, 1);
@@ -196,13 +217,22 @@ static RingOutputs run_ring(const WholeRows& in, const AttentionShape& whole, in
         put(result.rows.dq, gradients.q, local.H);
         put(result.rows.dk, gradients.k, local.Hkv);
         put(result.rows.dv, gradients.v, local.Hkv);
-        Rows lse((int64_t)local.B * local.H, local.Tq, 1, 1);
-        lse.values = to_double(rank->lse.download());
-        put_local_rows(result.rows.lse, lse, rank->partition);
+        const std::vector<double> lse_values = to_double(rank->lse.download());
+        if (launch.by_heads()) {  // [B, H / W, T]
+            const int64_t T = whole.Tq, heads = whole.H / W, first = rank->comm.rank() * heads;
+            for (int64_t b = 0; b < whole.B; ++b) {
+                std::copy_n(lse_values.begin() + b * heads * T, heads * T,
+                            result.rows.lse.values.begin() + (b * whole.H + first) * T);
+            }
+        } else {
+            Rows lse((int64_t)local.B * local.H, local.Tq, 1, 1);
+            lse.values = lse_values;
+            put_local_rows(result.rows.lse, lse, rank->partition);
+        }
         result.bytes.forward += rank->forward_bytes;
         result.bytes.backward += rank->backward_bytes;
-        result.planned_bytes.forward += rank->ring.forward_bytes_received(local);
-        result.planned_bytes.backward += rank->ring.backward_bytes_received(local);
+        result.planned_bytes.forward += rank->attention.forward_bytes_received(local);
+        result.planned_bytes.backward += rank->attention.backward_bytes_received(local);
         result.guards_intact = result.guards_intact && rank->guards_intact();
     }
     return result;
@@ -211,12 +241,62 @@ static bool same_rows(const Rows& a, const Rows& b) {
     return std::memcmp(a.values.data(), b.values.data(), a.num_bytes()) == 0;
 }
 
-// ---- the checks --------------------------------------------------------------------------------
-static void check_case(Harness& h, const RingCase& ring, Launcher launch) {
-    const PreparedCase c = prepare_case(ring.attention_case, h.seed);
+// Flash attention of the whole sequence, one sequence and key/value head after another, as a rank calls it that has
+// them from an exchange of heads one by one.
+static WholeRows attend_one_by_one(const PreparedCase& c) {
     const AttentionShape& s = c.shape();
-    const int W = ring.W;
-    const std::string label = ring.label();
+    const int group = s.H / s.Hkv;
+    const PackedViews operands = c.operands();
+    DeviceBuffer<bf16> out(s.B * s.Tq * s.H * s.D), dqkv(packed_elements(s));
+    DeviceBuffer<float> lse(s.B * s.H * s.Tq);
+    AttentionShape one = s;
+    one.B = one.Hkv = 1, one.H = group, one.yields = true;
+    DeviceBuffer<char> scratch((int64_t)flash_attention_backward_scratch_bytes(one, true));
+    const HeadView<bf16> out_rows = {out, s.Tq * s.H * s.D, (int64_t)s.H * s.D, s.D};
+    const PackedViews gradients = packed_views(dqkv, s);
+    const auto head_of = [](auto view, int64_t b, int64_t h) {
+        view.data = view.row(b, 0, h);
+        return view;
+    };
+    CudaStream stream;
+    for (int64_t b = 0; b < s.B; ++b) {
+        for (int64_t kv = 0; kv < s.Hkv; ++kv) {
+            const int64_t h = kv * group;
+            const HeadView<const bf16> q = head_of(operands.q, b, h), k = head_of(operands.k, b, kv),
+                                       v = head_of(operands.v, b, kv);
+            float* const head_lse = lse + (b * s.H + h) * s.Tq;
+            flash_attention_forward(head_of(out_rows, b, h), head_lse, q, k, v, one, stream);
+            flash_attention_backward(head_of(gradients.q, b, h), head_of(gradients.k, b, kv),
+                                     head_of(gradients.v, b, kv), head_of(c.dout_view(), b, h), q, k, v,
+                                     head_of(out_rows, b, h), head_lse, scratch, one, true, stream);
+        }
+    }
+    CUDA_CHECK(cudaStreamSynchronize(stream));
+    const std::vector<bf16> out_values = out.download();
+    std::vector<bf16> gradient_values = dqkv.download();
+    const PackedViews found = packed_views(gradient_values.data(), s);
+    WholeRows whole;
+    whole.out =
+        to_rows({out_values.data(), out_rows.stride_b, out_rows.stride_t, out_rows.stride_h}, s.B, s.Tq, s.H, s.D);
+    whole.dq = to_rows(found.q, s.B, s.Tq, s.H, s.D);
+    whole.dk = to_rows(found.k, s.B, s.Tk, s.Hkv, s.D);
+    whole.dv = to_rows(found.v, s.B, s.Tk, s.Hkv, s.D);
+    whole.lse = Rows(s.B * s.H, s.Tq, 1, 1);
+    whole.lse.values = to_double(lse.download());
+    return whole;
+}
+
+// ---- the checks --------------------------------------------------------------------------------
+static bool same_results(const WholeRows& a, const WholeRows& b) {
+    return same_rows(a.out, b.out) && same_rows(a.lse, b.lse) && same_rows(a.dq, b.dq) && same_rows(a.dk, b.dk) &&
+           same_rows(a.dv, b.dv);
+}
+
+static void check_case(Harness& h, const ContextCase& context, Launcher launch) {
+    const PreparedCase c = prepare_case(context.attention_case, h.seed);
+    const AttentionShape& s = c.shape();
+    const int W = context.W;
+    const std::string label = context.label();
     WholeRows in;
     {
         std::vector<bf16> qkv = c.qkv->download(), dout = c.dout->download();
@@ -227,7 +307,7 @@ static void check_case(Harness& h, const RingCase& ring, Launcher launch) {
         in.dout = to_rows(padded_view(dout.data(), s), s.B, s.Tq, s.H, s.D);
     }
     const WholeRows plain = emulate(in, W);
-    const RingOutputs found = run_ring(in, s, W, launch, true, 0);
+    const ContextOutputs found = run_ranks(in, s, W, launch, true, 0);
     const auto compare = [&](const char* name, const Rows& rows, const Rows& ring_plain,
                              const std::vector<double>& expected, const std::vector<double>& rounded, double floor) {
         const double ring_error = difference(to_bf16(ring_plain), expected, floor).max_error;
@@ -242,25 +322,26 @@ static void check_case(Harness& h, const RingCase& ring, Launcher launch) {
     h.compare("lse", label, convert<float>(found.rows.lse.values), c.exact.lse, c.max_score * 0x1p-22 + 16 * 0x1p-24,
               {s.B, s.H, s.Tq}, 1.0);
     h.expect(found.guards_intact, "guards", label, found.guards_intact ? "intact" : "stray write");
-    const LeastExchange least(W, s.Tq);
-    expect_least_bytes(h, label, found.bytes,
-                       {least.forward_bytes(s.B, s.Hkv, s.D), least.backward_bytes(s.B, s.Hkv, s.D)});
+    expect_least_bytes(h, label, found.bytes, launch.least_bytes(s, W));
     h.expect(
         found.planned_bytes.forward == found.bytes.forward && found.planned_bytes.backward == found.bytes.backward,
         "planned bytes", label,
         format_string("%lld, %lld", (long long)found.planned_bytes.forward, (long long)found.planned_bytes.backward));
 
+    if (launch.by_heads() && launch.part_keys == 1) {
+        const bool same = same_results(attend_one_by_one(c), found.rows);
+        h.expect(same, "one GPU's bits", label, same ? "the same" : "others");
+    }
+
     // Other timing, the same bits: transfers slowed down, and ranks that lag.
     for (const int64_t delay : {(int64_t)0, (int64_t)200000}) {
-        const RingOutputs again = run_ring(in, s, W, launch, true, delay);
-        const bool same = same_rows(again.rows.out, found.rows.out) && same_rows(again.rows.lse, found.rows.lse) &&
-                          same_rows(again.rows.dq, found.rows.dq) && same_rows(again.rows.dk, found.rows.dk) &&
-                          same_rows(again.rows.dv, found.rows.dv);
+        const ContextOutputs again = run_ranks(in, s, W, launch, true, delay);
+        const bool same = same_results(again.rows, found.rows);
         h.expect(same, "repeats", label,
                  format_string("delay %lld cycles: %s", (long long)delay, same ? "the same bits" : "other bits"));
     }
     // The fast backward, whose dq is summed in any order.
-    const RingOutputs fast = run_ring(in, s, W, launch, false, 0);
+    const ContextOutputs fast = run_ranks(in, s, W, launch, false, 0);
     const double floor = c.gradient_floor(c.exact.dq);
     const double ring_error = difference(to_bf16(plain.dq), c.exact.dq, floor).max_error;
     h.compare("dq_fast", label, to_bf16(fast.rows.dq), c.exact.dq,
@@ -309,8 +390,10 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     } else {
         check_profile(h);
     }
-    for (const RingCase& c : ring_cases(h.small)) {
-        check_case(h, c, variant.launch);
+    for (const ContextCase& c : context_cases(h.small)) {
+        if (variant.launch.takes(c)) {
+            check_case(h, c, variant.launch);
+        }
     }
 }
 
@@ -368,7 +451,7 @@ struct TimedAttention {
 struct TimedRank {
     LoopbackComm& comm;
     CudaStream stream;
-    RingAttention ring;
+    ContextAttention attention;
     TimedAttention a;
     DeviceBuffer<char> scratch;
     std::vector<double> times[2];  // milliseconds of forward, of backward
@@ -376,13 +459,14 @@ struct TimedRank {
 
     TimedRank(LoopbackComm& comm, const AttentionShape& local, Launcher launch, uint64_t seed)
         : comm(comm),
-          ring(comm, launch.exchange, launch.part_keys),
+          attention(comm, launch.exchange, launch.part_keys),
           a(local, seed + 2 * comm.rank()),
-          scratch((int64_t)std::max(ring.forward_scratch_bytes(local), ring.backward_scratch_bytes(local, false))) {}
-    void forward() { ring.forward(a.rows(a.out), a.lse, a.in.q, a.in.k, a.in.v, scratch, a.shape, stream); }
+          scratch((int64_t)std::max(attention.forward_scratch_bytes(local),
+                                    attention.backward_scratch_bytes(local, false))) {}
+    void forward() { attention.forward(a.rows(a.out), a.lse, a.in.q, a.in.k, a.in.v, scratch, a.shape, stream); }
     void backward() {
-        ring.backward(a.d.q, a.d.k, a.d.v, a.rows(a.dout), a.in.q, a.in.k, a.in.v, a.rows(a.out), a.lse, scratch,
-                      a.shape, false, stream);
+        attention.backward(a.d.q, a.d.k, a.d.v, a.rows(a.dout), a.in.q, a.in.k, a.in.v, a.rows(a.out), a.lse, scratch,
+                           a.shape, false, stream);
     }
 };
 
@@ -432,11 +516,10 @@ static void measure_shape(Harness& h, const Variant<Launcher>& variant, int W, i
     for (int i = 0; i < 2; ++i) {
         std::nth_element(times[i].begin(), times[i].begin() + RUNS / 2, times[i].end());
         const double ms = times[i][RUNS / 2];
-        const LeastExchange least(W, T);
-        const int64_t least_bytes =
-            i == 0 ? least.forward_bytes(1, whole.Hkv, whole.D) : least.backward_bytes(1, whole.Hkv, whole.D);
+        const ExchangedBytes least = variant.launch.least_bytes(whole, W);
+        const int64_t least_bytes = i == 0 ? least.forward : least.backward;
         std::printf(
-            "time ring_attention %d  W%d T%lld H%d D%d %s  %.3f ms, on one rank %.3f ms: %+.1f %%, %.2f MiB a rank, "
+            "time context_attention %d  W%d T%lld H%d D%d %s  %.3f ms, on one rank %.3f ms: %+.1f %%, %.2f MiB a rank, "
             "%.4f of the least  (%s)\n",
             variant.number, W, (long long)T, whole.H, whole.D, i == 0 ? "forward" : "backward", ms, one_rank_ms[i],
             100.0 * (ms / one_rank_ms[i] - 1.0), (double)bytes[i] / W / (1 << 20),
@@ -454,6 +537,9 @@ int main(int argc, char** argv) {
         {2, "ring: a step's transfer beside a step's attention", {ContextExchange::ring}},
         {3, "the same, one sequence and key/value head after another", {ContextExchange::ring, 1}},
         {4, "the same, as few sequences or heads as have 256 keys a chunk", {ContextExchange::ring, 256}},
+        {5, "heads: a part's transfers beside another's attention", {ContextExchange::heads}},
+        {6, "the same, one sequence and key/value head after another", {ContextExchange::heads, 1}},
+        {7, "the same, as few sequences or heads as have 512 keys", {ContextExchange::heads, 512}},
     };
-    return run_variants(argc, argv, "ring_attention", VARIANTS, check, measure);
+    return run_variants(argc, argv, "context_attention", VARIANTS, check, measure);
 }
