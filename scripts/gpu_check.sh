@@ -17,7 +17,7 @@ cd "$(dirname "$0")/.."
 record=dev/gpu_check.txt
 programs_dir=${BUILD:-build}/dev
 # The programs that take longest under the sanitizer, beside test_gpt.
-longest="lighthouse_select flash_attention_forward zero rmsnorm_backward long_context flash_attention_backward"
+longest="lighthouse_select flash_attention_forward context_attention zero rmsnorm_backward long_context flash_attention_backward"
 test_gpt=${BIN:-./}test_gpt
 
 source_hash() {
