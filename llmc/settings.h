@@ -136,7 +136,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     group = "Many GPUs (one process each: scripts/mpirun_train.sh, slurm_train.sh, spawn_ranks.sh)";
     add("context_parallel", c.context_parallel, "processes that share each sequence; must divide their number");
     add_of_gpu("context_exchange", c.context_exchange,
-               "what of a shared sequence travels: keys (ring, gather) or heads; auto: the cheaper of the first two");
+               "how attention reaches over them; auto: ring or gather, by the costs");
     add_of_gpu("comm_transport", c.comm_transport, "auto: nccl; host: through host memory, slow, for tests");
     add_of_gpu("comm_timeout", c.comm_timeout, "seconds without progress between processes that end the job");
 
