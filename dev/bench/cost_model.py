@@ -7,6 +7,7 @@ that need not talk. Every number that goes in is a field of Machine or Model bel
 
     python3 dev/bench/cost_model.py                    the table of doc/context_parallel.md
     python3 dev/bench/cost_model.py --network 12.5     slower links between nodes, GB/s a GPU
+    python3 dev/bench/cost_model.py --exchange heads   by heads instead, the meshes whose ranks divide the key/value heads
     python3 dev/bench/cost_model.py --check            against steps that were measured on one GPU
 """
 import argparse
@@ -43,6 +44,7 @@ class Model:
     lighthouse_dense_layers: int = 4
     lighthouse_levels: int = 4
     lighthouse_pool: int = 4
+    exchange: str = "auto"  # or "heads", as --context_exchange
 
     @property
     def layer_parameters(self):
@@ -87,6 +89,8 @@ def attention(machine, model, rows, W):
         return a
     n = rows / (2 * W)  # of a chunk; a rank holds two
     link = machine.nvlink if W <= machine.gpus_of_node else machine.network
+    if model.exchange == "heads":
+        return attention_by_heads(a, machine, model, n, W, link)
     # Chunks that others hold and this rank sees: r heads and 2 (W - 1 - r) chunks, 1.5 (W - 1) in the mean, 2 in the
     # largest step. Keys bf16; gradients float32, from whoever saw them.
     a.forward_bytes = 1.5 * (W - 1) * n * kv_width * 2
@@ -107,6 +111,24 @@ def attention(machine, model, rows, W):
     a.forward, a.backward = gather if gathers else ring
     a.exchange = "gather" if gathers else "ring"
     a.compute_step, a.transfer_step = compute, transfer
+    return a
+
+
+def attention_by_heads(a, machine, model, n, W, link):
+    """A part, one key/value head of each rank with its queries, is brought and taken while others attend: what shows are
+    the first part's rows and the last one's results, or all transfers where they take longer than the computation."""
+    parts = model.kv_heads // W
+    row = 2 * n * (W - 1) / W * model.head_dim * 2  # bytes of a head of the local rows that travel
+    q, kv = model.heads, model.kv_heads
+    passes = []
+    for alone, brought, taken in ((a.forward_alone, q + 2 * kv, q), (a.backward_alone, 3 * q + 2 * kv, q + 2 * kv)):
+        num_bytes = row * (brought + taken)
+        transfers = num_bytes / link + 2 * parts * machine.latency
+        shown = num_bytes / parts / link + 2 * machine.latency
+        passes.append((num_bytes, max(alone + shown, transfers + alone / parts), alone / parts, transfers / parts))
+    (a.forward_bytes, a.forward, *_), (a.backward_bytes, a.backward, *_) = passes
+    a.compute_step, a.transfer_step = tuple(p[2] for p in passes), tuple(p[3] for p in passes)
+    a.exchange = "heads"
     return a
 
 
@@ -173,12 +195,15 @@ def check(machine, model):
 
 
 def print_table(machine, model, lengths, meshes):
-    print("| tokens | attention | GPUs | data x context | rows of a chunk | sent a layer, MB | step of the ring: compute, "
+    piece = "step of the ring" if model.exchange == "auto" else "part"
+    print(f"| tokens | attention | GPUs | data x context | rows of a chunk | sent a layer, MB | {piece}: compute, "
           "transfer, ms | exchange | step, s | tokens/s | efficiency |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for T in lengths:
         for lighthouse in (False, True):
             for data_parallel, W in meshes:
+                if model.exchange == "heads" and model.kv_heads % W != 0:
+                    continue
                 # Attention's outputs of every layer fit beside the rest up to about 256K tokens a GPU.
                 recompute = "all_but_attention" if lighthouse or T / W <= 262144 else "block"
                 s = step(machine, model, T, W, data_parallel, lighthouse, recompute)
@@ -207,6 +232,7 @@ def main():
     parser.add_argument("--nvlink", type=float, help="GB/s one way between two GPUs of a node [150]")
     parser.add_argument("--network", type=float, help="GB/s one way of a GPU between nodes [40]")
     parser.add_argument("--kv_heads", type=int, help="key/value heads of the model's 8 [8]")
+    parser.add_argument("--exchange", choices=("auto", "heads"), default="auto", help="as --context_exchange [auto]")
     parser.add_argument("--check", action="store_true", help="compare with measured steps of one GPU; status 1 if off")
     options = parser.parse_args()
     machine, model = Machine(), Model()
@@ -216,6 +242,7 @@ def main():
         machine.network = 1e9 * options.network
     if options.kv_heads:
         model.kv_heads = options.kv_heads
+    model.exchange = options.exchange
     if options.check:
         return check(machine, model)
     print_overlap(machine, model)
