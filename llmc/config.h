@@ -207,6 +207,8 @@ inline void validate(const RunConfig& c) {
     CHECK(!c.print_influence || c.attention == AttentionMode::lighthouse,
           "--print_influence: is about the selection of Lighthouse attention; add --attention lighthouse, or leave it "
           "out");
+    CHECK(!c.print_influence || !c.val_data.empty() || c.val_fraction > 0.0,
+          "--print_influence: needs validation data: give --val_data, or a --val_fraction above 0");
     CHECK(!c.print_influence || c.context_parallel == 1,
           "--print_influence: compares the losses of whole sequences; with --context_parallel %d no rank has them",
           c.context_parallel);

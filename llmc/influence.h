@@ -5,7 +5,7 @@
 //
 // measure_selection_influence: the tokens after the middle of a tile are replaced by the same tokens in reverse order;
 // the losses of the tokens before are compared with what they were. Those in earlier tiles may not change by a bit;
-// those in the first half of the tile may. All but one of these keep the token that they predict.
+// those in the first half of the tile may. All of these keep the token that they predict.
 //
 // measure_next_token_influence: the token to predict is replaced, as an input, by another one, and stays what it was as
 // a target.
@@ -13,7 +13,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <functional>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -110,11 +112,12 @@ struct NextTokenInfluence {
 // Arguments as above; `random` chooses places and tokens. A sequence is cut into spans of about 512 tokens inside its
 // tiles, and the token after a random place of each is replaced in one of two forwards, a coin says in which. So either
 // has as many replaced tokens elsewhere, on average, and what these change cancels: under dense attention the rise is 0
-// within its standard error. Pairs of forwards until there are min_places. A replacement is a token from elsewhere in
-// `tokens` that is not the true one (where all are the same, nothing is replaced).
-inline NextTokenInfluence measure_next_token_influence(TrainableModel& model, const std::vector<int32_t>& tokens, int B,
-                                                       int64_t T, int64_t tiles, const RandomStream& random,
-                                                       int64_t min_places = 128) {
+// within its standard error. Pairs of forwards until there are min_places; nothing where stop() ends them before. A
+// replacement is a token from elsewhere in `tokens` that is not the true one (where all are the same, nothing is
+// replaced).
+inline std::optional<NextTokenInfluence> measure_next_token_influence(
+    TrainableModel& model, const std::vector<int32_t>& tokens, int B, int64_t T, int64_t tiles,
+    const RandomStream& random, int64_t min_places = 128, const std::function<bool()>& stop = [] { return false; }) {
     check_influence_arguments(tokens, B, T, tiles);
     const int64_t tile_tokens = T / tiles, spans = std::max<int64_t>(1, tile_tokens / 512), span = tile_tokens / spans;
     uint64_t num_drawn = 0;
@@ -130,6 +133,9 @@ inline NextTokenInfluence measure_next_token_influence(TrainableModel& model, co
     std::vector<float> losses[2] = {std::vector<float>(B * T), std::vector<float>(B * T)};
     NextTokenInfluence influence;
     while ((int64_t)rises.size() < min_places) {
+        if (stop()) {
+            return std::nullopt;
+        }
         std::vector<Place> places;
         std::vector<int32_t> inputs[2] = {columns.inputs, columns.inputs};
         for (int64_t i = 0; i < B * tiles * spans; ++i) {

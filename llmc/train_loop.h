@@ -511,36 +511,42 @@ class TrainingRun {
         }
         terminal_.print(line + format_string(" | %lld tokens, %.1f s", (long long)num_tokens, seconds_since(start)));
         if (config_.print_influence && attention_ == AttentionMode::lighthouse) {
-            json["influence"] = print_influence();
+            if (const std::optional<Json> influence = print_influence()) {
+                json["influence"] = *influence;
+            }
         }
         log("validation", json);
         return loss;
     }
 
-    // How much later tokens change earlier losses through selection, on the first validation batch.
-    Json print_influence() {
+    // How much later tokens change earlier losses through selection, and what is read of the next one, on the first
+    // validation batch; nothing when a signal came before the end.
+    std::optional<Json> print_influence() {
         const int B = (int)std::min<int64_t>(config_.batch_size, data_.validation->num_sequences());
         read_batch(*data_.validation, 0, B);
         const int64_t tiles = config_.lighthouse.topk / LIGHTHOUSE_TILE_BUDGET;
         const SelectionInfluence i = measure_selection_influence(model_, tokens_, B, config_.seq_len, tiles);
         const RandomStream random(config_.seed, RandomUse::replaced_tokens, (uint64_t)state_.step);
-        const NextTokenInfluence next =
-            measure_next_token_influence(model_, tokens_, B, config_.seq_len, tiles, random);
-        for (const std::string& text : {text_of(i), text_of(next)}) {
+        const std::optional<NextTokenInfluence> next = measure_next_token_influence(
+            model_, tokens_, B, config_.seq_len, tiles, random, 128, [&] { return stop_requested(); });
+        if (!next) {
+            return std::nullopt;
+        }
+        for (const std::string& text : {text_of(i), text_of(*next)}) {
             terminal_.print(format_string("step %lld | influence: %s", (long long)state_.step, text.c_str()));
         }
-        return {{"next_token",
-                 {{"places", next.num_places},
-                  {"loss", next.loss},
-                  {"rise", next.rise},
-                  {"standard_error", next.standard_error}}},
-                {"tile_tokens", i.tile_tokens},
-                {"split", i.split},
-                {"changed_fraction", i.changed_fraction},
-                {"mean_change", i.mean_change},
-                {"max_change", i.max_change},
-                {"mean_benefit", i.mean_benefit},
-                {"earlier_max_change", i.earlier_max_change}};
+        return Json{{"next_token",
+                     {{"places", next->num_places},
+                      {"loss", next->loss},
+                      {"rise", next->rise},
+                      {"standard_error", next->standard_error}}},
+                    {"tile_tokens", i.tile_tokens},
+                    {"split", i.split},
+                    {"changed_fraction", i.changed_fraction},
+                    {"mean_change", i.mean_change},
+                    {"max_change", i.max_change},
+                    {"mean_benefit", i.mean_benefit},
+                    {"earlier_max_change", i.earlier_max_change}};
     }
 
     int evaluate_only() {

@@ -175,6 +175,9 @@ TEST(Flags, Contradictions) {
     expect_refused({"--train_data", "x", "--val_data", "y", "--val_fraction", "0.1"}, "leave one out");
     expect_refused({"--train_data", "x", "--val_fraction", "0", "--eval_every", "10"},
                    "--eval_every 10 needs validation data");
+    expect_refused({"--train_data", "x", "--val_fraction", "0", "--eval_every", "0", "--attention", "lighthouse",
+                    "--seq_len", "2048", "--lighthouse_topk", "128", "--print_influence"},
+                   "--print_influence: needs validation data");
     expect_refused({"--train_data", "x", "--sample_every", "5", "--sample_tokens", "0"}, "--sample_tokens 0");
     expect_refused({"--train_data", "x", "--schedule", "constant", "--decay_steps", "5"}, "--schedule constant");
     expect_refused({"--train_data", "x", "--warmup_steps", "9", "--decay_steps", "5"}, "--decay_steps 5");

@@ -154,7 +154,7 @@ TEST(NextTokenInfluence, CountsWhatAModelSees) {
     });
     const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 5);
     for (const int64_t tiles : {1, 4}) {
-        const NextTokenInfluence i = measure_next_token_influence(model, tokens, 2, 64, tiles, places, 100);
+        const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, 64, tiles, places, 100);
         EXPECT_GE(i.num_places, 100);
         EXPECT_EQ(i.num_places % (2 * tiles), 0);
         EXPECT_DOUBLE_EQ(i.loss, 0.5);
@@ -170,7 +170,7 @@ TEST(NextTokenInfluence, EarlierReplacementsCancel) {
         return (float)(std::accumulate(inputs, inputs + t + 1, 0) % 7);
     });
     const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 6);
-    const NextTokenInfluence i = measure_next_token_influence(model, tokens, 2, 64, 8, places, 4000);
+    const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, 64, 8, places, 4000);
     EXPECT_GT(i.standard_error, 0.02);
     EXPECT_LT(i.standard_error, 0.06);
     EXPECT_LT(std::fabs(i.rise), 4.0 * i.standard_error);
@@ -193,7 +193,7 @@ TEST(NextTokenInfluence, PlacesAndTokens) {
         }
         return 1.0f;
     });
-    const NextTokenInfluence i = measure_next_token_influence(model, tokens, 2, 64, 4, places, 2000);
+    const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, 64, 4, places, 2000);
     EXPECT_EQ(i.rise, 0.0);
     EXPECT_EQ(replaced_places.size(), 60u);
     for (const int64_t place : {15, 31, 47, 63}) {
@@ -209,8 +209,21 @@ TEST(NextTokenInfluence, OfOneToken) {
         return t + 1 < T && inputs[t + 1] == targets[t] ? 0.5f : 2.0f;
     });
     const NextTokenInfluence i =
-        measure_next_token_influence(model, std::vector<int32_t>(2 * 65, 3), 2, 64, 1, places, 10);
+        *measure_next_token_influence(model, std::vector<int32_t>(2 * 65, 3), 2, 64, 1, places, 10);
     EXPECT_EQ(i.rise, 0.0);
+}
+
+// Two pairs of forwards, of the fifty that so many places take.
+TEST(NextTokenInfluence, Stops) {
+    int num_losses = 0, num_asked = 0;
+    KnownLosses model([&](const int32_t*, const int32_t*, int64_t, int64_t) {
+        ++num_losses;
+        return 1.0f;
+    });
+    const auto stop = [&] { return ++num_asked == 3; };
+    const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 5);
+    EXPECT_FALSE(measure_next_token_influence(model, tokens, 2, 64, 1, places, 100, stop));
+    EXPECT_EQ(num_losses, 2 * 2 * 2 * 64);
 }
 
 // Untrained models too: under dense attention nothing, under Lighthouse attention something. One tile of one span, so
@@ -224,7 +237,7 @@ TEST(NextTokenInfluence, IsOfTheSelection) {
     const std::vector<int32_t> tokens = random_tokens(2 * (T + 1), 19, 9);
     for (const AttentionMode mode : {AttentionMode::dense, AttentionMode::lighthouse}) {
         model.set_attention(mode);
-        const NextTokenInfluence i = measure_next_token_influence(model, tokens, 2, T, 1, places, 16);
+        const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, T, 1, places, 16);
         EXPECT_EQ(i.num_places, 16);
         EXPECT_EQ(i.standard_error > 0.0, mode == AttentionMode::lighthouse) << text_of(i);
         EXPECT_EQ(i.rise != 0.0, mode == AttentionMode::lighthouse) << text_of(i);
