@@ -145,7 +145,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("num_threads", c.num_threads, "CPU threads; 0: all");
     add_of_gpu("classifier_chunk_rows", c.classifier_chunk_rows, "tokens whose logits exist at once; 0: chosen");
     add_unsaved("print_influence", c.print_influence,
-                "at evaluations: what the model reads of later tokens and the next from selection");
+                "at evaluations: what the model reads of later tokens from the selection");
     add_of_gpu("print_memory", c.print_memory, "print the plan of GPU and host memory, every buffer by name");
     add_unsaved("fit", c.fit, "print the longest --seq_len for each --recompute and --offload, and end");
     settings.back().gpu_only = true;
