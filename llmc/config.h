@@ -100,6 +100,8 @@ struct RunConfig {
     std::shared_ptr<const OutputLock> output_lock;  // of output_dir; null: not taken (yet), or by rank 0
     int data_parallel = 1;                          // groups of ranks with different sequences
 
+    bool has_validation_data() const { return !val_data.empty() || val_fraction > 0.0; }
+
     // Sequences of one micro-batch of all ranks.
     int64_t sequences_at_once() const { return (int64_t)batch_size * data_parallel; }
     int64_t sequences_per_step() const { return global_batch > 0 ? global_batch : sequences_at_once(); }
@@ -207,7 +209,7 @@ inline void validate(const RunConfig& c) {
     CHECK(!c.print_influence || c.attention == AttentionMode::lighthouse,
           "--print_influence: is about the selection of Lighthouse attention; add --attention lighthouse, or leave it "
           "out");
-    CHECK(!c.print_influence || !c.val_data.empty() || c.val_fraction > 0.0,
+    CHECK(!c.print_influence || c.has_validation_data(),
           "--print_influence: needs validation data: give --val_data, or a --val_fraction above 0");
     CHECK(!c.print_influence || c.context_parallel == 1,
           "--print_influence: compares the losses of whole sequences; with --context_parallel %d no rank has them",

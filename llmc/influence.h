@@ -117,7 +117,7 @@ struct NextTokenInfluence {
 // replaced).
 inline std::optional<NextTokenInfluence> measure_next_token_influence(
     TrainableModel& model, const std::vector<int32_t>& tokens, int B, int64_t T, int64_t tiles,
-    const RandomStream& random, int64_t min_places = 128, const std::function<bool()>& stop = [] { return false; }) {
+    const RandomStream& random, const std::function<bool()>& stop, int64_t min_places = 128) {
     check_influence_arguments(tokens, B, T, tiles);
     const int64_t tile_tokens = T / tiles, spans = std::max<int64_t>(1, tile_tokens / 512), span = tile_tokens / spans;
     uint64_t num_drawn = 0;

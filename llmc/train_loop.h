@@ -528,7 +528,7 @@ class TrainingRun {
         const SelectionInfluence i = measure_selection_influence(model_, tokens_, B, config_.seq_len, tiles);
         const RandomStream random(config_.seed, RandomUse::replaced_tokens, (uint64_t)state_.step);
         const std::optional<NextTokenInfluence> next = measure_next_token_influence(
-            model_, tokens_, B, config_.seq_len, tiles, random, 128, [&] { return stop_requested(); });
+            model_, tokens_, B, config_.seq_len, tiles, random, [&] { return stop_requested(); });
         if (!next) {
             return std::nullopt;
         }

@@ -126,8 +126,7 @@ def attention_by_heads(a, machine, model, n, W, link):
         transfers = num_bytes / link + 2 * parts * machine.latency
         shown = num_bytes / parts / link + 2 * machine.latency
         passes.append((num_bytes, max(alone + shown, transfers + alone / parts), alone / parts, transfers / parts))
-    (a.forward_bytes, a.forward, *_), (a.backward_bytes, a.backward, *_) = passes
-    a.compute_step, a.transfer_step = tuple(p[2] for p in passes), tuple(p[3] for p in passes)
+    (a.forward_bytes, a.backward_bytes), (a.forward, a.backward), a.compute_step, a.transfer_step = zip(*passes)
     a.exchange = "heads"
     return a
 

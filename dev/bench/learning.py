@@ -15,6 +15,7 @@ to earlier losses at the last evaluation under Lighthouse attention: --print_inf
 import argparse
 import concurrent.futures
 import hashlib
+import itertools
 import json
 import os
 import queue
@@ -132,6 +133,11 @@ def seconds_of(run):
     return sum(run["elapsed_ms"]) / 1e3
 
 
+def seconds_at(run):
+    """Of training, after each step."""
+    return [ms / 1e3 for ms in itertools.accumulate(run["elapsed_ms"])]
+
+
 def summary(run, dense):
     """Final losses, seconds, the jump at the switch and when the loss is back where it was before, the last influence."""
     last = run["validation"][-1]
@@ -186,13 +192,11 @@ def plot(results, path):
         return
     figure, axes = plt.subplots(1, 2, figsize=(13, 4.5), sharey=True)
     for name, run in results["runs"].items():
-        seconds = [sum(run["elapsed_ms"][:i + 1]) / 1e3 for i in range(len(run["elapsed_ms"]))]
         line, = axes[0].plot(run["steps"], smooth(run["loss"], 5), lw=1, label=name)
-        axes[1].plot(seconds, smooth(run["loss"], 5), lw=1, color=line.get_color(), label=name)
+        axes[1].plot(seconds_at(run), smooth(run["loss"], 5), lw=1, color=line.get_color(), label=name)
         as_long = results.get("equal_seconds", {}).get(name)
         if as_long:
-            seconds = [sum(as_long["elapsed_ms"][:i + 1]) / 1e3 for i in range(len(as_long["elapsed_ms"]))]
-            axes[1].plot(seconds, smooth(as_long["loss"], 5), lw=1, ls="--", color=line.get_color())
+            axes[1].plot(seconds_at(as_long), smooth(as_long["loss"], 5), lw=1, ls="--", color=line.get_color())
         points = [v for v in run["validation"]]
         axes[0].plot([v["step"] for v in points], [v["dense_loss"] for v in points], "o", ms=3, color=line.get_color())
         if run["switch"]:

@@ -11,6 +11,8 @@
 #include <random>
 #include <vector>
 
+#include "llmc/trainable_model.h"
+
 // Uniform in [-scale, scale); the same numbers with every standard library.
 inline std::vector<double> random_values(int64_t n, double scale, uint64_t seed) {
     std::mt19937_64 generator(seed);
@@ -31,6 +33,19 @@ inline std::vector<int32_t> random_tokens(int64_t n, int64_t V, uint64_t seed) {
 template <class To, class From>
 std::vector<To> converted(const std::vector<From>& values) {
     return std::vector<To>(values.begin(), values.end());
+}
+
+// Weights larger than a trainer's, so that nothing is nearly linear; those of vectors around 1.
+inline void set_random_weights(TrainableModel& model, double matrix_scale) {
+    for (size_t i = 0; i < model.parameters().tensors.size(); ++i) {
+        const ParameterTensor& tensor = model.parameters().tensors[i];
+        std::vector<double> values =
+            random_values(tensor.num_elements(), tensor.is_vector ? 0.5 : matrix_scale, 100 + i);
+        for (double& value : values) {
+            value += tensor.is_vector ? 1.0 : 0.0;
+        }
+        model.write_state(StateKind::master, (int)i, converted<float>(values).data());
+    }
 }
 
 template <class Real>

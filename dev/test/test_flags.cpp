@@ -233,10 +233,9 @@ TEST(Flags, TheCpuRefusesWhatOnlyAGpuHas) {
 }
 
 TEST(Flags, HeadsAreDividedAmongRanks) {
-    const std::string base = "--context_exchange heads: --num_kv_heads 2 must be a multiple of --context_parallel 4";
     expect_refused(
         {"--train_data", "x", "--num_kv_heads", "2", "--context_parallel", "4", "--context_exchange", "heads"},
-        base.c_str());
+        "--context_exchange heads: --num_kv_heads 2 must be a multiple of --context_parallel 4");
     EXPECT_EQ(
         refusal({"--train_data", "x", "--num_kv_heads", "2", "--context_parallel", "4", "--context_exchange", "ring"}),
         "");

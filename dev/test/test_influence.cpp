@@ -88,24 +88,13 @@ TEST(Influence, RefusesTilesThatDoNotDivide) {
     EXPECT_THROW(measure_selection_influence(model, leaky_tokens(40), 3, 64, 4), Error);
 }
 
-void set_random_weights(TrainableModel& model) {
-    for (size_t i = 0; i < model.parameters().tensors.size(); ++i) {
-        const ParameterTensor& tensor = model.parameters().tensors[i];
-        std::vector<double> values = random_values(tensor.num_elements(), 0.5, 100 + i);
-        for (double& value : values) {
-            value += tensor.is_vector ? 1.0 : 0.0;
-        }
-        model.write_state(StateKind::master, (int)i, converted<float>(values).data());
-    }
-}
-
 // Selection decides between entries of 200 coarsest ones a tile; every layer is Lighthouse's.
 TEST(Influence, OfTheModelUnderBothAttentions) {
     LighthouseConfig lighthouse;
     lighthouse.levels = 2, lighthouse.pool = 2, lighthouse.topk = 256, lighthouse.dense_layers = {};
     const int64_t T = 2 * 200 * 2;
     reference::ReferenceModel<double> model(tiny_config(), AttentionMode::lighthouse, lighthouse, 1, T);
-    set_random_weights(model);
+    set_random_weights(model, 0.5);
     const std::vector<int32_t> tokens = random_tokens(T + 1, 19, 3);
     const SelectionInfluence through_selection = measure_selection_influence(model, tokens, 1, T, 2);
     EXPECT_EQ(through_selection.split, 600);
@@ -124,7 +113,7 @@ TEST(Influence, OfTheModelUnderBothAttentions) {
 // With the columns of tokens their mean is the loss that evaluate gives; another target changes the loss of its place.
 TEST(Influence, TokenLosses) {
     reference::ReferenceModel<double> model(tiny_config(), AttentionMode::dense, {}, 2, 64);
-    set_random_weights(model);
+    set_random_weights(model, 0.5);
     const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 3);
     InputsAndTargets columns(tokens, 2, 64);
     std::vector<float> losses(2 * 64);
@@ -146,15 +135,20 @@ TEST(Influence, TokenLosses) {
 }
 
 const RandomStream places(1, RandomUse::replaced_tokens, 0);
+bool never() { return false; }
 
-// A model that has 0.5 nats where the next input is the target, and 2 where it is not.
-TEST(NextTokenInfluence, CountsWhatAModelSees) {
-    KnownLosses model([](const int32_t* inputs, const int32_t* targets, int64_t t, int64_t T) {
+// It has 0.5 nats where the next input is the target, and 2 where it is not.
+KnownLosses seeing_model() {
+    return KnownLosses([](const int32_t* inputs, const int32_t* targets, int64_t t, int64_t T) {
         return t + 1 < T && inputs[t + 1] == targets[t] ? 0.5f : 2.0f;
     });
+}
+
+TEST(NextTokenInfluence, CountsWhatAModelSees) {
+    KnownLosses model = seeing_model();
     const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 5);
     for (const int64_t tiles : {1, 4}) {
-        const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, 64, tiles, places, 100);
+        const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, 64, tiles, places, never, 100);
         EXPECT_GE(i.num_places, 100);
         EXPECT_EQ(i.num_places % (2 * tiles), 0);
         EXPECT_DOUBLE_EQ(i.loss, 0.5);
@@ -170,7 +164,7 @@ TEST(NextTokenInfluence, EarlierReplacementsCancel) {
         return (float)(std::accumulate(inputs, inputs + t + 1, 0) % 7);
     });
     const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 6);
-    const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, 64, 8, places, 4000);
+    const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, 64, 8, places, never, 4000);
     EXPECT_GT(i.standard_error, 0.02);
     EXPECT_LT(i.standard_error, 0.06);
     EXPECT_LT(std::fabs(i.rise), 4.0 * i.standard_error);
@@ -193,7 +187,7 @@ TEST(NextTokenInfluence, PlacesAndTokens) {
         }
         return 1.0f;
     });
-    const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, 64, 4, places, 2000);
+    const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, 64, 4, places, never, 2000);
     EXPECT_EQ(i.rise, 0.0);
     EXPECT_EQ(replaced_places.size(), 60u);
     for (const int64_t place : {15, 31, 47, 63}) {
@@ -205,11 +199,9 @@ TEST(NextTokenInfluence, PlacesAndTokens) {
 
 // Where all tokens are the same there is no other.
 TEST(NextTokenInfluence, OfOneToken) {
-    KnownLosses model([](const int32_t* inputs, const int32_t* targets, int64_t t, int64_t T) {
-        return t + 1 < T && inputs[t + 1] == targets[t] ? 0.5f : 2.0f;
-    });
+    KnownLosses model = seeing_model();
     const NextTokenInfluence i =
-        *measure_next_token_influence(model, std::vector<int32_t>(2 * 65, 3), 2, 64, 1, places, 10);
+        *measure_next_token_influence(model, std::vector<int32_t>(2 * 65, 3), 2, 64, 1, places, never, 10);
     EXPECT_EQ(i.rise, 0.0);
 }
 
@@ -222,7 +214,7 @@ TEST(NextTokenInfluence, Stops) {
     });
     const auto stop = [&] { return ++num_asked == 3; };
     const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 5);
-    EXPECT_FALSE(measure_next_token_influence(model, tokens, 2, 64, 1, places, 100, stop));
+    EXPECT_FALSE(measure_next_token_influence(model, tokens, 2, 64, 1, places, stop, 100));
     EXPECT_EQ(num_losses, 2 * 2 * 2 * 64);
 }
 
@@ -233,11 +225,11 @@ TEST(NextTokenInfluence, IsOfTheSelection) {
     lighthouse.levels = 2, lighthouse.pool = 2, lighthouse.topk = 128, lighthouse.dense_layers = {};
     const int64_t T = 512;
     reference::ReferenceModel<float> model(tiny_config(), AttentionMode::lighthouse, lighthouse, 2, T);
-    set_random_weights(model);
+    set_random_weights(model, 0.5);
     const std::vector<int32_t> tokens = random_tokens(2 * (T + 1), 19, 9);
     for (const AttentionMode mode : {AttentionMode::dense, AttentionMode::lighthouse}) {
         model.set_attention(mode);
-        const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, T, 1, places, 16);
+        const NextTokenInfluence i = *measure_next_token_influence(model, tokens, 2, T, 1, places, never, 16);
         EXPECT_EQ(i.num_places, 16);
         EXPECT_EQ(i.standard_error > 0.0, mode == AttentionMode::lighthouse) << text_of(i);
         EXPECT_EQ(i.rise != 0.0, mode == AttentionMode::lighthouse) << text_of(i);

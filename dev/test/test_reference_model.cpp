@@ -51,18 +51,11 @@ std::vector<Case> cases() {
     return list;
 }
 
-// A model with random weights, larger than a trainer's so that nothing is nearly linear.
+// A model with random weights.
 template <class Real>
 std::unique_ptr<reference::ReferenceModel<Real>> make_model(const Case& c) {
     auto model = std::make_unique<reference::ReferenceModel<Real>>(c.config, c.attention, c.lighthouse, c.B, c.T);
-    for (size_t i = 0; i < model->parameters().tensors.size(); ++i) {
-        const ParameterTensor& tensor = model->parameters().tensors[i];
-        std::vector<double> values = random_values(tensor.num_elements(), tensor.is_vector ? 0.5 : 0.4, 100 + i);
-        for (double& value : values) {
-            value += tensor.is_vector ? 1.0 : 0.0;
-        }
-        model->write_state(StateKind::master, (int)i, converted<float>(values).data());
-    }
+    set_random_weights(*model, 0.4);
     return model;
 }
 std::vector<int32_t> batch_of(const Case& c, uint64_t seed) {
