@@ -81,6 +81,12 @@ struct ForwardWork {
     int b, h, first_row, num_key_tiles, num_full_tiles;  // first_row: negative where the first consumers have no rows
 };
 
+// Where the scores' products read the queries. REGISTERS: every warp loads its 16 rows once a tile, D / 4 registers a
+// thread, and the products of a key tile read a fifth less of shared memory, which saves power: at D = 128 0.9 to 1.7 %
+// (H200, T = 8192 to 98304). A thread has 32 registers left there beside output, scores and P. With 160 keys ptxas
+// spills and lets no two products overlap (C7512); so it does at D = 64 with three consumers, whose threads have 160.
+enum class QueryOperand { SHARED, REGISTERS };
+
 // What variants of dev/cuda replace stands below Shared. Chosen on an H100, TFLOP/s at 8K / 32K / 128K: D = 128 705 /
 // 767 / 713, D = 64 495 / 610 / 568 (with rows still divided from the first one down). Tried beside: 160 keys at D =
 // 128 (689 / 703 / 713); two consumers at D = 64 (415 / 488 / 500), two stages there (422 / 567 / 578), a quarter of
@@ -90,7 +96,8 @@ struct ForwardWork {
 // With few and short sequences the launch takes as long as its longest work: one consumer's steps are short, and
 // several blocks an SM run under one another's. They read k and v once for 64 rows: from L2, more than it gives once
 // all SMs are full. 104 registers, as with four consumers an SM, are too few for 64 keys.
-template <int D_, int CONSUMERS_, int BLOCK_N_, int STAGES_, int BLOCKS_PER_SM_ = 1>
+template <int D_, int CONSUMERS_, int BLOCK_N_, int STAGES_, int BLOCKS_PER_SM_ = 1,
+          QueryOperand QUERIES_ = QueryOperand::SHARED>
 struct HopperForwardTile {
     static constexpr int D = D_;
     static constexpr int CONSUMERS = CONSUMERS_;  // warpgroups that compute, of 64 query rows each
@@ -98,6 +105,7 @@ struct HopperForwardTile {
     static constexpr int BLOCK_N = BLOCK_N_;
     static constexpr int STAGES = STAGES_;  // of k and of v
     static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
+    static constexpr QueryOperand QUERIES = QUERIES_;
     static constexpr int Q_SLOTS = 2;  // the tile that is finished and the one that has begun
     static constexpr int THREADS = WARPGROUP_SIZE * (1 + CONSUMERS);
     // At launch all threads have the same, an SM's 65536 over its threads, rounded down to a multiple of 8; the loader
@@ -238,6 +246,20 @@ struct ForwardLoader {
 };
 
 // ---- score -------------------------------------------------------------------------------------
+// Where in a warpgroup's 64 rows of a TMA tile the 16 bytes lie whose address a lane gives to ldmatrix or stmatrix: of
+// its warp's 16 rows, columns 16 group to 16 group + 15, the matrices of a fragment of A.
+__device__ __forceinline__ uint32_t fragment_address(uint32_t tile, int warp, int lane, int group) {
+    const int row = 16 * warp + lane % 16, chunk = 2 * (group % 4) + lane / 16;
+    return tile + group / 4 * 64 * 128 + row * 128 + (chunk ^ (row % 8)) * 16;
+}
+// What a thread holds of its tile's queries: fragments of A, or nothing.
+template <int D, QueryOperand QUERIES>
+struct Queries {};
+template <int D>
+struct Queries<D, QueryOperand::REGISTERS> {
+    uint32_t fragments[D / 16][4];
+};
+
 // Issues scores = q k^T of 64 query rows.
 template <int D, int BLOCK_N>
 __device__ __forceinline__ void issue_scores(float (&scores)[BLOCK_N / 2], uint64_t q, uint64_t k) {
@@ -250,6 +272,20 @@ __device__ __forceinline__ void issue_scores(float (&scores)[BLOCK_N / 2], uint6
             wgmma_zero<0, 0>(scores, a, b);
         } else {
             wgmma<0, 0>(scores, a, b);
+        }
+    }
+    wgmma_commit();
+}
+template <int D, int BLOCK_N>
+__device__ __forceinline__ void issue_scores(float (&scores)[BLOCK_N / 2], const uint32_t (&q)[D / 16][4], uint64_t k) {
+    wgmma_fence();
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step) {
+        const uint64_t b = wgmma_advance(k, step / 4 * BLOCK_N * 128 + step % 4 * 32);
+        if (step == 0) {
+            wgmma_zero<0>(scores, q[step], b);
+        } else {
+            wgmma<0>(scores, q[step], b);
         }
     }
     wgmma_commit();
@@ -400,7 +436,6 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
         }
     }
     scale_rows(out, inverse);
-    const int row = 16 * warp + lane % 16;
 #pragma unroll
     for (int group = 0; group < D / 16; ++group) {
         uint32_t fragment[4];
@@ -408,8 +443,7 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
         for (int i = 0; i < 4; ++i) {
             fragment[i] = pack_bf16x2(out[8 * group + 2 * i], out[8 * group + 2 * i + 1]);
         }
-        const int chunk = 2 * (group % 4) + lane / 16;
-        stmatrix_x4(staging + group / 4 * 64 * 128 + row * 128 + (chunk ^ (row % 8)) * 16, fragment);
+        stmatrix_x4(fragment_address(staging, warp, lane, group), fragment);
     }
     fence_async_shared();
 }
@@ -447,6 +481,7 @@ __device__ inline void store_tiles(typename Tile::Shared& shared, const HopperFo
 template <class Tile>
 struct ForwardConsumer {
     using Shared = typename Tile::Shared;
+    using TileQueries = Queries<Tile::D, Tile::QUERIES>;
     static constexpr int D = Tile::D, BLOCK_N = Tile::BLOCK_N;
 
     Shared& shared;
@@ -481,9 +516,26 @@ struct ForwardConsumer {
     __device__ __forceinline__ void wait_k() const {
         mbarrier_wait(shared_address(&shared.k_full[k_state.stage]), k_state.parity);
     }
-    __device__ __forceinline__ void issue_scores_of(float (&scores)[BLOCK_N / 2], int slot) const {
-        issue_scores<D, BLOCK_N>(scores, wgmma_descriptor_k_major(shared_address(shared.q[slot][consumer])),
-                                 wgmma_descriptor_k_major(shared_address(shared.k[k_state.stage])));
+    // Takes the tile's queries out of their slot, if it is from registers that products read them. While no product
+    // runs, which might still read those of the tile before.
+    __device__ __forceinline__ void take_queries(TileQueries& queries) const {
+        if constexpr (Tile::QUERIES == QueryOperand::REGISTERS) {
+            const uint32_t tile = shared_address(shared.q[q_state.stage][consumer]);
+#pragma unroll
+            for (int step = 0; step < D / 16; ++step) {
+                ldmatrix_x4(queries.fragments[step], fragment_address(tile, threadIdx.x / WARP_SIZE % 4, lane, step));
+            }
+        }
+    }
+    __device__ __forceinline__ void issue_scores_of(float (&scores)[BLOCK_N / 2], const TileQueries& queries) const {
+        const auto& k = shared.k[k_state.stage];
+        if constexpr (Tile::QUERIES == QueryOperand::REGISTERS) {
+            issue_scores<D, BLOCK_N>(scores, queries.fragments, wgmma_descriptor_k_major(shared_address(k)));
+        } else {
+            issue_scores<D, BLOCK_N>(scores,
+                                     wgmma_descriptor_k_major(shared_address(shared.q[q_state.stage][consumer])),
+                                     wgmma_descriptor_k_major(shared_address(k)));
+        }
     }
     __device__ __forceinline__ void issue_out_of(float (&out)[D / 2], const uint32_t (&p)[BLOCK_N / 16][4]) const {
         mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
@@ -495,24 +547,27 @@ struct ForwardConsumer {
         const int first_column = n * BLOCK_N + lane % 4 * 2;
         mask_scores(scores, min(args.Tk, row_limit) - first_column, min(args.Tk, row_limit + 8) - first_column);
     }
-    // The output leaves through the q it belongs to.
-    __device__ __forceinline__ void finish(float (&out)[D / 2], SoftmaxRows& rows, const ForwardWork& work,
-                                           int slot) const {
+    // The output leaves through the slot of the q it belongs to, q_state's being the next one's. Queries in shared
+    // memory: after all of the consumer's products have read them; from registers, a warp overwrites its own rows
+    // alone.
+    __device__ __forceinline__ void finish(float (&out)[D / 2], SoftmaxRows& rows, const ForwardWork& work) const {
         float* lse = args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq;
+        const int slot = q_state.stage ^ 1;
         finish_rows<D>(out, rows, args.scale_log2, shared_address(shared.q[slot][consumer]), lse,
                        work.first_row + thread_row, args.Tq);
         named_barrier_arrive(OUT_BARRIER + consumer, WARPGROUP_SIZE + WARP_SIZE);
     }
 
-    // Scores and softmax of key tile n of `work` (its q in `slot`) under the product of the key tile before it, whose P
-    // is p. NEW_TILE: the key tile before it was the last of `finished`, which rows belong to on entry.
+    // Scores and softmax of key tile n of `work` under the product of the key tile before it, whose P is p. NEW_TILE:
+    // the key tile before it was the last of `finished`, which rows belong to on entry.
     template <bool MASKED, bool NEW_TILE>
     __device__ __forceinline__ void step(float (&out)[D / 2], uint32_t (&p)[BLOCK_N / 16][4], SoftmaxRows& rows,
-                                         const ForwardWork& work, int n, int slot, const ForwardWork& finished) {
+                                         const TileQueries& queries, const ForwardWork& work, int n,
+                                         const ForwardWork& finished) {
         float scores[BLOCK_N / 2], factor[2] = {1.0f, 1.0f};
         wait_k();
         wait_turn();
-        issue_scores_of(scores, slot);
+        issue_scores_of(scores, queries);
         issue_out_of(out, p);
         pass_turn();
         wgmma_wait<1>();
@@ -533,11 +588,11 @@ struct ForwardConsumer {
         v_state.advance();
         pack_fragments(p, scores);
         if (NEW_TILE) {
-            if (!Tile::PING_PONG) {
+            if (!Tile::PING_PONG && Tile::QUERIES == QueryOperand::SHARED) {
                 // All warps' products have read q; otherwise the wait for the turn has seen to it.
                 named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);
             }
-            finish(out, rows, finished, slot ^ 1);
+            finish(out, rows, finished);
             rows = new_rows;
 #pragma unroll
             for (int i = 0; i < D / 2; ++i) {
@@ -584,6 +639,8 @@ struct ForwardConsumer {
         float out[D / 2];
         uint32_t p[BLOCK_N / 16][4];
         SoftmaxRows rows;
+        TileQueries queries;
+        take_queries(queries);
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) {
             out[i] = 0.0f;
@@ -593,7 +650,7 @@ struct ForwardConsumer {
             skip_k(work.num_key_tiles - own_tiles);
             skip_v(work.num_key_tiles - own_tiles);
             wait_k();
-            issue_scores_of(scores, q_state.stage);
+            issue_scores_of(scores, queries);
             wgmma_wait<0>();
             wgmma_pin(scores);
             release(shared.k_empty[k_state.stage]);
@@ -603,30 +660,32 @@ struct ForwardConsumer {
             pack_fragments(p, scores);
         }
         while (true) {
-            const int slot = q_state.stage;
             int n = own_tiles - 2;
             for (; n >= work.num_full_tiles; --n) {
-                step<true, false>(out, p, rows, work, n, slot, work);
+                step<true, false>(out, p, rows, queries, work, n, work);
             }
             for (; n >= 0; --n) {
-                step<false, false>(out, p, rows, work, n, slot, work);
+                step<false, false>(out, p, rows, queries, work, n, work);
             }
             q_state.advance();
             const ForwardWork next = Tile::PERSISTENT ? next_work() : ForwardWork{};
             if (next.num_key_tiles == 0) {
                 break;
             }
+            take_queries(queries);
             own_tiles = own_key_tiles(next);
             skip_k(next.num_key_tiles - own_tiles);
-            step<true, true>(out, p, rows, next, own_tiles - 1, q_state.stage, work);
+            step<true, true>(out, p, rows, queries, next, own_tiles - 1, work);
             skip_v(next.num_key_tiles - own_tiles);
             work = next;
         }
         issue_out_of(out, p);
         wgmma_wait<0>();
         wgmma_pin(out);
-        named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);  // all warps' products have read q
-        finish(out, rows, work, q_state.stage ^ 1);
+        if (Tile::QUERIES == QueryOperand::SHARED) {
+            named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);  // all warps' products have read q
+        }
+        finish(out, rows, work);
     }
 };
 #endif  // sm_90a
@@ -743,7 +802,7 @@ inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const
 
 using HopperForwardTile64 = HopperForwardTile<64, 3, 128, 4>;
 using HopperForwardTile64Short = HopperForwardTile<64, 1, 64, 3, 3>;  // few and short sequences
-using HopperForwardTile128 = HopperForwardTile<128, 2, 128, 2>;
+using HopperForwardTile128 = HopperForwardTile<128, 2, 128, 2, 1, QueryOperand::REGISTERS>;
 
 // Whether the short tile is faster. H200, ms at (B, H, T), the short tile's and the usual one's: (1, 16, 1024) 0.017
 // and 0.022, (1, 16, 2048) 0.032 and 0.034, (32, 8, 512) 0.037 and 0.044; (64, 12, 1024) 0.297 and 0.291, (8, 12, 2048)

@@ -197,6 +197,8 @@ static void hopper_forward(HeadView<bf16> out, float* lse, HeadView<const bf16> 
 using Tile64 = HopperForwardTile<64, 3, 128, 2>;
 using Tile64Short = HopperForwardTile<64, 1, 64, 3, 3>;
 using Tile128 = HopperForwardTile<128, 2, 128, 2>;
+template <int BLOCK_N>
+using Tile128Registers = HopperForwardTile<128, 2, BLOCK_N, 2, 1, QueryOperand::REGISTERS>;
 #endif
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
@@ -230,8 +232,10 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {15, "11 without turns", {hopper_forward<NoTurns<Tile64>, NoTurns<Tile128>>, {64, 128}, 131072}},
     {16, "D 64: one consumer, 64 keys, three blocks an SM", {hopper_launch_forward<Tile64Short>, {64}, 131072}},
     {17, "the same, one block a tile", {hopper_launch_forward<OneBlockATile<Tile64Short>>, {64}, 131072}},
+    {18, "D 128: 11, queries in registers", {hopper_launch_forward<Tile128Registers<128>>, {128}, 524288}},
+    {19, "the same with 144 keys", {hopper_launch_forward<Tile128Registers<144>>, {128}, 131072}},
 #endif
-    {18, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, {}, 524288}},
+    {20, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, {}, 524288}},
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
