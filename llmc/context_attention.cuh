@@ -2,9 +2,10 @@
 // three ways it goes. All take the same operands and give the same results, up to rounding.
 //   ring    ring_attention.cuh: keys travel, a step's beside the attention of the step before
 //   gather  the same file: all keys first, for short sequences
-//   heads   head_attention.cuh: every rank gets all rows of some heads; the same bits as one GPU
-// By itself the trainer takes ring or gather (choose_ring_or_gather): they send less, and take any number of heads. On
-// two GPUs of a host heads is as fast (dev/RESULTS.md).
+//   heads   head_attention.cuh: every rank gets all rows of some heads: head by head the bits of flash attention on
+//           one GPU
+// By itself the trainer takes ring or gather (choose_ring_or_gather): they send less where heads are grouped and ranks
+// few (doc/context_parallel.md), and take any number of heads. On two GPUs of a host heads is as fast (dev/RESULTS.md).
 //
 // lse: of ring and gather [B, H, 2n] of the local rows, of heads [B, H / W, T] of this rank's heads; as large either
 // way, and of use to the backward of the same way alone.

@@ -1,6 +1,6 @@
-// context_rows.cuh: how the kernels of attention over several ranks (ring_attention.cuh, lighthouse_border.cuh) handle
-// rows of D bf16 or float: eight elements a lane (16 bytes of bf16); a row has a power of two of lanes, so that it lies
-// in one warp, and those beyond D / 8 rest.
+// context_rows.cuh: how the kernels of attention over several ranks (ring_attention.cuh, head_attention.cuh,
+// lighthouse_border.cuh) handle rows of D bf16 or float: eight elements a lane (16 bytes of bf16); a row has a power of
+// two of lanes, so that it lies in one warp, and those beyond D / 8 rest.
 #pragma once
 #include "attention_shape.cuh"
 

@@ -12,10 +12,12 @@
 // a part is brought while the one before attends, and taken while the next one does. What waits for a transfer is the
 // first part and the end of the last: the more key/value heads a rank has, the less.
 //
-// Against ring attention: nothing is summed over ranks, so there are no partial results, and what comes out is rounded
-// once, where one GPU rounds it. But queries and outputs travel too. Of each local row a rank receives (W - 1) / W
-// times 2 H + 2 Hkv heads in bf16 forward and 4 H + 4 Hkv backward; in the ring 3/4 (W - 1) times 2 Hkv forward, and
-// backward these and 2 Hkv in float32. Hkv must be a multiple of W.
+// Against ring attention: nothing is summed over ranks, so there are no partial results: out, dq, dk and dv are, head
+// by head, the bits of flash attention on one GPU. (Of dense layers the model turns dq and dk back, by RoPE,
+// afterwards: one rounding more than on one GPU, whose kernel turns them before it rounds.) But queries and outputs
+// travel too. Of each local row a rank receives (W - 1) / W times 2 H + 2 Hkv heads in bf16 forward and 4 H + 4 Hkv
+// backward; in the ring 3/4 (W - 1) times 2 Hkv forward, and backward these and 2 Hkv in float32. Hkv must be a
+// multiple of W.
 //
 // Shapes: the local rows of each sequence, head chunk then tail chunk: q, out [B, 2n, H, D]; k, v [B, 2n, Hkv, D], each
 // a HeadView; lse [B, H / W, T] of the heads that this rank attends with: for the backward alone. Repeats bit for bit

@@ -602,7 +602,8 @@ inline void GpuModel::attention_output_again(int l, const Batch& batch) {
 }
 
 // m.dqkv (=) the gradient of the qkv product: dq and dk come turned back by attention itself or, of dense attention
-// whose ranks share sequences and so sum dk in float32 over ranks, are turned back afterwards.
+// whose ranks share sequences, are turned back afterwards, which rounds them once more: ring and gather sum dk over
+// ranks first, and exchanging heads brings them home first.
 inline void GpuModel::attention_backward(int l, const Batch& batch) {
     const ModelBuffers& m = buffers_;
     const RopeRotation rotation = rope_rotation(batch);

@@ -40,7 +40,7 @@ struct GpuModelSettings {
     std::optional<LighthouseConfig> lighthouse;
     // With Lighthouse: whether steps under dense attention are trained too (the second stage), not only evaluated.
     bool trains_dense = true;
-    // Several GPUs: this rank's place among them, and how keys reach the ranks that share a sequence.
+    // Several GPUs: this rank's place among them, and how attention reaches over the ranks that share a sequence.
     ParallelMesh mesh;
     ContextExchange context_exchange = ContextExchange::automatic;
     // Bytes of GPU and host that this rank may use, of what is free; 0: all. Ranks of one host divide what it has.
