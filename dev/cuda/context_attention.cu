@@ -40,6 +40,7 @@ static std::vector<ContextCase> context_cases(bool small) {
         context_case(4, 1, 1024, 2, 2, 128, Scores::large),
         context_case(4, 1, 800, 4, 2, 64, Scores::dominant),
         context_case(2, 3, 516, 8, 4, 64),  // six parts of variants 6 and 7
+        context_case(2, 3, 300, 4, 2, 64),  // of variants 4 and 7 two: two sequences, and one
         context_case(4, 2, 776, 8, 4, 128),
         context_case(3, 1, 606, 6, 3, 96),
         context_case(8, 1, 1040, 8, 8, 128),
