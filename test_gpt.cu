@@ -219,7 +219,8 @@ static void test_cuda_graphs(Checks& checks, const Case& c) {
     // One by one go, under each attention, the launches of the first step's first two micro-batches; the third differs
     // from the second in its tokens alone.
     const int64_t num_attentions = c.lighthouse ? 2 : 1, later = 9 * (c.num_micro_batches - 1);
-    const int64_t expected = 9 - num_attentions + (later > 0 ? later - num_attentions : 0);
+    const int64_t replayed = 9 - num_attentions + (later > 0 ? later - num_attentions : 0);
+    const int64_t expected = MicroBatchGraph::captures_launches() ? replayed : 0;
     checks.expect(no_replays == 0 && num_replays == expected, "launches are replayed", c.name,
                   format_string("%lld and %lld times, not 0 and %lld", (long long)no_replays, (long long)num_replays,
                                 (long long)expected));

@@ -119,14 +119,9 @@ class GpuModel : public TrainableModel {
     std::string first_bad_tensor(double loss);
     bool is_bad_tensor(int tensor);
 
-    // Whether forward and backward enqueue the same each time, on this stream alone. With `make debug` every launch is
-    // waited for.
+    // Whether forward and backward enqueue the same each time, on this stream alone, and it can be captured.
     bool replays_launches() const {
-#ifdef LLMC_DEBUG
-        return false;
-#else
         return captures_launches_ && settings_.cuda_graphs && comms_ == nullptr && !inputs_ && !settings_.profile;
-#endif
     }
     bool uses_lighthouse(int l) const {
         return attention_ == AttentionMode::lighthouse && settings_.lighthouse->applies_to(l, config_.num_layers);
@@ -172,7 +167,7 @@ class GpuModel : public TrainableModel {
     TransferProfile transfers_;  // of several ranks
     bool profiling_ = false;     // inside a training step with settings.profile
     StepPass pass_ = StepPass::forward;
-    const bool captures_launches_ = MicroBatchGraph::driver_captures_all_launches();
+    const bool captures_launches_ = MicroBatchGraph::captures_launches();
     // Under each attention of a step's first micro-batch, and of the others.
     std::array<std::array<MicroBatchGraph, 2>, 2> graphs_;
     std::array<TokenStage, 2> stages_;
