@@ -72,19 +72,15 @@ static void test_evaluation(Checks& checks, const Case& c) {
     compare_loss(checks, "evaluation", c, model->evaluate(tokens.data(), c.B, c.T), true_loss,
                  std::abs(plain_loss - true_loss));
     // The loss of each token, for targets of one's own: another target changes the loss of its place alone.
-    std::vector<int32_t> inputs, targets;
-    for (int b = 0; b < c.B; ++b) {
-        const int32_t* const row = tokens.data() + b * (c.T + 1);
-        inputs.insert(inputs.end(), row, row + c.T), targets.insert(targets.end(), row + 1, row + c.T + 1);
-    }
+    InputsAndTargets columns(tokens.data(), c.B, c.T);
     std::vector<float> losses(c.B * c.T, NAN), others(losses), expected_losses(losses);
-    model->token_losses(losses.data(), inputs.data(), targets.data(), c.B, c.T);
-    truth.model->token_losses(expected_losses.data(), inputs.data(), targets.data(), c.B, c.T);
+    model->token_losses(losses.data(), columns.inputs.data(), columns.targets.data(), c.B, c.T);
+    truth.model->token_losses(expected_losses.data(), columns.inputs.data(), columns.targets.data(), c.B, c.T);
     compare(checks, "losses of tokens", c.name, to_double(losses), to_double(expected_losses),
             limit_of(to_double(plain.model.token_losses()), to_double(expected_losses)));
     const int64_t place = c.B * c.T / 2;
-    targets[place] = (int32_t)((targets[place] + 1) % c.config.vocab_size);
-    model->token_losses(others.data(), inputs.data(), targets.data(), c.B, c.T);
+    columns.targets[place] = (int32_t)((columns.targets[place] + 1) % c.config.vocab_size);
+    model->token_losses(others.data(), columns.inputs.data(), columns.targets.data(), c.B, c.T);
     int64_t num_changed = 0;
     for (size_t i = 0; i < losses.size(); ++i) {
         num_changed += losses[i] != others[i];

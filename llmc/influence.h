@@ -23,19 +23,6 @@
 #include "random.h"
 #include "trainable_model.h"
 
-// Columns of tokens [B, T + 1], each [B, T].
-struct InputsAndTargets {
-    std::vector<int32_t> inputs, targets;
-
-    InputsAndTargets(const std::vector<int32_t>& tokens, int B, int64_t T) {
-        for (int b = 0; b < B; ++b) {
-            const int32_t* const row = tokens.data() + b * (T + 1);
-            inputs.insert(inputs.end(), row, row + T);
-            targets.insert(targets.end(), row + 1, row + T + 1);
-        }
-    }
-};
-
 struct SelectionInfluence {
     int64_t tile_tokens = 0;        // T / tiles
     int64_t split = 0;              // the last token that was kept
@@ -61,7 +48,7 @@ inline SelectionInfluence measure_selection_influence(TrainableModel& model, con
     influence.tile_tokens = T / tiles;
     const int64_t tile_begin = tiles / 2 * influence.tile_tokens;
     influence.split = tile_begin + influence.tile_tokens / 2;
-    const InputsAndTargets columns(tokens, B, T);
+    const InputsAndTargets columns(tokens.data(), B, T);
     std::vector<int32_t> replaced = columns.inputs;
     for (int b = 0; b < B; ++b) {
         const auto row = replaced.begin() + b * T;
@@ -124,7 +111,7 @@ inline std::optional<NextTokenInfluence> measure_next_token_influence(
     const auto draw = [&](int64_t n) {  // of 0 to n - 1
         return std::min((int64_t)(random.uniform(num_drawn++) * (double)n), n - 1);
     };
-    const InputsAndTargets columns(tokens, B, T);
+    const InputsAndTargets columns(tokens.data(), B, T);
     struct Place {
         int64_t index;  // of its loss in [B, T]
         int replaced_in;

@@ -641,6 +641,7 @@ inline GpuModel::Batch GpuModel::upload(const int32_t* inputs, const int32_t* ta
     CHECK(B >= 1 && B <= settings_.max_batch_size && T >= (shared ? max_T : 1) && T <= max_T,
           "a batch of %d sequences of %lld tokens: memory was planned for at most %d of %s%lld", B, (long long)T,
           settings_.max_batch_size, shared ? "exactly " : "at most ", (long long)max_T);
+    check_tokens(inputs, targets, row_stride, B, T, config_.vocab_size);
     const ContextPartition partition =
         shared ? make_context_partition(T, settings_.mesh.context_parallel, settings_.mesh.context_rank())
                : ContextPartition{1, 0, T};
@@ -651,10 +652,6 @@ inline GpuModel::Batch GpuModel::upload(const int32_t* inputs, const int32_t* ta
     const auto fill = [&](int32_t* staged, const int32_t* rows) {
         for (int b = 0; b < B; ++b) {
             const int32_t* const row = rows + b * row_stride;
-            for (int64_t t = 0; t < T; ++t) {
-                CHECK(row[t] >= 0 && row[t] < config_.vocab_size, "token %d at position %lld: --vocab_size is %lld",
-                      row[t], (long long)t, (long long)config_.vocab_size);
-            }
             for (int half = 0; half < partition.halves(); ++half) {
                 std::copy_n(row + partition.first_position(half), partition.chunk_rows(),
                             staged + b * batch.T + half * partition.chunk_rows());

@@ -5,9 +5,44 @@
 #include <string>
 #include <vector>
 
+#include "check.h"
 #include "model_config.h"
 #include "parameters.h"
 
+// ---- tokens ------------------------------------------------------------------------------------
+// The columns of tokens [B, T + 1] as token_losses takes them, each [B, T].
+struct InputsAndTargets {
+    std::vector<int32_t> inputs, targets;
+
+    InputsAndTargets(const int32_t* tokens, int B, int64_t T) {
+        for (int b = 0; b < B; ++b) {
+            const int32_t* const row = tokens + b * (T + 1);
+            inputs.insert(inputs.end(), row, row + T);
+            targets.insert(targets.end(), row + 1, row + T + 1);
+        }
+    }
+};
+
+// Throws Error unless the vocabulary has all inputs and, unless null, targets: B rows of T, row_stride apart.
+inline void check_tokens(const int32_t* inputs, const int32_t* targets, int64_t row_stride, int B, int64_t T,
+                         int64_t vocab_size) {
+    const auto check_from = [&](int64_t begin, const int32_t* rows) {
+        for (int b = 0; b < B; ++b) {
+            const int32_t* const row = rows + b * row_stride;
+            for (int64_t t = begin; t < T; ++t) {
+                CHECK(row[t] >= 0 && row[t] < vocab_size, "token %d at position %lld: --vocab_size is %lld", row[t],
+                      (long long)t, (long long)vocab_size);
+            }
+        }
+    };
+    check_from(0, inputs);
+    if (targets != nullptr) {
+        const bool next_inputs = targets == inputs + 1;  // all but a row's last
+        check_from(next_inputs ? T - 1 : 0, targets);
+    }
+}
+
+// ---- the model ---------------------------------------------------------------------------------
 // AdamW (Loshchilov & Hutter 2019, decoupled decay), its schedule already applied.
 struct AdamWSettings {
     double learning_rate = 0.0;

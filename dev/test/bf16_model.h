@@ -57,12 +57,8 @@ class Bf16Model {
     // tokens [B, T + 1]. Adds the gradient of loss_weight * mean loss; returns the mean loss.
     double accumulate(const int32_t* tokens, int B, int64_t T, double loss_weight) {
         B_ = B, T_ = T;
-        inputs_.clear(), targets_.clear();
-        for (int b = 0; b < B; ++b) {
-            const int32_t* row = tokens + b * (T + 1);
-            inputs_.insert(inputs_.end(), row, row + T);
-            targets_.insert(targets_.end(), row + 1, row + T + 1);
-        }
+        InputsAndTargets columns(tokens, B, T);
+        inputs_.swap(columns.inputs), targets_.swap(columns.targets);
         forward();
         return backward(loss_weight);
     }

@@ -115,7 +115,7 @@ TEST(Influence, TokenLosses) {
     reference::ReferenceModel<double> model(tiny_config(), AttentionMode::dense, {}, 2, 64);
     set_random_weights(model, 0.5);
     const std::vector<int32_t> tokens = random_tokens(2 * 65, 19, 3);
-    InputsAndTargets columns(tokens, 2, 64);
+    InputsAndTargets columns(tokens.data(), 2, 64);
     std::vector<float> losses(2 * 64);
     model.token_losses(losses.data(), columns.inputs.data(), columns.targets.data(), 2, 64);
     double mean = 0.0;

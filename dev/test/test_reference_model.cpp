@@ -350,6 +350,9 @@ TEST(ReferenceModel, RefusesWhatItCannotTake) {
     EXPECT_NE(message(c.B, c.T).find("token 37 at position 4"), std::string::npos);
     tokens[4] = -1;
     EXPECT_NE(message(c.B, c.T).find("token -1 at position 4"), std::string::npos);
+    tokens = batch_of(c, 1);
+    tokens.back() = 37;  // no input: the last target
+    EXPECT_NE(message(c.B, c.T).find("token 37 at position 8"), std::string::npos);
 
     const Case lighthouse = cases()[6];
     const auto sparse = make_model<float>(lighthouse);

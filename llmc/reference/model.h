@@ -414,14 +414,10 @@ typename ReferenceModel<Real>::Batch ReferenceModel<Real>::take_tokens(const int
     CHECK(B >= 1 && T >= 1 && B <= max_batch_ && T <= max_T_,
           "a batch of %d sequences of %lld tokens: memory was planned for at most %d of %lld", B, (long long)T,
           max_batch_, (long long)max_T_);
+    check_tokens(inputs, targets, row_stride, B, T, config_.vocab_size);
     const auto take = [&](int32_t* taken, const int32_t* rows) {
         for (int b = 0; b < B; ++b) {
-            const int32_t* const row = rows + b * row_stride;
-            for (int64_t t = 0; t < T; ++t) {
-                CHECK(row[t] >= 0 && row[t] < config_.vocab_size, "token %d at position %lld: --vocab_size is %lld",
-                      row[t], (long long)t, (long long)config_.vocab_size);
-            }
-            std::copy_n(row, T, taken + b * T);
+            std::copy_n(rows + b * row_stride, T, taken + b * T);
         }
     };
     take(tokens_.data(), inputs);
