@@ -24,6 +24,7 @@
 // wherever flash attention does. Checked by dev/cuda/context_attention.cu.
 #pragma once
 #include "comm.cuh"              // ranks
+#include "context_parts.h"       // parts of a batch
 #include "context_rows.cuh"      // rows in launches
 #include "flash_attention.cuh"   // the attention of the whole sequence
 #include "transfer_profile.cuh"  // what is hidden
@@ -32,9 +33,9 @@
 // One tensor of what travels. Element: const bf16 of what is sent, bf16 of what comes home.
 template <class Element>
 struct HeadTensor {
-    HeadView<Element> local;         // [B, 2n, heads of all ranks, D]
-    int first = 0, rank_stride = 0;  // head first + r * rank_stride of it is the first of rank r's in this part
-    int heads = 0;                   // in this part, of each rank
+    HeadView<Element> local;  // [B, 2n, heads of all ranks, D], from the part's first head on
+    int rank_stride = 0;      // heads from one rank's first to the next one's
+    int heads = 0;            // in this part, of each rank
 };
 constexpr int MAX_HEAD_TENSORS = 5;
 template <class Element>
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(ROW_THREADS) head_messages_kernel(HeadMessages
         const HeadTensor<Element>& tensor = m.tensors[i];
         if (head >= begin && head < begin + tensor.heads) {
             Element* const local =
-                tensor.local.row(place.b, place.t, tensor.first + peer * tensor.rank_stride + head - begin) + place.d;
+                tensor.local.row(place.b, place.t, peer * tensor.rank_stride + head - begin) + place.d;
             if constexpr (std::is_const_v<Element>) {
                 store128(message, load128(local));
             } else {
@@ -101,14 +102,10 @@ class HeadAttentionPlan {
         return scratch_bytes(local, BACKWARD, attention_bytes(local, deterministic));
     }
 
-    // How many parts a batch is taken in.
-    int64_t num_parts(const AttentionShape& local) const {
-        const AttentionShape part = part_shape(local);
-        return (int64_t)ceil_div(local.B, part.B) * (local.Hkv / W_ / part.Hkv);
-    }
     // A number that is never smaller for longer sequences; where it is the same, longer sequences need more scratch.
     int64_t pace(const AttentionShape& local) const {
-        return num_parts(local) + (lanes_of(part_shape(local)).streams == LONG.streams);
+        const ContextParts<AttentionShape> parts = parts_of(local);
+        return parts.count() + (lanes_of(parts.largest()).streams == LONG.streams);
     }
 
     // Bytes that this rank receives in one forward, and in one backward; it sends as many.
@@ -125,39 +122,15 @@ class HeadAttentionPlan {
     static constexpr Traffic FORWARD = {1, 2, 1, 0};   // q, k, v; out
     static constexpr Traffic BACKWARD = {3, 2, 1, 2};  // q, k, v, dout, out; dq, dk, dv
 
-    // What a rank attends over at once: T rows of some of its heads. The largest part; with fewer sequences it is no
-    // larger.
-    AttentionShape part_shape(const AttentionShape& local) const {
-        AttentionShape part = local;
-        part.Tq = part.Tk = W_ * local.Tq;
-        part.H /= W_, part.Hkv /= W_;
-        part.yields = true;  // transfers and the next part run beside it
-        part.B = (int)std::min<int64_t>(local.B, ceil_div(part_keys_, part.Hkv * part.Tk));
-        if (part.Hkv * part.Tk >= part_keys_) {
-            const int group = part.H / part.Hkv, heads = part.Hkv;
-            part.Hkv = (int)ceil_div(part_keys_, part.Tk);
-            while (heads % part.Hkv != 0) {
-                ++part.Hkv;
-            }
-            part.H = group * part.Hkv;
-        }
-        return part;
-    }
-    struct Part {
-        AttentionShape shape;
-        int b, head, kv_head;  // where it begins: its first sequence, and of each rank's heads the first
-    };
-    std::vector<Part> parts_of(const AttentionShape& local) const {
-        AttentionShape shape = part_shape(local);
-        const int most = shape.B;
-        std::vector<Part> parts;
-        for (int b = 0; b < local.B; b += most) {
-            shape.B = std::min(most, local.B - b);
-            for (int kv_head = 0; kv_head < local.Hkv / W_; kv_head += shape.Hkv) {
-                parts.push_back({shape, b, local.H / local.Hkv * kv_head, kv_head});
-            }
-        }
-        return parts;
+    // What a rank attends over at once, by the keys of the sequence: T rows of some of its heads, which are what a
+    // part's heads are counted among.
+    using Part = ContextPart<AttentionShape>;
+    ContextParts<AttentionShape> parts_of(const AttentionShape& local) const {
+        AttentionShape whole = local;
+        whole.Tq = whole.Tk = W_ * local.Tq;
+        whole.H /= W_, whole.Hkv /= W_;
+        whole.yields = true;  // transfers and the next part run beside it
+        return {whole, whole.Tk, part_keys_};
     }
 
     // Streams that parts attend on in turn; slots, the parts under way: of long sequences one whose attention ends, one
@@ -196,11 +169,11 @@ class HeadAttentionPlan {
         }
     };
     Memory memory(MemoryArea& area, const AttentionShape& local, const Traffic& traffic, size_t attention_bytes) const {
-        const AttentionShape part = part_shape(local);
-        return Memory(area, part, W_, num_parts(local), lanes_of(part), traffic, attention_bytes);
+        const ContextParts<AttentionShape> parts = parts_of(local);
+        return Memory(area, parts.largest(), W_, parts.count(), lanes_of(parts.largest()), traffic, attention_bytes);
     }
     size_t attention_bytes(const AttentionShape& local, bool deterministic) const {
-        return flash_attention_backward_scratch_bytes(part_shape(local), deterministic);
+        return flash_attention_backward_scratch_bytes(parts_of(local).largest(), deterministic);
     }
 
     int W_, rank_;
@@ -244,7 +217,7 @@ class HeadAttention : public HeadAttentionPlan {
         const auto attend = [&](const Part& part, const Slot& slot, std::byte*, cudaStream_t on) {
             const AttentionShape& s = part.shape;
             const HeadView<bf16> in = whole_view(slot.brought, s, FORWARD.brought(s));
-            flash_attention_forward(whole_view(slot.found, s, s.H), part_lse(lse, part, local), in, heads_from(in, s.H),
+            flash_attention_forward(whole_view(slot.found, s, s.H), part.lse(lse), in, heads_from(in, s.H),
                                     heads_from(in, s.H + s.Hkv), s, on);
         };
         const auto take = [&](const Part& part) -> Tensors<bf16> { return {of_queries(out, part, local)}; };
@@ -272,7 +245,7 @@ class HeadAttention : public HeadAttentionPlan {
             const int v_head = s.H + s.Hkv, dout_head = v_head + s.Hkv;
             flash_attention_backward(found, heads_from(found, s.H), heads_from(found, v_head),
                                      heads_from(in, dout_head), in, heads_from(in, s.H), heads_from(in, v_head),
-                                     heads_from(in, dout_head + s.H), part_lse(lse, part, local), attention_scratch, s,
+                                     heads_from(in, dout_head + s.H), part.lse(lse), attention_scratch, s,
                                      deterministic, on);
         };
         const auto take = [&](const Part& part) -> Tensors<bf16> {
@@ -296,17 +269,11 @@ class HeadAttention : public HeadAttentionPlan {
     // A tensor's part of the local rows.
     template <class Element>
     HeadTensor<Element> of_queries(HeadView<Element> view, const Part& part, const AttentionShape& local) const {
-        view.data = view.row(part.b, 0, 0);
-        return {view, part.head, local.H / W_, part.shape.H};
+        return {part.queries(view), local.H / W_, part.shape.H};
     }
     template <class Element>
     HeadTensor<Element> of_keys(HeadView<Element> view, const Part& part, const AttentionShape& local) const {
-        view.data = view.row(part.b, 0, 0);
-        return {view, part.kv_head, local.Hkv / W_, part.shape.Hkv};
-    }
-    template <class Float>
-    Float* part_lse(Float* lse, const Part& part, const AttentionShape& local) const {
-        return lse + ((int64_t)part.b * (local.H / W_) + part.head) * part.shape.Tq;
+        return {part.keys(view), local.Hkv / W_, part.shape.Hkv};
     }
     // Rows [B, T, heads, D], and those heads of them from `head` on.
     static HeadView<bf16> whole_view(bf16* rows, const AttentionShape& part, int heads) {
@@ -370,7 +337,7 @@ class HeadAttention : public HeadAttentionPlan {
     template <class Bring, class Attend, class Take>
     void run(const AttentionShape& local, const Memory& m, const Traffic& traffic, const Bring& bring,
              const Attend& attend, const Take& take, cudaStream_t stream) {
-        const std::vector<Part> parts = parts_of(local);
+        const std::vector<Part> parts = parts_of(local).all();
         const int num_parts = (int)parts.size(), slots = m.lanes.slots, streams = m.lanes.streams;
         const auto pack_part = [&](int i) {
             if (i < num_parts) {

@@ -26,6 +26,7 @@
 // a HeadView; lse [B, H, 2n]. n: rows of a chunk. Checked by dev/cuda/context_attention.cu.
 #pragma once
 #include "comm.cuh"              // ranks
+#include "context_parts.h"       // parts of a batch
 #include "context_rows.cuh"      // rows in launches
 #include "flash_attention.cuh"   // the attention of two chunks on each other
 #include "transfer_profile.cuh"  // what is hidden
@@ -171,7 +172,7 @@ class RingAttentionPlan {
     // more, but shorter ones may, as they go in larger parts.
     size_t forward_scratch_bytes(const AttentionShape& local) const {
         MemoryArea area(nullptr);
-        gathers_ ? (void)GatherForward(area, sizes(local)) : (void)RingForward(area, sizes(part_shape(local)));
+        gathers_ ? (void)GatherForward(area, sizes(local)) : (void)RingForward(area, sizes(parts_of(local).largest()));
         return area.num_bytes();
     }
     size_t backward_scratch_bytes(const AttentionShape& local, bool deterministic) const {
@@ -179,7 +180,7 @@ class RingAttentionPlan {
         if (gathers_) {
             GatherBackward(area, sizes(local), gather_scratch_bytes(local, deterministic));
         } else {
-            const AttentionShape part = part_shape(local);
+            const AttentionShape part = parts_of(local).largest();
             RingBackward(area, sizes(part), ring_scratch_bytes(part, deterministic));
         }
         return area.num_bytes();
@@ -187,10 +188,7 @@ class RingAttentionPlan {
 
     // How many parts a batch is taken in; 0: it is gathered. Of longer sequences at least as many, and where there are
     // as many, longer sequences need more scratch.
-    int64_t num_parts(const AttentionShape& local) const {
-        const AttentionShape part = part_shape(local);
-        return gathers_ ? 0 : (int64_t)ceil_div(local.B, part.B) * (local.Hkv / part.Hkv);
-    }
+    int64_t num_parts(const AttentionShape& local) const { return gathers_ ? 0 : parts_of(local).count(); }
 
     // Bytes that this rank receives in one forward, and in one backward: the keys again, and float32 gradients of its
     // own keys from all who see them. What it sends is the same with keys and their readers exchanged, so over all
@@ -301,34 +299,10 @@ class RingAttentionPlan {
                         area.take<std::byte>((int64_t)attention_bytes[1])} {}
     };
 
-    // ---- parts of a batch
-
-    // The largest part that the ring takes at once: as few sequences as have part_keys keys in a chunk; where one has,
-    // as few of its heads as have, and divide all. With fewer sequences it is no larger.
-    AttentionShape part_shape(const AttentionShape& local) const {
-        const int64_t n = local.Tq / HALVES;
-        AttentionShape part = local;
-        part.B = (int)std::min<int64_t>(local.B, ceil_div(part_keys_, local.Hkv * n));
-        if (local.Hkv * n >= part_keys_) {
-            part.Hkv = (int)ceil_div(part_keys_, n);
-            while (local.Hkv % part.Hkv != 0) {
-                ++part.Hkv;
-            }
-            part.H = local.H / local.Hkv * part.Hkv;
-        }
-        return part;
-    }
-    // visit(part, sequence, query head, key/value head): each part and where it begins.
-    template <class Visit>
-    void for_each_part(const AttentionShape& local, Visit visit) const {
-        AttentionShape part = part_shape(local);
-        const int most = part.B;
-        for (int b = 0; b < local.B; b += most) {
-            part.B = std::min(most, local.B - b);
-            for (int kv_head = 0; kv_head < local.Hkv; kv_head += part.Hkv) {
-                visit(part, b, local.H / local.Hkv * kv_head, kv_head);
-            }
-        }
+    // What the ring takes at once, by the keys of a chunk.
+    using Part = ContextPart<AttentionShape>;
+    ContextParts<AttentionShape> parts_of(const AttentionShape& local) const {
+        return {local, local.Tq / HALVES, part_keys_};
     }
 
     // ---- attention of some of the local queries on some of the keys
@@ -412,11 +386,11 @@ class RingAttention : public RingAttentionPlan {
             probe_.begin_operation("forward");
             return gather_forward(out, lse, q, k, v, scratch, local, stream);
         }
-        for_each_part(local, [&](const AttentionShape& part, int b, int head, int kv_head) {
+        for (const Part& part : parts_of(local).all()) {
             probe_.begin_operation("forward");
-            ring_forward(part_from(out, b, head), part_lse(lse, b, head, local), part_from(q, b, head),
-                         part_from(k, b, kv_head), part_from(v, b, kv_head), scratch, part, stream);
-        });
+            ring_forward(part.queries(out), part.lse(lse), part.queries(q), part.keys(k), part.keys(v), scratch,
+                         part.shape, stream);
+        }
     }
 
     // dq, dk, dv (=) of the local rows, from dout, the forward's operands, out and lse. scratch:
@@ -431,13 +405,13 @@ class RingAttention : public RingAttentionPlan {
             probe_.begin_operation("backward");
             return gather_backward({dq, dk, dv}, {dout, q, k, v, out, lse}, scratch, local, deterministic, stream);
         }
-        for_each_part(local, [&](const AttentionShape& part, int b, int head, int kv_head) {
-            const Gradients gradients = {part_from(dq, b, head), part_from(dk, b, kv_head), part_from(dv, b, kv_head)};
-            const Saved saved = {part_from(dout, b, head), part_from(q, b, head),   part_from(k, b, kv_head),
-                                 part_from(v, b, kv_head), part_from(out, b, head), part_lse(lse, b, head, local)};
+        for (const Part& part : parts_of(local).all()) {
+            const Gradients gradients = {part.queries(dq), part.keys(dk), part.keys(dv)};
+            const Saved saved = {part.queries(dout), part.queries(q),   part.keys(k),
+                                 part.keys(v),       part.queries(out), part.lse(lse)};
             probe_.begin_operation("backward");
-            ring_backward(gradients, saved, scratch, part, deterministic, stream);
-        });
+            ring_backward(gradients, saved, scratch, part.shape, deterministic, stream);
+        }
     }
 
   private:
@@ -446,17 +420,6 @@ class RingAttention : public RingAttentionPlan {
               "ring attention: the local rows must be two equal chunks, causal on each other, not %lld queries and "
               "%lld keys",
               (long long)s.Tq, (long long)s.Tk);
-    }
-
-    // Of a part that begins there.
-    template <class Element>
-    static HeadView<Element> part_from(HeadView<Element> view, int b, int head) {
-        view.data = view.row(b, 0, head);
-        return view;
-    }
-    template <class Float>
-    static Float* part_lse(Float* lse, int b, int head, const AttentionShape& local) {
-        return lse + ((int64_t)b * local.H + head) * local.Tq;
     }
 
     template <class Element>

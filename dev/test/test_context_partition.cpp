@@ -1,5 +1,6 @@
 // test_context_partition.cpp: sequences over several ranks: who holds what, the rules and what they say, the ring's
-// schedule, the borders of Lighthouse attention, and the ring itself, emulated in double, against one process.
+// schedule, the parts of a batch, the borders of Lighthouse attention, and the ring itself, emulated in double, against
+// one process.
 #include <gtest/gtest.h>
 
 #include <map>
@@ -8,6 +9,7 @@
 
 #include "dev/test/reference_testing.h"
 #include "dev/test/ring_emulation.h"
+#include "llmc/context_parts.h"
 #include "llmc/reference/lighthouse_border.h"
 
 namespace {
@@ -216,6 +218,76 @@ TEST(RingEmulation, EqualsOneProcess) {
         EXPECT_LT(relative_error(dq.values, whole.dq.values), 1e-12) << "W " << W;
         EXPECT_LT(relative_error(dkv.k.values, whole.dkv.k.values), 1e-12) << "W " << W;
         EXPECT_LT(relative_error(dkv.v.values, whole.dkv.v.values), 1e-12) << "W " << W;
+    }
+}
+
+// ---- parts of a batch --------------------------------------------------------------------------
+using Parts = ContextParts<reference::AttentionShape>;
+using Part = ContextPart<reference::AttentionShape>;
+
+// check(batch, rows, part_keys) for batches of every size, whose parts are some sequences, or some heads of one.
+template <class Check>
+void for_each_batch(Check check) {
+    reference::AttentionShape batch;
+    for (batch.B = 1; batch.B <= 9; ++batch.B) {
+        for (batch.Hkv = 1; batch.Hkv <= 8; ++batch.Hkv) {
+            batch.H = (1 + batch.B % 3) * batch.Hkv;
+            for (int64_t rows = 1; rows <= 24; ++rows) {
+                for (const int64_t part_keys : {1, 16, 60}) {
+                    batch.Tq = batch.Tk = 2 * rows;
+                    check(batch, rows, part_keys);
+                }
+            }
+        }
+    }
+}
+
+TEST(ContextParts, TakeEachSequenceAndHeadOnce) {
+    for_each_batch([](const reference::AttentionShape& batch, int64_t rows, int64_t part_keys) {
+        const Parts parts(batch, rows, part_keys);
+        std::set<std::pair<int, int>> taken;  // sequence and key/value head
+        for (const Part& part : parts.all()) {
+            ASSERT_EQ(part.head * batch.Hkv, part.kv_head * batch.H);
+            ASSERT_EQ(part.shape.H * batch.Hkv, part.shape.Hkv * batch.H);
+            ASSERT_TRUE(part.shape.Hkv == batch.Hkv || part.shape.B == 1);
+            ASSERT_TRUE(part.shape.Hkv == parts.largest().Hkv && part.shape.B <= parts.largest().B);
+            for (int b = part.b; b < part.b + part.shape.B; ++b) {
+                for (int h = part.kv_head; h < part.kv_head + part.shape.Hkv; ++h) {
+                    ASSERT_TRUE(b < batch.B && h < batch.Hkv && taken.insert({b, h}).second);
+                }
+            }
+        }
+        ASSERT_EQ((int)taken.size(), batch.B * batch.Hkv);
+        ASSERT_EQ((int64_t)parts.all().size(), parts.count());
+    });
+}
+
+TEST(ContextParts, AreAsSmallAsHaveSoManyKeys) {
+    for_each_batch([](const reference::AttentionShape& batch, int64_t rows, int64_t part_keys) {
+        const reference::AttentionShape part = Parts(batch, rows, part_keys).largest();
+        const auto num_keys = [&](int B, int Hkv) { return B * Hkv * rows; };
+        if (num_keys(part.B, part.Hkv) < part_keys) {
+            ASSERT_TRUE(part.B == batch.B && part.Hkv == batch.Hkv);
+        }
+        ASSERT_TRUE(part.B == 1 || num_keys(part.B - 1, part.Hkv) < part_keys);
+        for (int Hkv = 1; Hkv < part.Hkv; ++Hkv) {
+            ASSERT_TRUE(batch.Hkv % Hkv != 0 || num_keys(1, Hkv) < part_keys);
+        }
+    });
+}
+
+TEST(ContextParts, BeginWhereTheirRowsLie) {
+    reference::AttentionShape batch;
+    batch.B = 3, batch.H = 8, batch.Hkv = 4, batch.Tq = batch.Tk = 6;
+    std::vector<float> rows(batch.B * batch.Tq * batch.H), lse(batch.B * batch.H * batch.Tq);
+    const View<float> q(rows.data(), batch.Tq * batch.H, batch.H, 1),
+        k(rows.data(), batch.Tk * batch.Hkv, batch.Hkv, 1);
+    for (const int64_t part_keys : {1, 6, 20}) {
+        for (const Part& part : Parts(batch, 3, part_keys).all()) {
+            EXPECT_EQ(part.queries(q).row(0, 5, 1), q.row(part.b, 5, part.head + 1));
+            EXPECT_EQ(part.keys(k).row(0, 5, 0), k.row(part.b, 5, part.kv_head));
+            EXPECT_EQ(part.lse(lse.data()), lse.data() + (part.b * batch.H + part.head) * batch.Tq);
+        }
     }
 }
 
