@@ -35,7 +35,7 @@ class ContextAttentionPlan {
                           : ring_.backward_scratch_bytes(local, deterministic);
     }
     // A number that is never smaller for longer sequences; where it is the same, longer sequences need more scratch.
-    int64_t pace(const AttentionShape& local) const { return by_heads() ? heads_.pace(local) : ring_.num_parts(local); }
+    int64_t pace(const AttentionShape& local) const { return by_heads() ? heads_.pace(local) : ring_.pace(local); }
     // Bytes that this rank receives in one forward, and in one backward.
     int64_t forward_bytes_received(const AttentionShape& local) const {
         return by_heads() ? heads_.forward_bytes_received(local) : ring_.forward_bytes_received(local);

@@ -51,6 +51,10 @@ class ContextParts {
     // The last parts may have fewer sequences. With fewer sequences in all it is no larger.
     const Shape& largest() const { return largest_; }
     int64_t count() const { return (int64_t)ceil_div(whole_.B, largest_.B) * (whole_.Hkv / largest_.Hkv); }
+    // A number that is never smaller for longer sequences; where it is the same, so are the heads and sequences of
+    // every part. (Count alone does not see that the largest part has fewer sequences: of five, four and one, then
+    // three and two.)
+    int64_t pace() const { return count() + whole_.B - largest_.B; }
     // In their order.
     std::vector<ContextPart<Shape>> all() const {
         std::vector<ContextPart<Shape>> parts;

@@ -105,7 +105,7 @@ class HeadAttentionPlan {
     // A number that is never smaller for longer sequences; where it is the same, longer sequences need more scratch.
     int64_t pace(const AttentionShape& local) const {
         const ContextParts<AttentionShape> parts = parts_of(local);
-        return parts.count() + (lanes_of(parts.largest()).streams == LONG.streams);
+        return parts.pace() + (lanes_of(parts.largest()).streams == LONG.streams);
     }
 
     // Bytes that this rank receives in one forward, and in one backward; it sends as many.

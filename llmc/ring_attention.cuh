@@ -186,9 +186,9 @@ class RingAttentionPlan {
         return area.num_bytes();
     }
 
-    // How many parts a batch is taken in; 0: it is gathered. Of longer sequences at least as many, and where there are
-    // as many, longer sequences need more scratch.
-    int64_t num_parts(const AttentionShape& local) const { return gathers_ ? 0 : parts_of(local).count(); }
+    // A number that is never smaller for longer sequences; where it is the same, longer sequences need more scratch. 0:
+    // keys are gathered.
+    int64_t pace(const AttentionShape& local) const { return gathers_ ? 0 : parts_of(local).pace(); }
 
     // Bytes that this rank receives in one forward, and in one backward: the keys again, and float32 gradients of its
     // own keys from all who see them. What it sends is the same with keys and their readers exchanged, so over all

@@ -59,7 +59,8 @@ check_fit() { # check_fit NAME UNIT GPU_GIB "OFFLOAD..." FLAG...
             local T
             T=$(cell $recompute $column)
             [[ $T =~ ^[0-9]+$ && $((T % unit)) -eq 0 ]] || { echo "$name: no length in row $recompute, column $offload"; cat "$work/table"; exit 1; }
-            for length in "$T" $((T + unit)); do
+            # A sixteenth and an eighth more: longer sequences may need less again.
+            for length in "$T" $((T + unit)) $((T + unit + T / 16 / unit * unit)) $((T + unit + T / 8 / unit * unit)); do
                 fit --gpu_memory "$gpu" "$@" --print_memory --recompute $recompute --offload $offload --seq_len "$length" >"$work/plan"
                 local fits=0
                 awk -v gpu="$(total "$work/plan" 'total ')" -v host="$(total "$work/plan" 'host total ')" -v gpu_free="$gpu" \
@@ -68,7 +69,7 @@ check_fit() { # check_fit NAME UNIT GPU_GIB "OFFLOAD..." FLAG...
             done
         done
     done
-    echo "ok   $name: $((4 * column)) longest lengths fit, one step more does not: $(tail -1 "$work/table" | tr -s ' ')"
+    echo "ok   $name: $((4 * column)) longest lengths fit, one step and an eighth more do not: $(tail -1 "$work/table" | tr -s ' ')"
 }
 check_fit "--fit, dense" 128 40 "none activations optimizer all" --batch_size 2
 check_fit "--fit, Lighthouse" 512 79 "none activations optimizer all" "${lighthouse[@]}"
@@ -76,4 +77,6 @@ check_fit "--fit, Lighthouse" 512 79 "none activations optimizer all" "${lightho
 launcher=(scripts/spawn_ranks.sh 3)
 check_fit "--fit, three ranks on a sequence" 768 40 "none activations" --context_parallel 3 --batch_size 1
 launcher=(scripts/spawn_ranks.sh 2)
+# As many parts of five sequences, the largest of four, three and two in turn.
+check_fit "--fit, two ranks, five sequences" 512 30 "none activations" --context_parallel 2 --context_exchange ring --batch_size 5
 check_fit "--fit, two ranks, by heads" 512 40 "none activations" --context_parallel 2 --context_exchange heads --batch_size 1

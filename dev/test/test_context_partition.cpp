@@ -225,15 +225,16 @@ TEST(RingEmulation, EqualsOneProcess) {
 using Parts = ContextParts<reference::AttentionShape>;
 using Part = ContextPart<reference::AttentionShape>;
 
-// check(batch, rows, part_keys) for batches of every size, whose parts are some sequences, or some heads of one.
+// check(batch, rows, part_keys) for batches of every size, each ever longer, whose parts are some sequences, then some
+// heads of one.
 template <class Check>
 void for_each_batch(Check check) {
     reference::AttentionShape batch;
     for (batch.B = 1; batch.B <= 9; ++batch.B) {
         for (batch.Hkv = 1; batch.Hkv <= 8; ++batch.Hkv) {
             batch.H = (1 + batch.B % 3) * batch.Hkv;
-            for (int64_t rows = 1; rows <= 24; ++rows) {
-                for (const int64_t part_keys : {1, 16, 60}) {
+            for (const int64_t part_keys : {1, 16, 60}) {
+                for (int64_t rows = 1; rows <= 64; ++rows) {
                     batch.Tq = batch.Tk = 2 * rows;
                     check(batch, rows, part_keys);
                 }
@@ -273,6 +274,20 @@ TEST(ContextParts, AreAsSmallAsHaveSoManyKeys) {
         for (int Hkv = 1; Hkv < part.Hkv; ++Hkv) {
             ASSERT_TRUE(batch.Hkv % Hkv != 0 || num_keys(1, Hkv) < part_keys);
         }
+    });
+}
+
+TEST(ContextParts, KeepTheirSizesWhileThePaceIsTheSame) {
+    int64_t last_pace = 0;
+    reference::AttentionShape last;
+    for_each_batch([&](const reference::AttentionShape& batch, int64_t rows, int64_t part_keys) {
+        const Parts parts(batch, rows, part_keys);
+        const reference::AttentionShape part = parts.largest();
+        if (rows > 1) {
+            ASSERT_GE(parts.pace(), last_pace);
+            ASSERT_EQ(parts.pace() == last_pace, part.B == last.B && part.Hkv == last.Hkv);
+        }
+        last_pace = parts.pace(), last = part;
     });
 }
 
