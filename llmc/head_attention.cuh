@@ -23,11 +23,11 @@
 // a HeadView; lse [B, H / W, T] of the heads that this rank attends with: for the backward alone. Repeats bit for bit
 // wherever flash attention does. Checked by dev/cuda/context_attention.cu.
 #pragma once
-#include "comm.cuh"              // ranks
-#include "context_parts.h"       // parts of a batch
-#include "context_rows.cuh"      // rows in launches
-#include "flash_attention.cuh"   // the attention of the whole sequence
-#include "transfer_profile.cuh"  // what is hidden
+#include "comm.cuh"                    // ranks
+#include "context_attention_base.cuh"  // how it is called
+#include "context_parts.h"             // parts of a batch
+#include "context_rows.cuh"            // rows in launches
+#include "flash_attention.cuh"         // the attention of the whole sequence
 
 // ---- messages ----------------------------------------------------------------------------------
 // One tensor of what travels. Element: const bf16 of what is sent, bf16 of what comes home.
@@ -86,31 +86,34 @@ __global__ void __launch_bounds__(ROW_THREADS) head_messages_kernel(HeadMessages
 // longer than all blocks need of the GPU: then more parts run side by side (Lanes).
 constexpr int64_t HEAD_PART_KEYS = (int64_t)1 << 14;
 
-// What one rank's attention needs, known before there are other ranks: to plan memory.
-class HeadAttentionPlan {
+class HeadAttentionPlan : public ContextAttentionPlan {
   public:
-    HeadAttentionPlan(int W, int rank, int64_t part_keys = HEAD_PART_KEYS) : W_(W), rank_(rank), part_keys_(part_keys) {
+    // Rank `rank` of W that share every sequence.
+    HeadAttentionPlan(int W, int rank, int64_t part_keys) : W_(W), rank_(rank), part_keys_(part_keys) {
         CHECK(W >= 2, "attention by heads: needs at least 2 ranks on a sequence, not %d", W);
     }
 
     static bool takes(const AttentionShape& local, int W) { return local.Hkv % W == 0; }
 
-    // `local`: the shape of the local rows on each other: Tq = Tk = 2n, causal, no offset. Fewer sequences need no
-    // more.
-    size_t forward_scratch_bytes(const AttentionShape& local) const { return scratch_bytes(local, FORWARD, 0); }
-    size_t backward_scratch_bytes(const AttentionShape& local, bool deterministic) const {
+    size_t forward_scratch_bytes(const AttentionShape& local) const override {
+        return scratch_bytes(local, FORWARD, 0);
+    }
+    size_t backward_scratch_bytes(const AttentionShape& local, bool deterministic) const override {
         return scratch_bytes(local, BACKWARD, attention_bytes(local, deterministic));
     }
 
-    // A number that is never smaller for longer sequences; where it is the same, longer sequences need more scratch.
-    int64_t pace(const AttentionShape& local) const {
+    int64_t pace(const AttentionShape& local) const override {
         const ContextParts<AttentionShape> parts = parts_of(local);
         return parts.pace() + (lanes_of(parts.largest()).streams == LONG.streams);
     }
 
-    // Bytes that this rank receives in one forward, and in one backward; it sends as many.
-    int64_t forward_bytes_received(const AttentionShape& local) const { return bytes_received(local, FORWARD); }
-    int64_t backward_bytes_received(const AttentionShape& local) const { return bytes_received(local, BACKWARD); }
+    // A rank sends as many.
+    int64_t forward_bytes_received(const AttentionShape& local) const override {
+        return bytes_received(local, FORWARD);
+    }
+    int64_t backward_bytes_received(const AttentionShape& local) const override {
+        return bytes_received(local, BACKWARD);
+    }
 
   protected:
     // Heads that are brought and taken for each query head, and for each key/value head.
@@ -193,20 +196,17 @@ class HeadAttentionPlan {
 };
 
 // ---- the operation -----------------------------------------------------------------------------
-// One object a rank, for all layers; calls are in the same order on all ranks of the communicator.
-class HeadAttention : public HeadAttentionPlan {
+class HeadAttention : public ContextAttention, private HeadAttentionPlan {
   public:
     // The ranks of `context` share every sequence.
-    explicit HeadAttention(Comm& context, int64_t part_keys = HEAD_PART_KEYS)
+    HeadAttention(Comm& context, int64_t part_keys)
         : HeadAttentionPlan(context.size(), context.rank(), part_keys), comm_(context) {}
 
-    // From here on `profile`, which must outlive this, sees every call: as operations called `name`, and the pass.
-    void set_profile(TransferProfile* profile, const std::string& name) { probe_.attach(profile, name); }
+    const ContextAttentionPlan& plan() const override { return *this; }
 
-    // out (=) of the local rows, lse (=) of this rank's heads. scratch: forward_scratch_bytes, aligned to
-    // BUFFER_ALIGNMENT, of any content. out must not overlap q, k, v.
+    // lse: of this rank's heads.
     void forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
-                 void* scratch, const AttentionShape& local, cudaStream_t stream) {
+                 void* scratch, const AttentionShape& local, cudaStream_t stream) override {
         NVTX_RANGE();
         check_shape(local);
         probe_.begin_operation("forward");
@@ -224,12 +224,10 @@ class HeadAttention : public HeadAttentionPlan {
         run(local, memory(area, local, FORWARD, 0), FORWARD, bring, attend, take, stream);
     }
 
-    // dq, dk, dv (=) of the local rows, from dout, the forward's operands, out and lse. scratch:
-    // backward_scratch_bytes. dq, dk, dv must not overlap what is read. deterministic: as in flash_attention_backward.
     void backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
                   HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v, HeadView<const bf16> out,
                   const float* lse, void* scratch, const AttentionShape& local, bool deterministic,
-                  cudaStream_t stream) {
+                  cudaStream_t stream) override {
         NVTX_RANGE();
         check_shape(local);
         probe_.begin_operation("backward");
@@ -394,5 +392,4 @@ class HeadAttention : public HeadAttentionPlan {
     CommStream stream_;  // of transfers, and of the copies before and after them
     CudaStream beside_[SHORT.streams - 1];
     CudaEvent start_, brought_[SHORT.slots], attended_[SHORT.streams], taken_;
-    TransferProbe probe_;
 };

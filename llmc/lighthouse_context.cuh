@@ -101,9 +101,10 @@ inline size_t lighthouse_context_backward_scratch_bytes(const ContextAttentionPl
 class LighthouseContext {
   public:
     // exchange: not automatic.
-    LighthouseContext(Comm& context, ContextExchange exchange) : comm_(context), inner_(context, exchange) {}
+    LighthouseContext(Comm& context, ContextExchange exchange)
+        : comm_(context), inner_(make_context_attention(context, exchange)) {}
     // As of context_attention.cuh, on the sub-sequence: the few rows that go over borders are not in it.
-    void set_profile(TransferProfile* profile, const std::string& name) { inner_.set_profile(profile, name); }
+    void set_profile(TransferProfile* profile, const std::string& name) { inner_->set_profile(profile, name); }
 
     // out (=), saved (=) as lighthouse_forward. chunks: of make_lighthouse_chunk_shape. Areas aligned to 256 bytes, of
     // any content.
@@ -113,14 +114,14 @@ class LighthouseContext {
         MemoryArea saved_area(saved), scratch_area(scratch);
         const LighthouseContextSaved m(saved_area, chunks);
         const LighthouseSaved& s = m.chunks;
-        const LighthouseContextForwardScratch t(scratch_area, inner_, chunks);
+        const LighthouseContextForwardScratch t(scratch_area, inner_->plan(), chunks);
         MemoryArea gather_area(t.in_turn);
         const QkvHeads<const bf16> qkv = {lighthouse_chunk_view(q, chunks), lighthouse_chunk_view(k, chunks),
                                           lighthouse_chunk_view(v, chunks)};
         lighthouse_gather_forward(s, LighthouseForwardScratch(gather_area, chunks), qkv, chunks, stream);
-        inner_.forward(local_view(s.out, chunks.H, chunks), s.lse, local_view(s.q, chunks.H, chunks),
-                       local_view(s.k, chunks.Hkv, chunks), local_view(s.v, chunks.Hkv, chunks), t.in_turn,
-                       lighthouse_context_inner_shape(chunks), stream);
+        inner_->forward(local_view(s.out, chunks.H, chunks), s.lse, local_view(s.q, chunks.H, chunks),
+                        local_view(s.k, chunks.Hkv, chunks), local_view(s.v, chunks.Hkv, chunks), t.in_turn,
+                        lighthouse_context_inner_shape(chunks), stream);
         lighthouse_border(t.border, lighthouse_gathered_view(s.out, chunks.H, chunks), s.positions, chunks, stream);
         exchange_borders(comm_, m.before, t.border, lighthouse_border_elements(chunks) / chunks.B, chunks.B / HALVES,
                          chunk_before, chunk_after, "Lighthouse attention: borders", stream);
@@ -142,7 +143,7 @@ class LighthouseContext {
         MemoryArea saved_area(saved), scratch_area(scratch);
         const LighthouseContextSaved m(saved_area, chunks);
         const LighthouseSaved& s = m.chunks;
-        const LighthouseContextBackwardScratch d(scratch_area, inner_, chunks, deterministic);
+        const LighthouseContextBackwardScratch d(scratch_area, inner_->plan(), chunks, deterministic);
         const HeadView<const bf16> dout_chunks = lighthouse_chunk_view(dout, chunks);
         const HeadView<bf16> dx = lighthouse_gathered_view(d.dout, chunks.H, chunks);
         lighthouse_border_backward(d.border, dout_chunks, chunks, stream);
@@ -152,9 +153,9 @@ class LighthouseContext {
         lighthouse_border_scatter_backward(dx, dout_chunks, s.positions, d.after, chunks, stream);
         const auto q_view = [&](bf16* rows) { return local_view(rows, chunks.H, chunks); };
         const auto k_view = [&](bf16* rows) { return local_view(rows, chunks.Hkv, chunks); };
-        inner_.backward(q_view(d.dq), k_view(d.dk), k_view(d.dv), q_view(d.dout), q_view(s.q), k_view(s.k), k_view(s.v),
-                        q_view(s.out), s.lse, d.attention, lighthouse_context_inner_shape(chunks), deterministic,
-                        stream);
+        inner_->backward(q_view(d.dq), k_view(d.dk), k_view(d.dv), q_view(d.dout), q_view(s.q), k_view(s.k),
+                         k_view(s.v), q_view(s.out), s.lse, d.attention, lighthouse_context_inner_shape(chunks),
+                         deterministic, stream);
         const QkvHeads<bf16> gradients = {lighthouse_chunk_view(dq, chunks), lighthouse_chunk_view(dk, chunks),
                                           lighthouse_chunk_view(dv, chunks)};
         lighthouse_gather_backward(
@@ -180,5 +181,5 @@ class LighthouseContext {
     }
 
     Comm& comm_;
-    ContextAttention inner_;
+    std::unique_ptr<ContextAttention> inner_;
 };

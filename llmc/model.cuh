@@ -209,13 +209,12 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     if (settings.mesh.context_parallel > 1) {
         const AttentionShape largest =
             dense_attention_shape(config_, settings.max_batch_size, settings.local_seq_len());
-        context_ =
-            std::make_unique<ContextAttention>(comms->context(), context_attention_plan(settings, largest).exchange());
+        context_ = make_context_attention(comms->context(), context_exchange(settings, largest));
         if (settings.lighthouse) {
             const AttentionShape inner = lighthouse_context_inner_shape(lighthouse_shape(
                 config_, *settings.lighthouse, settings.mesh, settings.max_batch_size, settings.max_seq_len));
-            lighthouse_context_ = std::make_unique<LighthouseContext>(
-                comms->context(), context_attention_plan(settings, inner).exchange());
+            lighthouse_context_ =
+                std::make_unique<LighthouseContext>(comms->context(), context_exchange(settings, inner));
         }
     }
     if (settings.profile) {

@@ -5,6 +5,7 @@
 // gradients are).
 #pragma once
 #include <algorithm>
+#include <memory>
 #include <optional>
 #include <string>
 #include <vector>
@@ -226,10 +227,14 @@ inline AttentionShape dense_attention_shape(const ModelConfig& config, int B, in
 }
 
 // How the ranks that share a sequence exchange rows: one way for all batches, as scratch is planned once.
-inline ContextAttentionPlan context_attention_plan(const GpuModelSettings& settings, const AttentionShape& largest) {
+inline ContextExchange context_exchange(const GpuModelSettings& settings, const AttentionShape& largest) {
     const bool automatic = settings.context_exchange == ContextExchange::automatic;
-    return {settings.mesh.context_parallel, settings.mesh.context_rank(),
-            automatic ? choose_ring_or_gather(largest) : settings.context_exchange};
+    return automatic ? choose_ring_or_gather(largest) : settings.context_exchange;
+}
+inline std::unique_ptr<ContextAttentionPlan> context_attention_plan(const GpuModelSettings& settings,
+                                                                    const AttentionShape& largest) {
+    return make_context_attention_plan(settings.mesh.context_parallel, settings.mesh.context_rank(),
+                                       context_exchange(settings, largest));
 }
 
 // Of a batch of B sequences of T tokens, or of this rank's chunks of them. The geometry must be legal for T.
@@ -284,7 +289,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     const int64_t attention_width = config.attention_width(), qkv_width = config.qkv_width();
     const int64_t num_parameters = layout.num_elements;
     const AttentionShape dense_shape = dense_attention_shape(config, settings.max_batch_size, settings.local_seq_len());
-    std::optional<ContextAttentionPlan> context;
+    std::unique_ptr<ContextAttentionPlan> context;
     if (settings.mesh.context_parallel > 1) {
         context = context_attention_plan(settings, dense_shape);
     }
@@ -296,12 +301,11 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     const char* const optimizer_shape = layout.zero ? "[parameters / ranks] float32" : "[parameters] float32";
     size_t lighthouse_saved_size = 0, lighthouse_forward_size = 0, lighthouse_backward_size = 0;
     if (lighthouse && context) {
-        const ContextAttentionPlan inner =
-            context_attention_plan(settings, lighthouse_context_inner_shape(*lighthouse));
+        const auto inner = context_attention_plan(settings, lighthouse_context_inner_shape(*lighthouse));
         lighthouse_saved_size = lighthouse_context_saved_bytes(*lighthouse);
-        lighthouse_forward_size = lighthouse_context_forward_scratch_bytes(inner, *lighthouse);
+        lighthouse_forward_size = lighthouse_context_forward_scratch_bytes(*inner, *lighthouse);
         lighthouse_backward_size =
-            lighthouse_context_backward_scratch_bytes(inner, *lighthouse, settings.deterministic);
+            lighthouse_context_backward_scratch_bytes(*inner, *lighthouse, settings.deterministic);
     } else if (lighthouse) {
         lighthouse_saved_size = lighthouse_saved_bytes(*lighthouse);
         lighthouse_forward_size = lighthouse_forward_scratch_bytes(*lighthouse);
@@ -487,7 +491,7 @@ inline int64_t attention_pace(const ModelConfig& config, const GpuModelSettings&
     if (settings.mesh.context_parallel == 1) {
         return 1;
     }
-    auto pace_of = [&](const AttentionShape& shape) { return context_attention_plan(settings, shape).pace(shape); };
+    auto pace_of = [&](const AttentionShape& shape) { return context_attention_plan(settings, shape)->pace(shape); };
     int64_t pace = pace_of(dense_attention_shape(config, settings.max_batch_size, settings.local_seq_len()));
     if (settings.lighthouse) {
         pace += pace_of(lighthouse_context_inner_shape(lighthouse_shape(

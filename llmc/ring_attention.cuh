@@ -25,11 +25,11 @@
 // Shapes: the local rows of each sequence, head chunk then tail chunk: q, out [B, 2n, H, D]; k, v [B, 2n, Hkv, D], each
 // a HeadView; lse [B, H, 2n]. n: rows of a chunk. Checked by dev/cuda/context_attention.cu.
 #pragma once
-#include "comm.cuh"              // ranks
-#include "context_parts.h"       // parts of a batch
-#include "context_rows.cuh"      // rows in launches
-#include "flash_attention.cuh"   // the attention of two chunks on each other
-#include "transfer_profile.cuh"  // what is hidden
+#include "comm.cuh"                    // ranks
+#include "context_attention_base.cuh"  // how it is called
+#include "context_parts.h"             // parts of a batch
+#include "context_rows.cuh"            // rows in launches
+#include "flash_attention.cuh"         // the attention of two chunks on each other
 
 // ---- rows --------------------------------------------------------------------------------------
 // The view from row t on.
@@ -155,11 +155,10 @@ inline ContextExchange choose_ring_or_gather(const AttentionShape& local) {
 // their scratch memory.
 constexpr int64_t RING_PART_KEYS = (int64_t)1 << 19;
 
-// What one rank's attention needs, known before there are other ranks: to plan memory.
-class RingAttentionPlan {
+class RingAttentionPlan : public ContextAttentionPlan {
   public:
     // Rank `rank` of W that share every sequence. exchange: ring or gather.
-    RingAttentionPlan(int W, int rank, ContextExchange exchange, int64_t part_keys = RING_PART_KEYS)
+    RingAttentionPlan(int W, int rank, ContextExchange exchange, int64_t part_keys)
         : W_(W),
           rank_(rank),
           gathers_(exchange == ContextExchange::gather),
@@ -168,14 +167,12 @@ class RingAttentionPlan {
         CHECK(W >= 2, "ring attention: needs at least 2 ranks on a sequence, not %d", W);
     }
 
-    // `local`: the shape of the local rows on each other: Tq = Tk = 2n, causal, no offset. Fewer sequences need no
-    // more, but shorter ones may, as they go in larger parts.
-    size_t forward_scratch_bytes(const AttentionShape& local) const {
+    size_t forward_scratch_bytes(const AttentionShape& local) const override {
         MemoryArea area(nullptr);
         gathers_ ? (void)GatherForward(area, sizes(local)) : (void)RingForward(area, sizes(parts_of(local).largest()));
         return area.num_bytes();
     }
-    size_t backward_scratch_bytes(const AttentionShape& local, bool deterministic) const {
+    size_t backward_scratch_bytes(const AttentionShape& local, bool deterministic) const override {
         MemoryArea area(nullptr);
         if (gathers_) {
             GatherBackward(area, sizes(local), gather_scratch_bytes(local, deterministic));
@@ -186,17 +183,15 @@ class RingAttentionPlan {
         return area.num_bytes();
     }
 
-    // A number that is never smaller for longer sequences; where it is the same, longer sequences need more scratch. 0:
-    // keys are gathered.
-    int64_t pace(const AttentionShape& local) const { return gathers_ ? 0 : parts_of(local).pace(); }
+    // Short sequences are gathered.
+    int64_t pace(const AttentionShape& local) const override { return gathers_ ? 0 : parts_of(local).pace(); }
 
-    // Bytes that this rank receives in one forward, and in one backward: the keys again, and float32 gradients of its
-    // own keys from all who see them. What it sends is the same with keys and their readers exchanged, so over all
-    // ranks as much.
-    int64_t forward_bytes_received(const AttentionShape& local) const {
+    // In the backward the keys again, and float32 gradients of its own keys from all who see them. What a rank sends is
+    // the same with keys and their readers exchanged, so over all ranks as much.
+    int64_t forward_bytes_received(const AttentionShape& local) const override {
         return row_elements(&RingStep::keys, local) * (int64_t)sizeof(bf16);
     }
-    int64_t backward_bytes_received(const AttentionShape& local) const {
+    int64_t backward_bytes_received(const AttentionShape& local) const override {
         return forward_bytes_received(local) + row_elements(&RingStep::keys_sent, local) * (int64_t)sizeof(float);
     }
 
@@ -366,20 +361,17 @@ class RingAttentionPlan {
 };
 
 // ---- the operation -----------------------------------------------------------------------------
-// One object a rank, for all layers; calls are in the same order on all ranks of the communicator.
-class RingAttention : public RingAttentionPlan {
+class RingAttention : public ContextAttention, private RingAttentionPlan {
   public:
     // The ranks of `context` share every sequence. exchange: ring or gather.
-    RingAttention(Comm& context, ContextExchange exchange, int64_t part_keys = RING_PART_KEYS)
+    RingAttention(Comm& context, ContextExchange exchange, int64_t part_keys)
         : RingAttentionPlan(context.size(), context.rank(), exchange, part_keys), comm_(context) {}
 
-    // From here on `profile`, which must outlive this, sees every call: as operations called `name`, and the pass.
-    void set_profile(TransferProfile* profile, const std::string& name) { probe_.attach(profile, name); }
+    const ContextAttentionPlan& plan() const override { return *this; }
 
-    // out (=), lse (=) of the local queries over all keys of the sequence. scratch: forward_scratch_bytes, aligned to
-    // BUFFER_ALIGNMENT, of any content. out must not overlap q, k, v.
+    // lse: of the local queries.
     void forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
-                 void* scratch, const AttentionShape& local, cudaStream_t stream) {
+                 void* scratch, const AttentionShape& local, cudaStream_t stream) override {
         NVTX_RANGE();
         check_shape(local);
         if (gathers_) {
@@ -393,12 +385,10 @@ class RingAttention : public RingAttentionPlan {
         }
     }
 
-    // dq, dk, dv (=) of the local rows, from dout, the forward's operands, out and lse. scratch:
-    // backward_scratch_bytes. dq, dk, dv must not overlap what is read. deterministic: as in flash_attention_backward.
     void backward(HeadView<bf16> dq, HeadView<bf16> dk, HeadView<bf16> dv, HeadView<const bf16> dout,
                   HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v, HeadView<const bf16> out,
                   const float* lse, void* scratch, const AttentionShape& local, bool deterministic,
-                  cudaStream_t stream) {
+                  cudaStream_t stream) override {
         NVTX_RANGE();
         check_shape(local);
         if (gathers_) {
@@ -868,5 +858,4 @@ class RingAttention : public RingAttentionPlan {
     CommStream stream_;                              // of transfers
     CudaStream beside_{CudaStream::BEFORE_DEFAULT};  // of odd steps: a first step's results are the first to travel
     CudaEvent start_, packed_, attended_[2], computed_[2], arrived_[2];
-    TransferProbe probe_;
 };

@@ -158,7 +158,7 @@ struct RankWork {
     const ContextPartition partition;
     const AttentionShape local;
     CudaStream stream;
-    ContextAttention attention;
+    std::unique_ptr<ContextAttention> attention;
     DeviceBuffer<bf16> qkv, dout, out, dqkv;
     DeviceBuffer<float> lse;
     DeviceBuffer<char> forward_scratch, backward_scratch;
@@ -168,25 +168,25 @@ struct RankWork {
         : comm(comm),
           partition(make_context_partition(whole.Tq, comm.size(), comm.rank())),
           local(local_shape(whole, comm.size())),
-          attention(comm, launch.exchange, launch.part_keys),
+          attention(make_context_attention(comm, launch.exchange, launch.part_keys)),
           qkv(pack_local(in, partition, local)),
           dout(to_bf16(local_rows(in.dout, partition))),
           out(dout.size()),
           dqkv(qkv.size()),
           lse((int64_t)local.B * local.H * local.Tq),
-          forward_scratch((int64_t)attention.forward_scratch_bytes(local)),
-          backward_scratch((int64_t)attention.backward_scratch_bytes(local, deterministic)) {}
+          forward_scratch((int64_t)attention->plan().forward_scratch_bytes(local)),
+          backward_scratch((int64_t)attention->plan().backward_scratch_bytes(local, deterministic)) {}
 
     void run(bool deterministic, int64_t delay_cycles) {
         const PackedViews operands = packed_views(qkv, local), gradients = packed_views(dqkv, local);
-        attention.forward(rows(out), lse, operands.q, operands.k, operands.v, forward_scratch, local, stream);
+        attention->forward(rows(out), lse, operands.q, operands.k, operands.v, forward_scratch, local, stream);
         forward_bytes = comm.bytes_received();
         if (delay_cycles > 0) {
             delay_kernel<<<1, 1, 0, stream>>>(3 * delay_cycles * comm.rank());
             CUDA_CHECK_LAUNCH();
         }
-        attention.backward(gradients.q, gradients.k, gradients.v, rows(dout), operands.q, operands.k, operands.v,
-                           rows(out), lse, backward_scratch, local, deterministic, stream);
+        attention->backward(gradients.q, gradients.k, gradients.v, rows(dout), operands.q, operands.k, operands.v,
+                            rows(out), lse, backward_scratch, local, deterministic, stream);
         backward_bytes = comm.bytes_received() - forward_bytes;
     }
     HeadView<bf16> rows(bf16* data) const {
@@ -232,8 +232,8 @@ static ContextOutputs run_ranks(const WholeRows& in, const AttentionShape& whole
         }
         result.bytes.forward += rank->forward_bytes;
         result.bytes.backward += rank->backward_bytes;
-        result.planned_bytes.forward += rank->attention.forward_bytes_received(local);
-        result.planned_bytes.backward += rank->attention.backward_bytes_received(local);
+        result.planned_bytes.forward += rank->attention->plan().forward_bytes_received(local);
+        result.planned_bytes.backward += rank->attention->plan().backward_bytes_received(local);
         result.guards_intact = result.guards_intact && rank->guards_intact();
     }
     return result;
@@ -452,7 +452,7 @@ struct TimedAttention {
 struct TimedRank {
     LoopbackComm& comm;
     CudaStream stream;
-    ContextAttention attention;
+    std::unique_ptr<ContextAttention> attention;
     TimedAttention a;
     DeviceBuffer<char> scratch;
     std::vector<double> times[2];  // milliseconds of forward, of backward
@@ -460,14 +460,14 @@ struct TimedRank {
 
     TimedRank(LoopbackComm& comm, const AttentionShape& local, Launcher launch, uint64_t seed)
         : comm(comm),
-          attention(comm, launch.exchange, launch.part_keys),
+          attention(make_context_attention(comm, launch.exchange, launch.part_keys)),
           a(local, seed + 2 * comm.rank()),
-          scratch((int64_t)std::max(attention.forward_scratch_bytes(local),
-                                    attention.backward_scratch_bytes(local, false))) {}
-    void forward() { attention.forward(a.rows(a.out), a.lse, a.in.q, a.in.k, a.in.v, scratch, a.shape, stream); }
+          scratch((int64_t)std::max(attention->plan().forward_scratch_bytes(local),
+                                    attention->plan().backward_scratch_bytes(local, false))) {}
+    void forward() { attention->forward(a.rows(a.out), a.lse, a.in.q, a.in.k, a.in.v, scratch, a.shape, stream); }
     void backward() {
-        attention.backward(a.d.q, a.d.k, a.d.v, a.rows(a.dout), a.in.q, a.in.k, a.in.v, a.rows(a.out), a.lse, scratch,
-                           a.shape, false, stream);
+        attention->backward(a.d.q, a.d.k, a.d.v, a.rows(a.dout), a.in.q, a.in.k, a.in.v, a.rows(a.out), a.lse, scratch,
+                            a.shape, false, stream);
     }
 };
 

@@ -116,7 +116,8 @@ struct RankWork {
 
     RankWork(LoopbackComm& comm, const ContextCase& c, const LighthouseShape& whole, ContextExchange exchange,
              const std::vector<bf16>& qkv_rows, const std::vector<bf16>& dout_rows)
-        : RankWork(comm, c, whole, exchange, qkv_rows, dout_rows, ContextAttentionPlan(c.W, comm.rank(), exchange)) {}
+        : RankWork(comm, c, whole, exchange, qkv_rows, dout_rows,
+                   *make_context_attention_plan(c.W, comm.rank(), exchange)) {}
 
     void run(int64_t delay_cycles) {
         const int64_t rows = partition.local_rows();
