@@ -7,6 +7,7 @@ if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     echo "this machine has a GPU: nothing to test"
     exit 0
 fi
+for program in ./train_gpt ./test_gpt; do [ -x $program ] || { echo "$program is not built: make cuda"; exit 1; }; done
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 ./train_gpt --help >"$work/help"
