@@ -81,6 +81,7 @@ static int train(int argc, char** argv) {
         device.name = gpu.name;
         device.is_gpu = true;
         device.peak_tflops = gpu_peak_tflops(gpu.name);
+        device.transfers = alone ? "" : comms->description();
         status = run_training(model, config, device, ranks);
         if (ranks.is_first()) {
             std::printf("%s", model.profile_table().c_str());
@@ -88,9 +89,9 @@ static int train(int argc, char** argv) {
                 std::printf("%s", used_memory(model, gpu).c_str());
             }
         }
-    }
-    if (!alone) {
-        comms->finish();
+        if (!alone) {
+            comms->finish();  // before the model frees what ranks share
+        }
     }
     host->finish();
     return status;

@@ -1,10 +1,14 @@
 // comm.cuh: tensors between the GPUs of ranks that train together: one small interface, and what opens it.
-//   nccl   comm_nccl.cuh: in production, one GPU a rank (compiled in with LLMC_NCCL)
+//   auto   comm_nccl.cuh: in production, one GPU a rank (compiled in with LLMC_NCCL): large transfers between GPUs of a
+//          host by their copy engines (comm_peer.cuh), all others by NCCL
+//   nccl   the same file: all by NCCL
 //   host   here: every call staged through page-locked host memory and the ranks' host transport (comm.h): several
 //          ranks can share one GPU or run where NCCL is absent. For tests and debugging: the host waits in every call.
 // Calls are enqueued on a stream like kernels: they start when what was enqueued before is done. Sums are float32 or
-// double; with `host` they are added in the order of ranks, with `nccl` in an order fixed by NCCL's topology.
-// All ranks of a communicator make the same calls in the same order. A call names its operation for error messages.
+// double; by copy engines and with `host` they are added in the order of ranks, by NCCL in an order fixed by its
+// topology.
+// All ranks of a communicator make the same calls in the same order; with `auto` a large one returns when the hosts of
+// those that send and receive have come to it, too. A call names its operation for error messages.
 #pragma once
 #include <memory>
 #include <string>
@@ -209,7 +213,8 @@ inline void check_devices_differ(HostComm& host, int device) {
 // All ranks, and those that share this rank's sequence. The current device must be this rank's.
 class Communicators {
   public:
-    Communicators(HostComm& host, const ParallelMesh& mesh, CommTransport transport) {
+    Communicators(HostComm& host, const ParallelMesh& mesh, CommTransport transport)
+        : host_(host), mesh_(mesh), transport_(transport) {
         if (transport == CommTransport::host) {
             world_ = std::make_unique<HostStagedComm>(HostGroup(host));
             context_ = std::make_unique<HostStagedComm>(HostGroup(host, mesh.context_group()));
@@ -231,6 +236,31 @@ class Communicators {
 
     Comm& world() const { return *world_; }
     Comm& context() const { return *context_; }
+    // With `auto`: what comes into these ranges of device memory from now on may be copied there by the other GPUs of
+    // the host. landing: one of them, or a part, for parts of sums that are on their way. All ranks call it, once; the
+    // memory must live until finish() or the end of a process that has failed.
+    void share_memory([[maybe_unused]] const std::vector<DeviceRange>& ranges, [[maybe_unused]] DeviceRange landing) {
+#ifdef LLMC_NCCL
+        if (transport_ == CommTransport::automatic) {
+            peers_ = std::make_unique<PeerMemory>(host_, ranges, 2);
+            static_cast<NcclComm&>(*world_).share(*peers_, HostGroup(host_), 0, landing);
+            static_cast<NcclComm&>(*context_).share(*peers_, HostGroup(host_, mesh_.context_group()), 1, landing);
+        }
+#endif
+    }
+    // For the user.
+    std::string description() const {
+        if (transport_ == CommTransport::host) {
+            return "through host memory";
+        }
+#ifdef LLMC_NCCL
+        if (const int reached = peers_ ? peers_->num_reached() : 0; reached > 0) {
+            return reached + 1 == mesh_.size() ? "by the GPUs' copy engines"
+                                               : "by the GPUs' copy engines in a host, by NCCL to others";
+        }
+#endif
+        return "by NCCL";
+    }
     // Throws when a transfer has failed or is overdue. To be called where the host has waited for the device.
     void check() const {
 #ifdef LLMC_NCCL
@@ -239,18 +269,25 @@ class Communicators {
         }
 #endif
     }
-    // All ranks call it once, at the end of a run in which nothing failed.
+    // All ranks call it once, at the end of a run in which nothing failed, before they free what they have shared.
     void finish() {
 #ifdef LLMC_NCCL
         if (nccl_) {
             nccl_->finish();
         }
+        if (peers_) {
+            peers_->finish();
+        }
 #endif
     }
 
   private:
+    HostComm& host_;
+    ParallelMesh mesh_;
+    CommTransport transport_;
 #ifdef LLMC_NCCL
-    std::unique_ptr<NcclJob> nccl_;  // outlives its communicators
+    std::unique_ptr<PeerMemory> peers_;  // outlives the communicators' copies
+    std::unique_ptr<NcclJob> nccl_;      // and this its communicators
 #endif
     std::unique_ptr<Comm> world_, context_;
 };

@@ -1,6 +1,6 @@
-// comm_nccl.cuh: the nccl transport of comm.cuh. Communicators are non-blocking, and a thread watches what was
-// enqueued: a transfer that has started and does not end within comm_timeout, or an error that NCCL reports, ends the
-// job: the communicators are aborted, which frees the kernels that wait for the missing rank, and check() throws an
+// comm_nccl.cuh: the auto and nccl transports of comm.cuh. Communicators are non-blocking, and a thread watches what
+// was enqueued: a transfer that has started and does not end within comm_timeout, or an error that NCCL reports, ends
+// the job: the communicators are aborted, which frees the kernels that wait for the missing rank, and check() throws an
 // error that names rank, host, operation and step. A process that then does not come to check() is ended by the thread.
 // A transfer's clock starts when it does: waiting behind this rank's own computation is not hanging. Another rank's
 // longer computation is waited for, so comm_timeout must be longer than the longest difference between ranks.
@@ -16,7 +16,7 @@
 #include <thread>
 #include <utility>
 
-#include "comm.cuh"
+#include "comm_peer.cuh"  // copies between GPUs of a host
 
 inline void nccl_check(ncclResult_t status, ncclComm_t comm, const char* statement, const char* file, int line) {
     CHECK(status == ncclSuccess || status == ncclInProgress, "NCCL error: %s (%s) from %s at %s:%d",
@@ -82,6 +82,16 @@ class NcclJob {
         wait_until_ready(comm, operation);
         CUDA_CHECK(cudaEventRecord(watched.end, stream));
         operations_.push_back(watched);
+    }
+
+    // copies.release() when something has failed; until it is forgotten.
+    void release_on_failure(const PeerCopies& copies) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        copies_.push_back(&copies);
+    }
+    void forget(const PeerCopies& copies) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        copies_.erase(std::find(copies_.begin(), copies_.end(), &copies));
     }
 
     // Throws when anything has failed.
@@ -189,6 +199,9 @@ class NcclJob {
                 error_ = find_failure();
                 if (!error_.empty()) {
                     failed_ = Clock::now();
+                    for (const PeerCopies* copies : copies_) {
+                        copies->release(release_stream_);
+                    }
                     abort_all();
                 }
             } else if (seconds_since(failed_) > GRACE_SECONDS) {
@@ -241,6 +254,8 @@ class NcclJob {
     std::vector<ncclComm_t> comms_;
     std::deque<Operation> operations_;
     std::vector<cudaEvent_t> free_events_;
+    std::vector<const PeerCopies*> copies_;
+    CudaStream release_stream_;
     std::string error_;
     Clock::time_point failed_;
     bool stop_ = false;
@@ -250,29 +265,55 @@ class NcclJob {
 class NcclComm : public Comm {
   public:
     NcclComm(NcclJob& job, ncclComm_t comm, int rank, int size) : Comm(rank, size), job_(job), comm_(comm) {}
+    ~NcclComm() override {
+        if (copies_) {
+            job_.forget(*copies_);
+        }
+    }
 
     void exchange(const std::vector<DeviceSend>& sends, const std::vector<DeviceReceive>& receives,
                   const char* operation, cudaStream_t stream) override {
         if (sends.empty() && receives.empty()) {
             return;
         }
+        if (!copies_) {
+            job_.run(comm_, operation, stream, [&] { exchange_by_nccl(sends, receives, stream); });
+            return;
+        }
+        const PeerCopies::Round round = copies_->agree(sends, receives, operation);
         job_.run(comm_, operation, stream, [&] {
-            NCCL_CHECK(comm_, ncclGroupStart());
-            for (const DeviceSend& s : sends) {
-                NCCL_CHECK(comm_, ncclSend(s.data, s.num_bytes, ncclUint8, s.peer, comm_, stream));
-            }
-            for (const DeviceReceive& r : receives) {
-                NCCL_CHECK(comm_, ncclRecv(r.data, r.num_bytes, ncclUint8, r.peer, comm_, stream));
-            }
-            NCCL_CHECK(comm_, ncclGroupEnd());
+            copies_->send(round, stream);
+            exchange_by_nccl(round.other_sends, round.other_receives, stream);
+            copies_->receive(round, stream);
         });
     }
     void reduce_scatter_sum(float* out, const float* in, int64_t count, const char* operation,
                             cudaStream_t stream) override {
+        if (copies_all(count * sizeof(float))) {
+            sum_of_copies(out, in, count, operation, stream);
+            return;
+        }
         job_.run(comm_, operation, stream,
                  [&] { NCCL_CHECK(comm_, ncclReduceScatter(in, out, count, ncclFloat, ncclSum, comm_, stream)); });
     }
     void all_gather(void* out, const void* in, size_t num_bytes, const char* operation, cudaStream_t stream) override {
+        if (copies_all(num_bytes)) {
+            std::byte* const all = static_cast<std::byte*>(out);
+            std::byte* const own = all + rank() * num_bytes;
+            if (own != in) {
+                CUDA_CHECK(cudaMemcpyAsync(own, in, num_bytes, cudaMemcpyDeviceToDevice, stream));
+            }
+            std::vector<DeviceSend> sends;
+            std::vector<DeviceReceive> receives;
+            for (int peer = 0; peer < size(); ++peer) {
+                if (peer != rank()) {
+                    sends.push_back({peer, own, num_bytes});
+                    receives.push_back({peer, all + peer * num_bytes, num_bytes});
+                }
+            }
+            exchange(sends, receives, operation, stream);
+            return;
+        }
         job_.run(comm_, operation, stream,
                  [&] { NCCL_CHECK(comm_, ncclAllGather(in, out, num_bytes, ncclUint8, comm_, stream)); });
     }
@@ -289,9 +330,56 @@ class NcclComm : public Comm {
                  [&] { NCCL_CHECK(comm_, ncclBroadcast(data, data, num_bytes, ncclUint8, root, comm_, stream)); });
     }
 
+    // From now on copies go into what ranks share. landing: of this rank's memory, parts of sums on their way.
+    void share(PeerMemory& memory, HostGroup group, int communicator, DeviceRange landing) {
+        copies_ = std::make_unique<PeerCopies>(memory, std::move(group), communicator);
+        landing_ = landing;
+        job_.release_on_failure(*copies_);
+    }
+
   private:
+    void exchange_by_nccl(const std::vector<DeviceSend>& sends, const std::vector<DeviceReceive>& receives,
+                          cudaStream_t stream) {
+        if (sends.empty() && receives.empty()) {
+            return;
+        }
+        NCCL_CHECK(comm_, ncclGroupStart());
+        for (const DeviceSend& s : sends) {
+            NCCL_CHECK(comm_, ncclSend(s.data, s.num_bytes, ncclUint8, s.peer, comm_, stream));
+        }
+        for (const DeviceReceive& r : receives) {
+            NCCL_CHECK(comm_, ncclRecv(r.data, r.num_bytes, ncclUint8, r.peer, comm_, stream));
+        }
+        NCCL_CHECK(comm_, ncclGroupEnd());
+    }
+    // Whether copies do a collective with messages of that size: between the GPUs of several hosts NCCL knows better.
+    bool copies_all(size_t num_bytes) const {
+        return copies_ && num_bytes >= PeerCopies::LEAST_BYTES && copies_->reaches_all();
+    }
+    // As reduce_scatter_sum, a piece that fits `landing` at a time.
+    void sum_of_copies(float* out, const float* in, int64_t count, const char* operation, cudaStream_t stream) {
+        float* const parts = reinterpret_cast<float*>(landing_.data);
+        const int64_t longest = (int64_t)(landing_.num_bytes / sizeof(float)) / (size() - 1) / 4 * 4;
+        CHECK(longest > 0, "%s: no memory for the parts of other ranks", operation);
+        for (int64_t begin = 0; begin < count; begin += longest) {
+            const int64_t length = std::min(longest, count - begin);
+            std::vector<DeviceSend> sends;
+            std::vector<DeviceReceive> receives;
+            for (int peer = 0; peer < size(); ++peer) {
+                if (peer != rank()) {
+                    sends.push_back({peer, in + peer * count + begin, length * sizeof(float)});
+                    receives.push_back({peer, parts + (peer - (peer > rank())) * length, length * sizeof(float)});
+                }
+            }
+            exchange(sends, receives, operation, stream);
+            peer_sum(out + begin, in + rank() * count + begin, parts, rank(), size(), length, stream);
+        }
+    }
+
     NcclJob& job_;
     ncclComm_t comm_;
+    std::unique_ptr<PeerCopies> copies_;  // with the transport auto
+    DeviceRange landing_;
 };
 
 inline std::unique_ptr<Comm> NcclJob::adopt(ncclComm_t comm, const char* operation) {

@@ -22,6 +22,19 @@ inline void cuda_check(cudaError_t status, const char* statement, const char* fi
 }
 #define CUDA_CHECK(statement) cuda_check((statement), #statement, __FILE__, __LINE__)
 
+// A function of the driver, found at run time: nothing here links with libcuda. version: of CUDA, whose function of
+// that name it is.
+template <class Function>
+Function driver_function(const char* name, int version) {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult found;
+    CUDA_CHECK(cudaGetDriverEntryPointByVersion(name, &function, version, cudaEnableDefault, &found));
+    CHECK(found == cudaDriverEntryPointSuccess && function != nullptr,
+          "the NVIDIA driver has no %s: a driver for CUDA %d.%d or newer is needed", name, version / 1000,
+          version % 1000 / 10);
+    return reinterpret_cast<Function>(function);
+}
+
 // After every launch. `make debug` (LLMC_DEBUG) also waits for the kernel, so that a fault is reported where it
 // happened.
 inline void cuda_check_launch(const char* function, const char* file, int line) {

@@ -34,6 +34,12 @@ class DeviceMemory {
     void* data_ = nullptr;
 };
 
+// Some device memory, whoever owns it.
+struct DeviceRange {
+    std::byte* data = nullptr;
+    size_t num_bytes = 0;
+};
+
 // Page-locked host memory: the only kind that copies to the device without the host waiting. Throws, naming `what` it
 // is for, when the host has not that much.
 template <class Element>
@@ -180,6 +186,16 @@ class MemoryPlan {
     }
 
     size_t num_bytes(MemoryUse use) const { return ends_[(int)use]; }
+    // What allocate() has allocated on the device.
+    std::vector<DeviceRange> device_ranges() const {
+        std::vector<DeviceRange> ranges;
+        for (int u = 0; u < NUM_MEMORY_USES; ++u) {
+            if (!is_host_memory((MemoryUse)u) && ends_[u] > 0) {
+                ranges.push_back({arenas_[u].data(), ends_[u]});
+            }
+        }
+        return ranges;
+    }
     // Of the GPU, and of the host.
     size_t num_bytes() const { return total(false); }
     size_t num_host_bytes() const { return total(true); }

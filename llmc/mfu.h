@@ -9,6 +9,7 @@
 struct DeviceInfo {
     std::string name;          // "NVIDIA H200", "CPU, 8 threads"
     bool is_gpu = false;       // train_gpt rather than train_gpt_cpu
+    std::string transfers;     // how tensors move between ranks, where there are several
     double peak_tflops = 0.0;  // dense bf16, float32 accumulation; 0: unknown, no MFU
 };
 

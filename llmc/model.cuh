@@ -36,7 +36,7 @@ class GpuModel : public TrainableModel {
     // sets them.
     // comms: of settings.mesh, when that has several ranks; it outlives the model. Then all ranks make the same calls,
     // but for next_token_logits, which is any rank's own.
-    GpuModel(const ModelConfig& config, const GpuModelSettings& settings, const Communicators* comms = nullptr);
+    GpuModel(const ModelConfig& config, const GpuModelSettings& settings, Communicators* comms = nullptr);
 
     const ModelConfig& config() const override { return config_; }
     const ParameterTable& parameters() const override { return table_; }
@@ -176,7 +176,7 @@ class GpuModel : public TrainableModel {
 };
 
 // ---- construction ------------------------------------------------------------------------------
-inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& settings, const Communicators* comms)
+inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& settings, Communicators* comms)
     : config_(config),
       settings_(settings),
       table_(make_parameter_table(config)),
@@ -190,6 +190,11 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
     check_fits(plan_, free_memory(settings_, free_bytes), config_, settings_);
     plan_.allocate();
+    if (settings.peer_copies) {
+        const size_t landing_bytes = zero_landing_elements(*layout_.zero) * sizeof(float);
+        comms->share_memory(plan_.device_ranges(),
+                            {reinterpret_cast<std::byte*>(buffers_.gradient_parts), landing_bytes});
+    }
     if (offloads_inputs(settings.offload)) {
         inputs_ = std::make_unique<InputOffload>(buffers_.input_slots, buffers_.host_inputs);
     }

@@ -44,6 +44,7 @@ struct GpuModelSettings {
     // Several GPUs: this rank's place among them, and how attention reaches over the ranks that share a sequence.
     ParallelMesh mesh;
     ContextExchange context_exchange = ContextExchange::automatic;
+    bool peer_copies = false;  // large transfers go into memory that GPUs of a host share
     // Bytes of GPU and host that this rank may use, of what is free; 0: all. Ranks of one host divide what it has.
     size_t gpu_memory = 0, host_memory = 0;
     int ranks_on_host = 1;
@@ -55,6 +56,7 @@ inline GpuModelSettings gpu_model_settings(const RunConfig& c, const ParallelMes
     GpuModelSettings settings;
     settings.mesh = mesh;
     settings.context_exchange = c.context_exchange;
+    settings.peer_copies = mesh.size() > 1 && c.comm_transport == CommTransport::automatic;
     settings.max_batch_size = c.batch_size;
     settings.max_seq_len = c.seq_len;
     settings.recompute = c.recompute;
@@ -201,8 +203,9 @@ struct ModelBuffers {
     bf16* logits;   // [chunk, Vp], then their gradient
     std::byte* classifier_scratch;
     // workspace of the backward of feed-forward
-    bf16* dswiglu;        // [rows, F], then swiglu again, where blocks do not keep it
-    bf16* dffn_norm_out;  // [rows, C]
+    bf16* dswiglu;          // [rows, F], then swiglu again, where blocks do not keep it
+    bf16* dffn_norm_out;    // [rows, C]
+    float* gradient_parts;  // of other ranks, on their way into sums
     // workspace of the backward of attention
     bf16* dqkv;        // [rows, (H + 2 Hkv) D]
     bf16* dattention;  // [rows, H D]
@@ -403,6 +406,8 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
 
     // Workspace: what is always there, then what the phases of a step use in turn.
     const MemoryUse use = MemoryUse::workspace;
+    plan.add(&m.gradient_parts, use, "other ranks' parts of gradients", "float32",
+             settings.peer_copies ? zero_landing_elements(*layout.zero) : 0);
     auto add_scratch = [&](std::byte** pointer, const char* name, size_t num_bytes) {
         plan.add(pointer, use, name, "bytes", (int64_t)num_bytes);
     };

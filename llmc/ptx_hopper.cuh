@@ -34,17 +34,8 @@ inline bool tma_can_map(const HeadView<Element>& view, int64_t B, int64_t T, int
            fits(view.stride_h, heads);
 }
 
-// cuTensorMapEncodeTiled of the driver, found at run time: nothing here links with libcuda.
 inline PFN_cuTensorMapEncodeTiled_v12000 tensor_map_encoder() {
-    static const PFN_cuTensorMapEncodeTiled_v12000 encoder = [] {
-        void* function = nullptr;
-        cudaDriverEntryPointQueryResult found;
-        CUDA_CHECK(
-            cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found));
-        CHECK(found == cudaDriverEntryPointSuccess && function != nullptr,
-              "the NVIDIA driver has no cuTensorMapEncodeTiled: a driver for CUDA 12.0 or newer is needed");
-        return reinterpret_cast<PFN_cuTensorMapEncodeTiled_v12000>(function);
-    }();
+    static const auto encoder = driver_function<PFN_cuTensorMapEncodeTiled_v12000>("cuTensorMapEncodeTiled", 12000);
     return encoder;
 }
 

@@ -17,7 +17,7 @@ enum class Recompute { none, norms_and_gate, all_but_attention, block };
 // backward reads; the optimizer's state; both.
 enum class Offload { none, activations, optimizer, all };
 // Between GPUs: by NCCL, or staged through the host (for tests and debugging).
-enum class CommTransport { automatic, nccl, host };  // automatic: nccl
+enum class CommTransport { automatic, nccl, host };  // automatic: copy engines in a host, and nccl
 // How attention reaches over the ranks of a sequence (context_attention.cuh).
 enum class ContextExchange { automatic, ring, gather, heads };  // automatic: ring or gather
 

@@ -200,8 +200,9 @@ class TrainingRun {
                                       device_.is_gpu && device_.peak_tflops == 0.0 ? " (peak not known: no MFU)" : ""));
         if (ranks_.size() > 1) {
             const ParallelMesh& mesh = ranks_.mesh();
-            terminal_.print(format_string("ranks       %d: data parallel %d x context parallel %d", mesh.size(),
-                                          mesh.data_parallel, mesh.context_parallel));
+            terminal_.print(format_string("ranks       %d: data parallel %d x context parallel %d%s%s", mesh.size(),
+                                          mesh.data_parallel, mesh.context_parallel,
+                                          device_.transfers.empty() ? "" : ", transfers ", device_.transfers.c_str()));
         }
         terminal_.print(format_string("model       %.1f M parameters, %.2f GiB on the device",
                                       (double)model_.parameters().num_elements() / 1e6, model_.peak_memory_gib()));

@@ -36,6 +36,19 @@ inline size_t zero_scratch_bytes(const ZeroLayout& layout) {
     return (1 + layout.buckets.size() * GRAD_NORM_BLOCKS) * sizeof(double);
 }
 
+// Where other ranks' parts of sums land when they are copied (Comm::reduce_scatter_sum): those of the largest bucket,
+// or of a piece of it.
+constexpr int64_t ZERO_LANDING_ELEMENTS = (int64_t)16 << 20;
+inline int64_t zero_landing_elements(const ZeroLayout& layout) {
+    int64_t largest = 0;
+    for (const ZeroBucket& bucket : layout.buckets) {
+        largest = std::max(largest, layout.slice_elements(bucket));
+    }
+    const int64_t others = layout.num_ranks - 1;
+    return others *
+           std::min(largest, ZERO_LANDING_ELEMENTS / std::max<int64_t>(others, 1) / ZERO_ALIGNMENT * ZERO_ALIGNMENT);
+}
+
 // ---- the optimizer's part of a step ------------------------------------------------------------
 class ZeroOptimizer {
   public:

@@ -6,13 +6,14 @@ For every sequence length and attention, first one GPU, then each mesh:
     context N ring    N ranks share one sequence, keys travel while attention computes
     context N gather  the same, all keys first
     context N heads   the same, each rank attends with all rows of some heads
+With ":nccl" (data:nccl, context:ring:nccl) all transfers go by NCCL, none by the GPUs' copy engines.
 Efficiency: tokens/s over N times those of one GPU on the same sequence length. What --profile says of the transfers is
 kept: the share that is hidden behind attention goes into the table, the rest, with its time axes, into ranks.json.
 Prints the table, and saves it after every row as ranks.json, at the end as ranks.png. A row that takes too long is
 ended with what it has timed; --keep goes on where an earlier call with the same --out stopped.
 
     python3 dev/bench/ranks.py --ranks 2                                   every row
-    python3 dev/bench/ranks.py --ranks 2 --seq_lens 98304 --attention lighthouse
+    python3 dev/bench/ranks.py --ranks 2 --seq_lens 98304 --attention lighthouse --meshes context:ring,context:ring:nccl
     python3 dev/bench/ranks.py --ranks 4 --meshes context:ring,data --keep --out bench
     CUDA_VISIBLE_DEVICES=1 python3 dev/bench/ranks.py --ranks 4 --meshes ""    one GPU alone, the second
 """
@@ -30,6 +31,8 @@ from step import ALL_BUT_ATTENTION, LIGHTHOUSE_98K, LIGHTHOUSE_LONG, LLAMA_530M,
 
 SPAWN = os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "..", "scripts", "spawn_ranks.sh")
 MESHES = ("data", "context:ring", "context:gather", "context:heads")
+BY_NCCL = ":nccl"
+ALL_MESHES = MESHES + tuple(mesh + BY_NCCL for mesh in MESHES)
 VOCABULARY = 256
 
 
@@ -46,7 +49,7 @@ def attention_flags(attention, T, ranks):
 def mesh_label(mesh, ranks):
     if mesh == "one":
         return "one GPU"
-    return "{} {} {}".format(mesh.split(":")[0], ranks, "".join(mesh.split(":")[1:])).strip()
+    return "{} {} {}".format(mesh.split(":")[0], ranks, " ".join(mesh.split(":")[1:])).strip()
 
 
 def transfers_of(output):
@@ -78,7 +81,9 @@ def run_row(options, mesh, attention, T):
     if mesh != "one":
         launch = ["bash", SPAWN, str(options.ranks), options.train_gpt]
         flags = flags + ["--comm_timeout", str(options.comm_timeout)]
-        kind, _, exchange = mesh.partition(":")
+        if mesh.endswith(BY_NCCL):
+            flags += ["--comm_transport", "nccl"]
+        kind, _, exchange = mesh.removesuffix(BY_NCCL).partition(":")
         if kind == "data":
             data_parallel = options.ranks
         else:
@@ -140,15 +145,17 @@ def plot(rows, ranks, path):
     attentions = sorted({row["attention"] for row in timed})
     figure, axes = plt.subplots(2, len(attentions), figsize=(6.5 * len(attentions), 8), squeeze=False)
     for column, attention in enumerate(attentions):
-        for mesh in ("one",) + MESHES:
+        for mesh in ("one",) + ALL_MESHES:
             of_mesh = sorted((row for row in timed if row["attention"] == attention and row["mesh"] == mesh),
                              key=lambda row: row["T"])
+            if not of_mesh:
+                continue
             axes[0][column].plot([row["T"] for row in of_mesh], [row["tokens_per_second"] for row in of_mesh], "o-",
                                  label=mesh_label(mesh, ranks))
             with_one = [row for row in of_mesh if "efficiency" in row]
             if mesh != "one":
                 axes[1][column].plot([row["T"] for row in with_one], [100 * row["efficiency"] for row in with_one],
-                                     "o-", color=f"C{MESHES.index(mesh) + 1}", label=mesh_label(mesh, ranks))
+                                     "o-", color=f"C{ALL_MESHES.index(mesh) + 1}", label=mesh_label(mesh, ranks))
         axes[0][column].set_title(f"530M, {attention}, {ranks} GPUs")
         axes[0][column].set_ylabel("tokens/s")
         axes[0][column].set_yscale("log")
@@ -172,7 +179,7 @@ def main():
     parser.add_argument("--ranks", type=int, default=2, help="GPUs of a mesh [2]")
     parser.add_argument("--seq_lens", default="98304,262144,524288", help="tokens of a sequence, commas between them")
     parser.add_argument("--attention", default="lighthouse,dense", help="of lighthouse and dense")
-    parser.add_argument("--meshes", default=",".join(MESHES), help="beside one GPU: none, or of " + ", ".join(MESHES))
+    parser.add_argument("--meshes", default=",".join(MESHES), help="beside one GPU: none, or of " + ", ".join(ALL_MESHES))
     parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
     parser.add_argument("--steps", type=int, help="timed steps; the median counts [5, of long sequences 2]")
     parser.add_argument("--time_limit", type=float, default=240, help="seconds a row may take [240]")
@@ -183,7 +190,7 @@ def main():
     options = parser.parse_args()
     meshes, attentions = [mesh for mesh in options.meshes.split(",") if mesh], options.attention.split(",")
     lengths = [int(T) for T in options.seq_lens.split(",")]
-    if not set(meshes) <= set(MESHES) or not set(attentions) <= {"dense", "lighthouse"} or options.ranks < 2:
+    if not set(meshes) <= set(ALL_MESHES) or not set(attentions) <= {"dense", "lighthouse"} or options.ranks < 2:
         parser.error("--meshes, --attention or --ranks: see --help")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast over NVLink needs rights that a container may lack
     require_built(parser, "--train_gpt", options.train_gpt)
@@ -194,14 +201,14 @@ def main():
         def percent(share):
             return "-" if share is None else f"{100 * share:.1f}"
 
-        print(f"{row['T']:>8} {row['attention']:10} {mesh_label(row['mesh'], row['ranks']):18} "
+        print(f"{row['T']:>8} {row['attention']:10} {mesh_label(row['mesh'], row['ranks']):20} "
               f"{cell(row, 'tokens_per_second', '{:.0f}'):>10} {cell(row, 'ms', '{:.1f}'):>10} "
               f"{percent(row.get('efficiency')):>12} {percent(attention_hidden(row['transfers'])):>9} "
               f"{cell(row, 'peak_gib', '{:.2f}'):>7}", flush=True)
         if row.get("error") or row.get("note"):
             print(f"         {row.get('error') or row['note']}", flush=True)
 
-    print(f"{'T':>8} {'attention':10} {'mesh':18} {'tokens/s':>10} {'ms':>10} {'efficiency %':>12} {'hidden %':>9} "
+    print(f"{'T':>8} {'attention':10} {'mesh':20} {'tokens/s':>10} {'ms':>10} {'efficiency %':>12} {'hidden %':>9} "
           f"{'GiB':>7}")
     for T in lengths:
         for attention in attentions:

@@ -2,14 +2,18 @@
 # ./train_gpt on several ranks, from end to end: every mesh of data x context parallel gives the losses and gradient norms
 # of one GPU, dense and Lighthouse; a rank that is killed ends the job, and its checkpoints go on on other numbers of ranks.
 # With the host transport all ranks share the GPUs there are, so one GPU is enough; where there are 2, 4 or 8, as many
-# ranks also train by NCCL, and one of two or four is killed or stands still. Needs a GPU; four minutes, five with NCCL.
+# ranks also train by the GPUs' copy engines and by NCCL, and one of two or four is killed or stands still. Needs a GPU;
+# four minutes, seven on two GPUs.
 #   dev/test/e2e_ranks.sh [TRAINER]
 #   GPUS=2 PARTS="nccl nccl_failures" dev/test/e2e_ranks.sh build/train_gpt    the first 2 GPUs, some parts
-# PARTS: of meshes, lighthouse, failures (host transport), nccl, nccl_failures; all of them unless set.
+# PARTS: of meshes, lighthouse, failures (host transport), nccl, nccl_failures; all of them unless set. TRANSPORTS of the
+# last two: auto (the copy engines and NCCL) and nccl.
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 trainer=${1:-./train_gpt}
 parts=" ${PARTS:-meshes lighthouse failures nccl nccl_failures} "
+transports=${TRANSPORTS:-auto nccl}
+declare -A way_of=([auto]="by the GPUs' copy engines" [nccl]="by NCCL") # as a run says it at its start
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-2}
 found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU')
 [ "$found" -gt 0 ] || { echo "no NVIDIA GPU here" >&2; exit 1; }
@@ -84,13 +88,15 @@ mesh() {
         tail -8 "$work/$name.out" | sed 's/^/     /'
     fi
 }
+# alone NAME FLAG...: trains on one GPU, unless that was done.
+alone() {
+    [ -e "$work/$1.out" ] && return
+    train "$1" 1 "${@:2}" || { bad "$1 on one GPU"; tail -5 "$work/$1.out"; }
+}
 host=(--comm_transport host)
 
-for name in dense lighthouse; do
-    flags=()
-    [ $name = lighthouse ] && flags=("${lighthouse[@]}" --lighthouse_topk 512)
-    train $name 1 --batch_size 2 "${flags[@]}" || { bad "$name on one GPU"; tail -5 "$work/$name.out"; }
-done
+alone dense --batch_size 2
+alone lighthouse --batch_size 2 "${lighthouse[@]}" --lighthouse_topk 512
 if [[ $parts = *' meshes '* ]]; then
     mesh data2 dense 2 "${host[@]}" --batch_size 2
     mesh ring2 dense 2 "${host[@]}" --batch_size 2 --context_parallel 2 --context_exchange ring
@@ -113,41 +119,45 @@ if [[ $parts = *' lighthouse '* ]]; then
 fi
 if [[ $parts = *' nccl '* ]]; then
     if [ "$gpus" -ge 2 ]; then
-        mesh nccl_data2 dense 2 --comm_transport nccl --batch_size 2
-        mesh nccl_ring2 dense 2 --comm_transport nccl --batch_size 2 --context_parallel 2 --context_exchange ring
-        mesh nccl_gather2 dense 2 --comm_transport nccl --batch_size 2 --context_parallel 2 --context_exchange gather
-        mesh nccl_heads2 dense 2 --comm_transport nccl --batch_size 2 --context_parallel 2 --context_exchange heads
-        mesh nccl_lighthouse2 lighthouse 2 --comm_transport nccl --batch_size 2 --context_parallel 2 \
-            "${lighthouse[@]}" --lighthouse_topk 512
-        mesh nccl_lighthouse2_ring lighthouse 2 --comm_transport nccl --batch_size 2 --context_parallel 2 \
-            "${lighthouse[@]}" --lighthouse_topk 512 --context_exchange ring
-        mesh nccl_lighthouse2_heads lighthouse 2 --comm_transport nccl --batch_size 2 --context_parallel 2 \
-            "${lighthouse[@]}" --lighthouse_topk 512 --context_exchange heads
-        for ranks in 4 8; do
-            [ "$gpus" -ge $ranks ] || continue
-            # Chunks of whole tiles: a longer sequence, and its own run on one GPU.
-            longer=(--seq_len $((1024 * ranks)) --global_batch $ranks)
-            tiles=("${lighthouse[@]}" --lighthouse_topk $((256 * ranks)))
-            train dense_for$ranks 1 "${longer[@]}" --batch_size 2 || bad "dense_for$ranks"
-            train lighthouse_for$ranks 1 "${longer[@]}" --batch_size 2 "${tiles[@]}" || bad "lighthouse_for$ranks"
-            mesh nccl_data$ranks dense_for$ranks $ranks --comm_transport nccl "${longer[@]}" --batch_size 1
-            for exchange in ring gather; do
-                whole=(--comm_transport nccl "${longer[@]}" --batch_size 2 --context_parallel $ranks
-                    --context_exchange $exchange)
-                mesh nccl_$exchange$ranks dense_for$ranks $ranks "${whole[@]}"
-                mesh nccl_lighthouse${ranks}_$exchange lighthouse_for$ranks $ranks "${whole[@]}" "${tiles[@]}"
+        for transport in $transports; do
+            by=(--comm_transport "$transport")
+            mesh ${transport}_data2 dense 2 "${by[@]}" --batch_size 2
+            mesh ${transport}_ring2 dense 2 "${by[@]}" --batch_size 2 --context_parallel 2 --context_exchange ring
+            mesh ${transport}_gather2 dense 2 "${by[@]}" --batch_size 2 --context_parallel 2 --context_exchange gather
+            mesh ${transport}_heads2 dense 2 "${by[@]}" --batch_size 2 --context_parallel 2 --context_exchange heads
+            for exchange in auto ring heads; do
+                mesh ${transport}_lighthouse2_$exchange lighthouse 2 "${by[@]}" --batch_size 2 --context_parallel 2 \
+                    "${lighthouse[@]}" --lighthouse_topk 512 --context_exchange $exchange
             done
-            # Heads for every rank, and a run on one GPU with as many.
-            heads=("${longer[@]}" --batch_size 2 --num_kv_heads 8)
-            train dense_heads_for$ranks 1 "${heads[@]}" || bad "dense_heads_for$ranks"
-            train lighthouse_heads_for$ranks 1 "${heads[@]}" "${tiles[@]}" || bad "lighthouse_heads_for$ranks"
-            heads+=(--comm_transport nccl --context_parallel $ranks --context_exchange heads)
-            mesh nccl_heads$ranks dense_heads_for$ranks $ranks "${heads[@]}"
-            mesh nccl_lighthouse${ranks}_heads lighthouse_heads_for$ranks $ranks "${heads[@]}" "${tiles[@]}"
-            mesh nccl_data2_ring$((ranks / 2)) dense_for$ranks $ranks --comm_transport nccl "${longer[@]}" \
-                --batch_size 1 --context_parallel $((ranks / 2)) --context_exchange ring
-            mesh nccl_data2_lighthouse$((ranks / 2)) lighthouse_for$ranks $ranks --comm_transport nccl "${longer[@]}" \
-                --batch_size 1 --context_parallel $((ranks / 2)) "${tiles[@]}"
+            for ranks in 4 8; do
+                [ "$gpus" -ge $ranks ] || continue
+                # Chunks of whole tiles: a longer sequence, and its own run on one GPU.
+                longer=(--seq_len $((1024 * ranks)) --global_batch $ranks)
+                tiles=("${lighthouse[@]}" --lighthouse_topk $((256 * ranks)))
+                alone dense_for$ranks "${longer[@]}" --batch_size 2
+                alone lighthouse_for$ranks "${longer[@]}" --batch_size 2 "${tiles[@]}"
+                mesh ${transport}_data$ranks dense_for$ranks $ranks "${by[@]}" "${longer[@]}" --batch_size 1
+                for exchange in ring gather; do
+                    whole=("${by[@]}" "${longer[@]}" --batch_size 2 --context_parallel $ranks
+                        --context_exchange $exchange)
+                    mesh ${transport}_$exchange$ranks dense_for$ranks $ranks "${whole[@]}"
+                    mesh ${transport}_lighthouse${ranks}_$exchange lighthouse_for$ranks $ranks "${whole[@]}" "${tiles[@]}"
+                done
+                # Heads for every rank, and a run on one GPU with as many.
+                heads=("${longer[@]}" --batch_size 2 --num_kv_heads 8)
+                alone dense_heads_for$ranks "${heads[@]}"
+                alone lighthouse_heads_for$ranks "${heads[@]}" "${tiles[@]}"
+                heads+=("${by[@]}" --context_parallel $ranks --context_exchange heads)
+                mesh ${transport}_heads$ranks dense_heads_for$ranks $ranks "${heads[@]}"
+                mesh ${transport}_lighthouse${ranks}_heads lighthouse_heads_for$ranks $ranks "${heads[@]}" "${tiles[@]}"
+                mesh ${transport}_data2_ring$((ranks / 2)) dense_for$ranks $ranks "${by[@]}" "${longer[@]}" \
+                    --batch_size 1 --context_parallel $((ranks / 2)) --context_exchange ring
+                mesh ${transport}_data2_lighthouse$((ranks / 2)) lighthouse_for$ranks $ranks "${by[@]}" "${longer[@]}" \
+                    --batch_size 1 --context_parallel $((ranks / 2)) "${tiles[@]}"
+            done
+            grep -q "^ranks .* transfers ${way_of[$transport]}" "$work/${transport}_ring2.out" &&
+                ok "$transport: transfers ${way_of[$transport]}" ||
+                bad "$transport: $(grep '^ranks ' "$work/${transport}_ring2.out")"
         done
     else
         echo "not run: NCCL between two GPUs (one here)"
@@ -231,8 +241,8 @@ if [[ $parts = *' failures '* ]]; then
         mesh on_four dense 4 --resume --batch_size 1 --context_parallel 2 "${host[@]}" --max_steps 20
     fi
     # One rank's checkpoint on two.
-    train alone 1 --batch_size 2 --max_steps 10
-    mesh alone dense 2 --resume "${context2[@]}" --max_steps 20
+    train one_rank 1 --batch_size 2 --max_steps 10
+    mesh one_rank dense 2 --resume "${context2[@]}" --max_steps 20
     # At start-up.
     start early 2 "${context2[@]}"
     for _ in $(seq 100); do
@@ -260,15 +270,18 @@ if [[ $parts = *' nccl_failures '* ]] && [ "$gpus" -ge 2 ]; then
     # still: the same, and the launcher has to kill it. Gone on with on fewer ranks, and on as many as there were.
     ranks=2 batch=2 others=1
     [ "$gpus" -ge 4 ] && ranks=4 batch=1 others="1 2"
-    pairs=(--comm_transport nccl --batch_size $batch --context_parallel 2)
-    for signal in KILL STOP; do
-        interrupt nccl_$signal $ranks $signal $((timeout + 40)) "${pairs[@]}" || continue
-        for other in $others; do
-            cp -r "$work/nccl_$signal" "$work/nccl_${signal}_on_$other"
-            mesh nccl_${signal}_on_$other dense "$other" --resume --comm_transport auto --batch_size 2 \
-                --context_parallel "$other" --max_steps 20
+    for transport in $transports; do
+        pairs=(--comm_transport "$transport" --batch_size $batch --context_parallel 2)
+        for signal in KILL STOP; do
+            name=${transport}_$signal
+            interrupt "$name" $ranks $signal $((timeout + 40)) "${pairs[@]}" || continue
+            for other in $others; do
+                cp -r "$work/$name" "$work/${name}_on_$other"
+                mesh "${name}_on_$other" dense "$other" --resume --comm_transport auto --batch_size 2 \
+                    --context_parallel "$other" --max_steps 20
+            done
+            mesh "$name" dense $ranks --resume "${pairs[@]}" --max_steps 20
         done
-        mesh nccl_$signal dense $ranks --resume "${pairs[@]}" --max_steps 20
     done
 fi
 exit $failed

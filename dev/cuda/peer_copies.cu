@@ -1,0 +1,327 @@
+// peer_copies.cu: copies between the memory of ranks of one host (llmc/comm_peer.cuh): random messages of every size
+// and to every kind of place, between processes of their own, on streams that run ahead of each other; every byte of
+// every rank's memory against what should have come. The program starts three more processes like itself before it
+// touches a GPU; all run the same checks, on the GPUs in turn or on one, and the first speaks for all.
+#include <sys/wait.h>
+
+#include <array>
+#include <memory>
+#include <numeric>
+#include <thread>
+
+#include "harness.cuh"
+#include "llmc/comm_peer.cuh"
+#include "llmc/comm_tcp.h"
+
+constexpr int NUM_PROCESSES = 4;
+static HostComm* all_processes = nullptr;
+
+using Launcher = int;  // ranks that take part
+
+// Keeps a stream busy for that many clocks. Launch: one thread.
+__global__ void delay_kernel(int64_t clocks) {
+    for (const int64_t begin = clock64(); clock64() - begin < clocks;) {
+    }
+}
+
+// ---- messages ----------------------------------------------------------------------------------
+constexpr int NUM_RANGES = 3;  // the last is not shared
+constexpr int64_t RANGE_BYTES[NUM_RANGES] = {(int64_t)9 << 20, (int64_t)300 << 10, (int64_t)2 << 20};
+
+struct Message {
+    int from, to, range;
+    int64_t offset, num_bytes;  // where it goes
+    uint64_t seed;
+    bool is_copied() const {
+        return from != to && range < NUM_RANGES - 1 && num_bytes >= (int64_t)PeerCopies::LEAST_BYTES;
+    }
+};
+// The same on all ranks: up to three messages for each pair, a rank's own too, that do not overlap.
+static std::vector<Message> messages_of(int round, int num_ranks, uint64_t seed, bool small) {
+    std::vector<Message> messages;
+    uint64_t draws = 0;
+    const auto draw = [&](int64_t bound) {
+        return (int64_t)(random_bits(seed + 7919 * (uint64_t)(round + 1), draws++) % (uint64_t)bound);
+    };
+    std::vector<std::array<int64_t, NUM_RANGES>> used(num_ranks);
+    for (int from = 0; from < num_ranks; ++from) {
+        for (int to = 0; to < num_ranks; ++to) {
+            for (int64_t i = draw(4); i > 0; --i) {
+                const int64_t least = PeerCopies::LEAST_BYTES;
+                const int64_t sizes[] = {1 + draw(100), least - 1, least, least + 16 * draw(1000) + draw(16),
+                                         (1 + draw(small ? 2 : 6)) * 131072 + draw(64)};
+                const int range = (int)draw(NUM_RANGES);
+                const int64_t gap = draw(2) * (1 + draw(500));
+                const Message m = {from, to, range, used[to][range] + gap, sizes[draw(5)], random_bits(seed, draws++)};
+                if (m.offset + m.num_bytes <= RANGE_BYTES[range]) {
+                    used[to][range] = m.offset + m.num_bytes;
+                    messages.push_back(m);
+                }
+            }
+        }
+    }
+    return messages;
+}
+static std::vector<unsigned char> content_of(const Message& m) {
+    std::vector<unsigned char> bytes(m.num_bytes);
+    for (int64_t i = 0; i < m.num_bytes; i += 8) {
+        const uint64_t word = random_bits(m.seed, i);
+        std::memcpy(&bytes[i], &word, (size_t)std::min<int64_t>(8, m.num_bytes - i));
+    }
+    return bytes;
+}
+
+// ---- checks ------------------------------------------------------------------------------------
+// What a rank has: its ranges, and what they should hold.
+struct RankMemory {
+    std::vector<std::unique_ptr<DeviceBuffer<unsigned char>>> ranges;
+    std::vector<std::vector<unsigned char>> expected;
+    RankMemory() {
+        for (const int64_t num_bytes : RANGE_BYTES) {
+            ranges.push_back(std::make_unique<DeviceBuffer<unsigned char>>(num_bytes));
+            expected.emplace_back(num_bytes, (unsigned char)0xff);
+        }
+    }
+    std::vector<DeviceRange> shared() const {
+        std::vector<DeviceRange> found;
+        for (int i = 0; i < NUM_RANGES - 1; ++i) {
+            found.push_back({reinterpret_cast<std::byte*>(ranges[i]->data()), ranges[i]->num_bytes()});
+        }
+        return found;
+    }
+};
+
+// Rounds of one communicator, enqueued one after another on two streams in turn, some late, as far ahead of the GPUs as
+// the hosts get. Whether each was divided as it should be.
+static bool run_rounds(PeerCopies& copies, const HostGroup& group, uint64_t seed, RankMemory& memory, int num_rounds,
+                       cudaStream_t (&streams)[2], bool small) {
+    std::vector<std::unique_ptr<DeviceBuffer<unsigned char>>> sources;
+    for (int number = 0; number < num_rounds; ++number) {
+        for (const Message& m : messages_of(number, group.size(), seed, small)) {
+            if (m.from == group.rank()) {
+                sources.push_back(std::make_unique<DeviceBuffer<unsigned char>>(content_of(m)));
+            }
+        }
+    }
+    bool as_expected = true;
+    size_t next_source = 0;
+    for (int number = 0; number < num_rounds; ++number) {
+        std::vector<DeviceSend> sends;
+        std::vector<DeviceReceive> receives;
+        size_t copies_sent = 0, others_sent = 0, others_received = 0;
+        for (const Message& m : messages_of(number, group.size(), seed, small)) {
+            if (m.from == group.rank()) {
+                sends.push_back({m.to, sources[next_source++]->data(), (size_t)m.num_bytes});
+                ++(m.is_copied() ? copies_sent : others_sent);
+            }
+            if (m.to == group.rank()) {
+                receives.push_back({m.from, memory.ranges[m.range]->data() + m.offset, (size_t)m.num_bytes});
+                others_received += !m.is_copied();
+                if (m.is_copied()) {  // over what earlier rounds have brought
+                    const std::vector<unsigned char> bytes = content_of(m);
+                    std::copy(bytes.begin(), bytes.end(), memory.expected[m.range].begin() + m.offset);
+                }
+            }
+        }
+        const PeerCopies::Round round = copies.agree(sends, receives, "test");
+        as_expected = as_expected && round.copies.size() == copies_sent && round.other_sends.size() == others_sent &&
+                      round.other_receives.size() == others_received;
+        const cudaStream_t stream = streams[number % 2];
+        if (random_bits(seed, 50 + number * group.size() + group.rank()) % 3 == 0) {
+            delay_kernel<<<1, 1, 0, stream>>>(200000);
+            CUDA_CHECK_LAUNCH();
+        }
+        copies.send(round, stream);
+        copies.receive(round, stream);
+    }
+    CUDA_CHECK(cudaDeviceSynchronize());
+    return as_expected;
+}
+
+static void check_rounds(Harness& h, int num_ranks) {
+    std::vector<int> ranks(num_ranks);
+    std::iota(ranks.begin(), ranks.end(), 0);
+    CudaStream first, second;
+    cudaStream_t streams[2] = {first, second};
+    RankMemory memory;
+    PeerMemory peers(*all_processes, memory.shared(), 2);
+    const std::string label = format_string("%d ranks of %d", num_ranks, NUM_PROCESSES);
+    h.expect(peers.num_reached() == NUM_PROCESSES - 1, "reached", label,
+             format_string("%d of %d other processes", peers.num_reached(), NUM_PROCESSES - 1));
+    if (all_processes->rank() < num_ranks) {
+        const HostGroup group(*all_processes, ranks);
+        for (int communicator = 0; communicator < 2; ++communicator) {
+            PeerCopies copies(peers, group, communicator);
+            const bool as_expected = run_rounds(copies, group, h.seed + 1000003 * (uint64_t)(communicator + 1), memory,
+                                                h.small ? 3 : 12, streams, h.small);
+            h.expect(as_expected, "division", label, "large messages into shared memory are copied, others are not");
+            for (int i = 0; i < NUM_RANGES; ++i) {
+                h.compare_exact(format_string("range %d", i), label, *memory.ranges[i], memory.expected[i]);
+            }
+            // Sizes that differ are found by the hosts, before anything is enqueued.
+            bool refused = false;
+            try {
+                const size_t num_bytes = (size_t)1 << 20;
+                const int next = (group.rank() + 1) % num_ranks, before = (group.rank() + num_ranks - 1) % num_ranks;
+                copies.agree({{next, memory.ranges[0]->data(), num_bytes}},
+                             {{before, memory.ranges[0]->data() + num_bytes, num_bytes + 4}}, "test of sizes");
+            } catch (const Error& error) {
+                refused = std::string(error.what()).find("where it expects") != std::string::npos;
+            }
+            h.expect(refused, "sizes", label, "a message of another size than expected is refused");
+        }
+    }
+    peers.finish();
+}
+
+// What waits for a rank that never comes can be let go.
+static void check_release(Harness& h, int num_ranks) {
+    RankMemory memory;
+    PeerMemory peers(*all_processes, memory.shared(), 1);
+    PeerCopies copies(peers, HostGroup(*all_processes), 0);
+    CudaStream waiting, releasing;
+    PeerCopies::Round round;
+    round.sources = {(all_processes->rank() + 1) % NUM_PROCESSES};
+    copies.send(round, waiting);
+    copies.receive(round, waiting);
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+    const bool waited = cudaStreamQuery(waiting) == cudaErrorNotReady;
+    copies.release(releasing);
+    cudaError_t status = cudaErrorNotReady;
+    for (int i = 0; i < 500 && status == cudaErrorNotReady; ++i) {
+        std::this_thread::sleep_for(std::chrono::milliseconds(10));
+        status = cudaStreamQuery(waiting);
+    }
+    h.expect(waited && status == cudaSuccess, "release", format_string("%d ranks", num_ranks),
+             format_string("waited %d, then %s", waited, cudaGetErrorName(status)));
+    CHECK(status == cudaSuccess, "a stream waits for ever");  // and so would all that follows
+    peers.finish();
+}
+
+static void check_sum(Harness& h, int num_ranks) {
+    for (const int64_t count : {(int64_t)4, (int64_t)1000, (int64_t)(h.small ? 5000 : 5000000)}) {
+        for (const int rank : {0, num_ranks - 1}) {
+            DeviceBuffer<float> own(count), parts(count * (num_ranks - 1));
+            own.fill_random(h.seed + 1), parts.fill_random(h.seed + 2);
+            const std::vector<float> of_own = own.download(), of_others = parts.download();
+            std::vector<float> expected(count);
+            for (int r = 0; r < num_ranks; ++r) {
+                const float* const part = r == rank ? of_own.data() : of_others.data() + (r - (r > rank)) * count;
+                for (int64_t i = 0; i < count; ++i) {
+                    expected[i] = r == 0 ? part[i] : expected[i] + part[i];
+                }
+            }
+            DeviceBuffer<float> out(count);
+            const std::string label = format_string("rank %d of %d, %lld elements", rank, num_ranks, (long long)count);
+            peer_sum(out, own, parts, rank, num_ranks, count, h.stream);
+            h.compare_exact("sum", label, out, expected);
+            peer_sum(own, own, parts, rank, num_ranks, count, h.stream);
+            h.compare_exact("sum in place", label, own, expected);
+        }
+    }
+}
+
+static void check(Harness& h, const Variant<Launcher>& variant) {
+    check_rounds(h, variant.launch);
+    check_release(h, variant.launch);
+    check_sum(h, variant.launch);
+}
+
+// All ranks exchange with all others at once, each on a GPU of its own.
+static void measure(Harness& h, const Variant<Launcher>& variant) {
+    int num_devices;
+    CUDA_CHECK(cudaGetDeviceCount(&num_devices));
+    if (num_devices < variant.launch) {
+        std::printf("skip peer_copies %d  its timing needs %d GPUs\n", variant.number, variant.launch);
+        return;
+    }
+    std::vector<int> ranks(variant.launch);
+    std::iota(ranks.begin(), ranks.end(), 0);
+    constexpr int64_t MOST_BYTES = (int64_t)128 << 20;
+    DeviceBuffer<float> from(MOST_BYTES / 4), to(MOST_BYTES / 4 * (variant.launch - 1));
+    from.fill_random(h.seed);
+    PeerMemory peers(*all_processes, {{reinterpret_cast<std::byte*>(to.data()), to.num_bytes()}}, 1);
+    if (all_processes->rank() < variant.launch) {
+        const HostGroup group(*all_processes, ranks);
+        PeerCopies copies(peers, group, 0);
+        CudaStream stream;
+        cudaEvent_t begin, end;
+        CUDA_CHECK(cudaEventCreate(&begin));
+        CUDA_CHECK(cudaEventCreate(&end));
+        for (int64_t num_bytes = 128 << 10; num_bytes <= MOST_BYTES; num_bytes *= 4) {
+            std::vector<DeviceSend> sends;
+            std::vector<DeviceReceive> receives;
+            for (int peer = 0; peer < group.size(); ++peer) {
+                if (peer != group.rank()) {
+                    sends.push_back({peer, from.data(), (size_t)num_bytes});
+                    receives.push_back(
+                        {peer, to.data() + (peer - (peer > group.rank())) * num_bytes / 4, (size_t)num_bytes});
+                }
+            }
+            constexpr int RUNS = 10;
+            for (int i = -1; i < RUNS; ++i) {  // the first one warms up
+                if (i == 0) {
+                    CUDA_CHECK(cudaStreamSynchronize(stream));
+                    group.barrier("begin of the timing");
+                    CUDA_CHECK(cudaEventRecord(begin, stream));
+                }
+                const PeerCopies::Round round = copies.agree(sends, receives, "timing");
+                copies.send(round, stream);
+                copies.receive(round, stream);
+            }
+            CUDA_CHECK(cudaEventRecord(end, stream));
+            CUDA_CHECK(cudaEventSynchronize(end));
+            float ms;
+            CUDA_CHECK(cudaEventElapsedTime(&ms, begin, end));
+            std::printf("time peer_copies %d  %lld KiB to each of %d  %.1f us  %.0f GB/s received  (%s)\n",
+                        variant.number, (long long)num_bytes >> 10, group.size() - 1, 1e3 * ms / RUNS,
+                        (double)(group.size() - 1) * num_bytes * RUNS / ms * 1e-6, variant.idea);
+        }
+        cudaEventDestroy(begin);
+        cudaEventDestroy(end);
+    }
+    peers.finish();
+}
+
+// This process's rank: 0 of the program as it was started.
+static int start_processes(std::vector<pid_t>& others) {
+    for (int rank = 1; rank < NUM_PROCESSES; ++rank) {
+        const pid_t pid = fork();
+        CHECK(pid >= 0, "cannot start another process: %s", std::strerror(errno));
+        if (pid == 0) {
+            CHECK(std::freopen("/dev/null", "w", stdout) != nullptr, "cannot be silent: %s", std::strerror(errno));
+            others.clear();
+            return rank;
+        }
+        others.push_back(pid);
+    }
+    return 0;
+}
+
+int main(int argc, char** argv) {
+    static const std::vector<Variant<Launcher>> VARIANTS = {{1, "two ranks", 2}, {2, "four ranks", 4}};
+    try {
+        const std::string rendezvous = format_string("/tmp/llmc_peer_copies.%d", (int)getpid());
+        std::vector<pid_t> others;
+        const int rank = start_processes(others);
+        TcpComm processes(rank, NUM_PROCESSES, rendezvous, 120.0);
+        all_processes = &processes;
+        int num_devices = 0;
+        if (cudaGetDeviceCount(&num_devices) == cudaSuccess && num_devices > 0) {
+            CUDA_CHECK(cudaSetDevice(rank % num_devices));
+        }
+        int status = run_variants(argc, argv, "peer_copies", VARIANTS, check, measure);
+        processes.finish();
+        for (const pid_t pid : others) {
+            int of_other = 0;
+            if (waitpid(pid, &of_other, 0) != pid || of_other != 0) {
+                std::printf("FAIL peer_copies: another process ended with status %d\n", of_other);
+                status = 1;
+            }
+        }
+        return status;
+    } catch (const std::exception& error) {
+        std::fprintf(stderr, "%s: %s\n", argv[0], error.what());
+        return 1;
+    }
+}

@@ -1,0 +1,423 @@
+// comm_peer.cuh: copies between the GPUs of one host by their copy engines: no multiprocessor works for them, where
+// NCCL's blocks hold some, wait until some are free, and are slower beside a computation (dev/RESULTS.md, "By copy
+// engines"). Used by comm_nccl.cuh for large transfers into memory that ranks have shared (PeerMemory); the rest is
+// NCCL's.
+//
+// A rank's memory is mapped into the processes of its host (CUDA IPC), and the sender writes. For every transfer the
+// receiver's host tells the sender's where it goes; hosts run ahead of their GPUs, so that this waits for nothing but
+// the other host. On the GPUs two counts in memory of either rank keep order, written and waited for by the streams
+// themselves (cuStreamWriteValue32, cuStreamWaitValue32):
+//   ready  the receiver's stream has come so far: its memory may be written
+//   done   the sender's copies are complete
+// Of a call first all ready counts are written, then the copies wait for theirs, and last the stream waits for what
+// others send. Calls of a communicator follow one another in the order in which they were enqueued, on whatever
+// streams, which is the same on all ranks: so something enqueued earlier can always go on, also where streams share a
+// queue of the hardware. Checked by dev/cuda/peer_copies.cu.
+#pragma once
+#include <cudaTypedefs.h>
+
+#include <algorithm>
+#include <cstring>
+#include <fstream>
+#include <map>
+#include <optional>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "comm.cuh"  // messages, ranks on the host
+
+// ---- the driver --------------------------------------------------------------------------------
+inline void driver_check(CUresult status, const char* what) {
+    CHECK(status == CUDA_SUCCESS, "CUDA driver error %d from %s", (int)status, what);
+}
+// *count (=) value, once what is on `stream` before is done and visible everywhere.
+inline void stream_write_count(cudaStream_t stream, uint32_t* count, uint32_t value) {
+    static const auto write = driver_function<PFN_cuStreamWriteValue32_v11070>("cuStreamWriteValue32", 11070);
+    driver_check(write(stream, (CUdeviceptr)count, value, CU_STREAM_WRITE_VALUE_DEFAULT), "cuStreamWriteValue32");
+}
+// What follows on `stream` waits until *count has reached value; counts may wrap around.
+inline void stream_wait_count(cudaStream_t stream, uint32_t* count, uint32_t value) {
+    static const auto wait = driver_function<PFN_cuStreamWaitValue32_v11070>("cuStreamWaitValue32", 11070);
+    driver_check(wait(stream, (CUdeviceptr)count, value, CU_STREAM_WAIT_VALUE_GEQ), "cuStreamWaitValue32");
+}
+
+// ---- sums --------------------------------------------------------------------------------------
+constexpr int PEER_SUM_THREADS = 256;
+
+// out (=) [count]: `own`, of rank `rank`, and the parts of all others, [num_ranks - 1, count], added in the order of
+// ranks. out may be own. Launch: 1-D grid, a thread four elements at a time. Bound: bandwidth.
+__global__ void __launch_bounds__(PEER_SUM_THREADS)
+    peer_sum_kernel(float* out, const float* own, const float* parts, int rank, int num_ranks, int64_t count) {
+    const int64_t stride = (int64_t)gridDim.x * PEER_SUM_THREADS * 4;
+    for (int64_t i = ((int64_t)blockIdx.x * PEER_SUM_THREADS + threadIdx.x) * 4; i < count; i += stride) {
+        const auto of_rank = [&](int r) { return r == rank ? own + i : parts + (r - (r > rank)) * count + i; };
+        float4x sum = load128(of_rank(0));
+        for (int r = 1; r < num_ranks; ++r) {
+            const float4x part = load128(of_rank(r));
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                sum[e] += part[e];
+            }
+        }
+        store128(out + i, sum);
+    }
+}
+// count: a multiple of 4; all 16-byte aligned.
+inline void peer_sum(float* out, const float* own, const float* parts, int rank, int num_ranks, int64_t count,
+                     cudaStream_t stream) {
+    constexpr int64_t MOST_BLOCKS = 1024;
+    CHECK(count % 4 == 0, "sum over ranks: %lld elements, not a multiple of 4", (long long)count);
+    const int64_t blocks = std::min<int64_t>(ceil_div<int64_t>(count, 4 * PEER_SUM_THREADS), MOST_BLOCKS);
+    peer_sum_kernel<<<(unsigned)blocks, PEER_SUM_THREADS, 0, stream>>>(out, own, parts, rank, num_ranks, count);
+    CUDA_CHECK_LAUNCH();
+}
+
+// ---- memory that ranks of a host share ---------------------------------------------------------
+class PeerMemory {
+  public:
+    struct Place {           // in what a rank has shared
+        int32_t range = -1;  // -1: it is not shared
+        int64_t offset = 0;
+    };
+
+    // Maps what the ranks of this host share, each any number of ranges of device memory. All ranks of `host` call it.
+    // num_communicators: for how many counts are kept.
+    PeerMemory(HostComm& host, const std::vector<DeviceRange>& ranges, int num_communicators)
+        : host_(host),
+          ranges_(ranges),
+          num_counts_((size_t)num_communicators * host.size()),
+          token_(std::random_device()()),
+          counts_(std::max(OWN_ALLOCATION, num_counts_ * sizeof(Counts) + sizeof token_)),
+          peers_(host.size()) {
+        CUDA_CHECK(cudaMemset(counts_.data(), 0, num_counts_ * sizeof(Counts)));
+        CUDA_CHECK(cudaMemcpy(token_in(counts_.data()), &token_, sizeof token_, cudaMemcpyHostToDevice));
+        const std::vector<std::string> offers =
+            HostGroup(host).gather_texts(offer(), "sharing of GPU memory between ranks of a host");
+        for (int rank = 0; rank < host.size(); ++rank) {
+            peers_[rank].reached = rank != host.rank() && open(rank, offers[rank]);
+        }
+        // A pair uses it when both can.
+        const int size = host.size();
+        std::vector<unsigned char> own(size), all((size_t)size * size);
+        for (int rank = 0; rank < size; ++rank) {
+            own[rank] = peers_[rank].reached;
+        }
+        HostGroup(host).all_gather(all.data(), own.data(), size, "which GPUs reach each other");
+        for (int rank = 0; rank < size; ++rank) {
+            peers_[rank].reached = own[rank] && all[(size_t)rank * size + host.rank()];
+        }
+    }
+    PeerMemory(const PeerMemory&) = delete;
+    PeerMemory& operator=(const PeerMemory&) = delete;
+    ~PeerMemory() { close(); }
+
+    // Whether this rank and that one copy into each other's memory.
+    bool reaches(int rank) const { return peers_[rank].reached; }
+    int num_reached() const {
+        return (int)std::count_if(peers_.begin(), peers_.end(), [](const Peer& peer) { return peer.reached; });
+    }
+
+    Place place_of(const void* data, size_t num_bytes) const {
+        const auto* const begin = static_cast<const std::byte*>(data);
+        for (size_t i = 0; i < ranges_.size(); ++i) {
+            if (begin >= ranges_[i].data && begin + num_bytes <= ranges_[i].data + ranges_[i].num_bytes) {
+                return {(int32_t)i, begin - ranges_[i].data};
+            }
+        }
+        return {};
+    }
+    std::byte* address(int rank, Place place) const { return peers_[rank].ranges[place.range] + place.offset; }
+
+    // Of the rank `owner` and a communicator: what `writer` has to say to it.
+    struct Counts {
+        uint32_t ready, done;
+    };
+    Counts* counts(int owner, int communicator, int writer) const {
+        std::byte* const all = owner == host_.rank() ? counts_.data() : peers_[owner].counts;
+        return reinterpret_cast<Counts*>(all) + (size_t)communicator * host_.size() + writer;
+    }
+
+    // Unmaps everything. All ranks call it before any frees what it has shared; its copies must be over.
+    void finish() {
+        close();
+        HostGroup(host_).barrier("end of sharing GPU memory");
+    }
+
+  private:
+    static constexpr size_t OWN_ALLOCATION = (size_t)2 << 20;  // smaller ones share what is mapped with others
+
+    struct Handle {
+        cudaIpcMemHandle_t handle;
+        int64_t offset;  // of the range in the allocation that the handle stands for
+    };
+    struct Peer {
+        bool reached = false;
+        std::vector<std::byte*> ranges;
+        std::byte* counts = nullptr;
+    };
+
+    std::byte* token_in(std::byte* counts) const { return counts + num_counts_ * sizeof(Counts); }
+    // Which machine this is: names of hosts can be the same, or different in containers of one.
+    static std::string machine() {
+        std::ifstream file("/proc/sys/kernel/random/boot_id");
+        std::string id;
+        std::getline(file, id);
+        return id.empty() ? host_name() : id;
+    }
+    // No value: this GPU or system shares no memory.
+    static std::optional<Handle> handle_of(const std::byte* data) {
+        static const auto address_range = driver_function<PFN_cuMemGetAddressRange_v3020>("cuMemGetAddressRange", 3020);
+        CUdeviceptr base;
+        driver_check(address_range(&base, nullptr, (CUdeviceptr)data), "cuMemGetAddressRange");
+        Handle handle{{}, (int64_t)((CUdeviceptr)data - base)};
+        if (cudaIpcGetMemHandle(&handle.handle, reinterpret_cast<void*>(base)) != cudaSuccess) {
+            cudaGetLastError();  // not an error: NCCL does it then
+            return {};
+        }
+        return handle;
+    }
+    // The machine, a zero byte, the token, handles of the counts and of all ranges; or nothing.
+    std::string offer() const {
+        std::string text = machine();
+        text.push_back('\0');
+        text.append(reinterpret_cast<const char*>(&token_), sizeof token_);
+        std::vector<const std::byte*> offered = {counts_.data()};
+        for (const DeviceRange& range : ranges_) {
+            offered.push_back(range.data);
+        }
+        for (const std::byte* data : offered) {
+            const std::optional<Handle> handle = handle_of(data);
+            if (!handle) {
+                return "";
+            }
+            text.append(reinterpret_cast<const char*>(&*handle), sizeof *handle);
+        }
+        return text;
+    }
+    // Whether all that a rank offers could be mapped, and is what the rank has there.
+    bool open(int rank, const std::string& offer) {
+        const size_t machine_bytes = offer.find('\0');
+        if (machine_bytes == std::string::npos || offer.substr(0, machine_bytes) != machine()) {
+            return false;
+        }
+        const char* next = offer.data() + machine_bytes + 1;
+        uint64_t token, found = 0;
+        std::memcpy(&token, next, sizeof token);
+        next += sizeof token;
+        Peer& peer = peers_[rank];
+        for (int i = 0; next < offer.data() + offer.size(); ++i, next += sizeof(Handle)) {
+            Handle handle;
+            std::memcpy(&handle, next, sizeof handle);
+            std::byte* const base = map(handle.handle);
+            if (base == nullptr) {
+                return false;
+            }
+            if (i == 0) {
+                peer.counts = base + handle.offset;
+            } else {
+                peer.ranges.push_back(base + handle.offset);
+            }
+        }
+        CUDA_CHECK(cudaMemcpy(&found, token_in(peer.counts), sizeof found, cudaMemcpyDefault));
+        return found == token;
+    }
+    // Once an allocation, however many ranges lie in it; nullptr: this GPU does not reach it.
+    std::byte* map(const cudaIpcMemHandle_t& handle) {
+        const std::string key(reinterpret_cast<const char*>(&handle), sizeof handle);
+        if (const auto known = mapped_.find(key); known != mapped_.end()) {
+            return known->second;
+        }
+        void* base = nullptr;
+        if (cudaIpcOpenMemHandle(&base, handle, cudaIpcMemLazyEnablePeerAccess) != cudaSuccess) {
+            cudaGetLastError();  // not an error: NCCL does it then
+            return nullptr;
+        }
+        return mapped_[key] = static_cast<std::byte*>(base);
+    }
+    void close() {
+        for (const auto& [key, base] : mapped_) {
+            cudaIpcCloseMemHandle(base);
+        }
+        mapped_.clear();
+    }
+
+    HostComm& host_;
+    std::vector<DeviceRange> ranges_;
+    size_t num_counts_;
+    uint64_t token_;       // by which others see that what they have mapped is this
+    DeviceMemory counts_;  // [communicators, ranks] Counts, then the token
+    std::vector<Peer> peers_;
+    std::map<std::string, std::byte*> mapped_;
+};
+
+// ---- the copies of a communicator --------------------------------------------------------------
+class PeerCopies {
+  public:
+    // communicator: its number among those that `memory` keeps counts for. group: its ranks.
+    PeerCopies(PeerMemory& memory, HostGroup group, int communicator)
+        : memory_(memory),
+          group_(std::move(group)),
+          communicator_(communicator),
+          ready_(group_.size()),
+          done_(group_.size()) {}
+
+    // What a call copies, and what is left to others.
+    struct Round {
+        struct Copy {
+            int peer;
+            std::byte* to;  // in the peer's memory
+            const void* from;
+            size_t num_bytes;
+        };
+        std::vector<Copy> copies;
+        std::vector<int> sources;  // ranks that copy into this one's memory
+        std::vector<DeviceSend> other_sends;
+        std::vector<DeviceReceive> other_receives;
+    };
+
+    // Agrees with the other ranks' hosts on what is copied: what is large enough, between GPUs that reach each other,
+    // into shared memory. All ranks call it in the same order.
+    Round agree(const std::vector<DeviceSend>& sends, const std::vector<DeviceReceive>& receives,
+                const char* operation) const {
+        const auto may_be_copied = [&](const auto& message) {
+            return message.num_bytes >= LEAST_BYTES && message.peer != group_.rank() &&
+                   memory_.reaches(group_.world_rank(message.peer));
+        };
+        Round round;
+        std::vector<std::vector<Landing>> told(group_.size()), heard(group_.size());
+        for (const DeviceReceive& receive : receives) {
+            if (may_be_copied(receive)) {
+                const PeerMemory::Place place = memory_.place_of(receive.data, receive.num_bytes);
+                told[receive.peer].push_back({place, receive.num_bytes});
+                if (place.range >= 0) {
+                    if (std::find(round.sources.begin(), round.sources.end(), receive.peer) == round.sources.end()) {
+                        round.sources.push_back(receive.peer);
+                    }
+                    continue;
+                }
+            }
+            round.other_receives.push_back(receive);
+        }
+        for (const DeviceSend& send : sends) {
+            if (may_be_copied(send)) {
+                heard[send.peer].emplace_back();
+            }
+        }
+        tell(told, heard, operation);
+        std::vector<size_t> next(group_.size());
+        for (const DeviceSend& send : sends) {
+            if (may_be_copied(send)) {
+                const Landing& landing = heard[send.peer][next[send.peer]++];
+                CHECK(landing.num_bytes == send.num_bytes, "%s: sends rank %d %zu bytes where it expects %zu",
+                      group_.comm().identity().where(operation).c_str(), group_.world_rank(send.peer), send.num_bytes,
+                      (size_t)landing.num_bytes);
+                if (landing.place.range >= 0) {
+                    std::byte* const to = memory_.address(group_.world_rank(send.peer), landing.place);
+                    round.copies.push_back({send.peer, to, send.data, send.num_bytes});
+                    continue;
+                }
+            }
+            round.other_sends.push_back(send);
+        }
+        // Beginning with the next rank: so that not all write to the same one.
+        std::stable_sort(round.copies.begin(), round.copies.end(), [&](const Round::Copy& a, const Round::Copy& b) {
+            return distance_to(a.peer) < distance_to(b.peer);
+        });
+        return round;
+    }
+
+    // Enqueues what this rank sends.
+    void send(const Round& round, cudaStream_t stream) {
+        if (round.copies.empty() && round.sources.empty()) {
+            return;
+        }
+        CUDA_CHECK(cudaStreamWaitEvent(stream, last_));
+        for (const int source : round.sources) {
+            stream_write_count(stream, &written_at(source)->ready, ++ready_[source].written);
+        }
+        for (size_t i = 0; i < round.copies.size(); ++i) {
+            const Round::Copy& copy = round.copies[i];
+            const bool first = i == 0 || round.copies[i - 1].peer != copy.peer;
+            const bool last = i + 1 == round.copies.size() || round.copies[i + 1].peer != copy.peer;
+            if (first) {
+                stream_wait_count(stream, &read_from(copy.peer)->ready, ++ready_[copy.peer].read);
+            }
+            CUDA_CHECK(cudaMemcpyAsync(copy.to, copy.from, copy.num_bytes, cudaMemcpyDefault, stream));
+            if (last) {
+                stream_write_count(stream, &written_at(copy.peer)->done, ++done_[copy.peer].written);
+            }
+        }
+    }
+    // Enqueues the wait for what other ranks send.
+    void receive(const Round& round, cudaStream_t stream) {
+        if (round.copies.empty() && round.sources.empty()) {
+            return;
+        }
+        for (const int source : round.sources) {
+            stream_wait_count(stream, &read_from(source)->done, ++done_[source].read);
+        }
+        CUDA_CHECK(cudaEventRecord(last_, stream));
+    }
+
+    // Lets everything that waits here go on, with whatever is there: when the job has failed. Waits for nothing.
+    void release(cudaStream_t stream) const {
+        constexpr uint32_t AHEAD = 1u << 30;
+        for (int rank = 0; rank < group_.size(); ++rank) {
+            stream_write_count(stream, &read_from(rank)->ready, ready_[rank].read + AHEAD);
+            stream_write_count(stream, &read_from(rank)->done, done_[rank].read + AHEAD);
+        }
+    }
+
+    // Whether all of the communicator's ranks reach each other from here.
+    bool reaches_all() const {
+        for (int rank = 0; rank < group_.size(); ++rank) {
+            if (rank != group_.rank() && !memory_.reaches(group_.world_rank(rank))) {
+                return false;
+            }
+        }
+        return true;
+    }
+
+    // Smaller messages are NCCL's: it takes as long for one as the counts alone would here.
+    static constexpr size_t LEAST_BYTES = (size_t)64 << 10;
+
+  private:
+    struct Landing {  // where a message is to go, as hosts say it to each other
+        PeerMemory::Place place;
+        uint64_t num_bytes = 0;
+    };
+    struct Count {
+        uint32_t written = 0, read = 0;
+    };
+
+    void tell(const std::vector<std::vector<Landing>>& told, std::vector<std::vector<Landing>>& heard,
+              const char* operation) const {
+        std::vector<HostSend> sends;
+        std::vector<HostReceive> receives;
+        for (int rank = 0; rank < group_.size(); ++rank) {
+            if (!told[rank].empty()) {
+                sends.push_back({rank, told[rank].data(), told[rank].size() * sizeof(Landing)});
+            }
+            if (!heard[rank].empty()) {
+                receives.push_back({rank, heard[rank].data(), heard[rank].size() * sizeof(Landing)});
+            }
+        }
+        if (!sends.empty() || !receives.empty()) {
+            group_.exchange(sends, receives, operation);
+        }
+    }
+    int distance_to(int rank) const { return (rank - group_.rank() + group_.size()) % group_.size(); }
+    PeerMemory::Counts* written_at(int rank) const {
+        return memory_.counts(group_.world_rank(rank), communicator_, group_.world_rank(group_.rank()));
+    }
+    PeerMemory::Counts* read_from(int rank) const {
+        return memory_.counts(group_.world_rank(group_.rank()), communicator_, group_.world_rank(rank));
+    }
+
+    PeerMemory& memory_;
+    HostGroup group_;
+    int communicator_;
+    std::vector<Count> ready_, done_;  // of each rank: what this one has written there, and waits to read from it
+    CudaEvent last_;                   // the end of the last call
+};
