@@ -242,6 +242,7 @@ class Communicators {
     void share_memory([[maybe_unused]] const std::vector<DeviceRange>& ranges, [[maybe_unused]] DeviceRange landing) {
 #ifdef LLMC_NCCL
         if (transport_ == CommTransport::automatic) {
+            CHECK(!peers_, "communicators: memory is shared once");
             peers_ = std::make_unique<PeerMemory>(host_, ranges, 2);
             static_cast<NcclComm&>(*world_).share(*peers_, HostGroup(host_), 0, landing);
             static_cast<NcclComm&>(*context_).share(*peers_, HostGroup(host_, mesh_.context_group()), 1, landing);

@@ -289,7 +289,7 @@ class NcclComm : public Comm {
     }
     void reduce_scatter_sum(float* out, const float* in, int64_t count, const char* operation,
                             cudaStream_t stream) override {
-        if (copies_all(count * sizeof(float))) {
+        if (copies_all(count * sizeof(float)) && count % 4 == 0) {
             sum_of_copies(out, in, count, operation, stream);
             return;
         }
