@@ -77,6 +77,7 @@ static int train(int argc, char** argv) {
     int status;
     {
         GpuModel model(config.model, settings, alone ? nullptr : &*comms);
+        CommunicatorsEnd end(alone ? nullptr : &*comms);
         DeviceInfo device;
         device.name = gpu.name;
         device.is_gpu = true;
@@ -89,9 +90,7 @@ static int train(int argc, char** argv) {
                 std::printf("%s", used_memory(model, gpu).c_str());
             }
         }
-        if (!alone) {
-            comms->finish();  // before the model frees what ranks share
-        }
+        end.finish();
     }
     host->finish();
     return status;

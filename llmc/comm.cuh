@@ -7,8 +7,9 @@
 // Calls are enqueued on a stream like kernels: they start when what was enqueued before is done. Sums are float32 or
 // double; by copy engines and with `host` they are added in the order of ranks, by NCCL in an order fixed by its
 // topology.
-// All ranks of a communicator make the same calls in the same order; with `auto` a large one returns when the hosts of
-// those that send and receive have come to it, too. A call names its operation for error messages.
+// All ranks of a communicator make the same calls in the same order, and of several communicators together: with `auto`
+// a large one returns when the hosts of those that send and receive have come to it, too. A call names its operation
+// for error messages.
 #pragma once
 #include <memory>
 #include <string>
@@ -200,11 +201,10 @@ inline void check_devices_differ(HostComm& host, int device) {
     HostGroup(host).all_gather(all.data(), &properties.uuid, sizeof properties.uuid, "exchange of GPU names");
     for (int i = 0; i < host.size(); ++i) {
         for (int j = 0; j < i; ++j) {
-            CHECK(
-                std::memcmp(&all[i], &all[j], sizeof all[i]) != 0,
-                "--comm_transport nccl: ranks %d and %d would share a GPU of host %s: start at most one rank a GPU, or "
-                "use --comm_transport host, which is slow and for tests",
-                j, i, host.identity().host_of(i).c_str());
+            CHECK(std::memcmp(&all[i], &all[j], sizeof all[i]) != 0,
+                  "ranks %d and %d would share a GPU of host %s: start at most one rank a GPU, or use --comm_transport "
+                  "host, which is slow and for tests",
+                  j, i, host.identity().host_of(i).c_str());
         }
     }
 }
@@ -229,44 +229,59 @@ class Communicators {
         context_ = nccl_->split(mesh.data_rank(), mesh.context_rank());
 #else
         fail(
-            "--comm_transport nccl: built without NCCL; install it (Debian, Ubuntu: libnccl-dev) and build again, or "
-            "use --comm_transport host, which is slow and for tests");
+            "several ranks, but built without NCCL: install it (Debian, Ubuntu: libnccl-dev) and build again, or use "
+            "--comm_transport host, which is slow and for tests");
 #endif
     }
 
     Comm& world() const { return *world_; }
     Comm& context() const { return *context_; }
     // With `auto`: what comes into these ranges of device memory from now on may be copied there by the other GPUs of
-    // the host. landing: one of them, or a part, for parts of sums that are on their way. All ranks call it, once; the
-    // memory must live until finish() or the end of a process that has failed.
+    // the host. landing: one of them, or a part, for parts of the world's sums that are on their way. All ranks call
+    // it, once; the memory must live until finish() or abandon().
     void share_memory([[maybe_unused]] const std::vector<DeviceRange>& ranges, [[maybe_unused]] DeviceRange landing) {
 #ifdef LLMC_NCCL
         if (transport_ == CommTransport::automatic) {
             CHECK(!peers_, "communicators: memory is shared once");
             peers_ = std::make_unique<PeerMemory>(host_, ranges, 2);
             static_cast<NcclComm&>(*world_).share(*peers_, HostGroup(host_), 0, landing);
-            static_cast<NcclComm&>(*context_).share(*peers_, HostGroup(host_, mesh_.context_group()), 1, landing);
+            static_cast<NcclComm&>(*context_).share(*peers_, HostGroup(host_, mesh_.context_group()), 1, {});
         }
 #endif
     }
-    // For the user.
+    // How tensors move, for the user.
     std::string description() const {
         if (transport_ == CommTransport::host) {
             return "through host memory";
         }
+        std::string text = "by NCCL";
 #ifdef LLMC_NCCL
-        if (const int reached = peers_ ? peers_->num_reached() : 0; reached > 0) {
-            return reached + 1 == mesh_.size() ? "by the GPUs' copy engines"
-                                               : "by the GPUs' copy engines in a host, by NCCL to others";
+        const int num_pairs = mesh_.size() * (mesh_.size() - 1) / 2, reached = peers_ ? peers_->num_pairs_reached() : 0;
+        if (reached > 0) {
+            text = "by the GPUs' copy engines";
+        }
+        if (reached > 0 && reached < num_pairs) {
+            text += format_string(" between %d of %d pairs, by NCCL between the others", reached, num_pairs);
+        }
+        if (peers_ && !peers_->obstacle().empty()) {
+            text += format_string(" (rank 0 does not reach all GPUs of its host: %s)", peers_->obstacle().c_str());
         }
 #endif
-        return "by NCCL";
+        return text;
     }
     // Throws when a transfer has failed or is overdue. To be called where the host has waited for the device.
     void check() const {
 #ifdef LLMC_NCCL
         if (nccl_) {
             nccl_->check();
+        }
+#endif
+    }
+    // This rank has failed: lets go what waits for others here, which would keep memory from being freed.
+    void abandon() {
+#ifdef LLMC_NCCL
+        if (nccl_) {
+            nccl_->abandon();
         }
 #endif
     }
@@ -291,4 +306,27 @@ class Communicators {
     std::unique_ptr<NcclJob> nccl_;      // and this its communicators
 #endif
     std::unique_ptr<Comm> world_, context_;
+};
+
+// Declared after what owns shared memory: where finish() is not reached, abandons the communicators before that memory
+// is freed.
+class CommunicatorsEnd {
+  public:
+    explicit CommunicatorsEnd(Communicators* comms) : comms_(comms) {}
+    CommunicatorsEnd(const CommunicatorsEnd&) = delete;
+    CommunicatorsEnd& operator=(const CommunicatorsEnd&) = delete;
+    ~CommunicatorsEnd() {
+        if (comms_ != nullptr) {
+            comms_->abandon();
+        }
+    }
+    void finish() {
+        if (comms_ != nullptr) {
+            comms_->finish();
+            comms_ = nullptr;
+        }
+    }
+
+  private:
+    Communicators* comms_;  // null: one rank, or finished
 };

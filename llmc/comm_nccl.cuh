@@ -37,7 +37,7 @@ class NcclJob {
     // them.
     ~NcclJob() {
         {
-            const std::lock_guard<std::mutex> lock(mutex_);
+            const Lock lock(mutex_);
             stop_ = true;
             abort_all();
         }
@@ -74,36 +74,49 @@ class NcclJob {
     // Enqueues what enqueue() calls and has it watched. One thread at a time.
     template <class Enqueue>
     void run(ncclComm_t comm, const char* operation, cudaStream_t stream, Enqueue enqueue) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Lock lock(mutex_);
         throw_if_failed();
         Operation watched{operation, identity_->step.load(), take_event(), take_event(), false, {}};
-        CUDA_CHECK(cudaEventRecord(watched.begin, stream));
-        enqueue();
-        wait_until_ready(comm, operation);
-        CUDA_CHECK(cudaEventRecord(watched.end, stream));
+        try {
+            CUDA_CHECK(cudaEventRecord(watched.begin, stream));
+            enqueue();
+            wait_until_ready(comm, operation);
+            CUDA_CHECK(cudaEventRecord(watched.end, stream));
+        } catch (const std::exception& error) {  // part of it may be enqueued, and wait
+            fail_with(error.what());
+            throw;
+        }
         operations_.push_back(watched);
     }
 
     // copies.release() when something has failed; until it is forgotten.
     void release_on_failure(const PeerCopies& copies) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Lock lock(mutex_);
         copies_.push_back(&copies);
     }
     void forget(const PeerCopies& copies) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Lock lock(mutex_);
         copies_.erase(std::find(copies_.begin(), copies_.end(), &copies));
+    }
+
+    // This rank has failed, elsewhere, and will leave the others in the lurch: what waits for them here is let go.
+    void abandon() {
+        const Lock lock(mutex_);
+        if (error_.empty()) {
+            fail_with("this rank has failed, and does not end");
+        }
     }
 
     // Throws when anything has failed.
     void check() {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Lock lock(mutex_);
         throw_if_failed();
     }
 
     // Closes the communicators when all ranks do.
     void finish() {
         CUDA_CHECK(cudaDeviceSynchronize());
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Lock lock(mutex_);
         throw_if_failed();
         while (!comms_.empty()) {  // those split off first
             NCCL_CHECK(comms_.back(), ncclCommFinalize(comms_.back()));
@@ -115,6 +128,7 @@ class NcclJob {
 
   private:
     using Clock = std::chrono::steady_clock;
+    using Lock = std::lock_guard<std::timed_mutex>;
     static double seconds_since(Clock::time_point start) {
         return std::chrono::duration<double>(Clock::now() - start).count();
     }
@@ -186,27 +200,39 @@ class NcclJob {
         done.wait_for(std::chrono::duration<double>(GRACE_SECONDS));
     }
 
+    // Holds mutex_.
+    void fail_with(const std::string& error) {
+        error_ = error;
+        failed_ = Clock::now();
+        for (const PeerCopies* copies : copies_) {
+            copies->release(release_stream_);
+        }
+        abort_all();
+    }
+    [[noreturn]] static void end_process(const std::string& error) {
+        std::fprintf(stderr, "error: %s\n", error.c_str());
+        std::_Exit(1);
+    }
+
     // The thread: looks every few milliseconds.
     void watch() {
         cudaSetDevice(device_);
         while (true) {
             std::this_thread::sleep_for(std::chrono::milliseconds(20));
-            const std::lock_guard<std::mutex> lock(mutex_);
+            const std::unique_lock<std::timed_mutex> lock(
+                mutex_, std::chrono::duration<double>(identity_->timeout_seconds + GRACE_SECONDS));
+            if (!lock) {  // CUDA takes no more launches, behind something that waits
+                end_process(identity_->where("a transfer") + ": cannot be enqueued: another rank hangs or is gone");
+            }
             if (stop_) {
                 return;
             }
             if (error_.empty()) {
-                error_ = find_failure();
-                if (!error_.empty()) {
-                    failed_ = Clock::now();
-                    for (const PeerCopies* copies : copies_) {
-                        copies->release(release_stream_);
-                    }
-                    abort_all();
+                if (const std::string error = find_failure(); !error.empty()) {
+                    fail_with(error);
                 }
             } else if (seconds_since(failed_) > GRACE_SECONDS) {
-                std::fprintf(stderr, "error: %s\n", error_.c_str());
-                std::_Exit(1);
+                end_process(error_);
             }
         }
     }
@@ -250,7 +276,7 @@ class NcclJob {
     HostComm& host_;
     std::shared_ptr<CommIdentity> identity_;
     int device_ = 0;
-    std::mutex mutex_;  // of everything below
+    std::timed_mutex mutex_;  // of everything below
     std::vector<ncclComm_t> comms_;
     std::deque<Operation> operations_;
     std::vector<cudaEvent_t> free_events_;
@@ -280,6 +306,7 @@ class NcclComm : public Comm {
             job_.run(comm_, operation, stream, [&] { exchange_by_nccl(sends, receives, stream); });
             return;
         }
+        job_.check();  // before this host waits for others
         const PeerCopies::Round round = copies_->agree(sends, receives, operation);
         job_.run(comm_, operation, stream, [&] {
             copies_->send(round, stream);
@@ -289,7 +316,7 @@ class NcclComm : public Comm {
     }
     void reduce_scatter_sum(float* out, const float* in, int64_t count, const char* operation,
                             cudaStream_t stream) override {
-        if (copies_all(count * sizeof(float)) && count % 4 == 0) {
+        if (copies_all(count * sizeof(float)) && count % 4 == 0 && landing_.num_bytes > 0) {
             sum_of_copies(out, in, count, operation, stream);
             return;
         }
@@ -330,7 +357,8 @@ class NcclComm : public Comm {
                  [&] { NCCL_CHECK(comm_, ncclBroadcast(data, data, num_bytes, ncclUint8, root, comm_, stream)); });
     }
 
-    // From now on copies go into what ranks share. landing: of this rank's memory, parts of sums on their way.
+    // From now on copies go into what ranks share. landing: of this rank's memory, for parts of sums on their way;
+    // without it sums are NCCL's.
     void share(PeerMemory& memory, HostGroup group, int communicator, DeviceRange landing) {
         copies_ = std::make_unique<PeerCopies>(memory, std::move(group), communicator);
         landing_ = landing;
@@ -354,7 +382,7 @@ class NcclComm : public Comm {
     }
     // Whether copies do a collective with messages of that size: between the GPUs of several hosts NCCL knows better.
     bool copies_all(size_t num_bytes) const {
-        return copies_ && num_bytes >= PeerCopies::LEAST_BYTES && copies_->reaches_all();
+        return copies_ && num_bytes >= PeerCopies::LEAST_BYTES && copies_->all_reach();
     }
     // As reduce_scatter_sum, a piece that fits `landing` at a time.
     void sum_of_copies(float* out, const float* in, int64_t count, const char* operation, cudaStream_t stream) {
@@ -385,7 +413,7 @@ class NcclComm : public Comm {
 inline std::unique_ptr<Comm> NcclJob::adopt(ncclComm_t comm, const char* operation) {
     wait_until_ready(comm, operation);
     {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Lock lock(mutex_);
         comms_.push_back(comm);
     }
     int rank, size;

@@ -11,8 +11,9 @@
 //   done   the sender's copies are complete
 // Of a call first all ready counts are written, then the copies wait for theirs, and last the stream waits for what
 // others send. Calls of a communicator follow one another in the order in which they were enqueued, on whatever
-// streams, which is the same on all ranks: so something enqueued earlier can always go on, also where streams share a
-// queue of the hardware. Checked by dev/cuda/peer_copies.cu.
+// streams. All ranks make all calls, of all communicators together, in the same order: so hosts meet, and what was
+// enqueued earliest can always go on, also where streams share a queue of the hardware. Checked by
+// dev/cuda/peer_copies.cu.
 #pragma once
 #include <cudaTypedefs.h>
 
@@ -32,14 +33,24 @@ inline void driver_check(CUresult status, const char* what) {
     CHECK(status == CUDA_SUCCESS, "CUDA driver error %d from %s", (int)status, what);
 }
 // *count (=) value, once what is on `stream` before is done and visible everywhere.
-inline void stream_write_count(cudaStream_t stream, uint32_t* count, uint32_t value) {
+inline CUresult try_stream_write_count(cudaStream_t stream, uint32_t* count, uint32_t value) {
     static const auto write = driver_function<PFN_cuStreamWriteValue32_v11070>("cuStreamWriteValue32", 11070);
-    driver_check(write(stream, (CUdeviceptr)count, value, CU_STREAM_WRITE_VALUE_DEFAULT), "cuStreamWriteValue32");
+    return write(stream, (CUdeviceptr)count, value, CU_STREAM_WRITE_VALUE_DEFAULT);
 }
-// What follows on `stream` waits until *count has reached value; counts may wrap around.
+inline void stream_write_count(cudaStream_t stream, uint32_t* count, uint32_t value) {
+    driver_check(try_stream_write_count(stream, count, value), "cuStreamWriteValue32");
+}
+// What follows on `stream` waits until *count has reached value, and sees what others wrote before they wrote that;
+// counts may wrap around.
 inline void stream_wait_count(cudaStream_t stream, uint32_t* count, uint32_t value) {
     static const auto wait = driver_function<PFN_cuStreamWaitValue32_v11070>("cuStreamWaitValue32", 11070);
-    driver_check(wait(stream, (CUdeviceptr)count, value, CU_STREAM_WAIT_VALUE_GEQ), "cuStreamWaitValue32");
+    static const unsigned flush = [] {  // where the driver does not offer it, writes arrive in order without
+        int device, can_flush;
+        CUDA_CHECK(cudaGetDevice(&device));
+        CUDA_CHECK(cudaDeviceGetAttribute(&can_flush, cudaDevAttrCanFlushRemoteWrites, device));
+        return can_flush ? (unsigned)CU_STREAM_WAIT_VALUE_FLUSH : 0u;
+    }();
+    driver_check(wait(stream, (CUdeviceptr)count, value, CU_STREAM_WAIT_VALUE_GEQ | flush), "cuStreamWaitValue32");
 }
 
 // ---- sums --------------------------------------------------------------------------------------
@@ -81,42 +92,48 @@ class PeerMemory {
         int64_t offset = 0;
     };
 
+    using Pair = std::pair<int, int>;  // of ranks
+
     // Maps what the ranks of this host share, each any number of ranges of device memory. All ranks of `host` call it.
-    // num_communicators: for how many counts are kept.
-    PeerMemory(HostComm& host, const std::vector<DeviceRange>& ranges, int num_communicators)
+    // num_communicators: for how many counts are kept. left_out: for tests, pairs that are taken not to reach each
+    // other.
+    PeerMemory(HostComm& host, const std::vector<DeviceRange>& ranges, int num_communicators,
+               const std::vector<Pair>& left_out = {})
         : host_(host),
           ranges_(ranges),
           num_counts_((size_t)num_communicators * host.size()),
-          token_(std::random_device()()),
+          token_((uint64_t)std::random_device()() << 32 | std::random_device()()),
           counts_(std::max(OWN_ALLOCATION, num_counts_ * sizeof(Counts) + sizeof token_)),
           peers_(host.size()) {
         CUDA_CHECK(cudaMemset(counts_.data(), 0, num_counts_ * sizeof(Counts)));
         CUDA_CHECK(cudaMemcpy(token_in(counts_.data()), &token_, sizeof token_, cudaMemcpyHostToDevice));
+        CUDA_CHECK(cudaDeviceSynchronize());  // others read both as soon as they know of them
         const std::vector<std::string> offers =
             HostGroup(host).gather_texts(offer(), "sharing of GPU memory between ranks of a host");
+        const size_t size = host.size();
+        std::vector<unsigned char> opened(size);
         for (int rank = 0; rank < host.size(); ++rank) {
-            peers_[rank].reached = rank != host.rank() && open(rank, offers[rank]);
+            const Pair pair = std::minmax(rank, host.rank());
+            const bool may = std::find(left_out.begin(), left_out.end(), pair) == left_out.end();
+            opened[rank] = rank != host.rank() && may && open(rank, offers[rank]);
         }
-        // A pair uses it when both can.
-        const int size = host.size();
-        std::vector<unsigned char> own(size), all((size_t)size * size);
-        for (int rank = 0; rank < size; ++rank) {
-            own[rank] = peers_[rank].reached;
-        }
-        HostGroup(host).all_gather(all.data(), own.data(), size, "which GPUs reach each other");
-        for (int rank = 0; rank < size; ++rank) {
-            peers_[rank].reached = own[rank] && all[(size_t)rank * size + host.rank()];
+        reached_.resize(size * size);
+        HostGroup(host).all_gather(reached_.data(), opened.data(), size, "which GPUs reach each other");
+        for (size_t a = 0; a < size; ++a) {  // a pair does when both can
+            for (size_t b = 0; b < a; ++b) {
+                reached_[a * size + b] = reached_[b * size + a] = reached_[a * size + b] && reached_[b * size + a];
+            }
         }
     }
     PeerMemory(const PeerMemory&) = delete;
     PeerMemory& operator=(const PeerMemory&) = delete;
     ~PeerMemory() { close(); }
 
-    // Whether this rank and that one copy into each other's memory.
-    bool reaches(int rank) const { return peers_[rank].reached; }
-    int num_reached() const {
-        return (int)std::count_if(peers_.begin(), peers_.end(), [](const Peer& peer) { return peer.reached; });
-    }
+    // Whether two ranks, any two, copy into each other's memory: the same answer everywhere.
+    bool reach(int a, int b) const { return reached_[(size_t)a * host_.size() + b]; }
+    int num_pairs_reached() const { return (int)std::count(reached_.begin(), reached_.end(), 1) / 2; }
+    // Why this rank does not reach another one of its host, as CUDA says it; empty when it reaches all of them.
+    const std::string& obstacle() const { return obstacle_; }
 
     Place place_of(const void* data, size_t num_bytes) const {
         const auto* const begin = static_cast<const std::byte*>(data);
@@ -152,7 +169,6 @@ class PeerMemory {
         int64_t offset;  // of the range in the allocation that the handle stands for
     };
     struct Peer {
-        bool reached = false;
         std::vector<std::byte*> ranges;
         std::byte* counts = nullptr;
     };
@@ -165,20 +181,30 @@ class PeerMemory {
         std::getline(file, id);
         return id.empty() ? host_name() : id;
     }
+    // Whether a call succeeded. It is no error of the run when not: NCCL does it then.
+    bool succeeds(cudaError_t status, const char* call) {
+        if (status == cudaSuccess) {
+            return true;
+        }
+        cudaGetLastError();
+        if (obstacle_.empty()) {
+            obstacle_ = format_string("%s: %s", call, cudaGetErrorName(status));
+        }
+        return false;
+    }
     // No value: this GPU or system shares no memory.
-    static std::optional<Handle> handle_of(const std::byte* data) {
+    std::optional<Handle> handle_of(const std::byte* data) {
         static const auto address_range = driver_function<PFN_cuMemGetAddressRange_v3020>("cuMemGetAddressRange", 3020);
         CUdeviceptr base;
         driver_check(address_range(&base, nullptr, (CUdeviceptr)data), "cuMemGetAddressRange");
         Handle handle{{}, (int64_t)((CUdeviceptr)data - base)};
-        if (cudaIpcGetMemHandle(&handle.handle, reinterpret_cast<void*>(base)) != cudaSuccess) {
-            cudaGetLastError();  // not an error: NCCL does it then
+        if (!succeeds(cudaIpcGetMemHandle(&handle.handle, reinterpret_cast<void*>(base)), "cudaIpcGetMemHandle")) {
             return {};
         }
         return handle;
     }
     // The machine, a zero byte, the token, handles of the counts and of all ranges; or nothing.
-    std::string offer() const {
+    std::string offer() {
         std::string text = machine();
         text.push_back('\0');
         text.append(reinterpret_cast<const char*>(&token_), sizeof token_);
@@ -229,8 +255,7 @@ class PeerMemory {
             return known->second;
         }
         void* base = nullptr;
-        if (cudaIpcOpenMemHandle(&base, handle, cudaIpcMemLazyEnablePeerAccess) != cudaSuccess) {
-            cudaGetLastError();  // not an error: NCCL does it then
+        if (!succeeds(cudaIpcOpenMemHandle(&base, handle, cudaIpcMemLazyEnablePeerAccess), "cudaIpcOpenMemHandle")) {
             return nullptr;
         }
         return mapped_[key] = static_cast<std::byte*>(base);
@@ -249,6 +274,8 @@ class PeerMemory {
     DeviceMemory counts_;  // [communicators, ranks] Counts, then the token
     std::vector<Peer> peers_;
     std::map<std::string, std::byte*> mapped_;
+    std::vector<unsigned char> reached_;  // [ranks, ranks], 1 or 0
+    std::string obstacle_;
 };
 
 // ---- the copies of a communicator --------------------------------------------------------------
@@ -282,7 +309,7 @@ class PeerCopies {
                 const char* operation) const {
         const auto may_be_copied = [&](const auto& message) {
             return message.num_bytes >= LEAST_BYTES && message.peer != group_.rank() &&
-                   memory_.reaches(group_.world_rank(message.peer));
+                   reaches(group_.rank(), message.peer);
         };
         Round round;
         std::vector<std::vector<Landing>> told(group_.size()), heard(group_.size());
@@ -360,23 +387,26 @@ class PeerCopies {
         CUDA_CHECK(cudaEventRecord(last_, stream));
     }
 
-    // Lets everything that waits here go on, with whatever is there: when the job has failed. Waits for nothing.
-    void release(cudaStream_t stream) const {
+    // Lets what waits here now go on, with whatever is there: when the job has failed, so also where CUDA has. The host
+    // waits for nothing; whether `stream` does, behind what waits in the same queue of the hardware, is CUDA's affair.
+    void release(cudaStream_t stream) const noexcept {
         constexpr uint32_t AHEAD = 1u << 30;
         for (int rank = 0; rank < group_.size(); ++rank) {
-            stream_write_count(stream, &read_from(rank)->ready, ready_[rank].read + AHEAD);
-            stream_write_count(stream, &read_from(rank)->done, done_[rank].read + AHEAD);
+            try_stream_write_count(stream, &read_from(rank)->ready, ready_[rank].read + AHEAD);
+            try_stream_write_count(stream, &read_from(rank)->done, done_[rank].read + AHEAD);
         }
     }
 
-    // Whether all of the communicator's ranks reach each other from here.
-    bool reaches_all() const {
-        for (int rank = 0; rank < group_.size(); ++rank) {
-            if (rank != group_.rank() && !memory_.reaches(group_.world_rank(rank))) {
-                return false;
+    // Whether the communicator's ranks, two or more, all reach each other: the same answer on all of them.
+    bool all_reach() const {
+        for (int a = 0; a < group_.size(); ++a) {
+            for (int b = 0; b < a; ++b) {
+                if (!reaches(a, b)) {
+                    return false;
+                }
             }
         }
-        return true;
+        return group_.size() > 1;
     }
 
     // Smaller messages are NCCL's: it takes as long for one as the counts alone would here.
@@ -407,6 +437,7 @@ class PeerCopies {
             group_.exchange(sends, receives, operation);
         }
     }
+    bool reaches(int a, int b) const { return memory_.reach(group_.world_rank(a), group_.world_rank(b)); }
     int distance_to(int rank) const { return (rank - group_.rank() + group_.size()) % group_.size(); }
     PeerMemory::Counts* written_at(int rank) const {
         return memory_.counts(group_.world_rank(rank), communicator_, group_.world_rank(group_.rank()));

@@ -191,9 +191,12 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     check_fits(plan_, free_memory(settings_, free_bytes), config_, settings_);
     plan_.allocate();
     if (settings.peer_copies) {
-        const size_t landing_bytes = zero_landing_elements(*layout_.zero) * sizeof(float);
-        comms->share_memory(plan_.device_ranges(),
-                            {reinterpret_cast<std::byte*>(buffers_.gradient_parts), landing_bytes});
+        DeviceRange landing;
+        if (settings.sums_by_copies()) {
+            landing = {reinterpret_cast<std::byte*>(buffers_.gradient_parts),
+                       zero_landing_elements(*layout_.zero) * sizeof(float)};
+        }
+        comms->share_memory(plan_.device_ranges(), landing);
     }
     if (offloads_inputs(settings.offload)) {
         inputs_ = std::make_unique<InputOffload>(buffers_.input_slots, buffers_.host_inputs);

@@ -49,6 +49,8 @@ struct GpuModelSettings {
     size_t gpu_memory = 0, host_memory = 0;
     int ranks_on_host = 1;
 
+    // Gradients are summed so only where all ranks share a host.
+    bool sums_by_copies() const { return peer_copies && ranks_on_host == mesh.size(); }
     int64_t local_seq_len() const { return max_seq_len / mesh.context_parallel; }
     int64_t max_rows() const { return max_batch_size * local_seq_len(); }
 };
@@ -407,7 +409,7 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     // Workspace: what is always there, then what the phases of a step use in turn.
     const MemoryUse use = MemoryUse::workspace;
     plan.add(&m.gradient_parts, use, "other ranks' parts of gradients", "float32",
-             settings.peer_copies ? zero_landing_elements(*layout.zero) : 0);
+             settings.sums_by_copies() ? zero_landing_elements(*layout.zero) : 0);
     auto add_scratch = [&](std::byte** pointer, const char* name, size_t num_bytes) {
         plan.add(pointer, use, name, "bytes", (int64_t)num_bytes);
     };

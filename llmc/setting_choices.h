@@ -16,8 +16,9 @@ enum class Recompute { none, norms_and_gate, all_but_attention, block };
 // What lives in page-locked host memory and visits the GPU when it is needed: nothing; the inputs of blocks that the
 // backward reads; the optimizer's state; both.
 enum class Offload { none, activations, optimizer, all };
-// Between GPUs: by NCCL, or staged through the host (for tests and debugging).
-enum class CommTransport { automatic, nccl, host };  // automatic: copy engines in a host, and nccl
+// Between GPUs: by their copy engines where they share a host and reach each other, and NCCL; by NCCL alone; staged
+// through the host (for tests and debugging).
+enum class CommTransport { automatic, nccl, host };
 // How attention reaches over the ranks of a sequence (context_attention.cuh).
 enum class ContextExchange { automatic, ring, gather, heads };  // automatic: ring or gather
 

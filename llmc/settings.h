@@ -137,7 +137,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("context_parallel", c.context_parallel, "processes that share each sequence; must divide their number");
     add_of_gpu("context_exchange", c.context_exchange,
                "how attention reaches over them; auto: ring or gather, by the costs");
-    add_of_gpu("comm_transport", c.comm_transport, "auto: nccl, and copy engines in a host; host: slow, for tests");
+    add_of_gpu("comm_transport", c.comm_transport, "auto: copy engines in a host, else nccl; host: slow, for tests");
     add_of_gpu("comm_timeout", c.comm_timeout, "seconds without progress between processes that end the job");
 
     group = "Device and terminal";

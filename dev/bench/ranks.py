@@ -13,7 +13,7 @@ Prints the table, and saves it after every row as ranks.json, at the end as rank
 ended with what it has timed; --keep goes on where an earlier call with the same --out stopped.
 
     python3 dev/bench/ranks.py --ranks 2                                   every row
-    python3 dev/bench/ranks.py --ranks 2 --seq_lens 98304 --attention lighthouse --meshes context:ring,context:ring:nccl
+    python3 dev/bench/ranks.py --ranks 2 --seq_lens 98304 --attention lighthouse --meshes data,context:ring:nccl
     python3 dev/bench/ranks.py --ranks 4 --meshes context:ring,data --keep --out bench
     CUDA_VISIBLE_DEVICES=1 python3 dev/bench/ranks.py --ranks 4 --meshes ""    one GPU alone, the second
 """
@@ -150,12 +150,13 @@ def plot(rows, ranks, path):
                              key=lambda row: row["T"])
             if not of_mesh:
                 continue
+            color = "black" if mesh == "one" else f"C{ALL_MESHES.index(mesh)}"
             axes[0][column].plot([row["T"] for row in of_mesh], [row["tokens_per_second"] for row in of_mesh], "o-",
-                                 label=mesh_label(mesh, ranks))
+                                 color=color, label=mesh_label(mesh, ranks))
             with_one = [row for row in of_mesh if "efficiency" in row]
             if mesh != "one":
                 axes[1][column].plot([row["T"] for row in with_one], [100 * row["efficiency"] for row in with_one],
-                                     "o-", color=f"C{ALL_MESHES.index(mesh) + 1}", label=mesh_label(mesh, ranks))
+                                     "o-", color=color, label=mesh_label(mesh, ranks))
         axes[0][column].set_title(f"530M, {attention}, {ranks} GPUs")
         axes[0][column].set_ylabel("tokens/s")
         axes[0][column].set_yscale("log")
@@ -179,7 +180,8 @@ def main():
     parser.add_argument("--ranks", type=int, default=2, help="GPUs of a mesh [2]")
     parser.add_argument("--seq_lens", default="98304,262144,524288", help="tokens of a sequence, commas between them")
     parser.add_argument("--attention", default="lighthouse,dense", help="of lighthouse and dense")
-    parser.add_argument("--meshes", default=",".join(MESHES), help="beside one GPU: none, or of " + ", ".join(ALL_MESHES))
+    parser.add_argument("--meshes", default=",".join(MESHES),
+                        help="beside one GPU: none, or of " + ", ".join(ALL_MESHES))
     parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
     parser.add_argument("--steps", type=int, help="timed steps; the median counts [5, of long sequences 2]")
     parser.add_argument("--time_limit", type=float, default=240, help="seconds a row may take [240]")

@@ -5,6 +5,7 @@
 #include <sys/wait.h>
 
 #include <array>
+#include <fstream>
 #include <memory>
 #include <numeric>
 #include <thread>
@@ -24,7 +25,24 @@ __global__ void delay_kernel(int64_t clocks) {
     }
 }
 
+// sum (+=) of data [count], each byte weighed by its place. Launch: any.
+__global__ void digest_kernel(unsigned long long* sum, const unsigned char* data, int64_t count) {
+    unsigned long long of_thread = 0;
+    for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < count; i += (int64_t)gridDim.x * blockDim.x) {
+        of_thread += (unsigned long long)(data[i] + 1) * (2 * i + 1);
+    }
+    atomicAdd(sum, of_thread);
+}
+static unsigned long long digest(const std::vector<unsigned char>& data) {
+    unsigned long long sum = 0;
+    for (size_t i = 0; i < data.size(); ++i) {
+        sum += (unsigned long long)(data[i] + 1) * (2 * i + 1);
+    }
+    return sum;
+}
+
 // ---- messages ----------------------------------------------------------------------------------
+using Pairs = std::vector<PeerMemory::Pair>;
 constexpr int NUM_RANGES = 3;  // the last is not shared
 constexpr int64_t RANGE_BYTES[NUM_RANGES] = {(int64_t)9 << 20, (int64_t)300 << 10, (int64_t)2 << 20};
 
@@ -32,8 +50,10 @@ struct Message {
     int from, to, range;
     int64_t offset, num_bytes;  // where it goes
     uint64_t seed;
-    bool is_copied() const {
-        return from != to && range < NUM_RANGES - 1 && num_bytes >= (int64_t)PeerCopies::LEAST_BYTES;
+    bool is_copied(const Pairs& left_out) const {
+        const PeerMemory::Pair pair = std::minmax(from, to);
+        return from != to && range < NUM_RANGES - 1 && num_bytes >= (int64_t)PeerCopies::LEAST_BYTES &&
+               std::find(left_out.begin(), left_out.end(), pair) == left_out.end();
     }
 };
 // The same on all ranks: up to three messages for each pair, a rank's own too, that do not overlap.
@@ -91,10 +111,27 @@ struct RankMemory {
     }
 };
 
-// Rounds of one communicator, enqueued one after another on two streams in turn, some late, as far ahead of the GPUs as
-// the hosts get. Whether each was divided as it should be.
-static bool run_rounds(PeerCopies& copies, const HostGroup& group, uint64_t seed, RankMemory& memory, int num_rounds,
-                       cudaStream_t (&streams)[2], bool small) {
+struct Outcome {
+    bool divided = true;   // each round into what is copied and what is not, as it should be
+    bool in_order = true;  // memory was the old one before each round, and the new one right after it
+};
+// Rounds of one communicator, enqueued one after another, some late, as far ahead of the GPUs as the hosts get: on two
+// streams in turn, or on one that looks at memory before and after each.
+static Outcome run_rounds(PeerCopies& copies, const HostGroup& group, uint64_t seed, RankMemory& memory, int num_rounds,
+                          const Pairs& left_out, bool on_one_stream, bool small) {
+    CudaStream first, second;
+    const cudaStream_t streams[2] = {first, second};
+    DeviceBuffer<unsigned long long> digests(std::vector<unsigned long long>(2 * num_rounds, 0));
+    std::vector<unsigned long long> expected_digests;
+    const auto look = [&](int i, cudaStream_t stream) {
+        unsigned long long expected = 0;
+        for (int range = 0; range < NUM_RANGES; ++range) {
+            digest_kernel<<<64, 256, 0, stream>>>(digests + i, memory.ranges[range]->data(), RANGE_BYTES[range]);
+            CUDA_CHECK_LAUNCH();
+            expected += digest(memory.expected[range]);
+        }
+        expected_digests.push_back(expected);
+    };
     std::vector<std::unique_ptr<DeviceBuffer<unsigned char>>> sources;
     for (int number = 0; number < num_rounds; ++number) {
         for (const Message& m : messages_of(number, group.size(), seed, small)) {
@@ -103,60 +140,76 @@ static bool run_rounds(PeerCopies& copies, const HostGroup& group, uint64_t seed
             }
         }
     }
-    bool as_expected = true;
+    Outcome outcome;
     size_t next_source = 0;
     for (int number = 0; number < num_rounds; ++number) {
+        const cudaStream_t stream = streams[on_one_stream ? 0 : number % 2];
+        if (random_bits(seed, 50 + number * group.size() + group.rank()) % 3 == 0) {
+            delay_kernel<<<1, 1, 0, stream>>>(200000);
+            CUDA_CHECK_LAUNCH();
+        }
+        if (on_one_stream) {
+            look(2 * number, stream);
+        }
         std::vector<DeviceSend> sends;
         std::vector<DeviceReceive> receives;
         size_t copies_sent = 0, others_sent = 0, others_received = 0;
         for (const Message& m : messages_of(number, group.size(), seed, small)) {
             if (m.from == group.rank()) {
                 sends.push_back({m.to, sources[next_source++]->data(), (size_t)m.num_bytes});
-                ++(m.is_copied() ? copies_sent : others_sent);
+                ++(m.is_copied(left_out) ? copies_sent : others_sent);
             }
             if (m.to == group.rank()) {
                 receives.push_back({m.from, memory.ranges[m.range]->data() + m.offset, (size_t)m.num_bytes});
-                others_received += !m.is_copied();
-                if (m.is_copied()) {  // over what earlier rounds have brought
+                others_received += !m.is_copied(left_out);
+                if (m.is_copied(left_out)) {  // over what earlier rounds have brought
                     const std::vector<unsigned char> bytes = content_of(m);
                     std::copy(bytes.begin(), bytes.end(), memory.expected[m.range].begin() + m.offset);
                 }
             }
         }
         const PeerCopies::Round round = copies.agree(sends, receives, "test");
-        as_expected = as_expected && round.copies.size() == copies_sent && round.other_sends.size() == others_sent &&
-                      round.other_receives.size() == others_received;
-        const cudaStream_t stream = streams[number % 2];
-        if (random_bits(seed, 50 + number * group.size() + group.rank()) % 3 == 0) {
-            delay_kernel<<<1, 1, 0, stream>>>(200000);
-            CUDA_CHECK_LAUNCH();
-        }
+        outcome.divided = outcome.divided && round.copies.size() == copies_sent &&
+                          round.other_sends.size() == others_sent && round.other_receives.size() == others_received;
         copies.send(round, stream);
         copies.receive(round, stream);
+        if (on_one_stream) {
+            look(2 * number + 1, stream);
+        }
     }
+    outcome.in_order = !on_one_stream || digests.download() == expected_digests;
     CUDA_CHECK(cudaDeviceSynchronize());
-    return as_expected;
+    return outcome;
 }
 
-static void check_rounds(Harness& h, int num_ranks) {
+static void check_rounds(Harness& h, int num_ranks, const Pairs& left_out) {
+    constexpr int NUM_PAIRS = NUM_PROCESSES * (NUM_PROCESSES - 1) / 2;
     std::vector<int> ranks(num_ranks);
     std::iota(ranks.begin(), ranks.end(), 0);
-    CudaStream first, second;
-    cudaStream_t streams[2] = {first, second};
     RankMemory memory;
-    PeerMemory peers(*all_processes, memory.shared(), 2);
-    const std::string label = format_string("%d ranks of %d", num_ranks, NUM_PROCESSES);
-    h.expect(peers.num_reached() == NUM_PROCESSES - 1, "reached", label,
-             format_string("%d of %d other processes", peers.num_reached(), NUM_PROCESSES - 1));
+    PeerMemory peers(*all_processes, memory.shared(), 2, left_out);
+    const std::string label =
+        format_string("%d ranks of %d, %zu pairs left out", num_ranks, NUM_PROCESSES, left_out.size());
+    h.expect(peers.num_pairs_reached() == NUM_PAIRS - (int)left_out.size() && peers.obstacle().empty(), "reached",
+             label, format_string("%d of %d pairs%s", peers.num_pairs_reached(), NUM_PAIRS, peers.obstacle().c_str()));
     if (all_processes->rank() < num_ranks) {
         const HostGroup group(*all_processes, ranks);
         for (int communicator = 0; communicator < 2; ++communicator) {
             PeerCopies copies(peers, group, communicator);
-            const bool as_expected = run_rounds(copies, group, h.seed + 1000003 * (uint64_t)(communicator + 1), memory,
-                                                h.small ? 3 : 12, streams, h.small);
-            h.expect(as_expected, "division", label, "large messages into shared memory are copied, others are not");
+            h.expect(copies.all_reach() == left_out.empty(), "all reach", label, "as they should");
+            const bool on_one_stream = communicator == 1;
+            const Outcome outcome = run_rounds(copies, group, h.seed + 1000003 * (uint64_t)(communicator + 1), memory,
+                                               h.small ? 3 : 12, left_out, on_one_stream, h.small);
+            h.expect(outcome.divided, "division", label,
+                     "large messages into shared memory are copied, others are not");
+            if (on_one_stream) {
+                h.expect(outcome.in_order, "order", label, "nothing comes before its receive, all before it is over");
+            }
             for (int i = 0; i < NUM_RANGES; ++i) {
                 h.compare_exact(format_string("range %d", i), label, *memory.ranges[i], memory.expected[i]);
+            }
+            if (!left_out.empty()) {
+                continue;
             }
             // Sizes that differ are found by the hosts, before anything is enqueued.
             bool refused = false;
@@ -222,7 +275,8 @@ static void check_sum(Harness& h, int num_ranks) {
 }
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
-    check_rounds(h, variant.launch);
+    check_rounds(h, variant.launch, {});
+    check_rounds(h, variant.launch, {{0, 1}});
     check_release(h, variant.launch);
     check_sum(h, variant.launch);
 }
@@ -283,27 +337,46 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
     peers.finish();
 }
 
+// The processes beside the first one, and what they print: of that, the first one prints what failed.
+struct OtherProcess {
+    pid_t pid;
+    std::string output;
+};
 // This process's rank: 0 of the program as it was started.
-static int start_processes(std::vector<pid_t>& others) {
+static int start_processes(std::vector<OtherProcess>& others, const std::string& name) {
     for (int rank = 1; rank < NUM_PROCESSES; ++rank) {
-        const pid_t pid = fork();
-        CHECK(pid >= 0, "cannot start another process: %s", std::strerror(errno));
-        if (pid == 0) {
-            CHECK(std::freopen("/dev/null", "w", stdout) != nullptr, "cannot be silent: %s", std::strerror(errno));
+        const OtherProcess other = {fork(), name + "." + std::to_string(rank)};
+        CHECK(other.pid >= 0, "cannot start another process: %s", std::strerror(errno));
+        if (other.pid == 0) {
+            CHECK(std::freopen(other.output.c_str(), "w", stdout) != nullptr, "%s: cannot be written: %s",
+                  other.output.c_str(), std::strerror(errno));
             others.clear();
             return rank;
         }
-        others.push_back(pid);
+        others.push_back(other);
     }
     return 0;
+}
+// Whether it ended well.
+static bool wait_for(const OtherProcess& other) {
+    int status = 0;
+    const bool ended = waitpid(other.pid, &status, 0) == other.pid && WIFEXITED(status);
+    std::ifstream output(other.output);
+    for (std::string line; std::getline(output, line);) {
+        if (line.compare(0, 4, "FAIL") == 0) {
+            std::printf("%s  (in another process)\n", line.c_str());
+        }
+    }
+    unlink(other.output.c_str());
+    return ended && WEXITSTATUS(status) == 0;
 }
 
 int main(int argc, char** argv) {
     static const std::vector<Variant<Launcher>> VARIANTS = {{1, "two ranks", 2}, {2, "four ranks", 4}};
     try {
         const std::string rendezvous = format_string("/tmp/llmc_peer_copies.%d", (int)getpid());
-        std::vector<pid_t> others;
-        const int rank = start_processes(others);
+        std::vector<OtherProcess> others;
+        const int rank = start_processes(others, rendezvous);
         TcpComm processes(rank, NUM_PROCESSES, rendezvous, 120.0);
         all_processes = &processes;
         int num_devices = 0;
@@ -312,10 +385,9 @@ int main(int argc, char** argv) {
         }
         int status = run_variants(argc, argv, "peer_copies", VARIANTS, check, measure);
         processes.finish();
-        for (const pid_t pid : others) {
-            int of_other = 0;
-            if (waitpid(pid, &of_other, 0) != pid || of_other != 0) {
-                std::printf("FAIL peer_copies: another process ended with status %d\n", of_other);
+        for (const OtherProcess& other : others) {
+            if (!wait_for(other)) {
+                std::printf("FAIL peer_copies: another process failed\n");
                 status = 1;
             }
         }

@@ -155,12 +155,16 @@ if [[ $parts = *' nccl '* ]]; then
                 mesh ${transport}_data2_lighthouse$((ranks / 2)) lighthouse_for$ranks $ranks "${by[@]}" "${longer[@]}" \
                     --batch_size 1 --context_parallel $((ranks / 2)) "${tiles[@]}"
             done
+            # A bucket of gradients that is summed in two pieces.
+            large=(--batch_size 2 --vocab_size 70000)
+            alone dense_large "${large[@]}"
+            mesh ${transport}_data2_large dense_large 2 "${by[@]}" "${large[@]}"
             grep -q "^ranks .* transfers ${way_of[$transport]}" "$work/${transport}_ring2.out" &&
                 ok "$transport: transfers ${way_of[$transport]}" ||
                 bad "$transport: $(grep '^ranks ' "$work/${transport}_ring2.out")"
         done
     else
-        echo "not run: NCCL between two GPUs (one here)"
+        echo "not run: copy engines and NCCL between two GPUs (one here)"
     fi
     # Ranks that would share a GPU are refused in clear words.
     first_gpu=${CUDA_VISIBLE_DEVICES:-0}
