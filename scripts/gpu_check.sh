@@ -98,7 +98,11 @@ run_check() {
         echo "$result"
         {
             grep '^skip ' "$log/$name"
-            [ "${result:0:2}" = ok ] || { grep '^FAIL' "$log/$name" | head -10; tail -10 "$log/$name"; }
+            [ "${result:0:2}" = ok ] || {
+                grep '^FAIL' "$log/$name" | head -10
+                grep -A2 'Race reported between' "$log/$name" | head -24
+                tail -10 "$log/$name"
+            }
         } | cut -c1-300 | sed 's/^/     /'
     } >"$log/$name.shown"
     cat "$log/$name.shown"
