@@ -161,7 +161,8 @@ def plot(rows, ranks, path):
         axes[0][column].set_ylabel("tokens/s")
         axes[0][column].set_yscale("log")
         axes[1][column].set_ylabel("% of as many times one GPU")
-        axes[1][column].set_ylim(0, 110)
+        efficiencies = [row.get("efficiency", 1) for row in timed if row["attention"] == attention]
+        axes[1][column].set_ylim(100 * min(efficiencies + [0.9]) - 5, 102)
         axes[1][column].axhline(100, color="gray", linewidth=0.8)
         lengths = sorted({row["T"] for row in timed})
         for axis in axes[:, column]:
