@@ -457,7 +457,7 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
             break;
         }
         __syncwarp();
-        if (leader) {
+        if (leader) {  // for its warp: all lanes arriving costs the writers' 24 registers a spill
             mbarrier_arrive(shared_address(&shared.kv_empty));
         }
         // Deterministic, both are the same: what is computed anew, or constant, is not kept in one of 24 registers.
@@ -867,11 +867,8 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
         if (whole) {  // before `block` may change
             store_whole_key_gradient<Tile>(args.dv_whole, dv, 1.0f, block, warpgroup, args.Tk);
             store_whole_key_gradient<Tile>(args.dk_whole, dk, args.scale, block, warpgroup, args.Tk);
-            __syncwarp();
         }
-        if (threadIdx.x % WARP_SIZE == 0) {
-            mbarrier_arrive(shared_address(&shared.kv_empty));
-        }
+        mbarrier_arrive(shared_address(&shared.kv_empty));
         if (whole) {
             continue;
         }
@@ -908,7 +905,8 @@ __global__ void __launch_bounds__(Tile::THREADS, 1)
     if (threadIdx.x == 0) {
         constexpr int CONSUMER_WARPS = Tile::CONSUMERS * WARPGROUP_SIZE / WARP_SIZE;
         mbarrier_init(shared_address(&shared.kv_full), 1);
-        mbarrier_init(shared_address(&shared.kv_empty), CONSUMER_WARPS + Tile::WRITERS);
+        // Of consumers every lane arrives: every lane reads `block`, to the end.
+        mbarrier_init(shared_address(&shared.kv_empty), Tile::CONSUMERS * WARPGROUP_SIZE + Tile::WRITERS);
         for (int stage = 0; stage < Tile::STAGES; ++stage) {
             mbarrier_init(shared_address(&shared.q_full[stage]), 1);
             mbarrier_init(shared_address(&shared.dout_full[stage]), 1);
