@@ -6,6 +6,7 @@
 #include <string>
 
 #include "attention_shape.cuh"   // operands
+#include "context_partition.h"   // chunks
 #include "transfer_profile.cuh"  // what is hidden
 
 // ---- sizes -------------------------------------------------------------------------------------
@@ -47,5 +48,12 @@ class ContextAttention {
                           bool deterministic, cudaStream_t stream) = 0;
 
   protected:
+    static void check_local_rows(const AttentionShape& s) {
+        CHECK(s.Tq == s.Tk && s.Tq % HALVES == 0 && s.Tq > 0 && s.causal && s.causal_offset == 0,
+              "attention over ranks: the local rows must be two equal chunks, causal on each other, not %lld queries "
+              "and %lld keys",
+              (long long)s.Tq, (long long)s.Tk);
+    }
+
     TransferProbe probe_;
 };

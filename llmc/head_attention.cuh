@@ -258,10 +258,8 @@ class HeadAttention : public ContextAttention, private HeadAttentionPlan {
     using Tensors = std::array<HeadTensor<Element>, MAX_HEAD_TENSORS>;
 
     void check_shape(const AttentionShape& s) const {
-        CHECK(s.Tq == s.Tk && s.Tq % HALVES == 0 && s.Tq > 0 && s.causal && s.causal_offset == 0 && takes(s, W_),
-              "attention by heads: the local rows must be two equal chunks, causal on each other, and key/value heads "
-              "a multiple of %d ranks, not %lld queries, %lld keys and %d heads",
-              W_, (long long)s.Tq, (long long)s.Tk, s.Hkv);
+        check_local_rows(s);
+        CHECK(takes(s, W_), "attention by heads: %d key/value heads are no multiple of %d ranks", s.Hkv, W_);
     }
 
     // A tensor's part of the local rows.

@@ -375,7 +375,7 @@ class RingAttention : public ContextAttention, private RingAttentionPlan {
     void forward(HeadView<bf16> out, float* lse, HeadView<const bf16> q, HeadView<const bf16> k, HeadView<const bf16> v,
                  void* scratch, const AttentionShape& local, cudaStream_t stream) override {
         NVTX_RANGE();
-        check_shape(local);
+        check_local_rows(local);
         if (gathers_) {
             probe_.begin_operation("forward");
             return gather_forward(out, lse, q, k, v, scratch, local, stream);
@@ -392,7 +392,7 @@ class RingAttention : public ContextAttention, private RingAttentionPlan {
                   const float* lse, void* scratch, const AttentionShape& local, bool deterministic,
                   cudaStream_t stream) override {
         NVTX_RANGE();
-        check_shape(local);
+        check_local_rows(local);
         if (gathers_) {
             probe_.begin_operation("backward");
             return gather_backward({dq, dk, dv}, {dout, q, k, v, out, lse}, scratch, local, deterministic, stream);
@@ -407,13 +407,6 @@ class RingAttention : public ContextAttention, private RingAttentionPlan {
     }
 
   private:
-    static void check_shape(const AttentionShape& s) {
-        CHECK(s.Tq == s.Tk && s.Tq % HALVES == 0 && s.Tq > 0 && s.causal && s.causal_offset == 0,
-              "ring attention: the local rows must be two equal chunks, causal on each other, not %lld queries and "
-              "%lld keys",
-              (long long)s.Tq, (long long)s.Tk);
-    }
-
     template <class Element>
     struct KeyViews {
         HeadView<Element> k, v;
