@@ -101,6 +101,7 @@ class PeerMemory {
                const std::vector<Pair>& left_out = {})
         : host_(host),
           ranges_(ranges),
+          machine_(machine()),
           num_counts_((size_t)num_communicators * host.size()),
           token_((uint64_t)std::random_device()() << 32 | std::random_device()()),
           counts_(std::max(OWN_ALLOCATION, num_counts_ * sizeof(Counts) + sizeof token_)),
@@ -205,7 +206,7 @@ class PeerMemory {
     }
     // The machine, a zero byte, the token, handles of the counts and of all ranges; or nothing.
     std::string offer() {
-        std::string text = machine();
+        std::string text = machine_;
         text.push_back('\0');
         text.append(reinterpret_cast<const char*>(&token_), sizeof token_);
         std::vector<const std::byte*> offered = {counts_.data()};
@@ -224,7 +225,7 @@ class PeerMemory {
     // Whether all that a rank offers could be mapped, and is what the rank has there.
     bool open(int rank, const std::string& offer) {
         const size_t machine_bytes = offer.find('\0');
-        if (machine_bytes == std::string::npos || offer.substr(0, machine_bytes) != machine()) {
+        if (machine_bytes == std::string::npos || offer.substr(0, machine_bytes) != machine_) {
             return false;
         }
         const char* next = offer.data() + machine_bytes + 1;
@@ -269,6 +270,7 @@ class PeerMemory {
 
     HostComm& host_;
     std::vector<DeviceRange> ranges_;
+    std::string machine_;
     size_t num_counts_;
     uint64_t token_;       // by which others see that what they have mapped is this
     DeviceMemory counts_;  // [communicators, ranks] Counts, then the token
@@ -287,7 +289,13 @@ class PeerCopies {
           group_(std::move(group)),
           communicator_(communicator),
           ready_(group_.size()),
-          done_(group_.size()) {}
+          done_(group_.size()) {
+        for (int a = 0; a < group_.size(); ++a) {
+            for (int b = 0; b < a; ++b) {
+                all_reach_ = all_reach_ && reaches(a, b);
+            }
+        }
+    }
 
     // What a call copies, and what is left to others.
     struct Round {
@@ -301,6 +309,8 @@ class PeerCopies {
         std::vector<int> sources;  // ranks that copy into this one's memory
         std::vector<DeviceSend> other_sends;
         std::vector<DeviceReceive> other_receives;
+
+        bool copies_nothing() const { return copies.empty() && sources.empty(); }
     };
 
     // Agrees with the other ranks' hosts on what is copied: what is large enough, between GPUs that reach each other,
@@ -356,7 +366,7 @@ class PeerCopies {
 
     // Enqueues what this rank sends.
     void send(const Round& round, cudaStream_t stream) {
-        if (round.copies.empty() && round.sources.empty()) {
+        if (round.copies_nothing()) {
             return;
         }
         CUDA_CHECK(cudaStreamWaitEvent(stream, last_));
@@ -378,7 +388,7 @@ class PeerCopies {
     }
     // Enqueues the wait for what other ranks send.
     void receive(const Round& round, cudaStream_t stream) {
-        if (round.copies.empty() && round.sources.empty()) {
+        if (round.copies_nothing()) {
             return;
         }
         for (const int source : round.sources) {
@@ -398,16 +408,7 @@ class PeerCopies {
     }
 
     // Whether the communicator's ranks, two or more, all reach each other: the same answer on all of them.
-    bool all_reach() const {
-        for (int a = 0; a < group_.size(); ++a) {
-            for (int b = 0; b < a; ++b) {
-                if (!reaches(a, b)) {
-                    return false;
-                }
-            }
-        }
-        return group_.size() > 1;
-    }
+    bool all_reach() const { return all_reach_ && group_.size() > 1; }
 
     // Smaller messages are NCCL's: it takes as long for one as the counts alone would here.
     static constexpr size_t LEAST_BYTES = (size_t)64 << 10;
@@ -449,6 +450,7 @@ class PeerCopies {
     PeerMemory& memory_;
     HostGroup group_;
     int communicator_;
+    bool all_reach_ = true;
     std::vector<Count> ready_, done_;  // of each rank: what this one has written there, and waits to read from it
     CudaEvent last_;                   // the end of the last call
 };
