@@ -58,6 +58,25 @@ class Comm {
   protected:
     Comm(int rank, int size) : rank_(rank), size_(size) {}
 
+    // all_gather as one exchange of all ranks with all.
+    void all_gather_by_exchange(void* out, const void* in, size_t num_bytes, const char* operation,
+                                cudaStream_t stream) {
+        std::byte* const all = static_cast<std::byte*>(out);
+        std::byte* const own = all + rank() * num_bytes;
+        if (own != in) {
+            CUDA_CHECK(cudaMemcpyAsync(own, in, num_bytes, cudaMemcpyDeviceToDevice, stream));
+        }
+        std::vector<DeviceSend> sends;
+        std::vector<DeviceReceive> receives;
+        for (int peer = 0; peer < size(); ++peer) {
+            if (peer != rank()) {
+                sends.push_back({peer, own, num_bytes});
+                receives.push_back({peer, all + peer * num_bytes, num_bytes});
+            }
+        }
+        exchange(sends, receives, operation, stream);
+    }
+
   private:
     int rank_, size_;
 };

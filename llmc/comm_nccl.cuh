@@ -325,20 +325,7 @@ class NcclComm : public Comm {
     }
     void all_gather(void* out, const void* in, size_t num_bytes, const char* operation, cudaStream_t stream) override {
         if (copies_all(num_bytes)) {
-            std::byte* const all = static_cast<std::byte*>(out);
-            std::byte* const own = all + rank() * num_bytes;
-            if (own != in) {
-                CUDA_CHECK(cudaMemcpyAsync(own, in, num_bytes, cudaMemcpyDeviceToDevice, stream));
-            }
-            std::vector<DeviceSend> sends;
-            std::vector<DeviceReceive> receives;
-            for (int peer = 0; peer < size(); ++peer) {
-                if (peer != rank()) {
-                    sends.push_back({peer, own, num_bytes});
-                    receives.push_back({peer, all + peer * num_bytes, num_bytes});
-                }
-            }
-            exchange(sends, receives, operation, stream);
+            all_gather_by_exchange(out, in, num_bytes, operation, stream);
             return;
         }
         job_.run(comm_, operation, stream,
