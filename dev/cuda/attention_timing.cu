@@ -46,11 +46,6 @@ struct TimedShape {
     }
 };
 
-// Keeps the GPU busy for that many clocks. Launch: one thread.
-__global__ void hold_kernel(int64_t clocks) {
-    for (const int64_t begin = clock64(); clock64() - begin < clocks;) {
-    }
-}
 constexpr int64_t HOLD_CLOCKS = 100000;  // about 60 us: several launches
 
 static bool same(const AttentionShape& a, const AttentionShape& b) {
@@ -81,7 +76,7 @@ int main() {
                 }
                 std::string answer = "ok";
                 for (int run = -1; run < runs; ++run) {
-                    hold_kernel<<<1, 1, 0, stream>>>(HOLD_CLOCKS);
+                    delay_kernel<<<1, 1, 0, stream>>>(HOLD_CLOCKS);
                     CUDA_CHECK_LAUNCH();
                     CUDA_CHECK(cudaEventRecord(begin, stream));
                     if (pass == "forward") {

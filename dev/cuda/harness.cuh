@@ -433,6 +433,11 @@ class Harness {
     std::map<std::string, bool> planted_;
 };
 
+// Keeps a stream busy for that many clocks. Launch: one thread.
+__global__ void delay_kernel(int64_t clocks) {
+    for (const int64_t begin = clock64(); clock64() - begin < clocks;) {
+    }
+}
 __global__ void flush_l2_kernel(int4* buffer, int64_t num_packs) {
     int found = 0;
     for (int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x; i < num_packs;

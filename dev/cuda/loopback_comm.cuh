@@ -13,13 +13,6 @@
 #include "harness.cuh"
 #include "llmc/comm.cuh"
 
-// Launch: one thread; returns after about `cycles`.
-static __global__ void delay_kernel(int64_t cycles) {
-    const int64_t start = clock64();
-    while (clock64() - start < cycles) {
-    }
-}
-
 // What the ranks of one communicator share.
 class LoopbackHub {
   public:
@@ -121,20 +114,7 @@ class LoopbackComm : public Comm {
         }
     }
     void all_gather(void* out, const void* in, size_t num_bytes, const char* operation, cudaStream_t stream) override {
-        char* const all = static_cast<char*>(out);
-        char* const own = all + rank() * num_bytes;
-        if (own != in) {
-            CUDA_CHECK(cudaMemcpyAsync(own, in, num_bytes, cudaMemcpyDeviceToDevice, stream));
-        }
-        std::vector<DeviceSend> sends;
-        std::vector<DeviceReceive> receives;
-        for (int i = 0; i < size(); ++i) {
-            if (i != rank()) {
-                sends.push_back({i, own, num_bytes});
-                receives.push_back({i, all + i * num_bytes, num_bytes});
-            }
-        }
-        exchange(sends, receives, operation, stream);
+        all_gather_by_exchange(out, in, num_bytes, operation, stream);
     }
     void reduce_scatter_sum(float* out, const float* in, int64_t count, const char* operation,
                             cudaStream_t stream) override {

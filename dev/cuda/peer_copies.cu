@@ -19,12 +19,6 @@ static HostComm* all_processes = nullptr;
 
 using Launcher = int;  // ranks that take part
 
-// Keeps a stream busy for that many clocks. Launch: one thread.
-__global__ void delay_kernel(int64_t clocks) {
-    for (const int64_t begin = clock64(); clock64() - begin < clocks;) {
-    }
-}
-
 // sum (+=) of data [count], each byte weighed by its place. Launch: any.
 __global__ void digest_kernel(unsigned long long* sum, const unsigned char* data, int64_t count) {
     unsigned long long of_thread = 0;
