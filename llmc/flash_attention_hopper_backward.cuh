@@ -22,20 +22,18 @@
 //
 // Products of a query tile, a warpgroup, D = 128 (64 queries) and D = 64 (128 queries):
 //   S^T  = k q^T     m64n64, 8 steps    m64n128, 4    both in shared memory, contraction along the rows' columns
-//   dP^T = v dout^T  m64n64, 8          m64n128, 4    the same
+//   dP^T = v dout^T  m64n64, 8          m64n128, 4    the same, but of D = 128 v of the first five steps in registers
 //   dv  += P^T dout  m64n128, 4         m64n64, 8     P^T in registers, dout along its rows
 //   dk  += dS^T q    m64n128, 4         m64n64, 8     dS^T in registers, q along its rows
 //   dq   = dS k      m64n64, 8          m64n64, 8     warpgroup w: columns 64 w of 64 queries; queries 64 w of 128
 //
-// Bound: a query tile takes 2560 clocks of tensor cores and reads and writes 368 KB (D = 64: 352 KB) of shared memory,
-// which is 2944 (2816) clocks at 128 bytes a clock: about 87 % of the tensor cores' rate at best. 10 Tq Tk D H
+// Bound: a query tile takes 2560 clocks of tensor cores and reads and writes 348 KB (D = 64: 352 KB) of shared memory,
+// which is 2784 (2816) clocks at 128 bytes a clock: about 92 (91) % of the tensor cores' rate at best. 10 Tq Tk D H
 // operations, half of them when causal. On top, two kernels bound by bandwidth: 14 D bytes a query row and head, or 10.
-// What lost (H100, D = 128, causal, TFLOP/s at T = 8192 / 32768 / 131072; what ships 592 / 653 / 618): dv's product
-// before dS 574 / 612 / 607; scores ahead in three of four tiles 582 / 651 / 609, in none 584 / 602 / 608; dq added
-// from registers by red.v4 568 / 580 / 601 against 565 / 567 / 592 by the writer (both with dv before dS), less at D =
-// 64; dq rounded in this kernel by two idle warps as its tiles became complete 226 / 415 / 533. Sequences or heads one
-// after another, so that dq's accumulator stays in the L2 cache, gained at no shape (H200, B = 64, T = 1024, H = 12, D
-// = 64: 0.84 ms instead of 0.78). Variants: dev/cuda/flash_attention_backward.cu.
+// What lost: scores ahead in no tile; dq rounded in this kernel by idle warps; sequences or heads one after another, so
+// that dq's accumulator stays in the L2 cache; and whatever keeps more work before the tensor cores (all of P computed
+// before dP is waited for, dv or dk started earlier, the next scores before dq is stored, dq added from registers, a
+// barrier in two halves): dev/RESULTS.md, "The backward's order". Variants: dev/cuda/flash_attention_backward.cu.
 #pragma once
 #include <cmath>
 
@@ -45,7 +43,8 @@
 // ---- constants ---------------------------------------------------------------------------------
 // When dv's product is started. AFTER_DS: once dS is stored, to run while the warpgroups wait for each other.
 // BEFORE_DS: as soon as P is rounded, so that the tensor cores have work while dS is computed and stored.
-enum class DvStart { AFTER_DS, BEFORE_DS };
+// ROUNDED_AFTER_DS: as AFTER_DS, and P is rounded only then, so that its operand's registers are those of dP.
+enum class DvStart { AFTER_DS, BEFORE_DS, ROUNDED_AFTER_DS };
 
 // ONE_AN_ITEM: the GPU starts a block when another is over. ONE_AN_SM: blocks take items until there are none; an
 // item's first loads overlap the end of the one before. It wins where items are short: H100, D = 64, TFLOP/s at B = 32,
@@ -100,8 +99,13 @@ struct KeyBlock {
 
 // TILES_A_TURN: query tiles in a body of the loop without masks (1, 2 or 4); all but the last start the scores of the
 // next. ptxas serialises every wgmma (C7514, C7515) when one is in flight across the loop's end, so one of them drains.
-// DETERMINISTIC: the sums of dq are made in a fixed order.
-template <int D_, bool DETERMINISTIC_ = false, DvStart DV_START_ = DvStart::AFTER_DS, int TILES_A_TURN_ = 2>
+// DETERMINISTIC: the sums of dq are made in a fixed order. V_STEPS: of the D / 16 steps of dP^T = v dout^T, how many
+// read v from registers, four a step and thread, which a warpgroup loads once an item; a tile then reads 4 KB less of
+// shared memory a step. ptxas has R24 to R239 for what wgmma reads and writes, of which dk, dv, the scores and dP take
+// 192: five steps at most, and those only at D = 128 and ROUNDED_AFTER_DS, otherwise four, at D = 64 three.
+template <int D_, bool DETERMINISTIC_ = false,
+          DvStart DV_START_ = D_ == 128 && DETERMINISTIC_ ? DvStart::AFTER_DS : DvStart::ROUNDED_AFTER_DS,
+          int TILES_A_TURN_ = D_ == 64 && !DETERMINISTIC_ ? 4 : 2, int V_STEPS_ = D_ == 128 && !DETERMINISTIC_ ? 5 : 0>
 struct HopperBackwardTile {
     static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
     static constexpr int D = D_;
@@ -109,6 +113,13 @@ struct HopperBackwardTile {
     static constexpr bool MAY_STORE_DQ = hopper_may_store_dq(D, DETERMINISTIC);
     static constexpr DvStart DV_START = DV_START_;
     static constexpr int TILES_A_TURN = TILES_A_TURN_;
+    static constexpr int V_STEPS = V_STEPS_;
+    static_assert(V_STEPS <= D / 16, "steps of a contraction");
+    // Whether the scores ahead get dq's registers: see wgmma_anew. They then start only once dq is stored, so the wait
+    // for the next tile's q and dout, which takes a while also when they are there, comes before.
+    static constexpr bool NEXT_IN_DQ = D == 128 && V_STEPS > 0;
+    // lse is read, where registers are short, only when the scores are there.
+    static constexpr bool LSE_LATE = D == 64 || V_STEPS > 4;
     static constexpr int BLOCK_M = D == 128 ? 64 : 128;    // queries a tile: 8192 elements of q
     static constexpr int BLOCK_N = 128;                    // keys a block, 64 a consumer warpgroup
     static constexpr int STAGES = 2;                       // tiles of q, dout and dS in flight
@@ -536,21 +547,61 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
     }
 }
 
-// s (=) a b^T, started: 64 rows of a [BLOCK_N][D] tile, BLOCK_M rows of the other.
-template <class Tile>
+// s (=) a b^T, started: 64 rows of a [BLOCK_N][D] tile, BLOCK_M rows of the other. ANEW: see wgmma_anew.
+template <class Tile, bool ANEW = false>
 __device__ __forceinline__ void start_scores(float (&s)[Tile::BLOCK_M / 2], uint32_t a, uint32_t b) {
     const uint64_t a_start = wgmma_descriptor_k_major(a), b_start = wgmma_descriptor_k_major(b);
 #pragma unroll
     for (int step = 0; step < Tile::D / 16; ++step) {
         const uint64_t a_step = wgmma_advance(a_start, step / 4 * (Tile::BLOCK_N * 128) + step % 4 * 32);
         const uint64_t b_step = wgmma_advance(b_start, step / 4 * (Tile::BLOCK_M * 128) + step % 4 * 32);
-        if (step == 0) {
-            wgmma_zero<0, 0>(s, a_step, b_step);
-        } else {
+        if (step > 0) {
             wgmma<0, 0>(s, a_step, b_step);
+        } else if constexpr (ANEW) {
+            wgmma_anew<0, 0>(s, a_step, b_step);
+        } else {
+            wgmma_zero<0, 0>(s, a_step, b_step);
         }
     }
     wgmma_commit();
+}
+// A warpgroup's 64 rows of v as the A operand of a product's first STEPS steps.
+template <int STEPS>
+struct RowFragments {
+    uint32_t step[STEPS][4];
+};
+template <>
+struct RowFragments<0> {};
+// rows (=) those of a [BLOCK_N][D] tile; a: the first.
+template <class Tile, int STEPS>
+__device__ __forceinline__ void load_rows(RowFragments<STEPS>& rows, uint32_t a) {
+    if constexpr (STEPS > 0) {
+#pragma unroll
+        for (int step = 0; step < STEPS; ++step) {
+            ldmatrix_x4(rows.step[step], fragment_address<Tile::BLOCK_N>(a, step));
+        }
+    }
+}
+// s (=) a b^T, started, the first steps' part of a in registers.
+template <class Tile, int STEPS>
+__device__ __forceinline__ void start_scores(float (&s)[Tile::BLOCK_M / 2], const RowFragments<STEPS>& rows, uint32_t a,
+                                             uint32_t b) {
+    if constexpr (STEPS == 0) {
+        start_scores<Tile>(s, a, b);
+    } else {
+        const uint64_t a_start = wgmma_descriptor_k_major(a), b_start = wgmma_descriptor_k_major(b);
+        wgmma_zero<0>(s, rows.step[0], b_start);
+#pragma unroll
+        for (int step = 1; step < Tile::D / 16; ++step) {
+            const uint64_t b_step = wgmma_advance(b_start, step / 4 * (Tile::BLOCK_M * 128) + step % 4 * 32);
+            if (step < STEPS) {
+                wgmma<0>(s, rows.step[step], b_step);
+            } else {
+                wgmma<0, 0>(s, wgmma_advance(a_start, step / 4 * (Tile::BLOCK_N * 128) + step % 4 * 32), b_step);
+            }
+        }
+        wgmma_commit();
+    }
 }
 // sum (+=) p tile, started: P^T or dS^T of 64 keys and BLOCK_M queries in registers, a [BLOCK_M][D] tile.
 template <class Tile>
@@ -677,8 +728,6 @@ __device__ __forceinline__ void turn_back_key_gradient(float (&sum)[Tile::D / 2]
 // tile (=) factor * sum of this warpgroup's 64 keys, rounded.
 template <class Tile>
 __device__ __forceinline__ void store_key_gradient(uint32_t tile, const float (&sum)[Tile::D / 2], float factor) {
-    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x % WARPGROUP_SIZE / WARP_SIZE;
-    const int row = 16 * warp + lane % 16;
 #pragma unroll
     for (int step = 0; step < Tile::D / 16; ++step) {
         uint32_t fragment[4];
@@ -686,8 +735,7 @@ __device__ __forceinline__ void store_key_gradient(uint32_t tile, const float (&
         for (int i = 0; i < 4; ++i) {
             fragment[i] = pack_bf16x2(factor * sum[8 * step + 2 * i], factor * sum[8 * step + 2 * i + 1]);
         }
-        const int chunk = step % 4 * 2 + lane / 16;
-        stmatrix_x4(tile + step / 4 * (64 * 128) + row * 128 + (chunk ^ row % 8) * 16, fragment);
+        stmatrix_x4(fragment_address(tile, step), fragment);
     }
 }
 // rows (=) factor * sum of this warpgroup's 64 keys, as they are: 32 bytes of each of 8 rows at a time.
@@ -729,14 +777,22 @@ __device__ __forceinline__ void give_to_writer(int warpgroup, Fill fill) {
     named_barrier_arrive(OUT_FULL + warpgroup, THREADS);
 }
 
+// scores (=) those of the tile in that stage, whose q has come, of this warpgroup's keys, started. k: opaque.
+template <class Tile, bool ANEW>
+__device__ __forceinline__ void start_scores_of(float (&scores)[Tile::BLOCK_M / 2], typename Tile::Shared& shared,
+                                                uint32_t k, int warpgroup, int stage) {
+    wgmma_fence();
+    start_scores<Tile, ANEW>(scores, k + warpgroup * (64 * 128), shared_address(shared.q[stage]));
+}
+
 // One query tile of a consumer warpgroup. p: the tile's scores, which STARTED says are being computed already; next:
 // with START_NEXT the next tile's scores are started in the shadow of dk's product.
 template <class Tile, bool MASKED, bool STARTED, bool START_NEXT>
 __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&dv)[Tile::D / 2],
                                               float (&p)[Tile::BLOCK_M / 2], float (&next)[Tile::BLOCK_M / 2],
-                                              typename Tile::Shared& shared, const HopperBackwardArguments& args,
-                                              const KeyBlock& block, int warpgroup, int tile,
-                                              PipelineState<Tile::STAGES>& state) {
+                                              const RowFragments<Tile::V_STEPS>& v_rows, typename Tile::Shared& shared,
+                                              const HopperBackwardArguments& args, const KeyBlock& block, int warpgroup,
+                                              int tile, PipelineState<Tile::STAGES>& state) {
     constexpr int BLOCK_M = Tile::BLOCK_M, CONSUMER_THREADS = Tile::CONSUMERS * WARPGROUP_SIZE;
     const int thread = threadIdx.x % WARPGROUP_SIZE;
     const bool warp_leader = thread % WARP_SIZE == 0;
@@ -745,34 +801,37 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     const uint32_t k = opaque(shared_address(shared.k)), v = opaque(shared_address(shared.v));
     const uint32_t q = shared_address(shared.q[stage]), dout = shared_address(shared.dout[stage]);
     const uint32_t ds = shared_address(shared.ds[stage]);
-    auto start_scores_of = [&](float(&scores)[BLOCK_M / 2], const PipelineState<Tile::STAGES>& of) {
-        mbarrier_wait(shared_address(&shared.q_full[of.stage]), of.parity);
-        wgmma_fence();
-        start_scores<Tile>(scores, k + warpgroup * (64 * 128), shared_address(shared.q[of.stage]));
-    };
+
+    auto wait_for_q = [&] { mbarrier_wait(shared_address(&shared.q_full[state.stage]), state.parity); };
+    auto wait_for_dout = [&] { mbarrier_wait(shared_address(&shared.dout_full[state.stage]), state.parity); };
 
     if (!STARTED) {
-        start_scores_of(p, state);
+        wait_for_q();
+        start_scores_of<Tile, false>(p, shared, k, warpgroup, stage);
     }
     float2 lse[BLOCK_M / 8], delta[BLOCK_M / 8];
-    if constexpr (Tile::D == 128) {  // at D = 64 registers are short
+    if constexpr (!Tile::LSE_LATE) {
         read_statistics(lse, shared.statistics[stage][0]);
     }
     float dp[BLOCK_M / 2];
-    mbarrier_wait(shared_address(&shared.dout_full[stage]), state.parity);
+    if (!STARTED || !Tile::NEXT_IN_DQ) {
+        wait_for_dout();
+    }
     wgmma_fence();
-    start_scores<Tile>(dp, v + warpgroup * (64 * 128), dout);
+    start_scores<Tile>(dp, v_rows, v + warpgroup * (64 * 128), dout);
     wgmma_wait<1>();  // the scores
     wgmma_pin(p);
     if (MASKED) {
         mask_key_rows<Tile>(p, args, block.first_key + 64 * warpgroup, tile * BLOCK_M);
     }
-    if constexpr (Tile::D == 64) {
+    if constexpr (Tile::LSE_LATE) {
         read_statistics(lse, shared.statistics[stage][0]);
     }
     exponentiate(p, lse, args.scale_log2);
     uint32_t p_operand[BLOCK_M / 16][4], ds_operand[BLOCK_M / 16][4];
-    round_to_operand(p_operand, p);
+    if (Tile::DV_START != DvStart::ROUNDED_AFTER_DS) {
+        round_to_operand(p_operand, p);
+    }
     if (Tile::DV_START == DvStart::BEFORE_DS) {
         wgmma_fence();
         start_key_gradient<Tile>(dv, p_operand, dout);
@@ -785,7 +844,10 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     differentiate(dp, p, delta);
     round_to_operand(ds_operand, dp);
     store_transposed<Tile>(ds, ds_operand, warpgroup);
-    if (Tile::DV_START == DvStart::AFTER_DS) {
+    if (Tile::DV_START == DvStart::ROUNDED_AFTER_DS) {
+        round_to_operand(p_operand, p);
+    }
+    if (Tile::DV_START != DvStart::BEFORE_DS) {
         wgmma_fence();
         start_key_gradient<Tile>(dv, p_operand, dout);
     }
@@ -800,12 +862,24 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
         mbarrier_arrive(shared_address(&shared.dout_empty[stage]));
     }
     start_key_gradient<Tile>(dk, ds_operand, q);
+    state.advance();
+    if (START_NEXT && Tile::NEXT_IN_DQ) {
+        wait_for_q();
+        wait_for_dout();
+    }
     wgmma_wait<1>();  // dq
     wgmma_pin(dq);
     give_to_writer<Tile>(warpgroup, [&] { store_part<Tile, 0>(shared.out[warpgroup], dq); });
-    state.advance();
     if (START_NEXT) {
-        start_scores_of(next, state);
+        if constexpr (Tile::NEXT_IN_DQ) {
+#pragma unroll
+            for (int i = 0; i < BLOCK_M / 2; ++i) {
+                next[i] = dq[i];
+            }
+        } else {
+            wait_for_q();
+        }
+        start_scores_of<Tile, Tile::NEXT_IN_DQ>(next, shared, k, warpgroup, state.stage);
         wgmma_wait<1>();  // dk
     } else {
         wgmma_wait<0>();
@@ -831,6 +905,8 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
             break;
         }
         float dk[Tile::D / 2] = {}, dv[Tile::D / 2] = {};
+        RowFragments<Tile::V_STEPS> v_rows;
+        load_rows<Tile>(v_rows, shared_address(shared.v) + warpgroup * (64 * 128));
 #pragma unroll 1
         for (int i = 0; i < args.heads_an_item; ++i) {
             // Whole groups of TILES_A_TURN remain for the second loop.
@@ -838,25 +914,25 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
             int tile = block.first_tile;
 #pragma unroll 1
             for (; tile < masked_end; ++tile) {
-                backward_tile<Tile, true, false, false>(dk, dv, p[0], p[1], shared, args, block, warpgroup, tile,
-                                                        state);
+                backward_tile<Tile, true, false, false>(dk, dv, p[0], p[1], v_rows, shared, args, block, warpgroup,
+                                                        tile, state);
             }
 #pragma unroll 1
             for (; tile < block.end_tile; tile += Tile::TILES_A_TURN) {
                 if constexpr (Tile::TILES_A_TURN == 1) {
-                    backward_tile<Tile, false, false, false>(dk, dv, p[0], p[1], shared, args, block, warpgroup, tile,
-                                                             state);
+                    backward_tile<Tile, false, false, false>(dk, dv, p[0], p[1], v_rows, shared, args, block, warpgroup,
+                                                             tile, state);
                 } else {
-                    backward_tile<Tile, false, false, true>(dk, dv, p[0], p[1], shared, args, block, warpgroup, tile,
-                                                            state);
+                    backward_tile<Tile, false, false, true>(dk, dv, p[0], p[1], v_rows, shared, args, block, warpgroup,
+                                                            tile, state);
                     if constexpr (Tile::TILES_A_TURN == 4) {
-                        backward_tile<Tile, false, true, true>(dk, dv, p[1], p[0], shared, args, block, warpgroup, tile,
-                                                               state);
-                        backward_tile<Tile, false, true, true>(dk, dv, p[0], p[1], shared, args, block, warpgroup, tile,
-                                                               state);
+                        backward_tile<Tile, false, true, true>(dk, dv, p[1], p[0], v_rows, shared, args, block,
+                                                               warpgroup, tile, state);
+                        backward_tile<Tile, false, true, true>(dk, dv, p[0], p[1], v_rows, shared, args, block,
+                                                               warpgroup, tile, state);
                     }
-                    backward_tile<Tile, false, true, false>(dk, dv, p[1], p[0], shared, args, block, warpgroup, tile,
-                                                            state);
+                    backward_tile<Tile, false, true, false>(dk, dv, p[1], p[0], v_rows, shared, args, block, warpgroup,
+                                                            tile, state);
                 }
             }
         }

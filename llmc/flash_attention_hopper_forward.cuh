@@ -246,12 +246,6 @@ struct ForwardLoader {
 };
 
 // ---- score -------------------------------------------------------------------------------------
-// Where in a warpgroup's 64 rows of a TMA tile the 16 bytes lie whose address a lane gives to ldmatrix or stmatrix: of
-// its warp's 16 rows, columns 16 group to 16 group + 15, the matrices of a fragment of A.
-__device__ __forceinline__ uint32_t fragment_address(uint32_t tile, int warp, int lane, int group) {
-    const int row = 16 * warp + lane % 16, chunk = 2 * (group % 4) + lane / 16;
-    return tile + group / 4 * 64 * 128 + row * 128 + (chunk ^ (row % 8)) * 16;
-}
 // What a thread holds of its tile's queries: fragments of A, or nothing.
 template <int D, QueryOperand QUERIES>
 struct Queries {};
@@ -421,7 +415,7 @@ __device__ __forceinline__ void scale_rows(float (&out)[count], const float (&fa
 template <int D>
 __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& rows, float scale_log2, uint32_t staging,
                                             float* lse, int first_row, int Tq) {
-    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE % 4;
+    const int lane = threadIdx.x % WARP_SIZE;
     float inverse[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
@@ -443,7 +437,7 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
         for (int i = 0; i < 4; ++i) {
             fragment[i] = pack_bf16x2(out[8 * group + 2 * i], out[8 * group + 2 * i + 1]);
         }
-        stmatrix_x4(fragment_address(staging, warp, lane, group), fragment);
+        stmatrix_x4(fragment_address(staging, group), fragment);
     }
     fence_async_shared();
 }
@@ -523,7 +517,7 @@ struct ForwardConsumer {
             const uint32_t tile = shared_address(shared.q[q_state.stage][consumer]);
 #pragma unroll
             for (int step = 0; step < D / 16; ++step) {
-                ldmatrix_x4(queries.fragments[step], fragment_address(tile, threadIdx.x / WARP_SIZE % 4, lane, step));
+                ldmatrix_x4(queries.fragments[step], fragment_address(tile, step));
             }
         }
     }

@@ -360,6 +360,16 @@ __device__ __forceinline__ void stmatrix_x4_trans(uint32_t shared, const uint32_
                  : "memory");
 }
 
+// Where the 16 bytes lie whose address this lane gives to ldmatrix or stmatrix, of a warpgroup's 64 rows of a tile as
+// described above, beginning at `rows`: of its warp's 16 rows, columns 16 group to 16 group + 15, the matrices of a
+// fragment of A. TILE_ROWS: of the whole tile.
+template <int TILE_ROWS = 64>
+__device__ __forceinline__ uint32_t fragment_address(uint32_t rows, int group) {
+    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE % 4;
+    const int row = 16 * warp + lane % 16, chunk = 2 * (group % 4) + lane / 16;
+    return rows + group / 4 * (TILE_ROWS * 128) + row * 128 + (chunk ^ (row % 8)) * 16;
+}
+
 // ---- wgmma (9.7.15) ----------------------------------------------------------------------------
 // Matrix descriptors of a tile as described above. K-major: the contraction runs along the columns; the next 16 of it
 // are 32 bytes on, the next block of 64 columns one block. The operand's rows 64 further: 8192 bytes on.
@@ -408,7 +418,9 @@ __device__ __forceinline__ void wgmma_pin(uint32_t (&registers)[count]) {
 // wgmma<TRANS_A, TRANS_B>(d, a, b): d += A B, one step of 16 of the contraction, issued by a whole warpgroup, running
 // on until a wait. d: float[N / 2], whose size selects m64nNk16. a, b: descriptors, or a: uint32_t[4], then
 // wgmma<TRANS_B>. wgmma_zero: d = A B, the first step of a product; d's old values are not read, so it may be issued
-// while groups on other accumulators run.
+// while groups on other accumulators run. wgmma_anew, of descriptors: the same in the registers that d's old values
+// have, which must not be needed any more; ptxas plans others beside them for wgmma_zero, and serialises every wgmma
+// when those are too many.
 #define WGMMA_REGISTERS_0 "%0, %1, %2, %3, %4, %5, %6, %7"
 #define WGMMA_REGISTERS_1 WGMMA_REGISTERS_0 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_REGISTERS_2 WGMMA_REGISTERS_1 ", %16, %17, %18, %19, %20, %21, %22, %23"
@@ -470,6 +482,7 @@ __device__ __forceinline__ void wgmma_pin(uint32_t (&registers)[count]) {
 #define WGMMA_FUNCTIONS(N, LAST, P0, P1, P2, P3, P4, P5)                       \
     WGMMA_FUNCTIONS_SS(wgmma, N, LAST, WGMMA_ADD, "1", P0, P1, P2, P3)         \
     WGMMA_FUNCTIONS_SS(wgmma_zero, N, LAST, WGMMA_SET, "0", P0, P1, P2, P3)    \
+    WGMMA_FUNCTIONS_SS(wgmma_anew, N, LAST, WGMMA_ADD, "0", P0, P1, P2, P3)    \
     WGMMA_FUNCTIONS_RS(wgmma, N, LAST, WGMMA_ADD, "1", P0, P1, P2, P3, P4, P5) \
     WGMMA_FUNCTIONS_RS(wgmma_zero, N, LAST, WGMMA_SET, "0", P0, P1, P2, P3, P4, P5)
 WGMMA_FUNCTIONS(64, 3, "%32", "%33", "%34", "%35", "%36", "%37")

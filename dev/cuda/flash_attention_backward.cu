@@ -259,15 +259,16 @@ static void flash_attention_backward7(const AttentionBackwardOperands& x, const 
 }
 
 // ---- 8 and up: specialised warps (llmc/flash_attention_hopper_backward.cuh) --------------------
-template <DvStart DV_START, int TILES_A_TURN, BackwardBlocks blocks = BackwardBlocks::ONE_AN_ITEM,
+// V_STEPS: at D = 128.
+template <DvStart DV_START, int TILES_A_TURN, int V_STEPS = 0, BackwardBlocks blocks = BackwardBlocks::ONE_AN_ITEM,
           KeySums key_sums = KeySums::IN_A_BLOCK>
 static void flash_attention_backward_wgmma(const AttentionBackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
     auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(x, shape, blocks, key_sums, stream); };
     if (shape.D == 64) {
-        launch(HopperBackwardTile<64, false, DV_START, TILES_A_TURN>());
+        launch(HopperBackwardTile<64, false, DV_START, TILES_A_TURN, 0>());
     } else {
-        launch(HopperBackwardTile<128, false, DV_START, TILES_A_TURN>());
+        launch(HopperBackwardTile<128, false, DV_START, TILES_A_TURN, V_STEPS>());
     }
 }
 // dk and dv of every query head added in memory; dq and dk turned back where the positions allow it, else by a pass.
@@ -276,7 +277,7 @@ static void flash_attention_backward_in_memory(const AttentionBackwardOperands& 
     AttentionBackwardOperands operands = x;
     const bool fused = x.rotation == nullptr || rope_table_fits(x.rotation->positions);
     operands.rotation = fused ? x.rotation : nullptr;
-    flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, BackwardBlocks::ONE_AN_ITEM, KeySums::IN_MEMORY>(
+    flash_attention_backward_wgmma<DvStart::ROUNDED_AFTER_DS, 2, 5, BackwardBlocks::ONE_AN_ITEM, KeySums::IN_MEMORY>(
         operands, shape, stream);
     if (!fused) {
         turn_back_packed(x, shape, stream);
@@ -355,13 +356,19 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      {flash_attention_backward_wgmma<DvStart::AFTER_DS, 4>, hopper_scratch<>, false, true, 131072, true}},
     {12,
      "variant 10, one block an SM that takes items",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, BackwardBlocks::ONE_AN_SM>, hopper_scratch<>, false, true,
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, 0, BackwardBlocks::ONE_AN_SM>, hopper_scratch<>, false, true,
       131072, true}},
     {13,
-     "variant 10, an item of one query head adds its dk and dv in memory",
+     "variant 10, P rounded once dS is stored",
+     {flash_attention_backward_wgmma<DvStart::ROUNDED_AFTER_DS, 2>, hopper_scratch<>, false, true, 131072, true}},
+    {14,
+     "D = 128: five of eight steps of v from registers",
+     {flash_attention_backward_wgmma<DvStart::ROUNDED_AFTER_DS, 2, 5>, hopper_scratch<>, false, true, 131072, true}},
+    {15,
+     "variant 14, an item of one query head adds its dk and dv in memory",
      {flash_attention_backward_in_memory, hopper_scratch<KeySums::IN_MEMORY>, false, true, 131072, true, true, true,
       false, false}},
-    {14,
+    {16,
      "the same, turning dq and dk back",
      {flash_attention_backward_in_memory, hopper_scratch<KeySums::IN_MEMORY, true>, false, true, 131072, true, false,
       true, true}},
