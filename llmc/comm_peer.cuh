@@ -288,6 +288,7 @@ class PeerCopies {
         : memory_(memory),
           group_(std::move(group)),
           communicator_(communicator),
+          all_reach_(group_.size() > 1),
           ready_(group_.size()),
           done_(group_.size()) {
         for (int a = 0; a < group_.size(); ++a) {
@@ -408,7 +409,7 @@ class PeerCopies {
     }
 
     // Whether the communicator's ranks, two or more, all reach each other: the same answer on all of them.
-    bool all_reach() const { return all_reach_ && group_.size() > 1; }
+    bool all_reach() const { return all_reach_; }
 
     // Smaller messages are NCCL's: it takes as long for one as the counts alone would here.
     static constexpr size_t LEAST_BYTES = (size_t)64 << 10;
@@ -450,7 +451,7 @@ class PeerCopies {
     PeerMemory& memory_;
     HostGroup group_;
     int communicator_;
-    bool all_reach_ = true;
+    bool all_reach_;
     std::vector<Count> ready_, done_;  // of each rank: what this one has written there, and waits to read from it
     CudaEvent last_;                   // the end of the last call
 };
