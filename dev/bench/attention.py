@@ -109,7 +109,7 @@ class TorchPeer:
         return [event_ms(gradients) for _ in range(runs + 1)][1:]
 
 
-HOLD_CLOCKS = 2_000_000  # about 1 ms: Python's launches take that long
+HOLD_CLOCKS = 2_000_000  # about 1 ms: Python's launches take that long; attention_timing.cu holds it as long
 
 
 def event_ms(run):
