@@ -8,8 +8,10 @@
 #   scripts/gpu_check.sh --no_build   check the programs that are already built
 #   scripts/gpu_check.sh --part checks|sanitizer   only the checks, or only those under compute-sanitizer; the record keeps
 #                                     the other part's results while they are of the same sources
-#   scripts/gpu_check.sh --stale      exit 1 when the record lacks a part or is not of these sources (needs no GPU)
+#   scripts/gpu_check.sh --resume     leave out what has passed, by the record, while that is of the same sources
+#   scripts/gpu_check.sh --stale      exit 1 when the record lacks a check or is not of these sources (needs no GPU)
 #   scripts/gpu_check.sh --hash       print the hash of the sources
+# Ended by SIGTERM or SIGINT, it records what was over by then; --resume runs what is left.
 # BUILD and BIN say where the programs are, as for make: build/dev/* and ./test_gpt, ./train_gpt, ./train_gpt_cpu unless
 # set. JOBS: programs at a time.
 set -uo pipefail
@@ -28,10 +30,11 @@ source_hash() {
 recorded_hash() { sed -n 's/^kernel_sources: //p' "$record" 2>/dev/null; }
 recorded_results() { sed -n "s/^$1: //p" "$record" 2>/dev/null; }
 
-build=yes parts="checks sanitizer"
+build=yes parts="checks sanitizer" resume=no
 while [ $# -gt 0 ]; do
     case $1 in
     --no_build) build=no ;;
+    --resume) resume=yes ;;
     --part)
         case ${2:-} in
         checks | sanitizer) parts=$2 && shift ;;
@@ -46,6 +49,8 @@ while [ $# -gt 0 ]; do
         for part in checks sanitizer; do
             [ -n "$(recorded_results $part)" ] || { echo "stale: $record lacks the $part; $again --part $part"; exit 1; }
         done
+        left=$(grep -c '^[a-z]*: left' "$record")
+        [ "$left" -eq 0 ] || { echo "stale: of $record's checks $left are left; $again --resume"; exit 1; }
         echo "$record is of these kernel sources: $(tail -1 "$record")"
         exit 0
         ;;
@@ -79,7 +84,10 @@ queue=()  # names of this run's checks, in order
 run_check() {
     local name=$1 limit=$2 start=$SECONDS status counts result
     shift 2
-    timeout "$limit" "$@" >"$log/$name" 2>&1 </dev/null
+    timeout "$limit" "$@" >"$log/$name" 2>&1 </dev/null &
+    # shellcheck disable=SC2064
+    trap "kill $! 2>/dev/null; exit 143" TERM INT
+    wait $!
     status=$?
     counts="$(grep -c '^ok ' "$log/$name") ok, $(grep -c '^FAIL' "$log/$name") FAIL"
     ! grep -q '^skip ' "$log/$name" || counts+=", $(grep -c '^skip ' "$log/$name") skipped"
@@ -107,12 +115,25 @@ run_check() {
     } >"$log/$name.shown"
     cat "$log/$name.shown"
 }
+# Ends what runs; the script goes on, to record what is over.
+ended=no
+end_checks() {
+    ended=yes
+    # shellcheck disable=SC2046
+    [ -z "$(jobs -rp)" ] || kill $(jobs -rp) 2>/dev/null
+}
+trap end_checks TERM INT
 # start_check NAME SECONDS COMMAND...: runs it beside the others, at most $jobs at a time, on each GPU in turn.
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}"
 start_check() {
-    while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
-    CUDA_VISIBLE_DEVICES=${gpus[${#queue[@]} % ${#gpus[@]}]} run_check "$@" &
     queue+=("$1")
+    if [ $resume = yes ] && [ "$(recorded_hash)" = "$hash" ] && recorded_results "$part" | grep "^ok   $1:" >"$log/$1.result"; then
+        return
+    fi
+    echo "left $1: not run to its end" >"$log/$1.result"
+    while [ $ended = no ] && [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
+    [ $ended = no ] || return
+    CUDA_VISIBLE_DEVICES=${gpus[${#queue[@]} % ${#gpus[@]}]} run_check "$@" &
 }
 # Every program but those that only time something (NAME_timing).
 program_list() {
@@ -122,6 +143,7 @@ program_list() {
 }
 
 cores=$(nproc)
+hash=$(source_hash)
 declare -A results
 for part in $parts; do
     queue=()
@@ -167,8 +189,9 @@ for part in $parts; do
     done
 done
 
-# The record: the part that was not run now stays while it is of the same sources.
-hash=$(source_hash)
+# The record: the part that was not run now stays while it is of the same sources. One process at a time writes it.
+exec 9<scripts/gpu_check.sh
+flock 9
 text=""
 for part in checks sanitizer; do
     if [ -n "${results[$part]:-}" ]; then
@@ -179,12 +202,13 @@ for part in checks sanitizer; do
     fi
 done
 failed=$(grep -c '^[a-z]*: FAIL' <<<"$text")
+left=$(grep -c '^[a-z]*: left' <<<"$text")
 {
     echo "kernel_sources: $hash"
     echo "date: $(date -u +%Y-%m-%d)"
     echo "gpu: $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
     printf '%s' "$text"
-    echo "$(grep -c '^[a-z]*: ok' <<<"$text") passed, $failed failed"
+    echo "$(grep -c '^[a-z]*: ok' <<<"$text") passed, $failed failed$([ "$left" -eq 0 ] || echo ", $left left")"
 } >"$record.new" && mv "$record.new" "$record"
 cat "$record"
-[ "$failed" -eq 0 ]
+[ "$failed" -eq 0 ] && [ "$left" -eq 0 ]
