@@ -22,21 +22,25 @@
 //
 // Products of a query tile, a warpgroup, D = 128 (64 queries) and D = 64 (128 queries):
 //   S^T  = k q^T     m64n64, 8 steps    m64n128, 4    both in shared memory, contraction along the rows' columns
-//   dP^T = v dout^T  m64n64, 8          m64n128, 4    the same, but of D = 128 v of the first five steps in registers
+//   dP^T = v dout^T  m64n64, 8          m64n128, 5    the same, but of D = 128 v of the first five steps in registers,
+//                                                     and of D = 64 a step for delta
 //   dv  += P^T dout  m64n128, 4         m64n64, 8     P^T in registers, dout along its rows
 //   dk  += dS^T q    m64n128, 4         m64n64, 8     dS^T in registers, q along its rows
 //   dq   = dS k      m64n64, 8          m64n64, 8     warpgroup w: columns 64 w of 64 queries; queries 64 w of 128
 //
-// Bound: a query tile takes 2560 clocks of tensor cores and reads and writes 348 KB (D = 64: 352 KB) of shared memory,
-// which is 2784 (2816) clocks at 128 bytes a clock: about 92 (91) % of the tensor cores' rate at best. 10 Tq Tk D H
-// operations, half of them when causal. On top, two kernels bound by bandwidth: 14 D bytes a query row and head, or 10.
-// What lost: scores ahead in no tile; dq rounded in this kernel by idle warps; sequences or heads one after another, so
-// that dq's accumulator stays in the L2 cache; and whatever keeps more work before the tensor cores (all of P computed
-// before dP is waited for, dv or dk started earlier, the next scores before dq is stored, dq added from registers, a
-// barrier in two halves): dev/RESULTS.md, "The backward's order". Variants: dev/cuda/flash_attention_backward.cu.
+// Bound: a query tile takes 2560 clocks of tensor cores (D = 64: and 128 for delta, see DeltaTerm). It reads and writes
+// 348 KB (360 KB) of shared memory, and every warp reads lse and delta (lse alone) on top, which takes as long as 32
+// KB: 3040 (3136) clocks at 128 bytes a clock, about 84 (86) % of the tensor cores' rate at best. 10 Tq Tk D H
+// operations, half of them when causal. Two kernels beside it (flash_attention_hopper_backward_rows.cuh) are bound by
+// bandwidth: 14 D bytes a query row and head, or 10. What lost: scores ahead in no tile; dq rounded in this kernel by
+// idle warps; sequences or heads one after another, so that dq's accumulator stays in the L2 cache; and whatever keeps
+// more work before the tensor cores (all of P computed before dP is waited for, dv or dk started earlier, the next
+// scores before dq is stored, dq added from registers, a barrier in two halves): dev/RESULTS.md, "The backward's
+// order". Variants: dev/cuda/flash_attention_backward.cu.
 #pragma once
 #include <cmath>
 
+#include "flash_attention_hopper_backward_rows.cuh"
 #include "flash_attention_launch.cuh"
 #include "ptx_hopper.cuh"
 
@@ -104,8 +108,9 @@ struct KeyBlock {
 // shared memory a step. ptxas has R24 to R239 for what wgmma reads and writes, of which dk, dv, the scores and dP take
 // 192: five steps at most, and those only at D = 128 and ROUNDED_AFTER_DS, otherwise four, at D = 64 three.
 template <int D_, bool DETERMINISTIC_ = false,
-          DvStart DV_START_ = D_ == 128 && DETERMINISTIC_ ? DvStart::AFTER_DS : DvStart::ROUNDED_AFTER_DS,
-          int TILES_A_TURN_ = D_ == 64 && !DETERMINISTIC_ ? 4 : 2, int V_STEPS_ = D_ == 128 && !DETERMINISTIC_ ? 5 : 0>
+          DvStart DV_START_ = D_ == 128 && !DETERMINISTIC_ ? DvStart::ROUNDED_AFTER_DS : DvStart::AFTER_DS,
+          int TILES_A_TURN_ = D_ == 64 && !DETERMINISTIC_ ? 4 : 2, int V_STEPS_ = D_ == 128 && !DETERMINISTIC_ ? 5 : 0,
+          DeltaTerm DELTA_ = D_ == 64 && !DETERMINISTIC_ ? DeltaTerm::IN_PRODUCT : DeltaTerm::SUBTRACTED>
 struct HopperBackwardTile {
     static_assert(D_ == 64 || D_ == 128, "tiles are chosen for these head dims");
     static constexpr int D = D_;
@@ -114,6 +119,7 @@ struct HopperBackwardTile {
     static constexpr DvStart DV_START = DV_START_;
     static constexpr int TILES_A_TURN = TILES_A_TURN_;
     static constexpr int V_STEPS = V_STEPS_;
+    static constexpr DeltaTerm DELTA = DELTA_;
     static_assert(V_STEPS <= D / 16, "steps of a contraction");
     // Whether the scores ahead get dq's registers: see wgmma_anew. They then start only once dq is stored, so the wait
     // for the next tile's q and dout, which takes a while also when they are there, comes before.
@@ -135,30 +141,33 @@ struct HopperBackwardTile {
                   "registers");
     static constexpr int DQ_ELEMENTS = BLOCK_M * D / CONSUMERS;  // of a tile of dq, a warpgroup: 64 x 64
 
+    using Statistics = QueryStatistics<BLOCK_M, DELTA>;
+
     struct Shared {
+        // Not last: memcheck takes a product's read of delta, whose columns overlap, for one of twice as many bytes.
+        alignas(1024) Statistics statistics[STAGES];
         alignas(1024) bf16 k[BLOCK_N * D];
         alignas(1024) bf16 v[BLOCK_N * D];
         alignas(1024) bf16 q[STAGES][BLOCK_M * D];
         alignas(1024) bf16 dout[STAGES][BLOCK_M * D];
-        alignas(1024) bf16 ds[STAGES][BLOCK_M * BLOCK_N];   // [keys / 64][query][64 keys]
-        alignas(1024) float out[CONSUMERS][DQ_ELEMENTS];    // dq on its way to the accumulator, then dv, then dk
-        alignas(128) float statistics[STAGES][2][BLOCK_M];  // lse in powers of two, delta
-        KeyBlock block[2];                                  // of even and odd items; here because registers are short
-        uint64_t kv_full, kv_empty;                         // k, v and the item
-        uint64_t q_full[STAGES];                            // q and the statistics
+        alignas(1024) bf16 ds[STAGES][BLOCK_M * BLOCK_N];  // [keys / 64][query][64 keys]
+        alignas(1024) float out[CONSUMERS][DQ_ELEMENTS];   // dq on its way to the accumulator, then dv, then dk
+        KeyBlock block[2];                                 // of even and odd items; here because registers are short
+        uint64_t kv_full, kv_empty;                        // k, v and the item
+        uint64_t q_full[STAGES];                           // q and the statistics
         uint64_t dout_full[STAGES], dout_empty[STAGES];
     };
 };
 
 struct HopperBackwardArguments {
-    CUtensorMap q, dout;      // copies of BLOCK_M rows
-    CUtensorMap k, v;         // of BLOCK_N rows
-    CUtensorMap dk, dv;       // of 64 rows
-    const float* statistics;  // [B * H][query tiles][2][BLOCK_M], see hopper_backward_prepare_kernel
-    float* dq_accumulator;    // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_round_kernel
-    int* next_item;           // the first that no block has taken; see backward_load
-    int* dq_parts;            // [B * H][query tiles], what is in dq_accumulator: see DqParts; nullptr: DqStart::ZEROED
-    const float2* angles;     // rope_make_table's: dq and dk are turned back; nullptr: they are not
+    CUtensorMap q, dout;     // copies of BLOCK_M rows
+    CUtensorMap k, v;        // of BLOCK_N rows
+    CUtensorMap dk, dv;      // of 64 rows
+    const void* statistics;  // Tile::Statistics of [B * H][query tiles]
+    float* dq_accumulator;   // [B * H][query tiles][CONSUMERS][DQ_ELEMENTS], see hopper_backward_round_kernel
+    int* next_item;          // the first that no block has taken; see backward_load
+    int* dq_parts;           // [B * H][query tiles], what is in dq_accumulator: see DqParts; nullptr: DqStart::ZEROED
+    const float2* angles;    // rope_make_table's: dq and dk are turned back; nullptr: they are not
     int64_t Tq, Tk, key_offset;
     int H, heads_per_kv_head, heads_an_item, num_query_tiles, num_key_blocks, num_items, num_blocks;
     float scale, scale_log2;
@@ -179,125 +188,6 @@ __host__ __device__ __forceinline__ int first_tile_to_see(int first_key, int key
 // What dq_parts says of a query tile. Deterministic: how many blocks of keys have their part of its sum in memory.
 // Otherwise: nothing is there; a block has taken it on itself to store the first part; it is there, so others may add.
 enum DqParts { DQ_PARTS_NONE, DQ_PARTS_FIRST_TAKEN, DQ_PARTS_FIRST_STORED };
-
-// ---- before and after --------------------------------------------------------------------------
-constexpr int HOPPER_ROWS_THREADS = 256;
-
-// statistics (=) lse log2(e) and delta = rowsum(dout out) of every query tile; dq_parts (=) 0 or, where that is
-// nullptr, dq_accumulator (=) 0; next_item (=) first_free_item. A row that sees no key, and rows of the last tile that
-// do not exist, get lse +infinity, which makes their P zero, and the latter delta 0. Launch: 8 threads a row, flat grid
-// over the rows of all tiles. Bound: bandwidth, 4D bytes read and, of dq_accumulator, 4D written a row.
-template <int D, int BLOCK_M>
-__global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
-    hopper_backward_prepare_kernel(float* statistics, float* dq_accumulator, int* dq_parts, int* next_item,
-                                   int first_free_item, HeadView<const bf16> dout, HeadView<const bf16> out,
-                                   const float* lse, int64_t num_tile_rows, int64_t Tq, int64_t padded_Tq, int H) {
-    start_next_kernel();
-    const int64_t row = ((int64_t)blockIdx.x * HOPPER_ROWS_THREADS + threadIdx.x) / ATTENTION_DELTA_LANES;
-    const int lane = threadIdx.x % ATTENTION_DELTA_LANES;
-    const int64_t head = row / padded_Tq, t = row % padded_Tq;
-    const bool exists = row < num_tile_rows && t < Tq;
-    const bf16* dout_row = exists ? dout.row(head / H, t, head % H) : nullptr;
-    const bf16* out_row = exists ? out.row(head / H, t, head % H) : nullptr;
-    const float delta = attention_delta(dout_row, out_row, D);
-    if (row >= num_tile_rows) {
-        return;
-    }
-    if (row == 0 && lane == 0) {
-        *next_item = first_free_item;
-    }
-    if (dq_parts != nullptr && row % BLOCK_M == 0 && lane == 0) {
-        dq_parts[row / BLOCK_M] = 0;
-    }
-    if (lane == 0) {
-        const float row_lse = exists ? lse[head * Tq + t] : -INFINITY;
-        float* tile = statistics + row / BLOCK_M * (2 * BLOCK_M);
-        tile[row % BLOCK_M] = row_lse == -INFINITY ? INFINITY : row_lse * LOG2_E;
-        tile[BLOCK_M + row % BLOCK_M] = delta;
-    }
-    if (dq_parts == nullptr) {
-#pragma unroll
-        for (int d = lane * float4x::size; d < D; d += ATTENTION_DELTA_LANES * float4x::size) {
-            *reinterpret_cast<float4*>(dq_accumulator + row * D + d) = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-        }
-    }
-}
-
-// Heads a block of the rounding kernel: those that turn read their angles once.
-template <bool TURNS_BACK>
-constexpr int HOPPER_ROUND_HEADS = TURNS_BACK ? 4 : 1;
-__device__ __forceinline__ void store_8_columns(bf16* to, const float (&values)[8]) {
-    bf16x8 pack;
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-        pack[e] = __float2bfloat16(values[e]);
-    }
-    store128(to, pack);
-}
-__device__ __forceinline__ void store_8_columns(float* to, const float (&values)[8]) {
-    reinterpret_cast<float4*>(to)[0] = make_float4(values[0], values[1], values[2], values[3]);
-    reinterpret_cast<float4*>(to)[1] = make_float4(values[4], values[5], values[6], values[7]);
-}
-// rows (=) factor * accumulator, of H heads of T rows; TURNS_BACK: turned back by the rows' angles, from
-// rope_make_table. Element: bf16 or float. A warpgroup's 64 x 64 part of a tile is in the order of its registers:
-// float4 i (of 8) of thread t is float4 128 i + t: columns 8 i + 2 (t % 4) and the next of row 16 (t / 32) + t % 32 /
-// 4, then of the row 8 further down. Parts of a tile are its halves of columns (D = 128) or of rows (D = 64). Launch: a
-// block a tile, of several heads that turn by the same angles; a thread reads the eight float4 that hold 8 columns of
-// the first half of such two rows and the same of the second half, with which they turn. Bound: bandwidth, 4D bytes a
-// row read and D elements written.
-template <int D, int TILE_ROWS, bool TURNS_BACK, class Element>
-__global__ void __launch_bounds__(HOPPER_ROWS_THREADS)
-    hopper_backward_round_kernel(HeadView<Element> rows, const float* accumulator, const float2* angles, int64_t T,
-                                 int num_tiles, int H, float factor) {
-    constexpr int VECTORS = D / 16, PART_FLOAT4 = 64 * 64 / 4;  // 8 columns each, of half a row
-    constexpr int HEADS = HOPPER_ROUND_HEADS<TURNS_BACK>;
-    static_assert(TILE_ROWS * D == 32 * HOPPER_ROWS_THREADS, "two rows of 16 columns a thread");
-    const int group = blockIdx.x / num_tiles, num_groups = (H + HEADS - 1) / HEADS;
-    const int tile = blockIdx.x - group * num_tiles, b = group / num_groups;
-    const int first_head = (group - b * num_groups) * HEADS, end_head = min(first_head + HEADS, H);
-    const int i = threadIdx.x % VECTORS, quad = threadIdx.x / VECTORS % 32;
-    const int first_part = D == 128 ? 0 : threadIdx.x / (32 * VECTORS);  // D = 128: the halves of a row are two parts
-    const int64_t row = (int64_t)tile * TILE_ROWS + 64 * first_part + quad / 8 * 16 + quad % 8;
-    RopeFragmentAngles angle[4];
-    wait_for_kernel_before();
-    if constexpr (TURNS_BACK) {
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-            angle[t] = rope_fragment_angles<D>(angles, row / ROPE_TILE_ROWS, quad % 8, 8 * i + 2 * t);
-        }
-    }
-    for (int head = first_head; head < end_head; ++head) {
-        const float* part = accumulator + (((int64_t)b * H + head) * num_tiles + tile) * (TILE_ROWS * D);
-        const float4* low =
-            reinterpret_cast<const float4*>(part) + first_part * PART_FLOAT4 + i * WARPGROUP_SIZE + quad * 4;
-        const float4* high = low + (D == 128 ? PART_FLOAT4 : VECTORS * WARPGROUP_SIZE);
-        float out[2][2][8];  // of the upper and the lower row, low and high columns
-#pragma unroll
-        for (int t = 0; t < 4; ++t) {
-            const float4 lows = __ldcs(low + t), highs = __ldcs(high + t);
-            float turned[2][2][2] = {{{lows.x, lows.y}, {highs.x, highs.y}},
-                                     {{lows.z, lows.w}, {highs.z, highs.w}}};  // [row][half][column]
-            if constexpr (TURNS_BACK) {
-#pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    rope_turn_back(turned[e / 2][0][e % 2], turned[e / 2][1][e % 2], angle[t].row[e / 2][e % 2]);
-                }
-            }
-#pragma unroll
-            for (int e = 0; e < 8; ++e) {
-                out[e / 4][e / 2 % 2][2 * t + e % 2] = factor * turned[e / 4][e / 2 % 2][e % 2];
-            }
-        }
-#pragma unroll
-        for (int lower = 0; lower < 2; ++lower) {
-            if (row + 8 * lower < T) {
-                Element* const to = rows.row(b, row + 8 * lower, head) + 8 * i;
-                store_8_columns(to, out[lower][0]);
-                store_8_columns(to + D / 2, out[lower][1]);
-            }
-        }
-    }
-}
 
 // ---- backward ----------------------------------------------------------------------------------
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)  // device code below: sm_90a alone
@@ -358,8 +248,9 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
                 mbarrier_arrive_expect(q_full, TILE_BYTES + STATISTICS_BYTES);
                 tma_load(shared_address(shared.q[stage]), &args.q, row, h, block.b, q_full);
                 const int64_t query_tile = ((int64_t)block.b * args.H + h) * args.num_query_tiles + tile;
-                bulk_load(shared_address(shared.statistics[stage]), args.statistics + query_tile * (2 * Tile::BLOCK_M),
-                          STATISTICS_BYTES, q_full);
+                bulk_load(shared_address(&shared.statistics[stage]),
+                          static_cast<const typename Tile::Statistics*>(args.statistics) + query_tile, STATISTICS_BYTES,
+                          q_full);
                 const uint32_t dout_full = shared_address(&shared.dout_full[stage]);
                 mbarrier_wait(shared_address(&shared.dout_empty[stage]), state.parity ^ 1);
                 mbarrier_arrive_expect(dout_full, TILE_BYTES);
@@ -547,17 +438,38 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
     }
 }
 
-// s (=) a b^T, started: 64 rows of a [BLOCK_N][D] tile, BLOCK_M rows of the other. ANEW: see wgmma_anew.
-template <class Tile, bool ANEW = false>
-__device__ __forceinline__ void start_scores(float (&s)[Tile::BLOCK_M / 2], uint32_t a, uint32_t b) {
+// A warpgroup's 64 rows of v as the A operand of a product's first STEPS steps.
+template <int STEPS>
+struct RowFragments {
+    uint32_t step[std::max(STEPS, 1)][4];  // of STEPS = 0 untouched
+};
+// rows (=) those of a [BLOCK_N][D] tile; a: the first.
+template <class Tile, int STEPS>
+__device__ __forceinline__ void load_rows(RowFragments<STEPS>& rows, uint32_t a) {
+#pragma unroll
+    for (int step = 0; step < STEPS; ++step) {
+        ldmatrix_x4(rows.step[step], fragment_address<Tile::BLOCK_N>(a, step));
+    }
+}
+// What a product's first step does with its accumulators: see wgmma_zero, wgmma_anew and wgmma.
+enum class FirstStep { ZERO, ANEW, ADD };
+// s (=, with ADD +=) a b^T, started: 64 rows of a [BLOCK_N][D] tile, of the first STEPS steps in registers, and BLOCK_M
+// rows of the other.
+template <class Tile, FirstStep FIRST, int STEPS>
+__device__ __forceinline__ void start_scores(float (&s)[Tile::BLOCK_M / 2], const RowFragments<STEPS>& rows, uint32_t a,
+                                             uint32_t b) {
+    static_assert(STEPS == 0 || FIRST != FirstStep::ANEW, "wgmma_anew takes both operands from shared memory");
     const uint64_t a_start = wgmma_descriptor_k_major(a), b_start = wgmma_descriptor_k_major(b);
 #pragma unroll
     for (int step = 0; step < Tile::D / 16; ++step) {
         const uint64_t a_step = wgmma_advance(a_start, step / 4 * (Tile::BLOCK_N * 128) + step % 4 * 32);
         const uint64_t b_step = wgmma_advance(b_start, step / 4 * (Tile::BLOCK_M * 128) + step % 4 * 32);
-        if (step > 0) {
+        const bool adds = step > 0 || FIRST == FirstStep::ADD;
+        if (step < STEPS) {
+            adds ? wgmma<0>(s, rows.step[step], b_step) : wgmma_zero<0>(s, rows.step[step], b_step);
+        } else if (adds) {
             wgmma<0, 0>(s, a_step, b_step);
-        } else if constexpr (ANEW) {
+        } else if (FIRST == FirstStep::ANEW) {
             wgmma_anew<0, 0>(s, a_step, b_step);
         } else {
             wgmma_zero<0, 0>(s, a_step, b_step);
@@ -565,42 +477,28 @@ __device__ __forceinline__ void start_scores(float (&s)[Tile::BLOCK_M / 2], uint
     }
     wgmma_commit();
 }
-// A warpgroup's 64 rows of v as the A operand of a product's first STEPS steps.
-template <int STEPS>
-struct RowFragments {
-    uint32_t step[STEPS][4];
-};
-template <>
-struct RowFragments<0> {};
-// rows (=) those of a [BLOCK_N][D] tile; a: the first.
-template <class Tile, int STEPS>
-__device__ __forceinline__ void load_rows(RowFragments<STEPS>& rows, uint32_t a) {
-    if constexpr (STEPS > 0) {
-#pragma unroll
-        for (int step = 0; step < STEPS; ++step) {
-            ldmatrix_x4(rows.step[step], fragment_address<Tile::BLOCK_N>(a, step));
-        }
-    }
+// dp (=) -delta in every row, part of the product that follows: a step whose A is ones in columns 0 to 2 and zeros in 3
+// to 15, and whose B is the three summands of each query's.
+template <class Tile>
+__device__ __forceinline__ void start_at_minus_delta(float (&dp)[Tile::BLOCK_M / 2],
+                                                     const typename Tile::Statistics& statistics) {
+    const uint32_t lane = opaque((uint32_t)threadIdx.x) % 4;  // opaque: not kept in registers from tile to tile
+    const uint32_t ones = lane == 0 ? 0x3f803f80u : lane == 1 ? 0x00003f80u : 0u;
+    const uint32_t a[4] = {ones, ones, 0, 0};
+    wgmma_zero<0>(dp, a, wgmma_descriptor_8_columns(shared_address(statistics.delta)));
 }
-// s (=) a b^T, started, the first steps' part of a in registers.
-template <class Tile, int STEPS>
-__device__ __forceinline__ void start_scores(float (&s)[Tile::BLOCK_M / 2], const RowFragments<STEPS>& rows, uint32_t a,
-                                             uint32_t b) {
-    if constexpr (STEPS == 0) {
-        start_scores<Tile>(s, a, b);
+// dp (=) v dout^T, of DeltaTerm::IN_PRODUCT minus delta, started: this warpgroup's keys and a query tile. v, dout: the
+// tiles.
+template <class Tile>
+__device__ __forceinline__ void start_dp(float (&dp)[Tile::BLOCK_M / 2], const RowFragments<Tile::V_STEPS>& v_rows,
+                                         uint32_t v, uint32_t dout, const typename Tile::Statistics& statistics,
+                                         int warpgroup) {
+    const uint32_t v_part = v + warpgroup * (64 * 128);
+    if constexpr (Tile::DELTA == DeltaTerm::IN_PRODUCT) {
+        start_at_minus_delta<Tile>(dp, statistics);
+        start_scores<Tile, FirstStep::ADD>(dp, v_rows, v_part, dout);
     } else {
-        const uint64_t a_start = wgmma_descriptor_k_major(a), b_start = wgmma_descriptor_k_major(b);
-        wgmma_zero<0>(s, rows.step[0], b_start);
-#pragma unroll
-        for (int step = 1; step < Tile::D / 16; ++step) {
-            const uint64_t b_step = wgmma_advance(b_start, step / 4 * (Tile::BLOCK_M * 128) + step % 4 * 32);
-            if (step < STEPS) {
-                wgmma<0>(s, rows.step[step], b_step);
-            } else {
-                wgmma<0, 0>(s, wgmma_advance(a_start, step / 4 * (Tile::BLOCK_N * 128) + step % 4 * 32), b_step);
-            }
-        }
-        wgmma_commit();
+        start_scores<Tile, FirstStep::ZERO>(dp, v_rows, v_part, dout);
     }
 }
 // sum (+=) p tile, started: P^T or dS^T of 64 keys and BLOCK_M queries in registers, a [BLOCK_M][D] tile.
@@ -691,6 +589,14 @@ __device__ __forceinline__ void differentiate(float (&dp)[COUNT], const float (&
         dp[4 * j + 3] = p[4 * j + 3] * (dp[4 * j + 3] - pair.y);
     }
 }
+// dp (=) dS^T, delta being subtracted already.
+template <int COUNT>
+__device__ __forceinline__ void differentiate(float (&dp)[COUNT], const float (&p)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) {
+        dp[i] *= p[i];
+    }
+}
 // An accumulator, rounded, as the A operand of a product that contracts its columns.
 template <int COUNT>
 __device__ __forceinline__ void round_to_operand(uint32_t (&operand)[COUNT / 8][4], const float (&values)[COUNT]) {
@@ -778,11 +684,11 @@ __device__ __forceinline__ void give_to_writer(int warpgroup, Fill fill) {
 }
 
 // scores (=) those of the tile in that stage, whose q has come, of this warpgroup's keys, started. k: opaque.
-template <class Tile, bool ANEW>
+template <class Tile, FirstStep FIRST>
 __device__ __forceinline__ void start_scores_of(float (&scores)[Tile::BLOCK_M / 2], typename Tile::Shared& shared,
                                                 uint32_t k, int warpgroup, int stage) {
     wgmma_fence();
-    start_scores<Tile, ANEW>(scores, k + warpgroup * (64 * 128), shared_address(shared.q[stage]));
+    start_scores<Tile, FIRST>(scores, RowFragments<0>(), k + warpgroup * (64 * 128), shared_address(shared.q[stage]));
 }
 
 // One query tile of a consumer warpgroup. p: the tile's scores, which STARTED says are being computed already; next:
@@ -807,25 +713,25 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
 
     if (!STARTED) {
         wait_for_q();
-        start_scores_of<Tile, false>(p, shared, k, warpgroup, stage);
+        start_scores_of<Tile, FirstStep::ZERO>(p, shared, k, warpgroup, stage);
     }
-    float2 lse[BLOCK_M / 8], delta[BLOCK_M / 8];
+    float2 lse[BLOCK_M / 8];
     if constexpr (!Tile::LSE_LATE) {
-        read_statistics(lse, shared.statistics[stage][0]);
+        read_statistics(lse, shared.statistics[stage].lse);
     }
     float dp[BLOCK_M / 2];
     if (!STARTED || !Tile::NEXT_IN_DQ) {
         wait_for_dout();
     }
     wgmma_fence();
-    start_scores<Tile>(dp, v_rows, v + warpgroup * (64 * 128), dout);
+    start_dp<Tile>(dp, v_rows, v, dout, shared.statistics[stage], warpgroup);
     wgmma_wait<1>();  // the scores
     wgmma_pin(p);
     if (MASKED) {
         mask_key_rows<Tile>(p, args, block.first_key + 64 * warpgroup, tile * BLOCK_M);
     }
     if constexpr (Tile::LSE_LATE) {
-        read_statistics(lse, shared.statistics[stage][0]);
+        read_statistics(lse, shared.statistics[stage].lse);
     }
     exponentiate(p, lse, args.scale_log2);
     uint32_t p_operand[BLOCK_M / 16][4], ds_operand[BLOCK_M / 16][4];
@@ -840,8 +746,13 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
         wgmma_wait<0>();
     }
     wgmma_pin(dp);
-    read_statistics(delta, shared.statistics[stage][1]);
-    differentiate(dp, p, delta);
+    if constexpr (Tile::DELTA == DeltaTerm::IN_PRODUCT) {
+        differentiate(dp, p);
+    } else {
+        float2 delta[BLOCK_M / 8];
+        read_statistics(delta, shared.statistics[stage].delta);
+        differentiate(dp, p, delta);
+    }
     round_to_operand(ds_operand, dp);
     store_transposed<Tile>(ds, ds_operand, warpgroup);
     if (Tile::DV_START == DvStart::ROUNDED_AFTER_DS) {
@@ -879,7 +790,8 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
         } else {
             wait_for_q();
         }
-        start_scores_of<Tile, Tile::NEXT_IN_DQ>(next, shared, k, warpgroup, state.stage);
+        constexpr FirstStep FIRST = Tile::NEXT_IN_DQ ? FirstStep::ANEW : FirstStep::ZERO;
+        start_scores_of<Tile, FIRST>(next, shared, k, warpgroup, state.stage);
         wgmma_wait<1>();  // dk
     } else {
         wgmma_wait<0>();

@@ -385,6 +385,12 @@ __device__ __forceinline__ uint64_t wgmma_descriptor_mn_major(uint32_t shared, u
     return WGMMA_SWIZZLE_128B | EIGHT_ROWS << 32 | (uint64_t)(block_bytes >> 4) << 16 |
            (uint64_t)((shared & 0x3ffff) >> 4);
 }
+// K-major, of rows of 8 columns, 16 bytes one after another, unswizzled. A step takes 16 columns: 8 to 15 are 0 to 7
+// once more, no bytes further on.
+__device__ __forceinline__ uint64_t wgmma_descriptor_8_columns(uint32_t shared) {
+    constexpr uint64_t EIGHT_ROWS = 128 / 16;
+    return EIGHT_ROWS << 32 | (uint64_t)((shared & 0x3ffff) >> 4);
+}
 // The descriptor num_bytes further on.
 __device__ __forceinline__ uint64_t wgmma_advance(uint64_t descriptor, uint32_t num_bytes) {
     return descriptor + (num_bytes >> 4);

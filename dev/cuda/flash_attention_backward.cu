@@ -172,22 +172,23 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
                                        sizeof(shared.q[0]) + sizeof(shared.dout[0]) + sizeof(shared.statistics[0]));
                 tma_load(q, &args.q, tile * BLOCK_M, h, block.b, full);
                 tma_load(dout, &args.dout, tile * BLOCK_M, h, block.b, full);
-                bulk_load(shared_address(shared.statistics[0]), args.statistics + (first_tile + tile) * (2 * BLOCK_M),
+                bulk_load(shared_address(&shared.statistics[0]),
+                          static_cast<const typename Tile::Statistics*>(args.statistics) + first_tile + tile,
                           sizeof(shared.statistics[0]), full);
             }
             mbarrier_wait(full, parity);
             parity ^= 1;
             float p[BLOCK_M / 2], dp[BLOCK_M / 2];
             wgmma_fence();
-            start_scores<Tile>(p, k + warpgroup * (64 * 128), q);
-            start_scores<Tile>(dp, v + warpgroup * (64 * 128), dout);
+            start_scores<Tile, FirstStep::ZERO>(p, RowFragments<0>(), k + warpgroup * (64 * 128), q);
+            start_scores<Tile, FirstStep::ZERO>(dp, RowFragments<0>(), v + warpgroup * (64 * 128), dout);
             wgmma_wait<0>();
             wgmma_pin(p);
             wgmma_pin(dp);
             mask_key_rows<Tile>(p, args, block.first_key + 64 * warpgroup, tile * BLOCK_M);
             float2 lse[BLOCK_M / 8], delta[BLOCK_M / 8];
-            read_statistics(lse, shared.statistics[0][0]);
-            read_statistics(delta, shared.statistics[0][1]);
+            read_statistics(lse, shared.statistics[0].lse);
+            read_statistics(delta, shared.statistics[0].delta);
             exponentiate(p, lse, args.scale_log2);
             differentiate(dp, p, delta);
             uint32_t operand[BLOCK_M / 16][4];
@@ -240,7 +241,7 @@ __global__ void __launch_bounds__(Tile::CONSUMERS* WARPGROUP_SIZE, 1)
 }
 template <int D>
 static void launch_kernel7(const AttentionBackwardOperands& x, const AttentionShape& shape, cudaStream_t stream) {
-    using Tile = HopperBackwardTile<D>;
+    using Tile = HopperBackwardTile<D, false, DvStart::AFTER_DS, 1, 0, DeltaTerm::SUBTRACTED>;
     const HopperBackwardArguments args =
         hopper_begin_backward<Tile>(x, shape, BackwardBlocks::ONE_AN_ITEM, KeySums::IN_A_BLOCK, stream);
     // Every part of dq is added here.
@@ -260,15 +261,16 @@ static void flash_attention_backward7(const AttentionBackwardOperands& x, const 
 
 // ---- 8 and up: specialised warps (llmc/flash_attention_hopper_backward.cuh) --------------------
 // V_STEPS: at D = 128.
-template <DvStart DV_START, int TILES_A_TURN, int V_STEPS = 0, BackwardBlocks blocks = BackwardBlocks::ONE_AN_ITEM,
-          KeySums key_sums = KeySums::IN_A_BLOCK>
+template <DvStart DV_START, int TILES_A_TURN, int V_STEPS = 0, BackwardBlocks blocks = BackwardBlocks::ONE_AN_ITEM>
 static void flash_attention_backward_wgmma(const AttentionBackwardOperands& x, const AttentionShape& shape,
                                            cudaStream_t stream) {
-    auto launch = [&](auto tile) { hopper_launch_backward<decltype(tile)>(x, shape, blocks, key_sums, stream); };
+    auto launch = [&](auto tile) {
+        hopper_launch_backward<decltype(tile)>(x, shape, blocks, KeySums::IN_A_BLOCK, stream);
+    };
     if (shape.D == 64) {
-        launch(HopperBackwardTile<64, false, DV_START, TILES_A_TURN, 0>());
+        launch(HopperBackwardTile<64, false, DV_START, TILES_A_TURN, 0, DeltaTerm::SUBTRACTED>());
     } else {
-        launch(HopperBackwardTile<128, false, DV_START, TILES_A_TURN, V_STEPS>());
+        launch(HopperBackwardTile<128, false, DV_START, TILES_A_TURN, V_STEPS, DeltaTerm::SUBTRACTED>());
     }
 }
 // dk and dv of every query head added in memory; dq and dk turned back where the positions allow it, else by a pass.
@@ -277,8 +279,11 @@ static void flash_attention_backward_in_memory(const AttentionBackwardOperands& 
     AttentionBackwardOperands operands = x;
     const bool fused = x.rotation == nullptr || rope_table_fits(x.rotation->positions);
     operands.rotation = fused ? x.rotation : nullptr;
-    flash_attention_backward_wgmma<DvStart::ROUNDED_AFTER_DS, 2, 5, BackwardBlocks::ONE_AN_ITEM, KeySums::IN_MEMORY>(
-        operands, shape, stream);
+    auto launch = [&](auto tile) {
+        hopper_launch_backward<decltype(tile)>(operands, shape, BackwardBlocks::ONE_AN_ITEM, KeySums::IN_MEMORY,
+                                               stream);
+    };
+    shape.D == 64 ? launch(HopperBackwardTile<64>()) : launch(HopperBackwardTile<128>());
     if (!fused) {
         turn_back_packed(x, shape, stream);
     }
@@ -365,7 +370,7 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
      "D = 128: five of eight steps of v from registers",
      {flash_attention_backward_wgmma<DvStart::ROUNDED_AFTER_DS, 2, 5>, hopper_scratch<>, false, true, 131072, true}},
     {15,
-     "variant 14, an item of one query head adds its dk and dv in memory",
+     "what ships, an item of one query head adding its dk and dv in memory",
      {flash_attention_backward_in_memory, hopper_scratch<KeySums::IN_MEMORY>, false, true, 131072, true, true, true,
       false, false}},
     {16,
@@ -374,7 +379,7 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
       true, true}},
 #endif
     {20,
-     "what this GPU gets (llmc/flash_attention.cuh)",
+     "what this GPU gets (llmc/flash_attention.cuh); Hopper: 14, at D = 64 variant 11 with delta in dP's product",
      {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072, false, true, true}},
     {21,
      "the same, deterministic",
