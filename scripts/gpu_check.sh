@@ -29,6 +29,8 @@ source_hash() {
 }
 recorded_hash() { sed -n 's/^kernel_sources: //p' "$record" 2>/dev/null; }
 recorded_results() { sed -n "s/^$1: //p" "$record" 2>/dev/null; }
+# count_results ok|FAIL|left: of the record, or what is to become one, on standard input.
+count_results() { grep -c "^[a-z]*: $1"; }
 
 build=yes parts="checks sanitizer" resume=no
 while [ $# -gt 0 ]; do
@@ -49,7 +51,7 @@ while [ $# -gt 0 ]; do
         for part in checks sanitizer; do
             [ -n "$(recorded_results $part)" ] || { echo "stale: $record lacks the $part; $again --part $part"; exit 1; }
         done
-        left=$(grep -c '^[a-z]*: left' "$record")
+        left=$(count_results left <"$record")
         [ "$left" -eq 0 ] || { echo "stale: of $record's checks $left are left; $again --resume"; exit 1; }
         echo "$record is of these kernel sources: $(tail -1 "$record")"
         exit 0
@@ -127,7 +129,7 @@ trap end_checks TERM INT
 IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES:-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}"
 start_check() {
     queue+=("$1")
-    if [ $resume = yes ] && [ "$(recorded_hash)" = "$hash" ] && recorded_results "$part" | grep "^ok   $1:" >"$log/$1.result"; then
+    if [ $resume = yes ] && recorded_results "$part" | grep "^ok   $1:" >"$log/$1.result"; then
         return
     fi
     echo "left $1: not run to its end" >"$log/$1.result"
@@ -144,6 +146,7 @@ program_list() {
 
 cores=$(nproc)
 hash=$(source_hash)
+[ "$(recorded_hash)" = "$hash" ] || resume=no
 declare -A results
 for part in $parts; do
     queue=()
@@ -201,14 +204,13 @@ for part in checks sanitizer; do
         text=${text%.}
     fi
 done
-failed=$(grep -c '^[a-z]*: FAIL' <<<"$text")
-left=$(grep -c '^[a-z]*: left' <<<"$text")
+failed=$(count_results FAIL <<<"$text") left=$(count_results left <<<"$text")
 {
     echo "kernel_sources: $hash"
     echo "date: $(date -u +%Y-%m-%d)"
     echo "gpu: $(nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -1)"
     printf '%s' "$text"
-    echo "$(grep -c '^[a-z]*: ok' <<<"$text") passed, $failed failed$([ "$left" -eq 0 ] || echo ", $left left")"
+    echo "$(count_results ok <<<"$text") passed, $failed failed$([ "$left" -eq 0 ] || echo ", $left left")"
 } >"$record.new" && mv "$record.new" "$record"
 cat "$record"
 [ "$failed" -eq 0 ] && [ "$left" -eq 0 ]
