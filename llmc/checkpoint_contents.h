@@ -26,6 +26,7 @@ struct TrainingState {
     int64_t skipped_in_a_row = 0;            // of those, the last ones without an applied update between
     std::string data;                        // data_identity of what was trained on; empty: not known
     std::optional<AttentionMode> attention;  // of the checkpoint's last step; no value: not known, or it has none
+    std::optional<uint64_t> shuffle_seed;    // that its data came in the order of; no value: not known
 };
 
 namespace checkpoint {
@@ -126,6 +127,9 @@ inline TrainingState parse_state(std::string_view text, const std::string& path)
     state.skipped = object.integer("skipped", 0, state.step);
     state.skipped_in_a_row = object.integer("skipped_in_a_row", 0, state.skipped);
     state.data = object.text_or("", "data");
+    if (object.has("shuffle_seed")) {
+        state.shuffle_seed = (uint64_t)object.integer("shuffle_seed", 0, INT64_MAX);
+    }
     return state;
 }
 

@@ -222,9 +222,13 @@ inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
         }
         if (is_whole(folder) && ++num_kept > keep) {
             const std::string partial = output_dir + "/" + PARTIAL + folder_name(step);
-            rename_folder(folder, partial);  // never half a checkpoint under its name
-            if (!remove_if_possible(partial) && is_whole(partial)) {
-                rename_folder(partial, folder);
+            try {
+                rename_folder(folder, partial);  // never half a checkpoint under its name
+                if (!remove_if_possible(partial) && is_whole(partial)) {
+                    rename_folder(partial, folder);
+                }
+            } catch (const Error& error) {
+                std::fprintf(stderr, "%s; it stays\n", error.what());
             }
         }
     }

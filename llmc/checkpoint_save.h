@@ -130,7 +130,7 @@ inline int64_t max_positions_of(const RunConfig& config, const ModelConfig& m) {
 // A tokenizer_config.json that lets texts be as long as the model was trained on: as it is where it does, or where it
 // says nothing of the kind.
 inline std::string with_max_length(const std::string& text, int64_t max_positions) {
-    Json json = Json::parse(text, nullptr, false);
+    Json json = is_shallow_json(text) ? Json::parse(text, nullptr, false) : Json();
     const char* const key = "model_max_length";
     if (!json.is_object() || !json.contains(key) || !json[key].is_number_integer() ||
         json[key].get<double>() >= (double)max_positions) {
@@ -166,6 +166,12 @@ inline Companions read_companions(const std::string& source, const RunConfig& co
         }
     }
     return companions;
+}
+// Whether their tokenizer, if they have one, takes bytes as they are.
+inline bool reads_bytes(const Companions& companions) {
+    const auto found = companions.files.find("tokenizer.json");
+    return found == companions.files.end() || found->second == byte_tokenizer_json(true).dump(1) + "\n" ||
+           found->second == byte_tokenizer_json(false).dump(1) + "\n";
 }
 inline void write_companions(PartialFolder& folder, const Companions& companions, const RunConfig& config,
                              const ModelConfig& m, bool weights_bf16) {
@@ -293,8 +299,10 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
         partial.emplace(partial_path);
         return "";
     };
+    const bool has_earlier = ranks.is_first() && !checkpoint::list(output_dir).empty();
     const char* const advice =
-        "; earlier checkpoints are as they were: with room to write, --resume goes on from the newest";
+        has_earlier ? "; earlier checkpoints are as they were: with room to write, --resume goes on from the newest"
+                    : "; there is no earlier checkpoint";
     try {
         ranks.first_decides(make_folder, "a new checkpoint");
         if (!ranks.is_first()) {
@@ -304,17 +312,21 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
         const checkpoint::OptimizerFiles optimizer(model, weights_bf16, optimizer_shard_bytes, ranks);
         // '+' and the files that this rank has written, or '-' and what went wrong.
         std::string outcome;
-        try {
-            if (ranks.is_first()) {
-                checkpoint::write_companions(*partial, companions != nullptr ? *companions : *companions_now, config,
-                                             model.config(), weights_bf16);
-                checkpoint::write_weights(*partial, model, weights_bf16);
+        const auto write = [&] {
+            try {
+                model.enter_thread();
+                if (ranks.is_first()) {
+                    checkpoint::write_companions(*partial, companions != nullptr ? *companions : *companions_now,
+                                                 config, model.config(), weights_bf16);
+                    checkpoint::write_weights(*partial, model, weights_bf16);
+                }
+                optimizer.write(*partial, model);
+                outcome = "+" + checkpoint::manifest_text(partial->files());
+            } catch (const Error& what) {
+                outcome = std::string("-") + what.what();
             }
-            optimizer.write(*partial, model);
-            outcome = "+" + checkpoint::manifest_text(partial->files());
-        } catch (const Error& what) {
-            outcome = std::string("-") + what.what();
-        }
+        };
+        ranks.at_length(write, durable_bytes, "writing of the checkpoint");
         for (const std::string& of_rank : ranks.world().gather_texts(outcome, "end of the checkpoint")) {
             CHECK(of_rank[0] == '+', "%s", of_rank.c_str() + 1);
             for (const auto& [file, digest] : checkpoint::parse_manifest(of_rank.substr(1), partial_path)) {

@@ -21,7 +21,7 @@ inline int number_of(const char* variable, const char* otherwise) {
 // How many ranks a launcher says that it started, as it says it; nullptr where it names none or this one alone.
 inline const char* several_ranks(const char* variable) {
     const char* const size = std::getenv(variable);
-    return size == nullptr || std::string(size) == "1" ? nullptr : size;
+    return size == nullptr || *size == '\0' || std::string(size) == "1" ? nullptr : size;
 }
 }  // namespace launch
 
@@ -36,7 +36,14 @@ inline std::unique_ptr<HostComm> open_host_comm(double timeout_seconds) {
     }
 #ifdef LLMC_MPI
     if (started_by_mpi()) {
-        return std::make_unique<MpiComm>(timeout_seconds);
+        auto comm = std::make_unique<MpiComm>(timeout_seconds);
+        const char* const size = launch::several_ranks("PMI_SIZE");
+        CHECK(
+            comm->size() > 1 || size == nullptr,
+            "started by the mpiexec of another MPI as one of %s ranks, so each would train alone: start them with the "
+            "mpirun of the MPI that this program was built with",
+            size);
+        return comm;
     }
 #else
     const char* const mpi_size = launch::several_ranks("OMPI_COMM_WORLD_SIZE");
@@ -46,6 +53,13 @@ inline std::unique_ptr<HostComm> open_host_comm(double timeout_seconds) {
         "libopenmpi-dev) and build again, or start the ranks with LLMC_RENDEZVOUS set (see llmc/comm_tcp.h)",
         mpi_size);
 #endif
+    for (const char* variable : {"PMI_SIZE", "LLMC_WORLD_SIZE"}) {
+        const char* const size = launch::several_ranks(variable);
+        CHECK(size == nullptr,
+              "started as one of %s ranks (%s) that this program cannot join: set LLMC_RENDEZVOUS too (see "
+              "llmc/comm_tcp.h)",
+              size, variable);
+    }
     const char* const step_size = launch::several_ranks("SLURM_STEP_NUM_TASKS");  // of srun, not of a batch script
     CHECK(step_size == nullptr,
           "started by srun as one of %s ranks that do not know of each other, so each would train alone: start them "

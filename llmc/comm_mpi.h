@@ -41,12 +41,15 @@ class MpiComm : public HostComm {
     void exchange(const std::vector<HostSend>& sends, const std::vector<HostReceive>& receives,
                   const std::string& operation) override {
         std::vector<MPI_Request> requests;
-        std::vector<int> peers;                                               // of the requests
+        std::vector<int> peers;     // of the requests
+        std::vector<int> expected;  // bytes to receive; -1: a send
+        bool receives_now = true;
         const auto in_pieces = [&](int peer, size_t num_bytes, auto start) {  // MPI counts in int
             constexpr size_t PIECE = (size_t)1 << 30;
             for (size_t at = 0; at < num_bytes; at += PIECE) {
                 requests.push_back(MPI_REQUEST_NULL);
                 peers.push_back(peer);
+                expected.push_back(receives_now ? (int)std::min(PIECE, num_bytes - at) : -1);
                 start(at, (int)std::min(PIECE, num_bytes - at), &requests.back());
             }
         };
@@ -58,6 +61,7 @@ class MpiComm : public HostComm {
                 });
             }
         }
+        receives_now = false;
         for (const HostSend& s : sends) {
             if (s.peer != rank()) {
                 in_pieces(s.peer, s.num_bytes, [&](size_t at, int count, MPI_Request* request) {
@@ -67,7 +71,7 @@ class MpiComm : public HostComm {
             }
         }
         exchange_with_self(sends, receives, operation);
-        wait(requests, peers, operation);
+        wait(requests, peers, expected, operation);
     }
 
   private:
@@ -90,16 +94,25 @@ class MpiComm : public HostComm {
 
     // Done, or throws when nothing at all was completed for the time-out. Polls at once at first, then with rests that
     // leave the processor to ranks that share it.
-    void wait(std::vector<MPI_Request>& requests, const std::vector<int>& peers, const std::string& operation) {
+    void wait(std::vector<MPI_Request>& requests, const std::vector<int>& peers, const std::vector<int>& expected,
+              const std::string& operation) {
         using Clock = std::chrono::steady_clock;
         Clock::time_point progress = Clock::now();
         size_t num_done = 0;
         std::vector<int> completed(requests.size());
+        std::vector<MPI_Status> statuses(requests.size());
         for (int polls = 0; num_done < requests.size(); ++polls) {
             int count = 0;
-            MPI_CHECK(
-                MPI_Testsome((int)requests.size(), requests.data(), &count, completed.data(), MPI_STATUSES_IGNORE));
+            MPI_CHECK(MPI_Testsome((int)requests.size(), requests.data(), &count, completed.data(), statuses.data()));
             if (count > 0 && count != MPI_UNDEFINED) {
+                for (int i = 0; i < count; ++i) {
+                    int num_bytes = -1;
+                    const int r = completed[i];
+                    CHECK(expected[r] < 0 || (MPI_Get_count(&statuses[i], MPI_BYTE, &num_bytes) == MPI_SUCCESS &&
+                                              num_bytes == expected[r]),
+                          "%s: rank %d (%s) sends %d bytes where %d are expected", identity().where(operation).c_str(),
+                          peers[r], identity().host_of(peers[r]).c_str(), num_bytes, expected[r]);
+                }
                 num_done += count;
                 progress = Clock::now();
                 polls = 0;

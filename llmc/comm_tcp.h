@@ -91,7 +91,12 @@ inline Socket try_connect(const TcpAddress& to) {
     Socket connection(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
     const bool connected = connection >= 0 && connect(connection, found->ai_addr, found->ai_addrlen) == 0;
     freeaddrinfo(found);
-    return connected ? std::move(connection) : Socket();
+    sockaddr_in own{}, peer{};  // with nobody there, a free port of this machine may be taken that is the one asked for
+    socklen_t own_size = sizeof own, peer_size = sizeof peer;
+    const bool to_itself = connected && getsockname(connection, reinterpret_cast<sockaddr*>(&own), &own_size) == 0 &&
+                           getpeername(connection, reinterpret_cast<sockaddr*>(&peer), &peer_size) == 0 &&
+                           own.sin_port == peer.sin_port && own.sin_addr.s_addr == peer.sin_addr.s_addr;
+    return connected && !to_itself ? std::move(connection) : Socket();
 }
 
 // The other end of a connection, as "10.0.0.7".
@@ -266,7 +271,7 @@ class TcpComm : public HostComm {
         uint64_t magic = 0x6c6c6d632d746370;  // "llmc-tcp"
         int32_t size = 0, rank = 0;
         uint32_t port = 0;  // where it listens
-        char host[64] = {};
+        char host[256] = {};
     };
     static constexpr size_t HOST_WIDTH = sizeof(Hello::host);
 

@@ -47,6 +47,9 @@ class Xxh3Stream {
     uint64_t num_bytes_ = 0;
 };
 
+// Bytes that this process has written into durable files: how long work goes on.
+inline std::atomic<uint64_t> durable_bytes{0};
+
 // A new file that is written from its beginning to its end. Whatever fails throws Error with the path and the reason.
 class DurableFile {
   public:
@@ -70,7 +73,7 @@ class DurableFile {
             const ssize_t written = ::write(file_, next, left < MAX_CALL ? left : MAX_CALL);
             check(written > 0 || (written < 0 && errno == EINTR));
             const uint64_t advance = written > 0 ? (uint64_t)written : 0;
-            next += advance, left -= advance;
+            next += advance, left -= advance, durable_bytes += advance;
         }
         hash_.update(data, num_bytes);
     }

@@ -220,6 +220,7 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
         std::error_code error;
         CHECK(std::filesystem::exists(path, error) || error, "--resume: --output_dir %s holds no run: there is no %s",
               output_dir->back().c_str(), path.c_str());
+        CHECK(std::filesystem::is_regular_file(path, error), "%s: is no file", path.c_str());
         saved = layer_from_file(settings, path);
     }
 
@@ -229,7 +230,7 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
     auto apply = [&](const Setting& s) {
         for (const SettingsLayer* layer : {&command_line, &file, &saved}) {
             const auto found = layer->values.find(s.name);
-            if (found == layer->values.end() || (layer == &file && shape_is_typed && s.group == model.group)) {
+            if (found == layer->values.end() || (layer != &command_line && shape_is_typed && s.group == model.group)) {
                 continue;
             }
             if (layer != &saved) {

@@ -14,24 +14,50 @@
 using Json = nlohmann::ordered_json;  // to write: keys stay in the order they are written
 using JsonValue = nlohmann::json;     // to read: finds a key among many fast
 
-// A name out of a file as messages show it: without line ends or other control characters, at most 80 characters.
+// A name out of a file as messages show it: without line ends or other control characters, at most 80 bytes.
 inline std::string printable(std::string_view text) {
     std::string shown;
     for (const char c : text.substr(0, 80)) {
-        shown += (unsigned char)c < 0x20 || c == 0x7f ? '?' : c;
+        const bool is_c1 = !shown.empty() && shown.back() == '\xc2' && (unsigned char)c < 0xa0;  // U+0080 to U+009F
+        if (is_c1) {
+            shown.back() = '?';
+        } else {
+            shown += (unsigned char)c < 0x20 || c == 0x7f ? '?' : c;
+        }
     }
     return text.size() > 80 ? shown + "..." : shown;
+}
+
+constexpr int JSON_MAX_DEPTH = 32;  // deeper than any format here nests values
+
+// Whether brackets outside of strings nest no deeper than that: what reads JSON goes as deep on the stack.
+inline bool is_shallow_json(std::string_view text) {
+    int depth = 0;
+    bool in_string = false;
+    for (size_t i = 0; i < text.size(); ++i) {
+        const char c = text[i];
+        if (in_string) {
+            i += c == '\\';
+            in_string = c != '"';
+        } else {
+            in_string = c == '"';
+            depth += c == '[' || c == '{' ? 1 : c == ']' || c == '}' ? -1 : 0;
+            if (depth > JSON_MAX_DEPTH) {
+                return false;
+            }
+        }
+    }
+    return true;
 }
 
 // Throws Error, naming `source`, for text that is not JSON, gives a name twice in one object, or nests values deeper
 // than any format here does.
 inline JsonValue parse_json(std::string_view text, const std::string& source) {
-    constexpr int MAX_DEPTH = 32;
     std::vector<std::set<std::string>> names;  // of the objects that are open
     const auto check_event = [&](int depth, JsonValue::parse_event_t event, JsonValue& value) {
         using Event = JsonValue::parse_event_t;
         if (event == Event::object_start || event == Event::array_start) {
-            CHECK(depth < MAX_DEPTH, "%s: its JSON nests deeper than %d levels", source.c_str(), MAX_DEPTH);
+            CHECK(depth < JSON_MAX_DEPTH, "%s: its JSON nests deeper than %d levels", source.c_str(), JSON_MAX_DEPTH);
         }
         if (event == Event::object_start) {
             names.emplace_back();

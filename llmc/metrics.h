@@ -12,6 +12,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "durable_file.h"
 #include "json.h"
 
 // ---- metrics.jsonl ------------------------------------------------------------------------------
@@ -66,10 +67,10 @@ class MetricsLog {
         std::error_code error;
         const std::string real_path = std::filesystem::canonical(path_, error).string(), kept_path = real_path + ".new";
         CHECK(!error, "%s: cannot find: %s", path_.c_str(), error.message().c_str());
-        std::ofstream kept(kept_path, std::ios::binary | std::ios::trunc);
-        CHECK(kept.good(), "%s: cannot write: %s", kept_path.c_str(), std::strerror(errno));
+        std::remove(kept_path.c_str());  // of a run that was killed here
+        DurableFile kept(kept_path);
         for (std::string line; std::getline(old, line);) {
-            const Json object = Json::parse(line, nullptr, false);
+            const Json object = is_shallow_json(line) ? Json::parse(line, nullptr, false) : Json();
             const bool whole = object.is_object() && object.contains("step") && object["step"].is_number_integer();
             if (!whole) {
                 continue;
@@ -77,15 +78,16 @@ class MetricsLog {
             const int64_t step = object["step"].get<int64_t>();
             const Json event = object.value("event", Json());  // of any type, in lines that are not ours
             if (step <= (event == "attention_switch" ? last_step - 1 : last_step)) {
-                kept << line << '\n';
+                line += '\n';
+                kept.write(line.data(), line.size());
                 if (step == last_step && event.is_string()) {
                     events_at_start_.insert(event.get<std::string>());
                 }
             }
         }
-        kept.close();
-        CHECK(!old.bad() && kept.good() && std::rename(kept_path.c_str(), real_path.c_str()) == 0,
-              "%s: cannot write: %s", kept_path.c_str(), std::strerror(errno));
+        kept.finish();
+        CHECK(!old.bad() && std::rename(kept_path.c_str(), real_path.c_str()) == 0, "%s: cannot write: %s",
+              kept_path.c_str(), std::strerror(errno));
     }
 
     std::string path_;

@@ -43,6 +43,7 @@ class GpuModel : public TrainableModel {
     // What next_token_logits takes: what fits on this rank alone.
     int64_t max_sequence_length() const override { return settings_.local_seq_len(); }
     double peak_memory_gib() const override { return plan_.num_bytes() / BYTES_PER_GIB; }
+    void enter_thread() override { CUDA_CHECK(cudaSetDevice(device_)); }
     const MemoryPlan& memory_plan() const { return plan_; }
     // Micro-batches so far whose launches were replayed.
     int64_t num_graph_replays() const {
@@ -145,6 +146,7 @@ class GpuModel : public TrainableModel {
 
     ModelConfig config_;
     GpuModelSettings settings_;
+    int device_ = 0;  // the GPU that all of this is on
     ParameterTable table_;
     ParameterLayout layout_;
     RopeFrequencies rope_;
@@ -185,6 +187,7 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
       comms_(comms) {
     CHECK((settings.mesh.size() > 1) == (comms != nullptr), "a model on %d ranks: communicators are %s",
           settings.mesh.size(), comms == nullptr ? "missing" : "for several");
+    CUDA_CHECK(cudaGetDevice(&device_));
     plan_buffers(plan_, buffers_, config_, layout_, settings_);
     size_t free_bytes, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));

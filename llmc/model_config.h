@@ -90,8 +90,9 @@ inline void validate(const ModelConfig& m) {
              nearest);
     }
     CHECK(std::isfinite(m.rope_theta) && m.rope_theta > 1.0, "--rope_theta %g: must be greater than 1", m.rope_theta);
-    CHECK(std::isfinite(m.norm_eps) && m.norm_eps > 0, "--norm_eps %g: must be positive", m.norm_eps);
-    CHECK(std::isfinite(m.init_std) && m.init_std > 0, "--init_std %g: must be positive", m.init_std);
+    CHECK((float)m.norm_eps > 0.0f && m.norm_eps <= 1.0, "--norm_eps %g: must be from 1e-45 to 1", m.norm_eps);
+    CHECK((float)m.init_std > 0.0f && std::isfinite((float)m.init_std), "--init_std %g: must be from 1e-45 to 3e38",
+          m.init_std);
     const RopeScaling& s = m.rope_scaling;
     CHECK(std::isfinite(s.factor) && s.factor >= 1.0, "--rope_scaling_factor %g: must be at least 1 (1: off)",
           s.factor);

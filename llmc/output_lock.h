@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <string>
 #include <sys/file.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include "check.h"
@@ -20,6 +21,8 @@ class OutputLock {
     // place.
     explicit OutputLock(const std::string& output_dir, int (*lock)(int, int) = flock) {
         const std::string path = output_dir + "/.lock";
+        CHECK(stat(output_dir.c_str(), &folder_) == 0, "--output_dir %s: cannot look there: %s", output_dir.c_str(),
+              std::strerror(errno));
         // For writing: network file systems ask for it. Not for programs that this one may start.
         file_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
         CHECK(file_ >= 0, "--output_dir %s: cannot open %s: %s", output_dir.c_str(), path.c_str(),
@@ -52,10 +55,16 @@ class OutputLock {
     OutputLock(const OutputLock&) = delete;
     OutputLock& operator=(const OutputLock&) = delete;
 
+    // Whether the folder of that name is still the one that was locked.
+    bool is_of(const std::string& output_dir) const {
+        struct stat now;
+        return stat(output_dir.c_str(), &now) == 0 && now.st_dev == folder_.st_dev && now.st_ino == folder_.st_ino;
+    }
     // A sentence for the user when there is no lock after all; empty when there is.
     const std::string& warning() const { return warning_; }
 
   private:
     int file_;
+    struct stat folder_;
     std::string warning_;
 };

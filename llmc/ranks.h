@@ -67,6 +67,30 @@ class RunRanks {
         } while (outcome == still_deciding);
         return answer_of(outcome);
     }
+    // What each rank does by itself, and some for longer than the time-out of the others: `work` runs beside this
+    // thread, which alone may send, and all wait for each other as long as what any of them counts in `progress` grows.
+    void at_length(const std::function<void()>& work, const std::atomic<uint64_t>& progress,
+                   const std::string& operation) const {
+        if (size() == 1) {
+            return work();
+        }
+        using Clock = std::chrono::steady_clock;
+        std::future<void> done = std::async(std::launch::async, work);
+        const double timeout = world_.comm().identity().timeout_seconds;
+        const std::chrono::duration<double> interval(std::min(60.0, 0.25 * timeout));
+        constexpr uint64_t READY = UINT64_MAX;
+        std::vector<uint64_t> all(size());
+        Clock::time_point grown = Clock::now();
+        while (std::count(all.begin(), all.end(), READY) < size()) {
+            const std::vector<uint64_t> before = all;
+            const uint64_t own = done.wait_for(interval) == std::future_status::ready ? READY : progress.load();
+            world_.all_gather(all.data(), &own, sizeof own, operation);
+            grown = all != before ? Clock::now() : grown;
+            CHECK(std::chrono::duration<double>(Clock::now() - grown).count() < timeout,
+                  "%s: no progress for %g s (--comm_timeout)", operation.c_str(), timeout);
+        }
+        done.get();
+    }
     // Throws Error on all ranks when they differ in what must be equal everywhere.
     void check_equal(const std::string& text, const char* what) const {
         CHECK(size() == 1 || world_.all_equal(text, std::string("comparison of ") + what),

@@ -30,6 +30,7 @@ void parse(const Words& words, Integer& value) {
     errno = 0;
     const long long parsed = std::strtoll(word.c_str(), nullptr, 10);
     value = (Integer)parsed;
+    CHECK(std::is_signed_v<Integer> || errno == 0, "a whole number up to 2^63 - 1");
     CHECK(errno == 0 && (long long)value == parsed, "a whole number that fits %zu bits", 8 * sizeof(Integer));
 }
 inline void parse(const Words& words, double& value) {

@@ -76,7 +76,8 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("attention", c.attention, "lighthouse: arXiv:2605.06554, for the first stage of training");
     add("lighthouse_levels", c.lighthouse.levels, "levels of the pyramid, tokens included");
     add("lighthouse_pool", c.lighthouse.pool, "entries pooled into one of the next level; a power of two");
-    add("lighthouse_topk", c.lighthouse.topk, "entries a level hands down in the whole sequence; a multiple of 128");
+    add("lighthouse_topk", c.lighthouse.topk,
+        "entries a level hands down; a multiple of 128, for W ranks a sequence of 256 W");
     add("lighthouse_scorer", c.lighthouse.scorer, "what ranks the entries");
     add("lighthouse_dilation", c.lighthouse.dilation, "of the dilated scorer, tokens");
     add("lighthouse_dense_layers", c.lighthouse.dense_layers,

@@ -93,7 +93,11 @@ inline size_t utf8_length(const std::string& text, size_t at) {
             return 0;
         }
     }
-    return length;
+    // Written longer than it is, half of a surrogate pair, or beyond U+10FFFF.
+    const unsigned char second = length > 2 ? text[at + 1] : 0;
+    const bool in_disguise = (first == 0xe0 && second < 0xa0) || (first == 0xed && second > 0x9f) ||
+                             (first == 0xf0 && second < 0x90) || (first == 0xf4 && second > 0x8f);
+    return in_disguise ? 0 : length;
 }
 
 // `text` with its control characters, other than line ends and tabs, and what is not UTF-8 written as \x1b: a sample

@@ -276,7 +276,9 @@ inline RunData open_data(const RunConfig& c) {
         const std::shared_ptr<const TokenStream> stream = open_stream("--train_data", c.train_data);
         const int64_t N = stream->num_tokens(), border = split ? N - (int64_t)(c.val_fraction * (double)N) : N;
         if (c.max_steps > 0) {
-            data.train.emplace(stream, 0, border, c.seq_len, c.shuffle_seed, "--train_data");
+            data.train.emplace(
+                stream, 0, border, c.seq_len, c.shuffle_seed,
+                split ? format_string("--train_data less --val_fraction %g", c.val_fraction) : "--train_data");
         }
         if (split) {
             data.validation.emplace(stream, border, N, c.seq_len, std::nullopt,

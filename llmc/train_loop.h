@@ -102,10 +102,19 @@ class TrainingRun {
             print_warning(config_, sentence);
         }
     }
-    // Into metrics.jsonl, which rank 0 writes.
+    // Into metrics.jsonl, which rank 0 writes. Where that cannot be, the disk may yet have room for a checkpoint.
     void log(const char* event, const Json& fields) {
-        if (metrics_) {
+        if (!metrics_) {
+            return;
+        }
+        try {
             metrics_->write(event, state_.step, fields);
+        } catch (const Error&) {
+            metrics_.reset();
+            if (ranks_.size() == 1 && state_.step > first_step_) {
+                save();
+            }
+            throw;
         }
     }
 
@@ -162,6 +171,14 @@ class TrainingRun {
                               config_.checkpoint.c_str(), terminal_safe(state_.data).c_str(), now.c_str()));
         }
         state_.data = now;
+        if (state_.shuffle_seed && *state_.shuffle_seed != config_.shuffle_seed) {
+            warn(
+                format_string("--shuffle_seed %llu: %s was trained with %llu: the order of sequences is another from "
+                              "here on, and some may come again",
+                              (unsigned long long)config_.shuffle_seed, config_.checkpoint.c_str(),
+                              (unsigned long long)*state_.shuffle_seed));
+        }
+        state_.shuffle_seed = config_.shuffle_seed;
     }
 
     // Normal random numbers that depend on seed, tensor and element alone; norms are 1.
@@ -258,6 +275,12 @@ class TrainingRun {
         // Now: a file that cannot be read is not to be found out by the first checkpoint.
         companions_ = checkpoint::read_companions(checkpoint::companion_source(config_.checkpoint, config_.output_dir),
                                                   config_, model_.config(), data_.train->stream().is_bytes());
+        if (data_.train->stream().is_bytes() && !checkpoint::reads_bytes(*companions_)) {
+            warn(
+                format_string("%s has a tokenizer of its own, but --train_data are raw text: its bytes are taken as "
+                              "token numbers, which mean something else there (dev/data/prepare.py makes shards)",
+                              config_.checkpoint.c_str()));
+        }
         if (config_.output_dir.empty()) {
             config_.output_dir = make_output_dir();
         } else {
@@ -303,12 +326,16 @@ class TrainingRun {
             const int missing = metrics_ && !metrics_->had_at_start(event);  // rank 0 knows
             return (ranks_.size() == 1 ? missing : ranks_.largest(missing, "whether metrics lack an event")) != 0;
         };
+        const AttentionMode next = attention_;  // what is due was due under the attention of the step before
+        attention_ = config_.attention_at(state_.step - 1);
         if (is_due(config_.eval_every) && is_missing("validation")) {
             evaluate();
         }
         if (is_due(config_.sample_every) && is_missing("sample")) {
             sample();
         }
+        attention_ = next;
+        model_.set_attention(attention_);
     }
 
     // ---- one step
@@ -571,9 +598,18 @@ class TrainingRun {
     // Prints and logs a continuation of --sample_prompt. Samples run under dense attention, which takes any length, on
     // rank 0 alone.
     void sample() {
-        if (config_.sample_tokens == 0 || !ranks_.is_first()) {
+        if (config_.sample_tokens == 0) {
             return;
         }
+        const auto work = [&] {
+            if (ranks_.is_first()) {
+                model_.enter_thread();
+                print_sample();
+            }
+        };
+        ranks_.at_length(work, num_sampled_, "a sample");
+    }
+    void print_sample() {
         const Clock::time_point start = Clock::now();
         model_.set_attention(AttentionMode::dense);
         std::vector<int32_t> tokens = prompt_;
@@ -591,6 +627,7 @@ class TrainingRun {
                 break;
             }
             tokens.push_back(*token);
+            ++num_sampled_;
             ended = tokenizer_->ends_text(*token);
         }
         model_.set_attention(attention_);
@@ -611,6 +648,11 @@ class TrainingRun {
             return;
         }
         const Clock::time_point start = Clock::now();
+        const auto hold = [&]() -> std::string {
+            hold_output_folder();
+            return "";
+        };
+        ranks_.first_decides(hold, "look at the output folder");
         const bool weights_bf16 =
             config_.save_dtype == SaveDtype::bf16 || (config_.save_dtype == SaveDtype::automatic && device_.is_gpu);
         checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
@@ -622,7 +664,24 @@ class TrainingRun {
         log("checkpoint", {{"path", checkpoint_}, {"seconds", seconds_since(start)}});
     }
 
-    // The checkpoint has made the folder again where someone had removed or moved it; --resume needs more than that.
+    // Where someone has removed or moved the folder, the one of its name, which is made again, is locked like the
+    // first; unless it is another run's, whose checkpoints must not be pruned. Rank 0 alone calls it.
+    void hold_output_folder() {
+        const std::string& folder = config_.output_dir;
+        if (!output_lock_ || output_lock_->is_of(folder)) {
+            return;
+        }
+        std::error_code error;
+        std::filesystem::create_directories(folder, error);
+        CHECK(!error, "--output_dir %s: cannot make this folder: %s", folder.c_str(), error.message().c_str());
+        output_lock_.reset(), config_.output_lock.reset();  // of the folder that is gone
+        output_lock_ = lock_output(config_);
+        CHECK(!holds_a_run(folder),
+              "--output_dir %s has been removed or moved, and is another run's folder now: this run's next checkpoint "
+              "has no place",
+              folder.c_str());
+    }
+    // The checkpoint is in a folder that had to be made again: --resume needs more than that.
     void restore_output_folder() {
         std::error_code error;
         if (!metrics_ || std::filesystem::exists(saved_settings_path(config_.output_dir), error) || error) {
@@ -734,6 +793,7 @@ class TrainingRun {
     TrainingState state_;                               // what a checkpoint restores, beside the model's
     AttentionMode attention_ = AttentionMode::dense;    // of the next step
     std::vector<int32_t> tokens_;                       // [B, T + 1], the batch at hand
+    std::atomic<uint64_t> num_sampled_{0};              // tokens of all samples: how long one goes on
     int64_t position_ahead_ = -1;                       // of the training sequences in it, if the next step's
     std::optional<checkpoint::Companions> companions_;  // rank 0's, of all checkpoints
     std::string checkpoint_;                            // the newest this run has written

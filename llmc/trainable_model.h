@@ -120,4 +120,6 @@ class TrainableModel {
     virtual void read_gradient(int tensor, float* out) = 0;
 
     virtual double peak_memory_gib() const = 0;  // in use by the model on its device
+    // By a thread other than the one that made the model, before it calls anything else of it.
+    virtual void enter_thread() {}
 };

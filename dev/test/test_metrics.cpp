@@ -1,12 +1,14 @@
-// test_metrics.cpp: metrics.jsonl (resume drops what will be written again, failed writes are errors) and the step's
-// line.
+// test_metrics.cpp: metrics.jsonl (resume drops what will be written again, failed writes are errors), the step's line
+// and the progress bar.
 #include <gtest/gtest.h>
 
 #include <cmath>
 #include <csignal>
 #include <cstdlib>
+#include <fcntl.h>
 #include <sstream>
 #include <sys/resource.h>
+#include <termios.h>
 
 #include "llmc/metrics.h"
 
@@ -22,6 +24,31 @@ std::string read_all(const std::string& path) {
     std::ostringstream text;
     text << std::ifstream(path, std::ios::binary).rdbuf();
     return text.str();
+}
+
+// What `say` leaves on standard output when that is a terminal.
+template <class Say>
+std::string on_a_terminal(Say say) {
+    const int reader = posix_openpt(O_RDWR | O_NOCTTY);
+    EXPECT_TRUE(reader >= 0 && grantpt(reader) == 0 && unlockpt(reader) == 0) << std::strerror(errno);
+    const int terminal = open(ptsname(reader), O_RDWR | O_NOCTTY), before = dup(STDOUT_FILENO);
+    termios settings = {};
+    EXPECT_EQ(tcgetattr(terminal, &settings), 0);
+    cfmakeraw(&settings);  // line ends as they are written
+    EXPECT_EQ(tcsetattr(terminal, TCSANOW, &settings), 0);
+    std::fflush(stdout);
+    dup2(terminal, STDOUT_FILENO);
+    say();
+    std::fflush(stdout);
+    dup2(before, STDOUT_FILENO);
+    close(before), close(terminal);  // reading ends, with an error, where nobody can write any more
+    std::string text;
+    char piece[1024];
+    for (ssize_t num_bytes; (num_bytes = read(reader, piece, sizeof piece)) > 0;) {
+        text.append(piece, (size_t)num_bytes);
+    }
+    close(reader);
+    return text;
 }
 
 }  // namespace
@@ -56,7 +83,11 @@ TEST(MetricsLog, ResumeDropsLaterStepsAndCutLines) {
             log.write("step", step, {{"loss", step}});
         }
     }
-    std::ofstream(path, std::ios::app) << "{\"event\":\"step\",\"st";
+    // Nested deeper than any stack is, and cut off.
+    std::ofstream(path, std::ios::app) << "{\"step\":1,\"event\":" << std::string(300000, '[') << "\n"
+                                       << "{\"step\":1,\"event\":" << std::string(300000, '[')
+                                       << std::string(300000, ']') << "}\n"
+                                       << "{\"event\":\"step\",\"st";
     MetricsLog log(path, 3);
     log.write("step", 4, {{"loss", 40}});
     std::istringstream lines(read_all(path));
@@ -152,4 +183,53 @@ TEST(StepLine, Durations) {
     EXPECT_EQ(format_duration(3600), "1:00:00");
     EXPECT_EQ(format_duration(-5), "0:00");
     EXPECT_EQ(format_duration(std::nan("")), "0:00");
+}
+
+TEST(StepLine, Json) {
+    StepMetrics m;
+    m.step = 7, m.max_steps = 400, m.loss = 2.5, m.grad_norm = 1.25, m.learning_rate = 3e-3, m.elapsed_ms = 310.0;
+    m.tokens_per_second = 6605, m.memory_gib = 0.5, m.seconds_left = 3723;
+    Json expected = {{"loss", 2.5},           {"grad_norm", 1.25},           {"learning_rate", 3e-3},
+                     {"elapsed_ms", 310.0},   {"tokens_per_second", 6605.0}, {"memory_gib", 0.5},
+                     {"seconds_left", 3723.0}};
+    EXPECT_EQ(step_json(m), expected) << "the step is added by MetricsLog";
+    m.mfu = 0.25, m.mfu_dense_equivalent = 0.75;
+    expected["mfu"] = 0.25, expected["mfu_dense_equivalent"] = 0.75;
+    EXPECT_EQ(step_json(m), expected);
+}
+
+TEST(ProgressBar, IsBelowTheLinesOfATerminalAndGoneAtTheEnd) {
+    const auto say = [](bool plain, bool silent) {
+        Terminal terminal(plain, silent);
+        terminal.print("start");
+        terminal.progress(5, 20, 61.0);
+        terminal.print("step  5");
+        terminal.progress(10, 20, 40.0);
+        terminal.print("step 10\nvalidation");
+        terminal.end_progress();
+        terminal.print("end");
+    };
+    const std::string erase = "\r\033[K";  // to column 0, erase the line
+    EXPECT_EQ(on_a_terminal([&] { say(false, false); }),
+              "start\nstep  5\n"
+              "[##########..............................]  25 %, 1:01 left" +
+                  erase +
+                  "step 10\nvalidation\n"
+                  "[####################....................]  50 %, 0:40 left" +
+                  erase + "end\n");
+    const std::string lines = "start\nstep  5\nstep 10\nvalidation\nend\n";
+    EXPECT_EQ(on_a_terminal([&] { say(true, false); }), lines) << "--plain";
+    EXPECT_EQ(on_a_terminal([&] { say(false, true); }), "") << "another process speaks";
+    testing::internal::CaptureStdout();
+    say(false, false);
+    EXPECT_EQ(testing::internal::GetCapturedStdout(), lines) << "a file is no terminal";
+}
+
+TEST(ProgressBar, IsErasedWhenAnErrorEndsTheRun) {
+    const std::string text = on_a_terminal([] {
+        Terminal terminal(false);
+        terminal.progress(20, 20, 0.0);
+        terminal.print("step");
+    });
+    EXPECT_EQ(text, "step\n[########################################] 100 %, 0:00 left\r\033[K");
 }

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <fstream>
 
+#include "llmc/json.h"
 #include "llmc/tokenizer.h"
 
 namespace {
@@ -69,4 +70,8 @@ TEST_F(TokenizerTest, TextCannotCommandTheTerminal) {
                             "\xe2\x82\xac\xe2\x82\xf0\x9f\x98\x80\xc0\xaf\xc2"),
               "\\xc2\\x9b2J\\x9b\xe2\x82\xac\\xe2\\x82\xf0\x9f\x98\x80\\xc0\\xaf\\xc2")
         << "controls of two bytes, and bytes that are no character";
+    EXPECT_EQ(terminal_safe("\xe0\x80\x9b\xf0\x80\x80\x9b\xed\xa0\x80\xf4\x90\x80\x80\xf4\x8f\xbf\xbf"),
+              "\\xe0\\x80\\x9b\\xf0\\x80\\x80\\x9b\\xed\\xa0\\x80\\xf4\\x90\\x80\\x80\xf4\x8f\xbf\xbf")
+        << "written longer than they are, half of a pair, and beyond the last";
+    EXPECT_EQ(printable("a\n\xc2\x9b\xc3\xa9"), "a??\xc3\xa9") << "names in messages";
 }

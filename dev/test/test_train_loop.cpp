@@ -2,6 +2,8 @@
 // restored, switched and stopped, and when.
 #include <gtest/gtest.h>
 #include <omp.h>
+#include <sys/resource.h>
+#include <unistd.h>
 
 #include <cmath>
 #include <csignal>
@@ -41,7 +43,7 @@ class FakeModel : public TrainableModel {
     }
     StepResult update(const AdamWSettings& settings) override {
         ++num_updates;
-        adam_steps.push_back(settings.adam_step);
+        settings_of_updates.push_back(settings);
         if (on_update) {
             on_update(num_updates);
         }
@@ -70,11 +72,14 @@ class FakeModel : public TrainableModel {
     void token_losses(float* losses, const int32_t*, const int32_t*, int B, int64_t T) override {
         std::fill_n(losses, B * T, attention == AttentionMode::dense ? 1.0f : 2.0f);
     }
-    void next_token_logits(const int32_t*, int64_t, float* logits) override {
+    void next_token_logits(const int32_t* tokens, int64_t T, float* logits) override {
+        contexts_of_samples.emplace_back(tokens, tokens + T);
+        attention_of_samples.push_back(attention);
         std::fill_n(logits, config_.vocab_size, 0.0f);
         logits['x'] = 50.0f;
+        logits['y'] = logit_of_y;
     }
-    int64_t max_sequence_length() const override { return 512; }
+    int64_t max_sequence_length() const override { return longest_context; }
     void read_state(StateKind kind, int tensor, float* out) override {
         std::copy(state_[(int)kind][tensor].begin(), state_[(int)kind][tensor].end(), out);
     }
@@ -85,15 +90,25 @@ class FakeModel : public TrainableModel {
     double peak_memory_gib() const override { return 0.0; }
 
     const std::vector<std::vector<float>>& state(StateKind kind) const { return state_[(int)kind]; }
+    std::vector<int64_t> adam_steps() const {
+        std::vector<int64_t> steps;
+        for (const AdamWSettings& settings : settings_of_updates) {
+            steps.push_back(settings.adam_step);
+        }
+        return steps;
+    }
 
     std::function<bool(int)> is_bad;  // whether update n (1 is the first) is not finite
     std::function<void(int)> on_update;
     std::function<void()> on_evaluate;
     double validation_loss = 1.0;  // under dense attention
+    float logit_of_y = 0.0f;       // that of 'x' is 50, those of all other tokens 0
+    int64_t longest_context = 512;
     int num_updates = 0;
-    std::vector<int64_t> adam_steps;
+    std::vector<AdamWSettings> settings_of_updates;
+    std::vector<std::vector<int32_t>> contexts_of_samples;  // the tokens that a next one was asked for
     AttentionMode attention = AttentionMode::dense;
-    std::vector<AttentionMode> attention_of_steps, attention_of_evaluations;
+    std::vector<AttentionMode> attention_of_steps, attention_of_evaluations, attention_of_samples;
 
   private:
     ModelConfig config_;
@@ -125,7 +140,7 @@ class TrainLoop : public testing::Test {
         validate(config);
         testing::internal::CaptureStdout();
         testing::internal::CaptureStderr();
-        const int status = run_training(model, config, DeviceInfo());
+        const int status = run_training(model, config, device_);
         out_ = testing::internal::GetCapturedStdout();
         err_ = testing::internal::GetCapturedStderr();
         return status;
@@ -148,16 +163,19 @@ class TrainLoop : public testing::Test {
         }
         return found;
     }
-    std::vector<double> losses() const {
-        std::vector<double> values;
+    template <class Value>
+    std::vector<Value> of_steps(const char* field) const {
+        std::vector<Value> values;
         for (const Json& step : events("step")) {
-            values.push_back(step["loss"].get<double>());
+            values.push_back(step[field].get<Value>());
         }
         return values;
     }
+    std::vector<double> losses() const { return of_steps<double>("loss"); }
 
     std::string folder_ = testing::TempDir() + "llmc_loop_XXXXXX", out_, err_;
     RunConfig config_;
+    DeviceInfo device_;
 };
 
 }  // namespace
@@ -267,11 +285,69 @@ TEST_F(TrainLoop, GoingOnWithOtherDataIsSaid) {
     EXPECT_EQ(said({folder_ + "/data.txt"}, f), "");
 }
 
+TEST_F(TrainLoop, UpdatesGetTheSettingsAndTheLearningRateOfTheirStep) {
+    config_.learning_rate = 0.6, config_.schedule = ScheduleKind::linear, config_.final_learning_rate_fraction = 0.0;
+    config_.beta1 = 0.7, config_.beta2 = 0.8, config_.adam_eps = 1e-5, config_.weight_decay = 0.3;
+    config_.max_grad_norm = 0.25;
+    FakeModel model(config_.model);
+    model.is_bad = [](int n) { return n == 4; };
+    EXPECT_EQ(run(model, config_), 0);
+    // Two steps of warm-up, 0.6 (step + 1) / 2; then 0.6 (1 - (step - 2) / 6). A skipped step counts.
+    const std::vector<double> rates = {0.3, 0.6, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1};
+    ASSERT_EQ(model.settings_of_updates.size(), rates.size());
+    for (size_t step = 0; step < rates.size(); ++step) {
+        const AdamWSettings& given = model.settings_of_updates[step];
+        EXPECT_NEAR(given.learning_rate, rates[step], 1e-15) << "step " << step;
+        EXPECT_EQ(given.beta1, 0.7);
+        EXPECT_EQ(given.beta2, 0.8);
+        EXPECT_EQ(given.eps, 1e-5);
+        EXPECT_EQ(given.weight_decay, 0.3);
+        EXPECT_EQ(given.max_grad_norm, 0.25);
+    }
+    EXPECT_EQ(model.adam_steps(), (std::vector<int64_t>{1, 2, 3, 4, 4, 5, 6, 7}));
+    const std::vector<Json> steps = events("step");
+    ASSERT_EQ(steps.size(), 7u) << "and one that is skipped";
+    for (const Json& step : steps) {
+        EXPECT_NEAR(step["learning_rate"].get<double>(), rates[step["step"].get<int>() - 1], 1e-15) << step;
+    }
+}
+
+TEST_F(TrainLoop, AStepsLineSaysWhatItDidAndHowFast) {
+    config_.global_batch = 6, config_.max_steps = 2;
+    device_.peak_tflops = 1e-6;  // a million a second
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    ASSERT_EQ(events("step").size(), 2u);
+    const Json step = events("step")[1];
+    std::vector<std::string> names;
+    for (const auto& [name, value] : step.items()) {
+        names.push_back(name);
+    }
+    std::sort(names.begin(), names.end());
+    EXPECT_EQ(names,
+              (std::vector<std::string>{"attention", "data_position", "elapsed_ms", "epoch", "event", "grad_norm",
+                                        "learning_rate", "loss", "memory_gib", "mfu", "mfu_dense_equivalent",
+                                        "seconds_left", "skipped", "step", "tokens", "tokens_per_second"}));
+    EXPECT_EQ(step["step"], 2);
+    EXPECT_EQ(step["attention"], "dense");
+    EXPECT_EQ(step["data_position"], 6) << "its first sequence";
+    EXPECT_EQ(step["tokens"], 192) << "2 steps of 6 sequences of 16";
+    EXPECT_EQ(step["skipped"], 0);
+    // 20002 tokens with both markers; all but the last 1000, which validate, are 1187 sequences of 16 and targets.
+    EXPECT_NEAR(step["epoch"].get<double>(), 6.0 / 1187.0, 1e-12);
+    const double seconds = step["elapsed_ms"].get<double>() / 1e3;
+    EXPECT_NEAR(step["tokens_per_second"].get<double>() * seconds, 96.0, 1e-9) << "6 sequences of 16";
+    // One layer: V 258, C = F = D = 8, H = Hkv = 1: 8 x 24 + 8 x 8 + 3 x 8 x 8 + 258 x 8 = 2512 elements of matrices.
+    // 6 sequences of 6 x 2512 x 16 + 3.5 x 2 x 16^2 x 8 = 255488 FLOPs
+    EXPECT_NEAR(step["mfu"].get<double>() * seconds * 1e6, 1532928.0, 1e-3);
+    EXPECT_EQ(step["mfu"], step["mfu_dense_equivalent"]);
+}
+
 TEST_F(TrainLoop, SkippedStepsAreCountedLoggedAndNotApplied) {
     FakeModel model(config_.model);
     model.is_bad = [](int n) { return n == 3 || n == 4; };
     EXPECT_EQ(run(model, config_), 0);
-    EXPECT_EQ(model.adam_steps, (std::vector<int64_t>{1, 2, 3, 3, 3, 4, 5, 6}));
+    EXPECT_EQ(model.adam_steps(), (std::vector<int64_t>{1, 2, 3, 3, 3, 4, 5, 6}));
     const std::vector<Json> skips = events("skip");
     ASSERT_EQ(skips.size(), 2u);
     EXPECT_EQ(skips[0]["step"], 3);
@@ -293,7 +369,7 @@ TEST_F(TrainLoop, TooManySkipsInARowStopWithACheckpoint) {
     EXPECT_NE(err_.find("sequence 6"), std::string::npos) << err_;
     FakeModel after(config_.model);
     EXPECT_EQ(run(after, resumed(config_)), 0) << "a checkpoint was written";
-    EXPECT_EQ(after.adam_steps, (std::vector<int64_t>{2, 3}));
+    EXPECT_EQ(after.adam_steps(), (std::vector<int64_t>{2, 3}));
 }
 
 TEST_F(TrainLoop, ARunOfNothingButSkipsFails) {
@@ -309,7 +385,7 @@ TEST_F(TrainLoop, ARunOfNothingButSkipsFails) {
     RunConfig longer = resumed(config_);
     longer.max_steps = 10;
     EXPECT_EQ(run(good, longer), 0);
-    EXPECT_EQ(good.adam_steps, (std::vector<int64_t>{1, 2}));
+    EXPECT_EQ(good.adam_steps(), (std::vector<int64_t>{1, 2}));
     longer = resumed(longer);
     longer.max_steps = 12;
     EXPECT_EQ(run(bad_again, longer), 1);
@@ -366,6 +442,85 @@ TEST_F(TrainLoop, ValidationDataThatProveBadCostNoSteps) {
     testing::internal::GetCapturedStderr();
     EXPECT_EQ(model.num_updates, 3);
     EXPECT_NE(find_newest_checkpoint(config_.output_dir).value().find("step00000003"), std::string::npos);
+}
+
+TEST_F(TrainLoop, AFolderThatIsAnotherRunsMeanwhileStaysAsItIs) {
+    config_.checkpoint_every = 2;
+    FakeModel model(config_.model);
+    std::vector<int64_t> steps_of_other;
+    model.on_update = [&](int n) {
+        if (n == 5) {
+            std::filesystem::remove_all(config_.output_dir);
+            RunConfig other = config_;
+            other.seed = 9, other.max_steps = 2;
+            FakeModel other_model(config_.model);
+            EXPECT_EQ(run_training(other_model, other, device_), 0);
+        }
+    };
+    testing::internal::CaptureStdout();
+    try {
+        run_training(model, config_, device_);
+        ADD_FAILURE() << "this run's checkpoints would take the place of another's";
+    } catch (const Error& error) {
+        EXPECT_NE(std::string(error.what()).find("is another run's folder now"), std::string::npos) << error.what();
+    }
+    testing::internal::GetCapturedStdout();
+    ASSERT_EQ(checkpoint::list(config_.output_dir).size(), 1u);
+    EXPECT_EQ(checkpoint::list(config_.output_dir).begin()->first, 2);
+}
+
+TEST_F(TrainLoop, ACheckpointIsWrittenWhereMetricsCannotBe) {
+    FakeModel model(config_.model);
+    rlimit before;
+    ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &before), 0);
+    const auto limit = [&](rlim_t num_bytes) {
+        const rlimit now = {num_bytes, before.rlim_max};
+        ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &now), 0);
+    };
+    std::signal(SIGXFSZ, SIG_IGN);  // as trainers have it
+    // metrics.jsonl reaches it before any of this model's files would.
+    config_.max_steps = 100000;
+    limit(60000);
+    testing::internal::CaptureStdout();
+    EXPECT_THROW(run_training(model, config_, device_), Error);
+    testing::internal::GetCapturedStdout();
+    limit(before.rlim_cur);
+    const std::optional<std::string> newest = find_newest_checkpoint(config_.output_dir);
+    ASSERT_TRUE(newest) << "what was trained is lost";
+    EXPECT_EQ(*newest, config_.output_dir + "/" + checkpoint::folder_name(model.num_updates));
+}
+
+TEST_F(TrainLoop, AnotherShuffleSeedIsSaid) {
+    FakeModel model(config_.model), after(config_.model);
+    config_.max_steps = 2;
+    run(model, config_);
+    RunConfig other = resumed(config_);
+    other.max_steps = 4, other.shuffle_seed = 7;
+    EXPECT_EQ(run(after, other), 0);
+    EXPECT_NE(err_.find("--shuffle_seed 7: "), std::string::npos) << err_;
+    EXPECT_NE(err_.find("was trained with 0"), std::string::npos) << err_;
+    FakeModel same(config_.model);
+    RunConfig third = resumed(other);
+    third.max_steps = 6;
+    EXPECT_EQ(run(same, third), 0);
+    EXPECT_EQ(err_, "") << "it is saved with the run";
+}
+
+TEST_F(TrainLoop, RawTextForAModelWithATokenizerOfItsOwnIsSaid) {
+    FakeModel model(config_.model), after(config_.model), again(config_.model);
+    config_.max_steps = 1;
+    run(model, config_);
+    const std::string foreign = folder_ + "/foreign";
+    std::filesystem::copy(*find_newest_checkpoint(config_.output_dir), foreign);
+    std::filesystem::remove(foreign + "/manifest.json");
+    RunConfig from = config_;
+    from.init_from = from.checkpoint = foreign, from.output_dir = folder_ + "/second";
+    EXPECT_EQ(run(after, from), 0);
+    EXPECT_EQ(err_, "") << "the tokenizer is that of bytes";
+    std::ofstream(foreign + "/tokenizer.json") << "{\"model\": {\"type\": \"BPE\"}}";
+    from.output_dir = folder_ + "/third";
+    EXPECT_EQ(run(again, from), 0);
+    EXPECT_NE(err_.find("has a tokenizer of its own"), std::string::npos) << err_;
 }
 
 TEST_F(TrainLoop, AFolderThatIsRemovedIsMadeAgain) {
@@ -445,9 +600,9 @@ TEST_F(TrainLoop, TwoAtOnceInOneFolderAreRefused) {
     RunConfig longer = resumed(config_);
     longer.max_steps += 1;
     {
-        const OutputLock other(config_.output_dir);
+        const auto lock = std::make_shared<const OutputLock>(config_.output_dir);
         refused(longer, "another process is training into this folder");
-        longer.output_lock = std::make_shared<const OutputLock>(folder_);  // as resolve_run passes it on
+        longer.output_lock = lock;  // as resolve_run passes it on
         EXPECT_EQ(run(model, longer), 0);
     }
 }
@@ -472,7 +627,8 @@ TEST_F(TrainLoop, SignalFinishesTheStepAndSaves) {
         model.on_update = [&](int n) {
             if (n == 3) {
                 std::raise(signal_number);
-                std::raise(SIGHUP);  // no second signal: a closed terminal may send two
+                std::raise(signal_number);  // no second signal: wrappers pass on what has come already
+                std::raise(SIGHUP);         // nor this one: a closed terminal may send two
             }
         };
         EXPECT_EQ(run(model, config_), 0);
@@ -562,8 +718,8 @@ TEST_F(TrainLoop, ARunWhoseLastValidationLossIsNotFiniteFails) {
     EXPECT_EQ(run(bad_in_between, config_), 0) << err_;
 }
 
-TEST_F(TrainLoop, AnotherSequenceLengthIsSaid) {
-    FakeModel model(config_.model), same(config_.model), longer(config_.model);
+TEST_F(TrainLoop, AnotherSequenceLengthIsSaidAndGoesOnBehindTheTokensSeen) {
+    FakeModel model(config_.model), same(config_.model), longer(config_.model), longer_again(config_.model);
     RunConfig first = config_;
     first.max_steps = 2;
     EXPECT_EQ(run(model, first), 0);
@@ -571,15 +727,28 @@ TEST_F(TrainLoop, AnotherSequenceLengthIsSaid) {
     second.max_steps = 4;
     EXPECT_EQ(run(same, second), 0);
     EXPECT_EQ(err_, "");
+    EXPECT_EQ(of_steps<int64_t>("data_position"), (std::vector<int64_t>{0, 2, 4, 6}));
     second = resumed(config_);
-    second.seq_len = 32;
+    second.seq_len = 24, second.max_steps = 6;
     EXPECT_EQ(run(longer, second), 0);
     EXPECT_NE(err_.find("was trained on sequences of 16"), std::string::npos) << err_;
+    // 8 sequences of 16 have been seen: the tokens of 5 1/3 of 24, so the next is the seventh.
+    EXPECT_EQ(of_steps<int64_t>("data_position"), (std::vector<int64_t>{0, 2, 4, 6, 6, 8}));
+    EXPECT_EQ(of_steps<int64_t>("tokens").back(), 240) << "10 sequences of 24";
+    RunConfig third = resumed(second);
+    third.max_steps = 7;
+    EXPECT_EQ(run(longer_again, third), 0);
+    EXPECT_EQ(err_, "");
+    EXPECT_EQ(of_steps<int64_t>("data_position"), (std::vector<int64_t>{0, 2, 4, 6, 6, 8, 10}));
 }
 
 TEST_F(TrainLoop, SecondSignalEndsTheProcess) {
     FakeModel model(config_.model);
-    model.on_update = [](int) { std::raise(SIGTERM), std::raise(SIGTERM); };
+    model.on_update = [](int) {
+        std::raise(SIGTERM);
+        usleep(600000);  // what comes within half a second is the same request
+        std::raise(SIGTERM);
+    };
     testing::internal::CaptureStdout();
     EXPECT_EXIT(run_training(model, config_, DeviceInfo()), testing::ExitedWithCode(128 + SIGTERM),
                 "without a checkpoint");
@@ -602,7 +771,46 @@ TEST_F(TrainLoop, SwitchesToDenseAttention) {
     EXPECT_EQ(validations[0]["loss"], 2.0) << "under Lighthouse attention";
     EXPECT_EQ(validations[0]["dense_loss"], 1.0);
     EXPECT_EQ(validations[1]["loss"], 1.0);
-    EXPECT_NE(out_.find("lighthouse"), std::string::npos);
+    // S = T / 2 + 2 x 128
+    EXPECT_NE(out_.find("\nlighthouse  T 256, S 384, 1 tiles; 1 of 1 layers; "), std::string::npos) << out_;
+}
+
+TEST_F(TrainLoop, TheStartSaysWhatLighthouseSaves) {
+    config_.attention = AttentionMode::lighthouse, config_.seq_len = 1024, config_.val_fraction = 0.2;
+    config_.lighthouse.levels = 2, config_.lighthouse.pool = 2, config_.lighthouse.topk = 128;
+    config_.lighthouse.dense_layers = {0};
+    config_.model.num_layers = 2, config_.max_steps = 1;
+    device_.peak_tflops = 1e-6;
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    // S = 1024 / 2 + 2 x 128 = 768, and (768 / 1024)^2 of the dense work. FLOPs of a sequence, with 2 x 448 + 258 x 8 =
+    // 2960 elements of matrices, dense: 6 x 2960 x 1024 + 2 x 7 x 1024^2 x 8 = 135626752; with the second layer on 768
+    // rows: 6 x 2960 x 1024 + 7 x 1024^2 x 8 + 7 x 768^2 x 8 = 109936640; their ratio is 1.2337.
+    EXPECT_NE(
+        out_.find("\nlighthouse  T 1024, S 768, 1 tiles; 1 of 2 layers; their attention does 56.25 % of the dense "
+                  "work; expected speed-up of a step 1.23x\n"),
+        std::string::npos)
+        << out_;
+    const Json step = events("step").at(0);
+    const double flops = 1e6 * step["elapsed_ms"].get<double>() / 1e3;  // of the device, while the step took place
+    EXPECT_NEAR(step["mfu"].get<double>() * flops, 2.0 * 109936640.0, 1e-2);
+    EXPECT_NEAR(step["mfu_dense_equivalent"].get<double>() * flops, 2.0 * 135626752.0, 1e-2);
+    EXPECT_EQ(step["attention"], "lighthouse");
+}
+
+TEST_F(TrainLoop, SamplesAndNoStepsOfStageOneAreUnderDenseAttention) {
+    config_.attention = AttentionMode::lighthouse, config_.lighthouse_steps = 3;
+    config_.lighthouse.levels = 2, config_.lighthouse.pool = 2, config_.lighthouse.topk = 128;
+    config_.lighthouse.dense_layers = {};
+    config_.seq_len = 256, config_.max_steps = 4, config_.sample_every = 1, config_.sample_tokens = 2;
+    config_.eval_every = 2, config_.eval_batches = 1;
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    const AttentionMode L = AttentionMode::lighthouse, D = AttentionMode::dense;
+    EXPECT_EQ(model.attention_of_samples, std::vector<AttentionMode>(8, D)) << "two tokens behind each step";
+    EXPECT_EQ(model.attention_of_steps, (std::vector<AttentionMode>{L, L, L, D}));
+    EXPECT_EQ(model.attention_of_evaluations, (std::vector<AttentionMode>{L, D, D}))
+        << "step 2 under both, and the end";
 }
 
 // The step of the switch is where stage 1 ends, and often where its process does.
@@ -673,6 +881,42 @@ TEST_F(TrainLoop, SamplesAreLoggedAndReproducible) {
     const std::vector<Json> samples = events("sample");
     ASSERT_EQ(samples.size(), 3u) << "steps 3 and 6 and the end";
     EXPECT_EQ(samples[0]["text"], "abxxxxx");
+}
+
+TEST_F(TrainLoop, SamplesUseTemperatureAndTopP) {
+    config_.max_steps = 1, config_.sample_tokens = 400;
+    const auto count = [&](char letter) {
+        const std::string text = events("sample").at(0)["text"];
+        return std::count(text.begin(), text.end(), letter);
+    };
+    // The likeliest alone reaches top_p, at any temperature.
+    config_.temperature = 1.0, config_.top_p = 0.01;
+    FakeModel first(config_.model), second(config_.model);
+    first.logit_of_y = 49.99f;
+    EXPECT_EQ(run(first, config_), 0);
+    EXPECT_EQ(count('x'), 400);
+    // At temperature 0.5 'y' is e^-1 times as likely as 'x', which is 0.269 of both, and all others are impossible:
+    // 107.6 of 400 are expected, with a standard deviation of sqrt(400 x 0.269 x 0.731) = 8.9. Temperature 1 would give
+    // 151, and top_p 0.5 none.
+    std::filesystem::remove_all(config_.output_dir);
+    config_.temperature = 0.5, config_.top_p = 1.0;
+    second.logit_of_y = 49.5f;
+    EXPECT_EQ(run(second, config_), 0);
+    EXPECT_EQ(count('x') + count('y'), 400);
+    EXPECT_NEAR(count('y'), 107.6, 4 * 8.9);
+}
+
+TEST_F(TrainLoop, SamplesGoOnFromAsMuchAsTheModelTakes) {
+    config_.max_steps = 1, config_.sample_tokens = 4, config_.sample_prompt = "abc";
+    FakeModel model(config_.model);
+    model.longest_context = 5;
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_EQ(
+        model.contexts_of_samples,
+        (std::vector<std::vector<int32_t>>{
+            {256, 'a', 'b', 'c'}, {256, 'a', 'b', 'c', 'x'}, {'a', 'b', 'c', 'x', 'x'}, {'b', 'c', 'x', 'x', 'x'}}))
+        << "256 marks the beginning";
+    EXPECT_EQ(events("sample").at(0)["text"], "abcxxxx");
 }
 
 TEST_F(TrainLoop, GradientAccumulationCoversTheSameSequences) {
