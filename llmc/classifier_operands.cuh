@@ -20,10 +20,14 @@ struct ClassifierShape {
     int64_t padded_vocab() const { return classifier_padded_vocab(V); }
 };
 
-// Rows of a chunk whose logits take at most max_bytes: all rows, or a multiple of 128, spread evenly over the chunks.
-inline int64_t classifier_chunk_rows(int64_t rows, int64_t V, size_t max_bytes = CLASSIFIER_CHUNK_BYTES) {
+// Chunks of rows whose logits take at most max_bytes each, or have 128 rows.
+inline int64_t classifier_num_chunks(int64_t rows, int64_t V, size_t max_bytes = CLASSIFIER_CHUNK_BYTES) {
     const int64_t most = std::max<int64_t>(128, max_bytes / (classifier_padded_vocab(V) * sizeof(bf16)) / 128 * 128);
-    return std::min(rows, round_up<int64_t>(ceil_div(rows, ceil_div(rows, most)), 128));
+    return ceil_div(rows, most);
+}
+// Rows of such a chunk: all rows, or a multiple of 128, spread evenly: with one chunk more they are fewer.
+inline int64_t classifier_chunk_rows(int64_t rows, int64_t V, size_t max_bytes = CLASSIFIER_CHUNK_BYTES) {
+    return std::min(rows, round_up<int64_t>(ceil_div(rows, classifier_num_chunks(rows, V, max_bytes)), 128));
 }
 // Bytes of the logits buffer.
 inline size_t classifier_logits_bytes(const ClassifierShape& shape) {

@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <functional>
+#include <numeric>
 #include <string>
 #include <vector>
 
@@ -46,7 +47,10 @@ inline int64_t longest_seq_len(const ModelConfig& config, const GpuModelSettings
     int64_t unit = 128 * ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks(), smallest = 1;
     if (settings.lighthouse) {
         const LighthouseGeometry g = make_lighthouse_geometry(settings.max_seq_len, *settings.lighthouse);
-        unit = g.tiles * g.window(g.levels - 1), smallest = LIGHTHOUSE_TILE_BUDGET;
+        const int64_t windows = g.tiles * g.window(g.levels - 1);
+        const bool dilated = settings.lighthouse->scorer == LighthouseScorer::dilated;
+        unit = dilated ? std::lcm(windows, (int64_t)settings.lighthouse->dilation) : windows;
+        smallest = ceil_div(LIGHTHOUSE_TILE_BUDGET * windows, unit);
     }
     auto with_length = [&](int64_t units) {
         GpuModelSettings longer = settings;
@@ -54,14 +58,28 @@ inline int64_t longest_seq_len(const ModelConfig& config, const GpuModelSettings
         return longer;
     };
     auto fits = [&](int64_t units) { return free.holds(largest_planned_memory(config, with_length(units))); };
+    auto fits_with_least_logits = [&](int64_t units) {
+        GpuModelSettings least = with_length(units);
+        least.classifier_chunk_rows = 1;
+        return free.holds(largest_planned_memory(config, least));
+    };
     auto pace = [&](int64_t units) { return attention_pace(config, with_length(units)); };
+    auto num_chunks = [&](int64_t units) {
+        return settings.classifier_chunk_rows > 0
+                   ? 1
+                   : classifier_num_chunks(with_length(units).max_rows(), config.vocab_size);
+    };
     // The most units from first to last that fit, or 0. Longer sequences need more, but where attention takes them
-    // another way.
+    // another way, and where the classifier has one more chunk, of fewer rows.
     const std::function<int64_t(int64_t, int64_t)> most = [&](int64_t first, int64_t last) -> int64_t {
         if (first > last) {
             return 0;
         }
-        if (pace(first) != pace(last)) {
+        const bool same_pace = pace(first) == pace(last);
+        if (same_pace && !fits_with_least_logits(first)) {
+            return 0;
+        }
+        if (!same_pace || num_chunks(first) != num_chunks(last)) {
             const int64_t middle = (first + last) / 2, longer = most(middle + 1, last);
             return longer > 0 ? longer : most(first, middle);
         }

@@ -74,7 +74,11 @@ check_fit() { # check_fit NAME UNIT GPU_GIB "OFFLOAD..." FLAG...
 }
 check_fit "--fit, dense" 128 40 "none activations optimizer all" --batch_size 2
 check_fit "--fit, Lighthouse" 512 79 "none activations optimizer all" "${lighthouse[@]}"
-# Where attention goes in more parts, longer sequences need less.
+check_fit "--fit, dilated" 384 60 "none activations" --batch_size 1 --attention lighthouse --lighthouse_scorer dilated \
+    --lighthouse_dilation 3 --lighthouse_topk 1024 --seq_len 98304
+# Where the classifier takes one more chunk, of fewer rows, longer sequences need less.
+check_fit "--fit, chunks of logits" 128 12.275 "none activations" --batch_size 1
+# Where attention goes in more parts, too.
 launcher=(scripts/spawn_ranks.sh 3)
 check_fit "--fit, three ranks on a sequence" 768 40 "none activations" --context_parallel 3 --batch_size 1
 launcher=(scripts/spawn_ranks.sh 2)
