@@ -6,6 +6,8 @@
 // Cost: memory bound; 16 bytes read and 14 written a parameter.
 // Reference: reference/adamw.h. Variants: dev/cuda/adamw.cu.
 #pragma once
+#include <cfloat>
+
 #include "cuda_common.cuh"
 
 // ---- constants ---------------------------------------------------------------------------------
@@ -27,7 +29,8 @@ struct AdamWArguments {
 __device__ inline void adamw_element(float& master, float& exp_avg, float& exp_avg_sq, float grad,
                                      const AdamWArguments& a) {
     exp_avg = a.beta1 * exp_avg + (1.0f - a.beta1) * grad;
-    exp_avg_sq = a.beta2 * exp_avg_sq + (1.0f - a.beta2) * grad * grad;
+    // Never infinite, where it would stay: without clipping a finite gradient may be that large.
+    exp_avg_sq = fminf(a.beta2 * exp_avg_sq + (1.0f - a.beta2) * grad * grad, FLT_MAX);
     const float mean = exp_avg / a.beta1_correction;
     const float deviation = sqrtf(exp_avg_sq / a.beta2_correction);
     master -= a.learning_rate * (mean / (deviation + a.eps) + a.weight_decay * master);

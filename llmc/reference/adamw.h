@@ -2,8 +2,10 @@
 //   g = grad * min(1, max_grad_norm / norm);  m = beta1 m + (1 - beta1) g;  v = beta2 v + (1 - beta2) g^2
 //   master -= learning_rate * (m / beta1_correction / (sqrt(v / beta2_correction) + eps) + weight_decay * master)
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <limits>
 
 namespace reference {
 
@@ -36,7 +38,8 @@ void adamw_update(Real* master, Real* exp_avg, Real* exp_avg_sq, const Real* gra
     for (int64_t i = 0; i < num_elements; ++i) {
         const Real g = grads[i] * clip;
         const Real m = beta1 * exp_avg[i] + new1 * g;
-        const Real v = beta2 * exp_avg_sq[i] + new2 * g * g;
+        // Never infinite, where it would stay: without clipping a finite gradient may be that large.
+        const Real v = std::min(beta2 * exp_avg_sq[i] + new2 * g * g, std::numeric_limits<Real>::max());
         exp_avg[i] = m;
         exp_avg_sq[i] = v;
         const Real step = m / beta1_correction / (std::sqrt(v / beta2_correction) + eps);
