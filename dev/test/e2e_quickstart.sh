@@ -14,7 +14,7 @@ scripts/quickstart.sh --output_dir "$work/run" --max_steps 4 --eval_batches 1 --
 has() { grep -Eq -- "$1" "$work/out" && echo "ok   quickstart prints '$1'" || { echo "FAIL quickstart does not print '$1':"; cat "$work/out"; exit 1; }; }
 has '^step 4/4 [|] loss [0-9]'
 has 'validation loss [0-9]+[.][0-9]{6}'
-has 'sample'
+has '^step 4 [|] sample, '
 has "^checkpoint +$work/run/step00000004"
 has "^metrics +$work/run/metrics.jsonl"
 [ ! -s "$work/err" ] || { echo "FAIL quickstart prints errors:"; cat "$work/err"; exit 1; }

@@ -2,9 +2,12 @@
 // damaged; folders of others load, whatever their types and files.
 #include <gtest/gtest.h>
 
+#include <fcntl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <csignal>
 #include <cstdlib>
@@ -18,6 +21,38 @@
 namespace {
 
 namespace fs = std::filesystem;
+
+// What was asked of the disk, in order, by the last names of paths: whether bytes survive a power cut shows nowhere
+// else.
+std::vector<std::string> disk_log;
+std::string disk_fails_at;  // the call that fails
+
+bool disk_takes(const std::string& call) {
+    disk_log.push_back(call);
+    if (call == disk_fails_at) {
+        errno = EIO;
+    }
+    return call != disk_fails_at;
+}
+std::string last_name(const std::string& path) { return fs::path(path).filename().string(); }
+
+}  // namespace
+
+// In the place of the C library's.
+extern "C" int fsync(int file) {
+    const std::string path = fs::read_symlink("/proc/self/fd/" + std::to_string(file)).string();
+    return disk_takes("fsync " + last_name(path)) ? (int)syscall(SYS_fsync, file) : -1;
+}
+extern "C" int rename(const char* from, const char* to) noexcept {
+    const bool taken = disk_takes("rename " + last_name(from) + " to " + last_name(to));
+    return taken ? renameat(AT_FDCWD, from, AT_FDCWD, to) : -1;
+}
+extern "C" int renameat2(int folder, const char* from, int to_folder, const char* to, unsigned flags) noexcept {
+    const bool taken = disk_takes("swap " + last_name(from) + " with " + last_name(to));
+    return taken ? (int)syscall(SYS_renameat2, folder, from, to_folder, to, flags) : -1;
+}
+
+namespace {
 
 // A model that only holds its state: random numbers, or NaN until they are set.
 class StateModel : public TrainableModel {
@@ -396,6 +431,47 @@ TEST_F(Checkpoint, SameStepIsReplaced) {
     EXPECT_EQ(loaded.state[0], second.state[0]);
     EXPECT_EQ(names(run_), std::vector<std::string>{"step00000005"});
     EXPECT_FALSE(fs::exists(run_ + "/step00000005/notes.txt"));
+}
+
+// ---- the disk
+
+TEST_F(Checkpoint, IsOnTheDiskBeforeItHasItsName) {
+    StateModel model(small_model(true), 1);
+    for (const bool exists : {false, true}) {
+        disk_log.clear();
+        save(model, 5);
+        std::vector<std::string> log = disk_log, expected;
+        for (const std::string& name : names(run_ + "/step00000005")) {
+            expected.push_back("fsync " + name);
+        }
+        ASSERT_GT(log.size(), expected.size());
+        std::sort(log.begin(), log.begin() + (int64_t)expected.size());
+        expected.push_back("fsync .partial-step00000005");  // the names of these files
+        if (!exists) {
+            expected.push_back("rename .partial-step00000005 to step00000005");
+        } else {
+            expected.push_back("swap .partial-step00000005 with step00000005");
+            const auto renamed = [](const std::string& entry) { return entry.rfind("rename ", 0) == 0; };
+            log.erase(std::remove_if(log.begin(), log.end(), renamed), log.end());  // where names cannot be swapped
+        }
+        expected.push_back("fsync run");  // its own name
+        EXPECT_EQ(log, expected);
+    }
+}
+
+TEST_F(Checkpoint, WhatTheDiskRefusesIsNoCheckpoint) {
+    StateModel model(small_model(true), 1);
+    save(model, 1);
+    for (const char* call : {"fsync model.safetensors", "fsync state.json", "fsync manifest.json",
+                             "fsync .partial-step00000002", "rename .partial-step00000002 to step00000002"}) {
+        disk_fails_at = call;
+        EXPECT_MESSAGE(save(model, 2), "Input/output error; earlier checkpoints are as they were");
+        EXPECT_EQ(disk_log.back(), call) << "and nothing is tried after it";
+        EXPECT_EQ(names(run_), std::vector<std::string>{"step00000001"});
+    }
+    disk_fails_at = "fsync run";
+    EXPECT_MESSAGE(save(model, 2), "cannot write this folder to the disk: Input/output error");
+    disk_fails_at.clear();
 }
 
 // ---- damage

@@ -245,6 +245,40 @@ TEST(ReferenceModel, UpdateClipsAndDecaysMatricesOnly) {
     }
 }
 
+// Three steps, of which the second is not clipped, by the formula of Loshchilov & Hutter 2019.
+TEST(ReferenceModel, UpdatesFollowAdamWFromStepToStep) {
+    const Case c = cases()[1];
+    const auto model = make_model<double>(c);
+    const int64_t n = model->parameters().num_elements();
+    std::vector<double> weight(model->weight(0), model->weight(0) + n), mean(n), mean_of_squares(n);
+    AdamWSettings settings;
+    settings.learning_rate = 0.01, settings.beta1 = 0.8, settings.beta2 = 0.9, settings.eps = 1e-3;
+    settings.weight_decay = 0.5;
+    for (int step = 1; step <= 3; ++step) {
+        const std::vector<int32_t> tokens = batch_of(c, step);
+        model->begin_step();
+        model->accumulate_gradients(tokens.data(), c.B, c.T, 1.0);
+        const std::vector<double> gradient(model->gradient(0), model->gradient(0) + n);
+        const double norm = std::sqrt(dot(gradient, gradient));
+        settings.adam_step = step, settings.max_grad_norm = step == 2 ? 2.0 * norm : 0.1 * norm;
+        const double clip = step == 2 ? 1.0 : 0.1;
+        EXPECT_FALSE(model->update(settings).skipped);
+        int64_t i = 0;
+        for (const ParameterTensor& tensor : model->parameters().tensors) {
+            const double decay = tensor.is_vector || tensor.name == "embedding" ? 0.0 : 0.5;
+            for (const int64_t end = i + tensor.num_elements(); i < end; ++i) {
+                const double g = clip * gradient[i];
+                mean[i] = 0.8 * mean[i] + 0.2 * g;
+                mean_of_squares[i] = 0.9 * mean_of_squares[i] + 0.1 * g * g;
+                const double unbiased = mean[i] / (1.0 - std::pow(0.8, step));
+                const double unbiased_squares = mean_of_squares[i] / (1.0 - std::pow(0.9, step));
+                weight[i] -= 0.01 * (unbiased / (std::sqrt(unbiased_squares) + 1e-3) + decay * weight[i]);
+                ASSERT_NEAR(model->weight(0)[i], weight[i], 1e-13) << tensor.name << ", step " << step;
+            }
+        }
+    }
+}
+
 TEST(ReferenceModel, ANonFiniteStepIsNotApplied) {
     const Case c = cases()[0];
     const auto model = make_model<float>(c);
