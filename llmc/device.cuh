@@ -1,5 +1,6 @@
 // device.cuh: the GPU a run uses: opened once, described once.
 #pragma once
+#include <algorithm>
 #include <string>
 
 #include "cuda_common.cuh"
@@ -30,7 +31,9 @@ inline GpuDevice open_device(int index) {
     CHECK(status != cudaErrorNoDevice && (status != cudaSuccess || num_devices > 0),
           "no NVIDIA GPU found: this program needs one; train_gpt_cpu takes the same flags and runs on the CPU");
     CHECK(status == cudaSuccess, "the GPU cannot be used: %s", cudaGetErrorString(status));
-    CHECK(index >= 0 && index < num_devices, "GPU %d: this machine has %d, numbered from 0", index, num_devices);
+    CHECK(index >= 0 && index < num_devices,
+          "--device %d: there is no such GPU; the nearest that works is %d (this machine has %d, numbered from 0)",
+          index, std::clamp(index, 0, num_devices - 1), num_devices);
     CUDA_CHECK(cudaSetDevice(index));
     cudaDeviceProp properties;
     CUDA_CHECK(cudaGetDeviceProperties(&properties, index));

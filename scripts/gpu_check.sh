@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
 # Everything that needs one GPU, in one command: the whole model against the CPU reference (test_gpt), the trainer against
-# the CPU's on random models (dev/test/random_runs.py), every kernel variant of dev/cuda against its reference, and
-# compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Programs run side by side, on all GPUs. Ends with
-# 'N passed, N failed' and records GPU, date, the hash of the kernel sources and every program's result in
-# dev/gpu_check.txt.
+# the CPU's on random models (dev/test/random_runs.py), from end to end and on bad input, every kernel variant of dev/cuda
+# against its reference, and compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Programs run side by side,
+# on all GPUs. Ends with 'N passed, N failed', and ', N left' where it was ended early, and records GPU, date, every
+# program's result and a hash in dev/gpu_check.txt: of the kernels, of the programs that check them, and of the headers that
+# say how a sequence, the optimizer's state and a model are cut up; other host code is not watched.
 #   scripts/gpu_check.sh              build, check, record
 #   scripts/gpu_check.sh --no_build   check the programs that are already built
 #   scripts/gpu_check.sh --part checks|sanitizer   only the checks, or only those under compute-sanitizer; the record keeps
@@ -24,7 +25,8 @@ test_gpt=${BIN:-./}test_gpt
 
 source_hash() {
     find llmc dev/cuda dev/test train_gpt.cu test_gpt.cu -type f \
-        \( -name '*.cuh' -o -name '*.cu' -o -name 'lighthouse_geometry.h' -o -name 'lighthouse_rules.h' -o -name 'bf16_model.h' \) |
+        \( -name '*.cuh' -o -name '*.cu' -o -name 'lighthouse_*.h' -o -name 'context_pa*.h' -o -name 'zero_layout.h' \
+        -o -name 'model_config.h' -o -name 'parameters.h' -o -name 'bf16_model.h' \) |
         LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1
 }
 recorded_hash() { sed -n 's/^kernel_sources: //p' "$record" 2>/dev/null; }
@@ -159,6 +161,8 @@ for part in $parts; do
         random_runs=(python3 dev/test/random_runs.py --gpu "${BIN:-./}train_gpt" --cpu "${BIN:-./}train_gpt_cpu" --jobs 4)
         start_check random_runs 300 "${random_runs[@]}" --runs 24
         start_check random_runs_planted 300 "${random_runs[@]}" --runs 8 --planted
+        start_check e2e_train 500 dev/test/e2e_train.sh "${BIN:-./}train_gpt"
+        start_check e2e_bad_input 500 dev/test/e2e_bad_input.sh "${BIN:-./}train_gpt"
         for program in $(program_list); do
             start_check "$(basename "$program")" 300 "$program" --check_only
         done

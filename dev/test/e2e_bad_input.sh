@@ -2,6 +2,7 @@
 # Bad input to ./train_gpt_cpu: each ends with one sentence on stderr that names file or flag, and a status that is neither
 # zero nor a crash; checkpoints that exist stay as they were.
 #   dev/test/e2e_bad_input.sh [TRAINER]
+#   dev/test/e2e_bad_input.sh ./train_gpt     the same on a GPU
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 # These models are too small to share among threads.
@@ -90,9 +91,14 @@ else
 fi
 
 # ---- flags that cannot be
-refused "what would fit a GPU, asked of the CPU" "--fit: .*train_gpt" --fit
-refused "the profile of a GPU, asked of the CPU" "--profile: is about a GPU" "${data[@]}" --profile --output_dir "$work/a"
-refused "another GPU, asked of the CPU" "--device, --print_memory, --gpu_memory: are about a GPU" "${data[@]}" --print_memory --gpu_memory 3 --device 4 --output_dir "$work/a"
+if [[ $(basename "$trainer") = *cpu* ]]; then
+    refused "what would fit a GPU, asked of the CPU" "--fit: .*train_gpt" --fit
+    refused "the profile of a GPU, asked of the CPU" "--profile: is about a GPU" "${data[@]}" --profile --output_dir "$work/a"
+    refused "another GPU, asked of the CPU" "--device, --print_memory, --gpu_memory: are about a GPU" "${data[@]}" --print_memory --gpu_memory 3 --device 4 --output_dir "$work/a"
+else
+    refused "no such GPU" "--device 99" "${data[@]}" --device 99 --output_dir "$work/a"
+    refused "too little of a GPU's memory" "not enough GPU memory: .* --fit what would fit" "${data[@]}" --gpu_memory 0.51 --output_dir "$work/a"
+fi
 refused "unknown flag" "nearest is --seq_len" "${data[@]}" --seq_length 5
 refused "unknown setting in a file" "x.toml line 1: .*nearest is 'seq_len'" --config <(echo) --config "$(echo 'seq_length = 5' >"$work/x.toml" && echo "$work/x.toml")"
 refused "a settings file in a settings file" "x.toml line 1: a settings file cannot name another" --config "$(echo 'config = "y.toml"' >"$work/x.toml" && echo "$work/x.toml")"

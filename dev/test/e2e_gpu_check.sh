@@ -24,6 +24,8 @@ stand_in() {
     stand_in bin/nvidia-smi 'case "$*" in -L) echo "GPU 0" ;; *index*) echo 0 ;; *) echo "stand-in, 1.0" ;; esac'
     stand_in bin/compute-sanitizer 'echo "ok   under it"'
     stand_in bin/python3 'echo "ok   random"'
+    stand_in tree/dev/test/e2e_train.sh 'echo "ok   trained"'
+    stand_in tree/dev/test/e2e_bad_input.sh 'echo "ok   refused"'
     stand_in test_gpt 'echo "ok   model"'
     stand_in build/dev/quick 'echo "ok   quick"'
     stand_in build/dev/silent 'exit ${SILENT_STATUS:-0}'
@@ -69,27 +71,27 @@ gpu_check 1 "does not exist" "no record" --stale
 gpu_check 1 "2 failed" "a check that fails and one that checks nothing" --no_build --part checks
 expect "both are named" grep -q '^checks: FAIL silent: exit 0, 0 ok' "$record"
 expect "with how they ended" grep -q '^checks: FAIL wrong: exit 1, 1 ok, 1 FAIL' "$record"
-expect "what only times ran not" test "$(ran)" = "python3,quick,silent,slow,test_gpt,wrong"
+expect "what only times ran not" test "$(ran)" = "e2e_bad_input.sh,e2e_train.sh,python3,quick,silent,slow,test_gpt,wrong"
 gpu_check 1 "lacks the sanitizer" "one part alone" --stale
 stand_in build/dev/silent 'echo "ok   no more"'
-RIGHT=yes gpu_check 0 "8 passed, 0 failed" "what failed, again" --no_build --part checks --resume
+RIGHT=yes gpu_check 0 "10 passed, 0 failed" "what failed, again" --no_build --part checks --resume
 expect "and nothing else" test "$(ran)" = "silent,wrong"
-gpu_check 0 "23 passed, 0 failed" "the other part, the first kept" --no_build --part sanitizer
+gpu_check 0 "25 passed, 0 failed" "the other part, the first kept" --no_build --part sanitizer
 expect "under the sanitizer alone" test "$(ran)" = "compute-sanitizer"
-gpu_check 0 "23 passed, 0 failed" "a whole record" --stale
+gpu_check 0 "25 passed, 0 failed" "a whole record" --stale
 
 # Ended while one check runs: that one and those behind it are left.
 SLOW=60 RIGHT=yes timeout 5 "$work/tree/scripts/gpu_check.sh" --no_build --part checks >"$work/out" 2>&1
 expect "ended early: what was over is recorded" grep -q '^checks: ok   quick' "$record"
 expect "what was not is left" grep -q '^checks: left slow: not run to its end' "$record"
-expect "and counted" grep -q '^22 passed, 0 failed, 1 left' "$record"
+expect "and counted" grep -q '^24 passed, 0 failed, 1 left' "$record"
 expect "and has ended" slow_is_over
 gpu_check 1 "1 are left" "stale, as something is left" --stale
-RIGHT=yes gpu_check 0 "23 passed, 0 failed" "resumed" --no_build --resume
+RIGHT=yes gpu_check 0 "25 passed, 0 failed" "resumed" --no_build --resume
 expect "what was left" test "$(ran)" = "slow"
 
 echo "// changed" >>"$work/tree/llmc/kernel.cuh"
 gpu_check 1 "have changed" "other sources" --stale
-RIGHT=yes gpu_check 0 "8 passed, 0 failed" "of other sources nothing is resumed" --no_build --part checks --resume
-expect "all of it ran" test "$(ran)" = "python3,quick,silent,slow,test_gpt,wrong"
+RIGHT=yes gpu_check 0 "10 passed, 0 failed" "of other sources nothing is resumed" --no_build --part checks --resume
+expect "all of it ran" test "$(ran)" = "e2e_bad_input.sh,e2e_train.sh,python3,quick,silent,slow,test_gpt,wrong"
 exit $failed

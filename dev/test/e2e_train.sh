@@ -2,11 +2,14 @@
 # ./train_gpt_cpu from end to end on a small corpus: it learns, resumes bit for bit, stops on signals, evaluates, reads
 # settings files, shards and its own checkpoints, skips non-finite steps, and switches from Lighthouse to dense attention.
 #   dev/test/e2e_train.sh [TRAINER]
+#   dev/test/e2e_train.sh ./train_gpt     the same on a GPU, --deterministic
 set -uo pipefail
 cd "$(dirname "$0")/../.." || exit 1
 # These models are too small to share among threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 trainer=${1:-./train_gpt_cpu}
+on_gpu=yes
+[[ $(basename "$trainer") != *cpu* ]] || on_gpu=no
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 failed=0
@@ -60,6 +63,7 @@ newest() { find "$work/$1" -maxdepth 1 -type d -name 'step*' | LC_ALL=C sort | t
 find /usr/include -maxdepth 1 -name '*.h' -print0 | LC_ALL=C sort -z | xargs -0 cat 2>/dev/null | head -c 400000 >"$work/corpus.txt"
 small=(--num_layers 2 --width 64 --num_heads 2 --num_kv_heads 1 --head_dim 32 --ffn_width 128 --seq_len 64 --batch_size 4
     --max_steps 20 --warmup_steps 4 --eval_every 10 --eval_batches 4 --sample_tokens 0)
+[ $on_gpu = no ] || small+=(--deterministic)
 
 # ---- a run: learns, reports, leaves a checkpoint
 expect "train 20 steps" train whole --checkpoint_every 10 --keep_checkpoints 0
@@ -84,7 +88,8 @@ expect "resumed weights are the same bits" cmp "$(newest whole)/model.safetensor
 expect "train 10 of 20 steps" train two --max_steps 10 --decay_steps 20
 expect "then the rest" "$trainer" --resume --output_dir "$work/two" --max_steps 20
 expect "losses of 10 + 10 steps are those of 20" same_losses whole two
-start killed --checkpoint_every 5 --max_steps 100000 --decay_steps 20
+# All checkpoints stay: small as these are, the one that an evaluation reads would be gone meanwhile.
+start killed --checkpoint_every 5 --keep_checkpoints 0 --max_steps 100000 --decay_steps 20
 wait_for 30 grep -q '"step":12,' "$work/killed/metrics.jsonl"
 # Meanwhile nobody else may write there, but read.
 timeout 20 "$trainer" --resume --output_dir "$work/killed" --max_steps 100000 >"$work/second.out" 2>"$work/second.err"
@@ -123,7 +128,9 @@ expect "without a warning: they are saved with the run" test ! -s "$work/two.err
 
 # ---- the order of data and the micro-batches
 expect "gradient accumulation" train accumulated --batch_size 2 --global_batch 4
-expect "accumulated loss is that of one batch" close "$(losses accumulated | sed -n 10p)" "$(losses whole | sed -n 10p)" 0.001
+# In bf16 the tenth step's weights differ in their last bits, 2^-9 of a loss near 4.
+expect "accumulated loss is that of one batch" close "$(losses accumulated | sed -n 10p)" "$(losses whole | sed -n 10p)" \
+    "$([ $on_gpu = yes ] && echo 0.01 || echo 0.001)"
 expect "another shuffle" train shuffled --shuffle_seed 1 --max_steps 2
 expect "another shuffle is another order" test "$(losses shuffled | sed -n 2p)" != "$(losses whole | sed -n 2p)"
 
@@ -152,18 +159,28 @@ for signal in TERM INT USR1; do
     expect "SIG$signal: says how to resume" grep -q -- "--resume --output_dir $work/stop_$signal" "$work/stop_$signal.out"
     expect "SIG$signal: checkpoint" test -s "$(newest "stop_$signal")/model.safetensors"
 done
+# As timeout and wrappers send it: twice, right after each other.
+start stop_twice --max_steps 100000 --decay_steps 20
+wait_for 30 grep -q '^step ' "$work/stop_twice.out"
+kill -TERM "$pid"
+kill -TERM "$pid"
+wait "$pid"
+expect "two signals at once are one: exit 0" test $? -eq 0
+expect "with a checkpoint" test -s "$(newest stop_twice)/model.safetensors"
 stopped=$(losses stop_TERM | wc -l)
 resume=$(grep -- '--resume --output_dir' "$work/stop_TERM.out" | tail -1)
 expect "the printed command resumes" bash -c "$resume --max_steps $((stopped + 3))"
 expect "three more steps" test "$(losses stop_TERM | wc -l)" -eq $((stopped + 3))
 
-start twice --seq_len 2048 --num_layers 8 --max_steps 100000
-wait_for 30 test -s "$work/twice/metrics.jsonl"
-kill -TERM "$pid"
-sleep 0.2
-kill -TERM "$pid"
-wait "$pid"
-expect "a second signal ends at once" test $? -eq 143
+if [ $on_gpu = no ]; then # a GPU's step would be over before the second signal
+    start twice --seq_len 2048 --num_layers 8 --max_steps 100000
+    wait_for 30 test -s "$work/twice/metrics.jsonl"
+    kill -TERM "$pid"
+    sleep 0.7
+    kill -TERM "$pid"
+    wait "$pid"
+    expect "a second signal ends at once" test $? -eq 143
+fi
 
 # ---- evaluation alone
 head -c 20000 "$work/corpus.txt" >"$work/val.txt"
@@ -195,7 +212,7 @@ expect "settings file" bash -c "'$trainer' --config '$work/run.toml' --max_steps
 expect "the command line wins" test "$(losses toml | wc -l)" -eq 3
 printf '%s\n' 'profile = true' 'offload = "activations"' >>"$work/run.toml"
 expect "settings file of a run on a GPU" bash -c "'$trainer' --config '$work/run.toml' --max_steps 1 --output_dir '$work/gpu_toml' 2>'$work/gpu_toml.err'"
-expect "a warning names what has no effect" grep -q 'warning: --offload, --profile (of a settings file): about a GPU' "$work/gpu_toml.err"
+[ $on_gpu = yes ] || expect "a warning names what has no effect" grep -q 'warning: --offload, --profile (of a settings file): about a GPU' "$work/gpu_toml.err"
 expect "it is saved for the GPU" grep -q '^profile = true$' "$work/gpu_toml/settings.toml"
 expect "a sample continues the prompt" grep -q '#include <' "$work/toml.out"
 
@@ -233,7 +250,7 @@ expect "it says what was not finite" grep -q 'not finite' "$work/diverged.err"
 expect "skips are logged with data position and tensor" grep -Eq '"event":"skip".*"(loss|grad_norm)":null.*"data_position":[0-9]+.*"first_bad_tensor":"[a-z]' "$work/diverged/metrics.jsonl"
 expect "a checkpoint was written" test -s "$(newest diverged)/model.safetensors"
 status=0
-train untrained --init_std 1e39 --max_steps 3 || status=$?
+train untrained --init_std 1e38 --max_steps 3 || status=$?
 expect "a run of nothing but skips ends with status 1" test $status -eq 1
 expect "in one sentence" test "$(grep -c 'nothing was trained: the loss or gradient norm of all 3 steps was not finite' "$work/untrained.err") $(wc -l <"$work/untrained.err")" = "1 1"
 expect "with its checkpoint" test -s "$(newest untrained)/model.safetensors"
