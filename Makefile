@@ -2,8 +2,10 @@
 # GPU's architecture and libraries are found, and the first lines printed say what was found and what is left out.
 #   make ARCH="80 90a"      CUDA architectures other than this machine's GPU (without a GPU: 80 and 90a)
 #   make HOST_ARCH=x86-64-v3  host code that also runs on other machines than this one
-#   make train_gpt DEBUG=1  asserts in kernels, a wait after every launch, scratch memory poisoned with NaN
+#   make train_gpt DEBUG=1  asserts in kernels, a wait after every launch, scratch memory poisoned with NaN (make debug
+#                           builds the same beside the usual programs)
 #   make STRICT=1           the compilers' warnings are errors, as in continuous integration
+# What is built already stays as it is when one of these changes: make clean first, or add -B.
 
 CXX       ?= g++
 NVCC      ?= $(or $(shell command -v nvcc 2>/dev/null),$(wildcard /usr/local/cuda/bin/nvcc))
@@ -106,8 +108,8 @@ check: test  ## the same
 gpu_check:  ## everything that needs a GPU (scripts/gpu_check.sh)
 	bash scripts/gpu_check.sh
 
-bench: train_gpt dev  ## compare with PyTorch on this machine's GPU (needs Python with torch)
-	python3 dev/bench/attention.py && python3 dev/bench/lighthouse.py && python3 dev/bench/step.py
+bench: train_gpt dev  ## compare with PyTorch on this machine's GPU (needs Python with torch); tables and plots in build/bench
+	for bench in attention lighthouse step; do python3 dev/bench/$$bench.py --out $(BUILD)/bench || exit 1; done
 
 debug:  ## trainers with kernel asserts, a wait after every launch and poisoned scratch memory, in build/debug
 	$(MAKE) DEBUG=1 BUILD=$(BUILD)/debug BIN=$(BUILD)/debug/ $(addprefix $(BUILD)/debug/,train_gpt_cpu $(if $(NVCC),train_gpt test_gpt))

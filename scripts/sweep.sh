@@ -4,7 +4,7 @@
 #   TRAIN_DATA='corpus/*.txt' scripts/sweep.sh topk|pool|levels|scorer [VALUE,VALUE,...] [FLAG ...]
 # FLAGs go to every run and win. STEPS (600), SWITCH (400: the step at which attention becomes dense), SEQ_LEN (32768),
 # TRAINER (./train_gpt) and OUTPUT_DIR (runs/sweep_AXIS, which must hold no sweep yet) come from the environment. The
-# default model has 25 M parameters.
+# default model has 26 M parameters.
 # A value whose geometry SEQ_LEN does not allow is refused by the trainer and listed as such; the others run.
 #   TRAIN_DATA=build/corpus.txt scripts/sweep.sh topk 256,512,1024 --num_layers 12
 set -uo pipefail

@@ -3,7 +3,8 @@
 # why. Needs no GPU. Ends with 'N passed, N failed, N skipped'.
 #   scripts/test.sh            everything
 #   scripts/test.sh --no_cuda  without compiling the CUDA code
-# PYTHON names the Python that has torch and transformers, FUZZ_SECONDS how long each fuzzer runs (10).
+# PYTHON names the Python that has torch and transformers, FUZZ_SECONDS how long each fuzzer runs (10), LLMC_GOLDEN_DIR the
+# folder with other implementations' outputs (../shared/golden).
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
@@ -27,6 +28,9 @@ check() {
     if timeout -k 10 1800 "$@" >"$log/out" 2>&1 </dev/null; then
         passed=$((passed + 1))
         echo "ok   $name ($((SECONDS - start)) s)"
+        # What it left out, as scripts and GoogleTest say it.
+        not_run+=$(sed -n "s/^skip /     $name: /p; s/^\[  SKIPPED \] \([A-Z][A-Za-z0-9.]*\)$/     $name: \1/p" "$log/out" | sort -u && echo .)
+        not_run=${not_run%.}
     else
         failed=$((failed + 1))
         echo "FAIL $name ($((SECONDS - start)) s): $*"
