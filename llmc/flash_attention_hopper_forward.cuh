@@ -309,16 +309,19 @@ __device__ __forceinline__ void mask_scores(float (&scores)[count], int first_li
 
 // ---- softmax -----------------------------------------------------------------------------------
 // Of a thread's two rows, 8 apart: the reference (of q.k; the same in the four threads of a row), this thread's part of
-// the sum of 2^(scale_log2 (q.k - reference)), and the bits of the largest score the reference serves for.
+// the sum of 2^(scale_log2 (q.k - reference)), the bits of the largest score the reference serves for, and of this
+// thread's largest score behind the first key tile, which are right where that is not negative.
 struct SoftmaxRows {
     float reference[2] = {-INFINITY, -INFINITY};
     float sum[2] = {0.0f, 0.0f};
     int limit[2] = {INT_MIN, INT_MIN};
+    int top[2] = {INT_MIN, INT_MIN};
 };
 
-// Moves the references to the scores' maxima where those are larger and makes `factor` what sums of P so far, the
-// output among them, are to be multiplied by. LAZY: a reference a little below zero becomes -threshold, so that the
-// limit is positive; P of the largest score is 2^-64 at least.
+// Moves the references of rows whose scores pass their limit to the scores' maxima, and makes `factor` what sums of P
+// so far, the output among them, are to be multiplied by. LAZY: a reference somewhat below zero becomes one from
+// -threshold on, so that the limit is positive, higher by a whole number of powers of two, so that P of the largest
+// score is one.
 template <bool LAZY, int count>
 __device__ __forceinline__ void move_references(const float (&scores)[count], SoftmaxRows& rows, float (&factor)[2],
                                                 float scale_log2, float threshold) {
@@ -332,10 +335,16 @@ __device__ __forceinline__ void move_references(const float (&scores)[count], So
         float m = maximum[half];
         m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 1));
         m = fmaxf(m, __shfl_xor_sync(FULL_WARP, m, 2));
-        m = fmaxf(m, rows.reference[half]);
         if (LAZY) {
-            m = m > -8.0f * threshold ? fmaxf(m, -threshold) : m;
+            const bool stays = rows.limit[half] != INT_MIN && m < __int_as_float(rows.limit[half]);
+            m = stays ? rows.reference[half] : fmaxf(m, rows.reference[half]);
+            const float steps_below = (-threshold - m) * scale_log2;
+            if (steps_below > 0.0f && steps_below < 64.0f) {
+                m += ceilf(steps_below) / scale_log2;
+            }
             rows.limit[half] = m >= -threshold ? __float_as_int(m + threshold) : INT_MIN;
+        } else {
+            m = fmaxf(m, rows.reference[half]);
         }
         // -infinity - -infinity is not a number; while a row has seen no key there is nothing to multiply.
         factor[half] = m == -INFINITY ? 1.0f : exp2_approx((rows.reference[half] - m) * scale_log2);
@@ -348,13 +357,14 @@ __device__ __forceinline__ void move_references(const float (&scores)[count], So
 // ones are below all of those; limits are positive or, where the reference has to move with every tile, INT_MIN. Three
 // integers have a maximum in one instruction, three floats do not.
 template <int count>
-__device__ __forceinline__ bool passes_limit(const float (&scores)[count], const SoftmaxRows& rows) {
+__device__ __forceinline__ bool passes_limit(const float (&scores)[count], SoftmaxRows& rows) {
     int top[2] = {INT_MIN, INT_MIN};
 #pragma unroll
     for (int i = 0; i < count; i += 4) {
         top[0] = __vimax3_s32(top[0], __float_as_int(scores[i]), __float_as_int(scores[i + 1]));
         top[1] = __vimax3_s32(top[1], __float_as_int(scores[i + 2]), __float_as_int(scores[i + 3]));
     }
+    rows.top[0] = max(rows.top[0], top[0]), rows.top[1] = max(rows.top[1], top[1]);
     return top[0] >= rows.limit[0] || top[1] >= rows.limit[1];
 }
 
@@ -409,9 +419,24 @@ __device__ __forceinline__ void scale_rows(float (&out)[count], const float (&fa
 }
 
 // ---- store -------------------------------------------------------------------------------------
+// By how much P of a row's largest score changed as it was rounded to bf16 for its product with v: by nothing where the
+// reference is that score, or a whole number of powers of two from it. Since that score came the reference has not
+// moved.
+__device__ __forceinline__ float rounding_of_largest(const SoftmaxRows& rows, int half, float scale_log2) {
+    int top = rows.top[half];
+    top = max(top, __shfl_xor_sync(FULL_WARP, top, 1));
+    top = max(top, __shfl_xor_sync(FULL_WARP, top, 2));
+    const float score = __int_as_float(top), reference = rows.reference[half];
+    if (top < 0 || score <= reference) {
+        return 0.0f;
+    }
+    const float p = exp2_approx(fmaf(score, scale_log2, -(reference * scale_log2)));
+    return __bfloat162float(__float2bfloat16(p)) - p;
+}
 // Normalises a warpgroup's 64 rows of the output, writes their lse, and leaves the rows as a TMA tile at `staging`,
 // which the warpgroup's own products have read. lse is that of the head, first_row the thread's first row, which need
-// not be one of its Tq.
+// not be one of its Tq. The output is divided by a sum with the largest P as it was rounded: with references that lag
+// behind, that rounding would otherwise be most of a peaked row's error.
 template <int D>
 __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& rows, float scale_log2, uint32_t staging,
                                             float* lse, int first_row, int Tq) {
@@ -423,7 +448,7 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
         sum += __shfl_xor_sync(FULL_WARP, sum, 1);
         sum += __shfl_xor_sync(FULL_WARP, sum, 2);
         const bool sees_nothing = sum == 0.0f;
-        inverse[half] = sees_nothing ? 0.0f : __fdividef(1.0f, sum);
+        inverse[half] = sees_nothing ? 0.0f : __fdividef(1.0f, sum + rounding_of_largest(rows, half, scale_log2));
         const int row = first_row + 8 * half;
         if (lane % 4 == 0 && row >= 0 && row < Tq) {
             lse[row] = sees_nothing ? -INFINITY : (rows.reference[half] * scale_log2 + __log2f(sum)) * LN_2;

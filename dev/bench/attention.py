@@ -8,10 +8,15 @@ a table (ms, TFLOP/s, ratio to the faster peer) and saves attention.json and att
     python3 dev/bench/attention.py --shapes d128,gqa32 --longest 524288      some shapes, further
     python3 dev/bench/attention.py --peer fa3=PROGRAM                        with one more peer, any program that
                                                                              speaks as attention_timing does
+    python3 dev/bench/attention.py --errors                                  no times: errors against float64
     python3 dev/bench/attention.py --list                                    what there is
     python3 dev/bench/attention.py --from_json a.json,b.json                 plot of earlier runs; needs no GPU
 
 FLOP: 4 T^2 D H / 2 forward, 2.5 times that backward, per sequence.
+
+--errors: each program's out, dq, dk and dv of the same random operands (bf16) against attention in float64: norm of the
+difference by norm of the truth, and largest difference by largest element. Ends with status 1 where this project's norm
+is more than 1.02 times the best peer's: all round their results to bf16, which alone makes about 0.0017.
 """
 import argparse
 import json
@@ -20,6 +25,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 
 from built import require_built
 from plotting import pyplot
@@ -35,6 +41,10 @@ SHAPES = {
     "short": (64, 12, 12, 64, [1024]),
     "batch4": (4, 8, 8, 128, [8192]),
 }
+# B, H, Hkv, D, T, standard deviation of the scores
+ERROR_SHAPES = [(1, 8, 8, 128, 8192, 1.0), (1, 8, 8, 128, 4096, 4.0), (2, 16, 4, 128, 1000, 1.0),
+                (1, 16, 16, 64, 8192, 1.0), (2, 8, 8, 64, 4096, 4.0), (2, 16, 4, 64, 1000, 1.0)]
+WORST_RATIO = 1.02
 PASSES = ("forward", "backward")
 COLORS = {"this": "tab:green", "cudnn": "tab:orange", "fa2": "tab:blue"}  # the programs there always are
 PEER_COLORS = ["tab:red", "tab:purple", "tab:brown", "tab:gray"]  # of what --peer names, in turn
@@ -51,17 +61,36 @@ class LineProgram:
         self.binary = binary
         self.process = subprocess.Popen([binary], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def time(self, direction, shape, T, runs):
-        B, H, Hkv, D = shape
+    def ask(self, line):
+        """What follows 'ok' in the answer."""
         try:
-            self.process.stdin.write(f"{direction} {B} {H} {Hkv} {D} {T} 1 {runs}\n")
+            self.process.stdin.write(line + "\n")
             self.process.stdin.flush()
             answer = self.process.stdout.readline().split(maxsplit=1)
         except BrokenPipeError:
             answer = []
         if not answer or answer[0] != "ok":
             raise RuntimeError(answer[1].strip() if len(answer) > 1 else f"{self.binary} ended")
-        return [float(word) for word in answer[1].split()]
+        return "".join(answer[1:])
+
+    def time(self, direction, shape, T, runs):
+        B, H, Hkv, D = shape
+        return [float(word) for word in self.ask(f"{direction} {B} {H} {Hkv} {D} {T} 1 {runs}").split()]
+
+    def results(self, q, k, v, dout):
+        """out, dq, dk, dv of operands [B, T, heads, D] in bf16."""
+        import torch
+        (B, T, H, D), Hkv = q.shape, k.shape[2]
+        with tempfile.TemporaryDirectory() as folder:
+            for name, tensor in (("qkv", torch.cat((q, k, v), dim=2)), ("dout", dout)):
+                with open(os.path.join(folder, name), "wb") as file:
+                    file.write(tensor.contiguous().view(torch.int16).cpu().numpy().tobytes())
+            self.ask(f"results {B} {H} {Hkv} {D} {T} 1 {folder}")
+
+            def read(name, heads):
+                values = torch.frombuffer(bytearray(open(os.path.join(folder, name), "rb").read()), dtype=torch.bfloat16)
+                return values.cuda().view(B, T, heads, D)
+            return [read("out", H), *read("dqkv", H + 2 * Hkv).split((H, Hkv, Hkv), dim=2)]
 
     def close(self):
         self.process.stdin.close()
@@ -90,6 +119,14 @@ class TorchPeer:
         import torch
         self.key = self.q = self.k = self.v = self.dout = None
         torch.cuda.empty_cache()
+
+    def results(self, q, k, v, dout):
+        import torch
+        self.q, self.k, self.v = [x.transpose(1, 2).detach().requires_grad_() for x in (q, k, v)]
+        out = self.forward()
+        gradients = torch.autograd.grad(out, (self.q, self.k, self.v), dout.transpose(1, 2))
+        self.drop()
+        return [x.detach().transpose(1, 2) for x in (out, *gradients)]
 
     def forward(self):
         import torch.nn.functional as F
@@ -142,6 +179,55 @@ def measure(programs, direction, shape, T, options):
     return {name: statistics.median(value) if isinstance(value, list) else value for name, value in times.items()}
 
 
+def true_results(q, k, v, dout):
+    """out, dq, dk, dv in float64, a query head at a time: its scores are a T x T matrix."""
+    import torch
+    B, T, H, D = q.shape
+    group = H // k.shape[2]
+    q, k, v, dout = [x.double() for x in (q, k, v, dout)]
+    out, dq, dk, dv = [torch.zeros_like(x) for x in (q, q, k, v)]
+    masked = torch.ones(T, T, dtype=torch.bool, device="cuda").triu(1)
+    for b in range(B):
+        for h in range(H):
+            kv = h // group
+            scores = q[b, :, h] @ k[b, :, kv].T / math.sqrt(D)
+            p = scores.masked_fill_(masked, -math.inf).softmax(-1)
+            out[b, :, h] = p @ v[b, :, kv]
+            delta = (dout[b, :, h] * out[b, :, h]).sum(-1, keepdim=True)
+            ds = p * (dout[b, :, h] @ v[b, :, kv].T - delta) / math.sqrt(D)
+            dq[b, :, h] = ds @ k[b, :, kv]
+            dk[b, :, kv] += ds.T @ q[b, :, h]
+            dv[b, :, kv] += p.T @ dout[b, :, h]
+    return out, dq, dk, dv
+
+
+def compare_errors(programs):
+    """The table of --errors; whether this project's are no larger than the best peer's."""
+    import torch
+    torch.manual_seed(1)
+    good = True
+    print(f"{'B':>2} {'H':>5} {'D':>4} {'T':>6} {'scores':>6}      " +
+          " ".join(f"{name + ' norm':>12} {'largest':>8}" for name in programs) + "  ratio")
+    for B, H, Hkv, D, T, spread in ERROR_SHAPES:
+        make = lambda heads, scale=1.0: torch.randn(B, T, heads, D, device="cuda").mul_(scale).bfloat16()
+        operands = make(H, spread), make(Hkv), make(Hkv), make(H)
+        truth = true_results(*operands)
+        found = {name: program.results(*operands) for name, program in programs.items()}
+        for i, what in enumerate(("out", "dq", "dk", "dv")):
+            norms, cells = {}, []
+            for name in programs:
+                difference = found[name][i].double() - truth[i]
+                norms[name] = (difference.norm() / truth[i].norm()).item()
+                largest = (difference.abs().max() / truth[i].abs().max()).item()
+                cells.append(f"{norms[name]:12.6f} {largest:8.5f}")
+            best = min((norm for name, norm in norms.items() if name != "this"), default=None)
+            ratio = norms["this"] / best if "this" in norms and best else None
+            good = good and (ratio is None or ratio <= WORST_RATIO)
+            print(f"{B:2} {f'{H}/{Hkv}':>5} {D:4} {T:6} {spread:6} {what:>4} " + " ".join(cells) +
+                  (f"  {ratio:.3f}" if ratio else "  -"), flush=True)
+    return good
+
+
 def plot(results, path):
     plt = pyplot("no matplotlib: no plot")
     if plt is None:
@@ -178,6 +264,7 @@ def main():
     parser.add_argument("--shapes", default=",".join(SHAPES), help="names with commas between them")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--passes", default=",".join(PASSES), help="forward, backward, deterministic")
+    parser.add_argument("--errors", action="store_true", help="errors against float64 instead of times; see above")
     parser.add_argument("--shortest", type=int, default=0)
     parser.add_argument("--longest", type=int, default=131072)
     parser.add_argument("--rounds", type=int, default=6, help="turns each program gets, best an even number")
@@ -228,6 +315,11 @@ def main():
             programs["cudnn"] = TorchPeer(SDPBackend.CUDNN_ATTENTION)
         if "fa2" in selected:
             programs["fa2"] = TorchPeer(SDPBackend.FLASH_ATTENTION)
+    if options.errors:
+        good = compare_errors(programs)
+        if "this" in programs:
+            programs["this"].close()
+        return 0 if good else 1
     programs.update((name, LineProgram(binary)) for name, binary in peers.items())
 
     results, failed = {}, False

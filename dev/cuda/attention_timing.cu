@@ -2,15 +2,33 @@
 // script can time a peer between them (dev/bench/attention.py). Packed qkv operands, as the trainer has them.
 //   in   pass B H Hkv D T causal runs      pass: forward, backward or deterministic; T queries and T keys
 //   out  ok ms ms ms ...                   one for each run, after one that is not timed
-//        error and a sentence
+//   in   results B H Hkv D T causal FOLDER
+//   out  ok                                of bf16 operands in the folder's files qkv [B, T, H + 2 Hkv, D] and dout
+//                                          [B, T, H, D] it has left out and dqkv there, shaped as dout and qkv
+//   out  error and a sentence              where something is wrong
 // An empty line or the end of the input ends the program; operands of the last shape are kept. Before each run the GPU
 // is held busy until its kernels are queued, so that times are the GPU's alone.
+#include <fstream>
 #include <iostream>
 #include <memory>
 #include <sstream>
 
 #include "flash_attention_cases.cuh"
 #include "llmc/flash_attention.cuh"
+
+static void read_file(const std::string& path, DeviceBuffer<bf16>& buffer) {
+    std::vector<bf16> values(buffer.size());
+    std::ifstream file(path, std::ios::binary);
+    file.read(reinterpret_cast<char*>(values.data()), (std::streamsize)(values.size() * sizeof(bf16)));
+    CHECK(file && file.peek() == EOF, "%s: not a file of %lld bf16 values", path.c_str(), (long long)buffer.size());
+    buffer.upload(values);
+}
+static void write_file(const std::string& path, const DeviceBuffer<bf16>& buffer) {
+    const std::vector<bf16> values = buffer.download();
+    std::ofstream file(path, std::ios::binary);
+    file.write(reinterpret_cast<const char*>(values.data()), (std::streamsize)(values.size() * sizeof(bf16)));
+    CHECK(file.flush(), "%s: cannot be written", path.c_str());
+}
 
 // The operands of a shape, random.
 struct TimedShape {
@@ -35,6 +53,19 @@ struct TimedShape {
         dout.fill_random(2);
         forward(nullptr);  // the backward's out and lse
         CUDA_CHECK(cudaDeviceSynchronize());
+    }
+    // Leaves what the folder's operands give there, as the head of this file says.
+    void leave_results(const std::string& folder, cudaStream_t stream) {
+        read_file(folder + "/qkv", qkv);
+        read_file(folder + "/dout", dout);
+        out.poison();
+        gradients.poison();
+        CUDA_CHECK(cudaDeviceSynchronize());
+        forward(stream);
+        backward(false, stream);
+        CUDA_CHECK(cudaStreamSynchronize(stream));
+        write_file(folder + "/out", out);
+        write_file(folder + "/dqkv", gradients);
     }
     HeadView<bf16> rows(bf16* data) const {
         return HeadView<bf16>(data, shape.Tq * shape.H * shape.D, (int64_t)shape.H * shape.D, shape.D);
@@ -65,16 +96,26 @@ int main() {
         for (std::string line; std::getline(std::cin, line) && !line.empty();) {
             try {
                 std::istringstream words(line);
-                std::string pass;
+                std::string pass, folder;
                 AttentionShape s;
-                int causal, runs;
-                words >> pass >> s.B >> s.H >> s.Hkv >> s.D >> s.Tq >> causal >> runs;
-                CHECK(words && runs >= 1 && (pass == "forward" || pass == "backward" || pass == "deterministic"),
-                      "'%s' is not: forward|backward|deterministic B H Hkv D T causal runs", line.c_str());
+                int causal, runs = 1;
+                words >> pass >> s.B >> s.H >> s.Hkv >> s.D >> s.Tq >> causal;
+                const bool wants_results = pass == "results";
+                wants_results ? words >> folder : words >> runs;
+                CHECK(words && runs >= 1 &&
+                          (wants_results || pass == "forward" || pass == "backward" || pass == "deterministic"),
+                      "'%s' is not: forward|backward|deterministic B H Hkv D T causal runs, or results B H Hkv D T "
+                      "causal FOLDER",
+                      line.c_str());
                 s.Tk = s.Tq, s.causal = causal != 0, s.scale = 1.0f / std::sqrt((float)s.D);
                 if (timed == nullptr || !same(timed->shape, s)) {
                     timed.reset();  // before the next shape's memory is taken
                     timed = std::make_unique<TimedShape>(s);
+                }
+                if (wants_results) {
+                    timed->leave_results(folder, stream);
+                    std::cout << "ok" << std::endl;
+                    continue;
                 }
                 std::string answer = "ok";
                 for (int run = -1; run < runs; ++run) {
