@@ -32,11 +32,12 @@
 // 348 KB (360 KB) of shared memory, and every warp reads lse and delta (lse alone) on top, which takes as long as 32
 // KB: 3040 (3136) clocks at 128 bytes a clock, about 84 (86) % of the tensor cores' rate at best. 10 Tq Tk D H
 // operations, half of them when causal. Two kernels beside it (flash_attention_hopper_backward_rows.cuh) are bound by
-// bandwidth: 14 D bytes a query row and head, or 10. What lost: scores ahead in no tile; dq rounded in this kernel by
-// idle warps; sequences or heads one after another, so that dq's accumulator stays in the L2 cache; and whatever keeps
-// more work before the tensor cores (all of P computed before dP is waited for, dv or dk started earlier, the next
-// scores before dq is stored, dq added from registers, a barrier in two halves): dev/RESULTS.md, "The backward's
-// order". Variants: dev/cuda/flash_attention_backward.cu.
+// bandwidth: 14 D bytes a query row and head, or 10.
+//
+// What lost: scores ahead in no tile; dq rounded in this kernel by idle warps; sequences or heads one after another, so
+// that dq's accumulator stays in the L2 cache; and whatever keeps more work before the tensor cores (all of P computed
+// before dP is waited for, dv or dk started earlier, the next scores before dq is stored, dq added from registers, a
+// barrier in two halves): dev/RESULTS.md, "The backward's order". Variants: dev/cuda/flash_attention_backward.cu.
 #pragma once
 #include <cmath>
 
@@ -483,7 +484,7 @@ template <class Tile>
 __device__ __forceinline__ void start_at_minus_delta(float (&dp)[Tile::BLOCK_M / 2],
                                                      const typename Tile::Statistics& statistics) {
     const uint32_t lane = opaque((uint32_t)threadIdx.x) % 4;  // opaque: not kept in registers from tile to tile
-    const uint32_t ones = lane == 0 ? 0x3f803f80u : lane == 1 ? 0x00003f80u : 0u;
+    const uint32_t ones = pack_bf16x2(lane < 2 ? 1.0f : 0.0f, lane == 0 ? 1.0f : 0.0f);
     const uint32_t a[4] = {ones, ones, 0, 0};
     wgmma_zero<0>(dp, a, wgmma_descriptor_8_columns(shared_address(statistics.delta)));
 }

@@ -13,23 +13,25 @@ inline int hopper_backward_block_m(int D) {
     return D == 128 ? HopperBackwardTile<128>::BLOCK_M : HopperBackwardTile<64>::BLOCK_M;
 }
 constexpr size_t HOPPER_NEXT_ITEM_BYTES = 256;  // keeps the rest aligned to cache lines
-inline size_t hopper_backward_statistics_bytes(const AttentionShape& s) {
-    const size_t tile_bytes =
-        s.D == 128 ? sizeof(HopperBackwardTile<128>::Statistics) : sizeof(HopperBackwardTile<64>::Statistics);
+inline size_t hopper_backward_statistics_bytes(const AttentionShape& s, bool deterministic) {
+    const size_t tile_bytes = s.D == 128      ? sizeof(HopperBackwardTile<128>::Statistics)
+                              : deterministic ? sizeof(HopperBackwardTile<64, true>::Statistics)
+                                              : sizeof(HopperBackwardTile<64>::Statistics);
     return tile_bytes * s.B * s.H * ceil_div<int64_t>(s.Tq, hopper_backward_block_m(s.D));
 }
 // Of dk and of dv, each, where they are summed in memory.
 inline size_t hopper_key_accumulator_bytes(const AttentionShape& s) {
     return (size_t)s.B * s.Hkv * round_up<int64_t>(s.Tk, HopperBackwardTile<128>::BLOCK_N) * s.D * sizeof(float);
 }
-// Exact: 256 bytes, and 8 + 4 D (D = 64: 20 + 4 D) a query row and head, rows rounded up to a tile; with
-// KeySums::IN_MEMORY: and 8 D a key row and head, rows rounded up to a block of keys; with DqStart::FIRST_STORED: and 4
-// a query tile and head; where it turns dq and dk back: and rope_table_bytes.
+// Exact: 256 bytes, and 8 + 4 D (D = 64, not deterministic: 20 + 4 D) a query row and head, rows rounded up to a tile;
+// with KeySums::IN_MEMORY: and 8 D a key row and head, rows rounded up to a block of keys; with DqStart::FIRST_STORED:
+// and 4 a query tile and head; where it turns dq and dk back: and rope_table_bytes.
 inline size_t flash_attention_hopper_backward_scratch_bytes(const AttentionShape& s, bool deterministic,
                                                             bool turns_back, KeySums key_sums) {
     const int block_m = hopper_backward_block_m(s.D);
     const size_t num_tiles = (size_t)s.B * s.H * ceil_div<int64_t>(s.Tq, block_m);
-    return HOPPER_NEXT_ITEM_BYTES + hopper_backward_statistics_bytes(s) + num_tiles * block_m * s.D * sizeof(float) +
+    return HOPPER_NEXT_ITEM_BYTES + hopper_backward_statistics_bytes(s, deterministic) +
+           num_tiles * block_m * s.D * sizeof(float) +
            (key_sums == KeySums::IN_MEMORY ? 2 * hopper_key_accumulator_bytes(s) : 0) +
            (turns_back ? rope_table_bytes(s.Tq, s.D) : 0) +
            (hopper_dq_start(s, deterministic) == DqStart::FIRST_STORED ? num_tiles * sizeof(int) : 0);
@@ -117,11 +119,13 @@ inline HopperBackwardArguments hopper_begin_backward(const AttentionBackwardOper
         blocks == BackwardBlocks::ONE_AN_ITEM ? args.num_items : std::min(args.num_items, gpu_properties().num_sms);
     args.next_item = static_cast<int*>(x.scratch);
     using Statistics = typename Tile::Statistics;
-    static_assert(sizeof(Statistics) <= sizeof(typename HopperBackwardTile<Tile::D>::Statistics), "scratch");
+    static_assert(sizeof(Statistics) <= sizeof(typename HopperBackwardTile<Tile::D, Tile::DETERMINISTIC>::Statistics),
+                  "scratch");
     char* const after_next_item = static_cast<char*>(x.scratch) + HOPPER_NEXT_ITEM_BYTES;
     Statistics* const statistics = reinterpret_cast<Statistics*>(after_next_item);
     args.statistics = statistics;
-    args.dq_accumulator = reinterpret_cast<float*>(after_next_item + hopper_backward_statistics_bytes(s));
+    args.dq_accumulator =
+        reinterpret_cast<float*>(after_next_item + hopper_backward_statistics_bytes(s, Tile::DETERMINISTIC));
     const int64_t padded_Tq = (int64_t)args.num_query_tiles * Tile::BLOCK_M, num_tile_rows = s.B * s.H * padded_Tq;
     char* rest = reinterpret_cast<char*>(args.dq_accumulator + num_tile_rows * s.D);
     if (key_sums == KeySums::IN_MEMORY) {
