@@ -116,7 +116,11 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
 };
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
-    for (const LighthouseCase& c : lighthouse_cases(h)) {
+    std::vector<LighthouseCase> cases = lighthouse_cases(h);
+    if (!h.small) {
+        cases.push_back({1, 1 << 21, 6, 4, 1024, 1, 1, 8});  // a long sequence, with five levels above the tokens
+    }
+    for (const LighthouseCase& c : cases) {
         const LighthouseShape shape = c.shape();
         // Scores all equal, few values, many, and some of them NaN or infinite (num_values 0); the key scores of the
         // dilated scorer, one row a query head.
