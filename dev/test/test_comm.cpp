@@ -227,6 +227,39 @@ TEST(RunRanks, WaitForALongDecisionThatGoesOn) {
               "alone");
 }
 
+// Files that one rank writes for longer than the time-out, beside a disk that stands still.
+TEST(RunRanks, WaitForLongWorkThatGoesOn) {
+    std::string path = rendezvous_path();
+    std::atomic<uint64_t> progress{0};  // of a rank's process
+    const auto work_for = [&](int tenths, bool goes_on) {
+        return [&progress, tenths, goes_on] {
+            for (int i = 0; i < tenths; ++i) {
+                std::this_thread::sleep_for(std::chrono::milliseconds(100));
+                progress += goes_on ? 1 : 0;
+            }
+        };
+    };
+    expect_all_well(run_ranks(3, [&](int rank) {
+        TcpComm comm(rank, 3, path, 1.0);
+        const RunRanks ranks(comm, 1);
+        for (const int slow : {0, 2}) {
+            progress = 0;
+            ranks.at_length(work_for(rank == slow ? 25 : 1, true), progress, "save");
+            CHECK(progress == (rank == slow ? 25 : 1), "the work was not done");
+        }
+        comm.finish();
+    }));
+    path = rendezvous_path();
+    const std::vector<Ended> ended = run_ranks(2, [&](int rank) {
+        TcpComm comm(rank, 2, path, 1.0);
+        RunRanks(comm, 1).at_length(work_for(rank == 0 ? 30 : 1, false), progress, "save");
+    });
+    EXPECT_TRUE(contains(ended[1].error, "save: no progress for 1 s")) << ended[1].error;
+    bool alone = false;
+    RunRanks().at_length([&] { alone = true; }, progress, "save");
+    EXPECT_TRUE(alone);
+}
+
 TEST(TcpComm, NamesRanksThatNeverCome) {
     const std::string path = rendezvous_path();
     const std::vector<Ended> ended = run_ranks(2, [&](int rank) { TcpComm(rank, 4, path, 1.0); });
@@ -258,7 +291,7 @@ TEST(Launch, SaysWhatIsMissing) {
     const auto error_of = [](std::map<std::string, std::string> variables) {
         const std::vector<Ended> ended = run_ranks(1, [&](int) {
             for (const char* name : {"LLMC_RENDEZVOUS", "LLMC_RANK", "LLMC_WORLD_SIZE", "SLURM_PROCID", "SLURM_NTASKS",
-                                     "SLURM_STEP_NUM_TASKS"}) {
+                                     "SLURM_STEP_NUM_TASKS", "PMI_SIZE"}) {
                 unsetenv(name);
             }
             for (const auto& [name, value] : variables) {
@@ -278,6 +311,9 @@ TEST(Launch, SaysWhatIsMissing) {
     EXPECT_EQ(error_of({{"SLURM_NTASKS", "4"}}), "no error");  // a batch script of four tasks, not one of them
     EXPECT_EQ(error_of({{"SLURM_STEP_NUM_TASKS", "1"}}), "no error");
     EXPECT_TRUE(contains(error_of({{"SLURM_STEP_NUM_TASKS", "4"}}), "started by srun as one of 4 ranks"));
+    EXPECT_EQ(error_of({{"LLMC_WORLD_SIZE", ""}}), "no error");
+    EXPECT_TRUE(contains(error_of({{"LLMC_WORLD_SIZE", "4"}}), "started as one of 4 ranks (LLMC_WORLD_SIZE)"));
+    EXPECT_TRUE(contains(error_of({{"PMI_SIZE", "3"}}), "one of 3 ranks"));  // of MPICH's launcher
 }
 
 }  // namespace

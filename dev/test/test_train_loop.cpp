@@ -447,7 +447,6 @@ TEST_F(TrainLoop, ValidationDataThatProveBadCostNoSteps) {
 TEST_F(TrainLoop, AFolderThatIsAnotherRunsMeanwhileStaysAsItIs) {
     config_.checkpoint_every = 2;
     FakeModel model(config_.model);
-    std::vector<int64_t> steps_of_other;
     model.on_update = [&](int n) {
         if (n == 5) {
             std::filesystem::remove_all(config_.output_dir);
