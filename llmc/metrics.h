@@ -6,6 +6,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <poll.h>
 #include <set>
 #include <string>
 #include <sys/stat.h>
@@ -14,6 +15,7 @@
 #include "check.h"
 #include "durable_file.h"
 #include "json.h"
+#include "signals.h"
 
 // ---- metrics.jsonl ------------------------------------------------------------------------------
 
@@ -159,7 +161,7 @@ class Terminal {
 
     // Prints whole lines (`text` may hold several; a line end is added) above the bar.
     void print(const std::string& text) {
-        if (silent_) {
+        if (silent_ || !takes_output()) {
             return;
         }
         clear_bar();
@@ -184,6 +186,18 @@ class Terminal {
     }
 
   private:
+    // Waits for room in a pipe that nobody reads just now, but not beyond a signal that asks the run to stop: its
+    // checkpoint must not wait for a reader. Anything else that is wrong the write will say.
+    static bool takes_output() {
+        pollfd out = {STDOUT_FILENO, POLLOUT, 0};
+        do {
+            const int ready = poll(&out, 1, 100);  // ms
+            if (ready > 0 || (ready < 0 && errno != EINTR)) {
+                return true;
+            }
+        } while (stop_signal::received == 0);
+        return false;
+    }
     void clear_bar() {
         if (bar_drawn_) {
             std::fputs("\r\033[K", stdout);  // to column 0, erase the line

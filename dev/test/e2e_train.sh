@@ -159,6 +159,24 @@ for signal in TERM INT USR1; do
     expect "SIG$signal: says how to resume" grep -q -- "--resume --output_dir $work/stop_$signal" "$work/stop_$signal.out"
     expect "SIG$signal: checkpoint" test -s "$(newest "stop_$signal")/model.safetensors"
 done
+# Into a pipe that nobody reads.
+mkfifo "$work/unread"
+exec 9<>"$work/unread"
+"$trainer" "${small[@]}" --train_data "$work/corpus.txt" --output_dir "$work/stop_unread" --max_steps 100000 --decay_steps 20 >"$work/unread" 2>"$work/stop_unread.err" 9>&- &
+pid=$!
+now=0 before=-1 # steps; it holds 64 KB of their lines
+for _ in $(seq 60); do
+    sleep 1
+    now=$(losses stop_unread 2>/dev/null | wc -l)
+    [ "$now" -gt 100 ] && [ "$now" -eq "$before" ] && break
+    before=$now
+done
+expect "a pipe that nobody reads holds a run up" test "$now" -eq "$before"
+kill -TERM "$pid"
+wait "$pid"
+expect "but not its end: exit 0" test $? -eq 0
+expect "with a checkpoint" test -s "$(newest stop_unread)/model.safetensors"
+exec 9>&-
 # As timeout and wrappers send it: twice, right after each other.
 start stop_twice --max_steps 100000 --decay_steps 20
 wait_for 30 grep -q '^step ' "$work/stop_twice.out"
