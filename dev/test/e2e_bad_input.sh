@@ -144,6 +144,8 @@ script_refused "a sweep that never becomes dense" "SWITCH 9: must be below STEPS
 script_refused "a corpus in place of a folder" "is no file that could be replaced" scripts/make_corpus.sh "$work/sweep" 1
 script_refused "a grace that is no number" "SPAWN_GRACE 'x'" env SPAWN_GRACE=x scripts/spawn_ranks.sh 2 true
 
+refused "a batch that no memory holds" "not enough (GPU )?memory: this run needs [0-9.]+ GiB" "${data[@]}" "${shape[@]}" --seq_len 2047 --batch_size 1048576 --output_dir "$work/a"
+
 # Those that are run for what they print.
 for printing in "--help" "--max_steps 0 --val_data $work/corpus.txt"; do
     # shellcheck disable=SC2086

@@ -245,6 +245,13 @@ TEST(ReferenceModel, UpdateClipsAndDecaysMatricesOnly) {
     }
 }
 
+TEST(ReferenceModel, TakesTheMemoryThatIsPlanned) {
+    for (const Case& c : cases()) {
+        EXPECT_EQ((double)reference::ReferenceModel<float>::planned_bytes(c.config, c.B, c.T) / (1 << 30),
+                  reference::ReferenceModel<float>(c.config, AttentionMode::dense, {}, c.B, c.T).peak_memory_gib());
+    }
+}
+
 // Three steps, of which the second is not clipped, by the formula of Loshchilov & Hutter 2019.
 TEST(ReferenceModel, UpdatesFollowAdamWFromStepToStep) {
     const Case c = cases()[1];

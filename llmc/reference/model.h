@@ -99,6 +99,9 @@ class ReferenceModel : public TrainableModel {
     void write_state(StateKind kind, int tensor, const float* in) override;
     void read_gradient(int tensor, float* out) override;
 
+    // Bytes that a model for such batches takes, without what Lighthouse attention adds as it is first used.
+    static int64_t planned_bytes(const ModelConfig& config, int max_batch, int64_t max_T);
+
     // One tensor in full precision: for tests.
     Real* weight(int tensor) { return weights_.data() + offsets_[tensor]; }
     Real* gradient(int tensor) { return gradients_.data() + offsets_[tensor]; }
@@ -126,9 +129,10 @@ class ReferenceModel : public TrainableModel {
     bool uses_lighthouse(int l) const {
         return attention_ == AttentionMode::lighthouse && lighthouse_.applies_to(l, config_.num_layers);
     }
-    int64_t chunk_rows(int64_t rows) const {
-        return std::min(rows, std::max<int64_t>(1, CLASSIFIER_CHUNK_ELEMENTS / config_.vocab_size));
+    static int64_t chunk_rows(int64_t rows, int64_t vocab_size) {
+        return std::min(rows, std::max<int64_t>(1, CLASSIFIER_CHUNK_ELEMENTS / vocab_size));
     }
+    int64_t chunk_rows(int64_t rows) const { return chunk_rows(rows, config_.vocab_size); }
     std::vector<Real>& state(StateKind kind) {
         return kind == StateKind::master ? weights_ : kind == StateKind::exp_avg ? exp_avg_ : exp_avg_sq_;
     }
@@ -198,6 +202,18 @@ ReferenceModel<Real>::ReferenceModel(const ModelConfig& config, AttentionMode at
     d_.residual.resize(rows * C), d_.norm_out.resize(rows * C);
     d_.swiglu.resize(rows * F), d_.gate_up.resize(rows * 2 * F);
     d_.attention.resize(rows * config_.attention_width()), d_.qkv.resize(rows * config_.qkv_width());
+}
+
+// As the constructor has it.
+template <class Real>
+int64_t ReferenceModel<Real>::planned_bytes(const ModelConfig& c, int max_batch, int64_t max_T) {
+    const int64_t rows = max_batch * max_T, C = c.width, F = c.ffn_width;
+    const int64_t attention = c.qkv_width() + c.attention_width();
+    const int64_t of_block = 4 * C + 2 + attention + c.num_heads + 3 * F, of_ends = 4 * C + 2 + attention + 3 * F;
+    const int64_t num_elements = 4 * make_parameter_table(c).num_elements() +
+                                 rows * (c.num_layers * of_block + of_ends) +
+                                 chunk_rows(rows, c.vocab_size) * c.vocab_size;
+    return num_elements * (int64_t)sizeof(Real) + 2 * rows * (int64_t)sizeof(int32_t);
 }
 
 template <class Real>
