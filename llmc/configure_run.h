@@ -11,9 +11,11 @@
 #include <memory>
 #include <omp.h>
 #include <optional>
+#include <set>
 #include <string>
 #include <sys/stat.h>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "checkpoint_folder.h"  // the checkpoint to go on from
@@ -149,6 +151,37 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
     return parsed;
 }
 
+// Says where a file comes twice in what is trained on, or validates what was trained on: --val_fraction's part among
+// it, which is cut off the end.
+inline void warn_of_files_twice(const RunConfig& config, const RunData& data) {
+    if (!data.train) {
+        return;
+    }
+    std::set<std::pair<dev_t, ino_t>> trained;
+    const auto is_known = [&](const TokenFile& file) {
+        struct stat status;
+        return stat(file.path.c_str(), &status) == 0 && !trained.insert({status.st_dev, status.st_ino}).second;
+    };
+    for (const TokenFile& file : data.train->stream().files()) {
+        if (is_known(file)) {
+            print_warning(config,
+                          format_string("--train_data: %s is there twice: its text counts double%s", file.path.c_str(),
+                                        config.val_data.empty() && config.val_fraction > 0.0
+                                            ? ", and --val_fraction may validate what is trained on"
+                                            : ""));
+        }
+    }
+    if (!config.val_data.empty()) {
+        for (const TokenFile& file : data.validation->stream().files()) {
+            if (is_known(file)) {
+                print_warning(config,
+                              format_string("--val_data: %s is trained on too: its loss says nothing of other text",
+                                            file.path.c_str()));
+            }
+        }
+    }
+}
+
 // The rest of what is decided before a model exists: finds the checkpoint to start from and takes the model's shape
 // from it, checks all rules; with --fit data and output folder are not looked at. Writes nothing but the
 // lock's file: of --resume, and of a folder that holds a run. All ranks call it, and get the same. Throws Error for
@@ -195,6 +228,9 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         check_holds_no_run(config, ranks.size() == 1);
     }
     const RunData data = open_data(config);  // for what it refuses: before the time and memory that a model takes
+    if (ranks.is_first()) {
+        warn_of_files_twice(config, data);
+    }
     std::string common = settings_toml(config) + config.checkpoint;
     for (const std::optional<SequenceSet>* set : {&data.train, &data.validation}) {
         common += *set ? format_string("\n%lld tokens", (long long)(*set)->num_tokens()) : "";

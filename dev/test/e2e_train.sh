@@ -126,6 +126,12 @@ expect "a warning names both" grep -Eq '^[^ ]+ warning: --train_data: .*"corpus.
 expect "resume on the same again" bash -c "'$trainer' --resume --output_dir '$work/two' --max_steps 22 2>'$work/two.err'"
 expect "without a warning: they are saved with the run" test ! -s "$work/two.err"
 
+ln -s "$work/corpus.txt" "$work/link.txt"
+expect "a file twice" train twice_trained --max_steps 1 --train_data "$work/link.txt"
+expect "is said" grep -Eq 'warning: --train_data: .*link.txt is there twice' "$work/twice_trained.err"
+expect "validation of what is trained on" train twice_read --max_steps 1 --val_data "$work/link.txt"
+expect "is said, in one line" test "$(grep -c 'warning: --val_data: .*link.txt is trained on too' "$work/twice_read.err") $(wc -l <"$work/twice_read.err")" = "1 1"
+
 # ---- the order of data and the micro-batches
 expect "gradient accumulation" train accumulated --batch_size 2 --global_batch 4
 # In bf16 the tenth step's weights differ in their last bits, 2^-9 of a loss near 4.
