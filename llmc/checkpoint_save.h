@@ -299,10 +299,15 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
         partial.emplace(partial_path);
         return "";
     };
-    const bool has_earlier = ranks.is_first() && !checkpoint::list(output_dir).empty();
-    const char* const advice =
-        has_earlier ? "; earlier checkpoints are as they were: with room to write, --resume goes on from the newest"
-                    : "; there is no earlier checkpoint";
+    const auto advice = [&] {
+        try {
+            return checkpoint::list(output_dir).empty() ? "; there is no earlier checkpoint"
+                                                        : "; earlier checkpoints are as they were: with room to write, "
+                                                          "--resume goes on from the newest";
+        } catch (const Error&) {
+            return "";  // what is wrong with the folder is said already
+        }
+    };
     try {
         ranks.first_decides(make_folder, "a new checkpoint");
         if (!ranks.is_first()) {
@@ -341,7 +346,7 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
         };
         ranks.first_decides(publish_folder, "publication of the checkpoint");
     } catch (const Error& what) {
-        fail("%s%s", what.what(), advice);
+        fail("%s%s", what.what(), advice());
     }
     if (config.keep_checkpoints > 0 && state.skipped_in_a_row == 0 && ranks.is_first()) {
         checkpoint::prune(output_dir, state.step, config.keep_checkpoints);

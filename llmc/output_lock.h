@@ -21,12 +21,15 @@ class OutputLock {
     // place.
     explicit OutputLock(const std::string& output_dir, int (*lock)(int, int) = flock) {
         const std::string path = output_dir + "/.lock";
-        CHECK(stat(output_dir.c_str(), &folder_) == 0, "--output_dir %s: cannot look there: %s", output_dir.c_str(),
-              std::strerror(errno));
         // For writing: network file systems ask for it. Not for programs that this one may start.
         file_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
         CHECK(file_ >= 0, "--output_dir %s: cannot open %s: %s", output_dir.c_str(), path.c_str(),
               std::strerror(errno));
+        if (stat(output_dir.c_str(), &folder_) != 0) {
+            const int error = errno;
+            close(file_);
+            fail("--output_dir %s: cannot look there: %s", output_dir.c_str(), std::strerror(error));
+        }
         int status;
         do {
             status = lock(file_, LOCK_EX | LOCK_NB);
