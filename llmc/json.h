@@ -18,11 +18,11 @@ using JsonValue = nlohmann::json;     // to read: finds a key among many fast
 inline std::string printable(std::string_view text) {
     std::string shown;
     for (const char c : text.substr(0, 80)) {
-        const bool is_c1 = !shown.empty() && shown.back() == '\xc2' && (unsigned char)c < 0xa0;  // U+0080 to U+009F
-        if (is_c1) {
+        const unsigned char byte = c;
+        if (!shown.empty() && shown.back() == '\xc2' && byte >= 0x80 && byte < 0xa0) {  // U+0080 to U+009F
             shown.back() = '?';
         } else {
-            shown += (unsigned char)c < 0x20 || c == 0x7f ? '?' : c;
+            shown += byte < 0x20 || byte == 0x7f ? '?' : c;
         }
     }
     return text.size() > 80 ? shown + "..." : shown;

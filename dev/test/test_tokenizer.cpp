@@ -73,5 +73,8 @@ TEST_F(TokenizerTest, TextCannotCommandTheTerminal) {
     EXPECT_EQ(terminal_safe("\xe0\x80\x9b\xf0\x80\x80\x9b\xed\xa0\x80\xf4\x90\x80\x80\xf4\x8f\xbf\xbf"),
               "\\xe0\\x80\\x9b\\xf0\\x80\\x80\\x9b\\xed\\xa0\\x80\\xf4\\x90\\x80\\x80\xf4\x8f\xbf\xbf")
         << "written longer than they are, half of a pair, and beyond the last";
-    EXPECT_EQ(printable("a\n\xc2\x9b\xc3\xa9"), "a??\xc3\xa9") << "names in messages";
+    EXPECT_EQ(printable("a\n\xc2\x9b\xc3\xa9\xc2"
+                        "z"),
+              "a??\xc3\xa9\xc2z")
+        << "names in messages";
 }
