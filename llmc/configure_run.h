@@ -157,13 +157,14 @@ inline void warn_of_files_twice(const RunConfig& config, const RunData& data) {
     if (!data.train) {
         return;
     }
-    std::set<std::pair<dev_t, ino_t>> trained;
-    const auto is_known = [&](const TokenFile& file) {
-        struct stat status;
-        return stat(file.path.c_str(), &status) == 0 && !trained.insert({status.st_dev, status.st_ino}).second;
+    const auto identity = [](const TokenFile& file) {
+        struct stat status = {};  // zeros where the file is gone by now
+        stat(file.path.c_str(), &status);
+        return std::pair(status.st_dev, status.st_ino);
     };
+    std::set<std::pair<dev_t, ino_t>> trained;
     for (const TokenFile& file : data.train->stream().files()) {
-        if (is_known(file)) {
+        if (!trained.insert(identity(file)).second) {
             print_warning(config,
                           format_string("--train_data: %s is there twice: its text counts double%s", file.path.c_str(),
                                         config.val_data.empty() && config.val_fraction > 0.0
@@ -173,7 +174,7 @@ inline void warn_of_files_twice(const RunConfig& config, const RunData& data) {
     }
     if (!config.val_data.empty()) {
         for (const TokenFile& file : data.validation->stream().files()) {
-            if (is_known(file)) {
+            if (trained.count(identity(file)) > 0) {
                 print_warning(config,
                               format_string("--val_data: %s is trained on too: its loss says nothing of other text",
                                             file.path.c_str()));

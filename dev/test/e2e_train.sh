@@ -132,6 +132,10 @@ expect "is said" grep -Eq 'warning: --train_data: .*link.txt is there twice' "$w
 expect "validation of what is trained on" train twice_read --max_steps 1 --val_data "$work/link.txt"
 expect "is said, in one line" test "$(grep -c 'warning: --val_data: .*link.txt is trained on too' "$work/twice_read.err") $(wc -l <"$work/twice_read.err")" = "1 1"
 
+cp "$work/corpus.txt" "$work/copy.txt"
+expect "validation of another file, twice" train twice_validated --max_steps 1 --val_data "$work/copy.txt" "$work/copy.txt"
+expect "is not said to be trained on" test ! -s "$work/twice_validated.err"
+
 # ---- the order of data and the micro-batches
 expect "gradient accumulation" train accumulated --batch_size 2 --global_batch 4
 # In bf16 the tenth step's weights differ in their last bits, 2^-9 of a loss near 4.
