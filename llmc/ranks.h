@@ -37,57 +37,43 @@ class RunRanks {
         return answer_of(world_.broadcast_text(is_first() ? outcome_of(decide) : "", 0, operation));
     }
     // The same for what may take longer than the time-out of the ranks that wait, such as reading a large checkpoint:
-    // `decide` counts in its argument (may be null) what it has done, and as long as that grows they are told. A
-    // standstill ends the run as everywhere.
+    // `decide` counts in its argument (may be null) what it has done; see at_length.
     std::string first_decides_at_length(const std::function<std::string(std::atomic<uint64_t>* progress)>& decide,
                                         const std::string& operation) const {
         if (size() == 1) {
             return decide(nullptr);
         }
-        const std::string still_deciding = ".";
+        std::atomic<uint64_t> progress{0};
         std::string outcome;
-        if (is_first()) {
-            std::atomic<uint64_t> progress{0};
-            // Beside this thread, which alone may send: MPI is told so.
-            std::future<std::string> decided =
-                std::async(std::launch::async, [&] { return outcome_of([&] { return decide(&progress); }); });
-            const std::chrono::duration<double> interval(
-                std::min(60.0, 0.25 * world_.comm().identity().timeout_seconds));
-            for (uint64_t told = 0; decided.wait_for(interval) != std::future_status::ready;) {
-                const uint64_t now = progress;
-                if (now != told) {
-                    told = now;
-                    world_.broadcast_text(still_deciding, 0, operation);
-                }
+        const auto work = [&] {
+            if (is_first()) {
+                outcome = outcome_of([&] { return decide(&progress); });
             }
-            outcome = decided.get();
-        }
-        do {
-            outcome = world_.broadcast_text(outcome, 0, operation);
-        } while (outcome == still_deciding);
-        return answer_of(outcome);
+        };
+        at_length(work, progress, operation);
+        return answer_of(world_.broadcast_text(outcome, 0, operation));
     }
     // What each rank does by itself, and some for longer than the time-out of the others: `work` runs beside this
-    // thread, which alone may send, and all wait for each other as long as what any of them counts in `progress` grows.
+    // thread, which alone may send, and all wait for each other. A rank tells the others that it is still there as long
+    // as what it counts in `progress` grows; where that stands still, they miss it as everywhere. Throws what `work`
+    // throws, on that rank.
     void at_length(const std::function<void()>& work, const std::atomic<uint64_t>& progress,
                    const std::string& operation) const {
         if (size() == 1) {
             return work();
         }
-        using Clock = std::chrono::steady_clock;
-        std::future<void> done = std::async(std::launch::async, work);
-        const double timeout = world_.comm().identity().timeout_seconds;
-        const std::chrono::duration<double> interval(std::min(60.0, 0.25 * timeout));
         constexpr uint64_t READY = UINT64_MAX;
+        uint64_t told = progress;
+        std::future<void> done = std::async(std::launch::async, work);  // MPI is told which thread sends
+        const std::chrono::duration<double> interval(std::min(60.0, 0.25 * world_.comm().identity().timeout_seconds));
         std::vector<uint64_t> all(size());
-        Clock::time_point grown = Clock::now();
         while (std::count(all.begin(), all.end(), READY) < size()) {
-            const std::vector<uint64_t> before = all;
-            const uint64_t own = done.wait_for(interval) == std::future_status::ready ? READY : progress.load();
-            world_.all_gather(all.data(), &own, sizeof own, operation);
-            grown = all != before ? Clock::now() : grown;
-            CHECK(std::chrono::duration<double>(Clock::now() - grown).count() < timeout,
-                  "%s: no progress for %g s (--comm_timeout)", operation.c_str(), timeout);
+            uint64_t now;
+            do {
+                now = done.wait_for(interval) == std::future_status::ready ? READY : progress.load();
+            } while (now == told && now != READY);
+            told = now;
+            world_.all_gather(all.data(), &told, sizeof told, operation);
         }
         done.get();
     }
