@@ -658,38 +658,34 @@ class TrainingRun {
         checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
                                       checkpoint::OPTIMIZER_SHARD_BYTES, ranks_, companions_ ? &*companions_ : nullptr);
         saved_step_ = state_.step;
-        restore_output_folder();
         terminal_.print(format_string("step %lld | checkpoint %s, %.1f s", (long long)state_.step, checkpoint_.c_str(),
                                       seconds_since(start)));
         log("checkpoint", {{"path", checkpoint_}, {"seconds", seconds_since(start)}});
     }
 
-    // Where someone has removed or moved the folder, the one of its name, which is made again, is locked like the
-    // first; unless it is another run's, whose checkpoints must not be pruned. Rank 0 alone calls it.
+    // Before a checkpoint is written into it. Where someone has removed or moved the folder, it is made again and
+    // locked like the first, unless it is another run's, whose checkpoints must not be pruned; and it gets again what
+    // --resume needs. Rank 0 alone calls it.
     void hold_output_folder() {
         const std::string& folder = config_.output_dir;
-        if (!output_lock_ || output_lock_->is_of(folder)) {
-            return;
-        }
         std::error_code error;
-        std::filesystem::create_directories(folder, error);
-        CHECK(!error, "--output_dir %s: cannot make this folder: %s", folder.c_str(), error.message().c_str());
-        output_lock_.reset(), config_.output_lock.reset();  // of the folder that is gone
-        output_lock_ = lock_output(config_);
-        CHECK(!holds_a_run(folder),
-              "--output_dir %s has been removed or moved, and is another run's folder now: this run's next checkpoint "
-              "has no place",
-              folder.c_str());
-    }
-    // The checkpoint is in a folder that had to be made again: --resume needs more than that.
-    void restore_output_folder() {
-        std::error_code error;
-        if (!metrics_ || std::filesystem::exists(saved_settings_path(config_.output_dir), error) || error) {
-            return;
+        if (output_lock_ && !output_lock_->is_of(folder)) {
+            std::filesystem::create_directories(folder, error);
+            CHECK(!error, "--output_dir %s: cannot make this folder: %s", folder.c_str(), error.message().c_str());
+            output_lock_.reset(), config_.output_lock.reset();  // of the folder that is gone
+            output_lock_ = lock_output(config_);
+            CHECK(!holds_a_run(folder),
+                  "--output_dir %s has been removed or moved, and is another run's folder now: this run's next "
+                  "checkpoint has no place",
+                  folder.c_str());
         }
-        warn(format_string("--output_dir %s has been removed or moved: it is made again, and metrics.jsonl begins anew",
-                           config_.output_dir.c_str()));
-        begin_run_files();
+        if (metrics_ && !std::filesystem::exists(saved_settings_path(folder), error) && !error) {
+            warn(
+                format_string("--output_dir %s has been removed or moved: it is made again, and metrics.jsonl begins "
+                              "anew",
+                              folder.c_str()));
+            begin_run_files();
+        }
     }
 
     std::string resume_command() const {
