@@ -130,14 +130,14 @@ inline int64_t max_positions_of(const RunConfig& config, const ModelConfig& m) {
 // A tokenizer_config.json that lets texts be as long as the model was trained on: as it is where it does, or where it
 // says nothing of the kind.
 inline std::string with_max_length(const std::string& text, int64_t max_positions) {
-    Json json = is_shallow_json(text) ? Json::parse(text, nullptr, false) : Json();
+    Json json = parse_or_discard(text);
     const char* const key = "model_max_length";
     if (!json.is_object() || !json.contains(key) || !json[key].is_number_integer() ||
         json[key].get<double>() >= (double)max_positions) {
         return text;
     }
     json[key] = max_positions;
-    return json.dump(1) + "\n";
+    return json_text(json);
 }
 
 // Those of `source`; without one, of text as bytes, if it is that. Throws Error for a file that cannot be read.
@@ -157,7 +157,7 @@ inline Companions read_companions(const std::string& source, const RunConfig& co
         }
     } else if (is_bytes) {
         const bool markers = config.byte_markers && m.vocab_size > END_MARKER;
-        const auto add = [&](const char* name, const Json& json) { companions.files[name] = json.dump(1) + "\n"; };
+        const auto add = [&](const char* name, const Json& json) { companions.files[name] = json_text(json); };
         add("tokenizer.json", byte_tokenizer_json(markers));
         add(TOKENIZER_CONFIG, byte_tokenizer_config_json(markers, max_positions_of(config, m)));
         if (markers) {
@@ -170,13 +170,13 @@ inline Companions read_companions(const std::string& source, const RunConfig& co
 // Whether their tokenizer, if they have one, takes bytes as they are.
 inline bool reads_bytes(const Companions& companions) {
     const auto found = companions.files.find("tokenizer.json");
-    return found == companions.files.end() || found->second == byte_tokenizer_json(true).dump(1) + "\n" ||
-           found->second == byte_tokenizer_json(false).dump(1) + "\n";
+    return found == companions.files.end() || found->second == json_text(byte_tokenizer_json(true)) ||
+           found->second == json_text(byte_tokenizer_json(false));
 }
 inline void write_companions(PartialFolder& folder, const Companions& companions, const RunConfig& config,
                              const ModelConfig& m, bool weights_bf16) {
     const Json json = hf_config_json(m, max_positions_of(config, m), weights_bf16, companions.tokens);
-    folder.write_text("config.json", json.dump(1) + "\n");
+    folder.write_text("config.json", json_text(json));
     for (const auto& [name, text] : companions.files) {
         folder.write_text(name, text);
     }

@@ -30,25 +30,18 @@ inline std::string printable(std::string_view text) {
 
 constexpr int JSON_MAX_DEPTH = 32;  // deeper than any format here nests values
 
-// Whether brackets outside of strings nest no deeper than that: what reads JSON goes as deep on the stack.
-inline bool is_shallow_json(std::string_view text) {
-    int depth = 0;
-    bool in_string = false;
-    for (size_t i = 0; i < text.size(); ++i) {
-        const char c = text[i];
-        if (in_string) {
-            i += c == '\\';
-            in_string = c != '"';
-        } else {
-            in_string = c == '"';
-            depth += c == '[' || c == '{' ? 1 : c == ']' || c == '}' ? -1 : 0;
-            if (depth > JSON_MAX_DEPTH) {
-                return false;
-            }
-        }
-    }
-    return true;
+// The value of a text that is only looked into, its keys in order; discarded where it is not JSON, or nests deeper.
+inline Json parse_or_discard(std::string_view text) {
+    bool is_shallow = true;
+    const auto keep = [&](int depth, Json::parse_event_t, Json&) {
+        is_shallow = is_shallow && depth <= JSON_MAX_DEPTH;
+        return is_shallow;
+    };
+    Json value = Json::parse(text.begin(), text.end(), keep, false);
+    return is_shallow ? value : Json(Json::value_t::discarded);
 }
+// As a file holds it.
+inline std::string json_text(const Json& json) { return json.dump(1) + "\n"; }
 
 // Throws Error, naming `source`, for text that is not JSON, gives a name twice in one object, or nests values deeper
 // than any format here does.

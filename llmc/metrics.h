@@ -72,7 +72,7 @@ class MetricsLog {
         std::remove(kept_path.c_str());  // of a run that was killed here
         DurableFile kept(kept_path);
         for (std::string line; std::getline(old, line);) {
-            const Json object = is_shallow_json(line) ? Json::parse(line, nullptr, false) : Json();
+            const Json object = parse_or_discard(line);
             const bool whole = object.is_object() && object.contains("step") && object["step"].is_number_integer();
             if (!whole) {
                 continue;
