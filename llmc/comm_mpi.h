@@ -41,41 +41,43 @@ class MpiComm : public HostComm {
     void exchange(const std::vector<HostSend>& sends, const std::vector<HostReceive>& receives,
                   const std::string& operation) override {
         std::vector<MPI_Request> requests;
-        std::vector<int> peers;     // of the requests
-        std::vector<int> expected;  // bytes to receive; -1: a send
-        bool receives_now = true;
-        const auto in_pieces = [&](int peer, size_t num_bytes, auto start) {  // MPI counts in int
+        std::vector<Message> messages;                                                         // of the requests
+        const auto in_pieces = [&](int peer, size_t num_bytes, bool is_receive, auto start) {  // MPI counts in int
             constexpr size_t PIECE = (size_t)1 << 30;
             for (size_t at = 0; at < num_bytes; at += PIECE) {
+                const int count = (int)std::min(PIECE, num_bytes - at);
                 requests.push_back(MPI_REQUEST_NULL);
-                peers.push_back(peer);
-                expected.push_back(receives_now ? (int)std::min(PIECE, num_bytes - at) : -1);
-                start(at, (int)std::min(PIECE, num_bytes - at), &requests.back());
+                messages.push_back({peer, count, is_receive});
+                start(at, count, &requests.back());
             }
         };
         for (const HostReceive& r : receives) {
             if (r.peer != rank()) {
-                in_pieces(r.peer, r.num_bytes, [&](size_t at, int count, MPI_Request* request) {
+                in_pieces(r.peer, r.num_bytes, true, [&](size_t at, int count, MPI_Request* request) {
                     MPI_CHECK(MPI_Irecv(static_cast<char*>(r.data) + at, count, MPI_BYTE, r.peer, TAG, MPI_COMM_WORLD,
                                         request));
                 });
             }
         }
-        receives_now = false;
         for (const HostSend& s : sends) {
             if (s.peer != rank()) {
-                in_pieces(s.peer, s.num_bytes, [&](size_t at, int count, MPI_Request* request) {
+                in_pieces(s.peer, s.num_bytes, false, [&](size_t at, int count, MPI_Request* request) {
                     MPI_CHECK(MPI_Isend(static_cast<const char*>(s.data) + at, count, MPI_BYTE, s.peer, TAG,
                                         MPI_COMM_WORLD, request));
                 });
             }
         }
         exchange_with_self(sends, receives, operation);
-        wait(requests, peers, expected, operation);
+        wait(requests, messages, operation);
     }
 
   private:
     static constexpr int TAG = 1;
+    // What a request is of.
+    struct Message {
+        int peer, num_bytes;
+        bool is_receive;
+    };
     struct World {
         int rank, size;
     };
@@ -94,8 +96,7 @@ class MpiComm : public HostComm {
 
     // Done, or throws when nothing at all was completed for the time-out. Polls at once at first, then with rests that
     // leave the processor to ranks that share it.
-    void wait(std::vector<MPI_Request>& requests, const std::vector<int>& peers, const std::vector<int>& expected,
-              const std::string& operation) {
+    void wait(std::vector<MPI_Request>& requests, const std::vector<Message>& messages, const std::string& operation) {
         using Clock = std::chrono::steady_clock;
         Clock::time_point progress = Clock::now();
         size_t num_done = 0;
@@ -106,12 +107,14 @@ class MpiComm : public HostComm {
             MPI_CHECK(MPI_Testsome((int)requests.size(), requests.data(), &count, completed.data(), statuses.data()));
             if (count > 0 && count != MPI_UNDEFINED) {
                 for (int i = 0; i < count; ++i) {
-                    int num_bytes = -1;
-                    const int r = completed[i];
-                    CHECK(expected[r] < 0 || (MPI_Get_count(&statuses[i], MPI_BYTE, &num_bytes) == MPI_SUCCESS &&
-                                              num_bytes == expected[r]),
-                          "%s: rank %d (%s) sends %d bytes where %d are expected", identity().where(operation).c_str(),
-                          peers[r], identity().host_of(peers[r]).c_str(), num_bytes, expected[r]);
+                    const Message& m = messages[completed[i]];
+                    int num_bytes = m.num_bytes;
+                    if (m.is_receive) {
+                        MPI_CHECK(MPI_Get_count(&statuses[i], MPI_BYTE, &num_bytes));
+                    }
+                    CHECK(num_bytes == m.num_bytes, "%s: rank %d (%s) sends %d bytes where %d are expected",
+                          identity().where(operation).c_str(), m.peer, identity().host_of(m.peer).c_str(), num_bytes,
+                          m.num_bytes);
                 }
                 num_done += count;
                 progress = Clock::now();
@@ -124,8 +127,8 @@ class MpiComm : public HostComm {
                                                  [](MPI_Request request) { return request != MPI_REQUEST_NULL; }) -
                                     requests.begin();
                 fail("%s: nothing from rank %d (%s) for %g s (--comm_timeout): it hangs or is gone",
-                     identity().where(operation).c_str(), peers[open], identity().host_of(peers[open]).c_str(),
-                     identity().timeout_seconds);
+                     identity().where(operation).c_str(), messages[open].peer,
+                     identity().host_of(messages[open].peer).c_str(), identity().timeout_seconds);
             }
             if (polls > 1000) {
                 std::this_thread::sleep_for(std::chrono::microseconds(20));
