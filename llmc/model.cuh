@@ -115,7 +115,7 @@ class GpuModel : public TrainableModel {
     void attention_output_again(int l, const Batch& batch);
     void attention_backward(int l, const Batch& batch);
     void reduce_gradients_after(int layer);
-    void update_parameters(AdamWArguments arguments, double weight_decay);
+    void update_parameters(const AdamWSettings& settings);
     void write_weights(bf16* to, const float* masters, int64_t num_elements);
     std::string first_bad_tensor(double loss);
     bool is_bad_tensor(int tensor);
@@ -296,14 +296,6 @@ inline StepResult GpuModel::update(const AdamWSettings& settings) {
     const ModelBuffers& m = buffers_;
     float* const step_loss = m.step_results;
     float* const norm = m.step_results + 1;
-    AdamWArguments arguments;
-    arguments.learning_rate = (float)settings.learning_rate;
-    arguments.beta1 = (float)settings.beta1;
-    arguments.beta2 = (float)settings.beta2;
-    arguments.eps = (float)settings.eps;
-    arguments.max_grad_norm = (float)settings.max_grad_norm;
-    arguments.beta1_correction = (float)(1.0 - std::pow(settings.beta1, (double)settings.adam_step));
-    arguments.beta2_correction = (float)(1.0 - std::pow(settings.beta2, (double)settings.adam_step));
     set_profiling(settings_.profile);
     pass_ = StepPass::update;
     stage("gradient norm");
@@ -316,7 +308,7 @@ inline StepResult GpuModel::update(const AdamWSettings& settings) {
         grad_norm(norm, m.gradients, layout_.num_elements, m.grad_norm_scratch, stream_);
         stage("AdamW");
     }
-    update_parameters(arguments, settings.weight_decay);
+    update_parameters(settings);
     stage(nullptr);
     set_profiling(false);
 
@@ -335,27 +327,23 @@ inline StepResult GpuModel::update(const AdamWSettings& settings) {
     return result;
 }
 
-inline void GpuModel::update_parameters(AdamWArguments arguments, double weight_decay) {
+inline void GpuModel::update_parameters(const AdamWSettings& settings) {
     const ModelBuffers& m = buffers_;
     const float *const loss = m.step_results, *const norm = m.step_results + 1;
     if (zero_) {
-        zero_->update(m.weights, m.master, m.exp_avg, m.exp_avg_sq, m.gradients, norm, loss, arguments, weight_decay,
-                      stream_);
+        zero_->update(m.weights, m.master, m.exp_avg, m.exp_avg_sq, m.gradients, norm, loss, settings, stream_);
         return;
     }
     if (host_optimizer_) {
-        host_optimizer_->update(m.weights, m.gradients, norm, loss, arguments, weight_decay, layout_.num_decayed,
-                                stream_);
+        host_optimizer_->update(m.weights, m.gradients, norm, loss, settings, layout_.num_decayed, stream_);
         return;
     }
-    auto update_range = [&](int64_t begin, int64_t end) {
+    auto update_range = [&](int64_t begin, int64_t end, bool decays) {
         adamw_update(m.master + begin, m.exp_avg + begin, m.exp_avg_sq + begin, m.weights + begin, m.gradients + begin,
-                     norm, loss, end - begin, arguments, stream_);
+                     norm, loss, end - begin, settings.with_decay(decays), stream_);
     };
-    arguments.weight_decay = (float)weight_decay;
-    update_range(0, layout_.num_decayed);
-    arguments.weight_decay = 0.0f;
-    update_range(layout_.num_decayed, layout_.num_elements);
+    update_range(0, layout_.num_decayed, true);
+    update_range(layout_.num_decayed, layout_.num_elements, false);
 }
 
 // ---- forward -----------------------------------------------------------------------------------

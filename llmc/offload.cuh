@@ -107,9 +107,9 @@ class OptimizerOffload {
     ~OptimizerOffload() { cudaStreamSynchronize(out_); }
 
     // One AdamW step: weights (=) [num_elements] bf16, the host's state in place; gradients [num_elements], norm and
-    // loss device [1], as adamw_update takes them. weight_decay: of elements [0, num_decayed).
-    void update(bf16* weights, const float* gradients, const float* norm, const float* loss, AdamWArguments arguments,
-                double weight_decay, int64_t num_decayed, cudaStream_t stream) {
+    // loss device [1], as adamw_update takes them. The settings' weight_decay: of elements [0, num_decayed).
+    void update(bf16* weights, const float* gradients, const float* norm, const float* loss,
+                const AdamWSettings& settings, int64_t num_decayed, cudaStream_t stream) {
         NVTX_RANGE();
         // Counted from 0 in every step, so that a chunk's way in follows its way out in the step before.
         int64_t chunk = 0;
@@ -120,9 +120,8 @@ class OptimizerOffload {
             CUDA_CHECK(cudaStreamWaitEvent(in_, slot.left));
             copy_arrays(slot, begin, n, cudaMemcpyHostToDevice, in_);
             wait_for(stream, in_, slot.arrived);
-            arguments.weight_decay = begin < num_decayed ? (float)weight_decay : 0.0f;
             adamw_update(slot.arrays[0], slot.arrays[1], slot.arrays[2], weights + begin, gradients + begin, norm, loss,
-                         n, arguments, stream);
+                         n, settings.with_decay(begin < num_decayed), stream);
             wait_for(out_, stream, slot.updated);
             copy_arrays(slot, begin, n, cudaMemcpyDeviceToHost, out_);
             CUDA_CHECK(cudaEventRecord(slot.left, out_));

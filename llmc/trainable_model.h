@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "adamw_settings.h"
 #include "check.h"
 #include "model_config.h"
 #include "parameters.h"
@@ -43,17 +44,6 @@ inline void check_tokens(const int32_t* inputs, const int32_t* targets, int64_t 
 }
 
 // ---- the model ---------------------------------------------------------------------------------
-// AdamW (Loshchilov & Hutter 2019, decoupled decay), its schedule already applied.
-struct AdamWSettings {
-    double learning_rate = 0.0;
-    double beta1 = 0.9;
-    double beta2 = 0.95;
-    double eps = 1e-8;
-    double weight_decay = 0.1;   // of tensors with ParameterTensor::decay
-    double max_grad_norm = 1.0;  // clip by global norm; 0: off
-    int64_t adam_step = 1;       // 1 for the first applied update: the bias correction's exponent
-};
-
 struct StepResult {
     double loss = 0.0;             // mean over the tokens of the step, nats
     double grad_norm = 0.0;        // global, before clipping

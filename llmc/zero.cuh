@@ -108,18 +108,16 @@ class ZeroOptimizer {
     }
 
     // One AdamW step of all parameters: weights (=) [num_elements] bf16; master, exp_avg, exp_avg_sq: shards, in place;
-    // gradients, norm and loss as grad_norm() left them. weight_decay: of the buckets that have it. `stream` goes on
-    // when the last weights have come.
+    // gradients, norm and loss as grad_norm() left them. The settings' weight_decay: of the buckets that have it.
+    // `stream` goes on when the last weights have come.
     void update(bf16* weights, float* master, float* exp_avg, float* exp_avg_sq, const float* gradients,
-                const float* norm, const float* loss, AdamWArguments arguments, double weight_decay,
-                cudaStream_t stream) {
+                const float* norm, const float* loss, const AdamWSettings& settings, cudaStream_t stream) {
         NVTX_RANGE();
         probe_.begin_operation("weights of all ranks");
         for (const ZeroBucket& bucket : layout_.buckets) {
             const int64_t slice = layout_.slice_begin(bucket, comm_.rank()), shard = bucket.shard_begin;
-            arguments.weight_decay = bucket.decay ? (float)weight_decay : 0.0f;
             adamw_update(master + shard, exp_avg + shard, exp_avg_sq + shard, weights + slice, gradients + slice, norm,
-                         loss, layout_.slice_elements(bucket), arguments, stream);
+                         loss, layout_.slice_elements(bucket), settings.with_decay(bucket.decay), stream);
             wait_for(stream_, stream, updated_);
             probe_.begin(TransferLane::transfers, 0, stream_);
             comm_.all_gather(weights + bucket.begin, weights + slice, layout_.slice_elements(bucket) * sizeof(bf16),

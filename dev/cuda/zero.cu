@@ -24,12 +24,10 @@ struct Run {
     float norm = 0.0f, loss = 0.0f;
     bool guards_intact = true, ranks_agree = true;
 };
-static AdamWArguments arguments_of(int step) {
-    AdamWArguments a{};
-    a.learning_rate = 0.01f, a.beta1 = 0.9f, a.beta2 = 0.95f, a.eps = 1e-8f;
-    a.max_grad_norm = 1.0f;
-    a.beta1_correction = 1.0f - std::pow(0.9f, (float)step), a.beta2_correction = 1.0f - std::pow(0.95f, (float)step);
-    return a;
+static AdamWSettings settings_of(int step) {
+    AdamWSettings settings;
+    settings.learning_rate = 0.01, settings.adam_step = step;
+    return settings;
 }
 // The gradient of `rank` at `step`, flat; zero in the padding, as the model's are.
 static std::vector<float> gradient_of(const ZeroLayout& layout, int rank, int step, uint64_t seed) {
@@ -96,7 +94,7 @@ struct RankWork {
                 zero.reduce_gradients_after(layer, gradients, stream);
             }
             zero.grad_norm(norm, loss, gradients, scratch, stream);
-            zero.update(weights, master, exp_avg, exp_avg_sq, gradients, norm, loss, arguments_of(step), 0.1, stream);
+            zero.update(weights, master, exp_avg, exp_avg_sq, gradients, norm, loss, settings_of(step), stream);
         }
         int i = 0;
         for (const DeviceBuffer<float>* part : {&master, &exp_avg, &exp_avg_sq}) {
@@ -161,10 +159,9 @@ static Run run_whole(const ZeroLayout& layout, uint64_t seed, bool poison_one) {
         loss.upload({result.loss});
         grad_norm(norm, gradients, layout.num_elements, scratch, nullptr);
         for (const ZeroBucket& bucket : layout.buckets) {
-            AdamWArguments a = arguments_of(step);
-            a.weight_decay = bucket.decay ? 0.1f : 0.0f;
             adamw_update(master + bucket.begin, exp_avg + bucket.begin, exp_avg_sq + bucket.begin,
-                         weights + bucket.begin, gradients + bucket.begin, norm, loss, bucket.num_elements, a, nullptr);
+                         weights + bucket.begin, gradients + bucket.begin, norm, loss, bucket.num_elements,
+                         settings_of(step).with_decay(bucket.decay), nullptr);
         }
         CUDA_CHECK(cudaDeviceSynchronize());
     }

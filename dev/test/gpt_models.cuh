@@ -91,15 +91,10 @@ struct CpuOptimizer {
             const double norm = reference::grad_norm(gradient.data(), (int64_t)gradient.size());
             squares += norm * norm;
         }
-        reference::AdamWArguments a;
-        a.learning_rate = s.learning_rate, a.beta1 = s.beta1, a.beta2 = s.beta2, a.eps = s.eps;
-        a.max_grad_norm = s.max_grad_norm;
-        a.beta1_correction = 1.0 - std::pow(s.beta1, (double)s.adam_step);
-        a.beta2_correction = 1.0 - std::pow(s.beta2, (double)s.adam_step);
         for (size_t i = 0; i < master.size(); ++i) {
-            a.weight_decay = table.tensors[i].decay ? s.weight_decay : 0.0;
             reference::adamw_update(master[i].data(), exp_avg[i].data(), exp_avg_sq[i].data(), gradients[i].data(),
-                                    std::sqrt(squares), loss, (int64_t)master[i].size(), a);
+                                    std::sqrt(squares), loss, (int64_t)master[i].size(),
+                                    s.with_decay(table.tensors[i].decay));
         }
     }
 };

@@ -533,7 +533,8 @@ TEST(GradNorm, IsTheRootOfTheSumOfSquares) {
 }
 
 TEST(AdamW, FollowsItsFormula) {
-    const reference::AdamWArguments a = {0.01, 0.9, 0.95, 1e-8, 0.1, 1.0, 1.0 - 0.9 * 0.9, 1.0 - 0.95 * 0.95};
+    AdamWSettings settings;
+    settings.learning_rate = 0.01, settings.adam_step = 2;
     const int64_t n = 5001;
     const Values grads = random_values(n, 1.0, 1), before = random_values(n, 1.0, 2), m = random_values(n, 0.1, 3);
     Values v = random_values(n, 0.1, 4);
@@ -542,11 +543,11 @@ TEST(AdamW, FollowsItsFormula) {
     }
     for (const double norm : {0.5, 4.0}) {  // below and above max_grad_norm
         Values master = before, exp_avg = m, exp_avg_sq = v;
-        reference::adamw_update(master.data(), exp_avg.data(), exp_avg_sq.data(), grads.data(), norm, 1.0, n, a);
+        reference::adamw_update(master.data(), exp_avg.data(), exp_avg_sq.data(), grads.data(), norm, 1.0, n, settings);
         for (int64_t i = 0; i < n; ++i) {
             const double g = grads[i] * std::min(1.0, 1.0 / norm);
             const double m_new = 0.9 * m[i] + 0.1 * g, v_new = 0.95 * v[i] + 0.05 * g * g;
-            const double step = m_new / a.beta1_correction / (std::sqrt(v_new / a.beta2_correction) + 1e-8);
+            const double step = m_new / (1.0 - 0.9 * 0.9) / (std::sqrt(v_new / (1.0 - 0.95 * 0.95)) + 1e-8);
             ASSERT_NEAR(exp_avg[i], m_new, 1e-15);
             ASSERT_NEAR(exp_avg_sq[i], v_new, 1e-15);
             ASSERT_NEAR(master[i], before[i] - 0.01 * (step + 0.1 * before[i]), 1e-14);
@@ -554,17 +555,31 @@ TEST(AdamW, FollowsItsFormula) {
     }
     expect_same_bits_for_any_threads<double>([&] {
         Values master = before, exp_avg = m, exp_avg_sq = v;
-        reference::adamw_update(master.data(), exp_avg.data(), exp_avg_sq.data(), grads.data(), 4.0, 1.0, n, a);
+        reference::adamw_update(master.data(), exp_avg.data(), exp_avg_sq.data(), grads.data(), 4.0, 1.0, n, settings);
         return master;
     });
 }
 
+// In float32 0.9999999 is 1 - 1.19e-7.
+TEST(AdamW, BetasNearOneKeepTheirDistanceFromIt) {
+    AdamWSettings settings;
+    settings.learning_rate = 0.01, settings.beta1 = settings.beta2 = 0.9999999, settings.max_grad_norm = 0.0;
+    const float grad = 2.0f;
+    float master = 1.0f, exp_avg = 0.0f, exp_avg_sq = 0.0f;
+    reference::adamw_update(&master, &exp_avg, &exp_avg_sq, &grad, 2.0, 1.0, 1, settings);
+    EXPECT_NEAR(exp_avg, 2e-7f, 1e-12f);
+    EXPECT_NEAR(exp_avg_sq, 4e-7f, 1e-12f);
+    EXPECT_NEAR(master, 1.0f - 0.01f * (1.0f + 0.1f), 1e-6f);
+}
+
 TEST(AdamW, ChangesNothingWhenLossOrNormIsNotFinite) {
-    const reference::AdamWArguments a = {0.01, 0.9, 0.95, 1e-8, 0.1, 0.0, 0.1, 0.05};
+    AdamWSettings settings;
+    settings.learning_rate = 0.01;
     const Values ones(10, 1.0);
     for (const auto& [norm, loss] : {std::pair<double, double>{NAN, 1.0}, {INFINITY, 1.0}, {1.0, NAN}}) {
         Values master = ones, exp_avg = ones, exp_avg_sq = ones;
-        reference::adamw_update(master.data(), exp_avg.data(), exp_avg_sq.data(), ones.data(), norm, loss, 10, a);
+        reference::adamw_update(master.data(), exp_avg.data(), exp_avg_sq.data(), ones.data(), norm, loss, 10,
+                                settings);
         EXPECT_TRUE(same_bits(master, ones) && same_bits(exp_avg, ones) && same_bits(exp_avg_sq, ones));
     }
 }

@@ -258,19 +258,10 @@ StepResult ReferenceModel<Real>::update(const AdamWSettings& settings) {
         result.first_bad_tensor = first_bad_tensor();
         return result;
     }
-    AdamWArguments arguments;
-    arguments.learning_rate = settings.learning_rate;
-    arguments.beta1 = settings.beta1;
-    arguments.beta2 = settings.beta2;
-    arguments.eps = settings.eps;
-    arguments.max_grad_norm = settings.max_grad_norm;
-    arguments.beta1_correction = 1.0 - std::pow(settings.beta1, (double)settings.adam_step);
-    arguments.beta2_correction = 1.0 - std::pow(settings.beta2, (double)settings.adam_step);
     for (size_t i = 0; i < table_.tensors.size(); ++i) {
-        arguments.weight_decay = table_.tensors[i].decay ? settings.weight_decay : 0.0;
         adamw_update(weights_.data() + offsets_[i], exp_avg_.data() + offsets_[i], exp_avg_sq_.data() + offsets_[i],
                      gradients_.data() + offsets_[i], result.grad_norm, result.loss, table_.tensors[i].num_elements(),
-                     arguments);
+                     settings.with_decay(table_.tensors[i].decay));
     }
     return result;
 }
