@@ -159,8 +159,8 @@ for part in $parts; do
         wait # it looks at what the whole GPU has free
         start_check test_gpt 500 "$test_gpt"
         random_runs=(python3 dev/test/random_runs.py --gpu "${BIN:-./}train_gpt" --cpu "${BIN:-./}train_gpt_cpu" --jobs 4)
-        start_check random_runs 300 "${random_runs[@]}" --runs 24
-        start_check random_runs_planted 300 "${random_runs[@]}" --runs 8 --planted
+        start_check random_runs 600 "${random_runs[@]}" --runs 24
+        start_check random_runs_planted 600 "${random_runs[@]}" --runs 8 --planted
         start_check e2e_train 500 dev/test/e2e_train.sh "${BIN:-./}train_gpt"
         start_check e2e_bad_input 500 dev/test/e2e_bad_input.sh "${BIN:-./}train_gpt"
         for program in $(program_list); do

@@ -30,7 +30,7 @@ static void write_file(const std::string& path, const DeviceBuffer<bf16>& buffer
     CHECK(file.flush(), "%s: cannot be written", path.c_str());
 }
 
-// The operands of a shape, random.
+// The operands and results of a shape.
 struct TimedShape {
     AttentionShape shape;
     DeviceBuffer<bf16> qkv, gradients, out, dout;
@@ -48,7 +48,8 @@ struct TimedShape {
           scratch((int64_t)std::max(flash_attention_backward_scratch_bytes(s, false),
                                     flash_attention_backward_scratch_bytes(s, true))),
           in(packed_views(qkv, s)),
-          d(packed_views(gradients, s)) {
+          d(packed_views(gradients, s)) {}
+    void fill_random() {
         qkv.fill_random(1);
         dout.fill_random(2);
         forward(nullptr);  // the backward's out and lse
@@ -108,14 +109,17 @@ int main() {
                       "causal FOLDER",
                       line.c_str());
                 s.Tk = s.Tq, s.causal = causal != 0, s.scale = 1.0f / std::sqrt((float)s.D);
-                if (timed == nullptr || !same(timed->shape, s)) {
-                    timed.reset();  // before the next shape's memory is taken
-                    timed = std::make_unique<TimedShape>(s);
-                }
                 if (wants_results) {
-                    timed->leave_results(folder, stream);
+                    timed.reset();  // before the next shape's memory is taken
+                    TimedShape(s).leave_results(folder, stream);
                     std::cout << "ok" << std::endl;
                     continue;
+                }
+                if (timed == nullptr || !same(timed->shape, s)) {
+                    timed.reset();
+                    auto next = std::make_unique<TimedShape>(s);
+                    next->fill_random();
+                    timed = std::move(next);
                 }
                 std::string answer = "ok";
                 for (int run = -1; run < runs; ++run) {
