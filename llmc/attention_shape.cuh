@@ -49,6 +49,7 @@ struct AttentionShape {
     bool causal = true;
     int64_t causal_offset = 0;
     // Other work runs beside it, transfers between GPUs or another call of attention: its blocks come and go rather
-    // than stay on one multiprocessor each until the end, before which nothing else would start.
+    // than stay on one multiprocessor each until the end, before which nothing else would start. Not those of backwards
+    // that are much slower so, deterministic ones and short ones at D = 64 (hopper_backward_blocks).
     bool yields = false;
 };

@@ -22,6 +22,7 @@ struct TrainingState {
     int64_t adam_step = 0;                   // updates applied: AdamW's bias correction
     int64_t data_position = 0;               // sequences consumed, of seq_len tokens
     int64_t seq_len = 0;                     // 0: not known
+    int64_t max_steps = 0, decay_steps = 0;  // by which the learning rate went; 0: not known, or as in config.h
     int64_t skipped = 0;                     // steps with a non-finite loss or gradient norm
     int64_t skipped_in_a_row = 0;            // of those, the last ones without an applied update between
     std::string data;                        // data_identity of what was trained on; empty: not known
@@ -122,6 +123,8 @@ inline TrainingState parse_state(std::string_view text, const std::string& path)
     if (object.has("settings")) {
         const JsonObject settings = object.object("settings");
         state.seq_len = settings.integer_or(0, "seq_len", 1, INT64_MAX);
+        state.max_steps = settings.integer_or(0, "max_steps", 0, INT64_MAX);
+        state.decay_steps = settings.integer_or(0, "decay_steps", 0, INT64_MAX);
         state.attention = last_attention(settings, state.step);
     }
     state.skipped = object.integer("skipped", 0, state.step);

@@ -83,8 +83,8 @@ inline void verify_file(const std::string& folder, const std::string& name, cons
           (unsigned long long)num_bytes, (unsigned long long)expected.num_bytes, MANIFEST);
     CHECK(!contents || digest_file(path, progress).xxh3 == expected.xxh3,
           "%s: is damaged: its bytes are not those that %s says (to start from it all the same with --init_from, "
-          "delete that file)",
-          path.c_str(), MANIFEST);
+          "delete %s/%s)",
+          path.c_str(), MANIFEST, folder.c_str(), MANIFEST);
 }
 
 // As verify_file, with contents, for all files. Large checkpoints are read by all threads.
@@ -137,6 +137,16 @@ inline bool exists(const std::string& path) {
 // "step00000400"
 inline std::string folder_name(int64_t step) { return format_string("step%08lld", (long long)step); }
 
+// The step of a folder's name; no value for other names.
+inline std::optional<int64_t> step_of(const std::string& name) {
+    const std::string digits = name.substr(0, 4) == "step" ? name.substr(4) : "";
+    if (digits.empty() || digits.size() > 18 || digits.find_first_not_of("0123456789") != std::string::npos) {
+        return std::nullopt;
+    }
+    const int64_t step = std::stoll(digits);
+    return name == folder_name(step) ? std::optional<int64_t>(step) : std::nullopt;
+}
+
 // The names in a folder; none when it does not exist.
 inline std::vector<std::string> names_in(const std::string& folder) {
     std::vector<std::string> names;
@@ -154,15 +164,11 @@ inline std::vector<std::string> names_in(const std::string& folder) {
 inline std::map<int64_t, std::string> list(const std::string& output_dir) {
     std::map<int64_t, std::string> folders;
     for (const std::string& name : names_in(output_dir)) {
-        const std::string digits = name.substr(0, 4) == "step" ? name.substr(4) : "";
-        if (digits.empty() || digits.size() > 18 || digits.find_first_not_of("0123456789") != std::string::npos) {
-            continue;
-        }
-        const int64_t step = std::stoll(digits);
         std::error_code error;
         const fs::file_status status = fs::status(output_dir + "/" + name, error);
-        if (name == folder_name(step) && (fs::is_directory(status) || !fs::status_known(status))) {
-            folders[step] = output_dir + "/" + name;
+        const std::optional<int64_t> step = step_of(name);
+        if (step && (fs::is_directory(status) || !fs::status_known(status))) {
+            folders[*step] = output_dir + "/" + name;
         }
     }
     return folders;

@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
+#include <cstring>
 #include <map>
 #include <memory>
 #include <optional>
@@ -189,9 +190,27 @@ inline TensorSet open_weights(const std::string& folder) {
     return set;
 }
 
+// Whether two tensors of weights have one shape and the same numbers.
+inline bool are_equal(const TensorSet::Place& a, const TensorSet::Place& b) {
+    if (a.tensor->shape != b.tensor->shape || !is_weight_dtype(a.tensor->dtype) || !is_weight_dtype(b.tensor->dtype)) {
+        return false;
+    }
+    constexpr uint64_t PART = 1 << 20;  // elements at a time
+    std::vector<float> of_a(PART), of_b(PART);
+    for (uint64_t begin = 0; begin < a.tensor->num_elements; begin += PART) {
+        const uint64_t count = std::min(PART, a.tensor->num_elements - begin);
+        a.file->read_floats(*a.tensor, begin, count, of_a.data());
+        b.file->read_floats(*b.tensor, begin, count, of_b.data());
+        if (std::memcmp(of_a.data(), of_b.data(), count * sizeof(float)) != 0) {
+            return false;
+        }
+    }
+    return true;
+}
+
 // Throws Error unless config.json describes the model and the weights are its tensors, all and only, in these shapes.
-// Allowed beside them: the table of RoPE frequencies in old folders, and the classifier of a model that shares it with
-// the embedding (transformers reads neither).
+// Allowed beside them: the table of RoPE frequencies in old folders, which transformers does not read, and the
+// classifier of a model that shares it with the embedding, if it is the same.
 inline void check_weights(const TensorSet& set, const ModelConfig& model, const ParameterTable& parameters,
                           const std::string& folder) {
     const std::string difference = first_difference(load_hf_config(folder), model);
@@ -202,6 +221,12 @@ inline void check_weights(const TensorSet& set, const ModelConfig& model, const 
             set.at(slice.name, slice_shape(tensor, slice), folder);
             names.insert(slice.name);
         }
+    }
+    if (model.tied_embeddings && set.has("lm_head.weight")) {
+        CHECK(are_equal(set.all().at("lm_head.weight"), set.all().at("model.embed_tokens.weight")),
+              "%s: config.json says tie_word_embeddings, but lm_head.weight is another than model.embed_tokens.weight: "
+              "say false there to train both, or leave lm_head.weight out",
+              folder.c_str());
     }
     for (const auto& [name, place] : set.all()) {
         const std::string_view frequencies = ".rotary_emb.inv_freq";
@@ -277,6 +302,11 @@ inline TrainingState load_checkpoint(TrainableModel& model, const std::string& f
                                    folder + "/" + checkpoint::MANIFEST);
     const std::string state_path = folder + "/" + checkpoint::STATE;
     const TrainingState state = checkpoint::parse_state(read_text_file(state_path), state_path);
+    const std::optional<int64_t> named = checkpoint::step_of(checkpoint::fs::path(folder).filename());
+    CHECK(!named || *named == state.step,
+          "%s: is the checkpoint of step %lld by its %s: name the folder %s again, or --resume will never find a newer "
+          "one",
+          folder.c_str(), (long long)state.step, checkpoint::STATE, checkpoint::folder_name(state.step).c_str());
     const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
     checkpoint::check_weights(weights, model.config(), model.parameters(), folder);
     checkpoint::TensorSet optimizer;

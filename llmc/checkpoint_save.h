@@ -170,7 +170,10 @@ inline Companions read_companions(const std::string& source, const RunConfig& co
 // Whether their tokenizer, if they have one, takes bytes as they are.
 inline bool reads_bytes(const Companions& companions) {
     const auto found = companions.files.find("tokenizer.json");
-    return found == companions.files.end() || found->second == json_text(byte_tokenizer_json(true)) ||
+    if (found == companions.files.end()) {
+        return companions.files.count("tokenizer.model") == 0 && companions.files.count("vocab.json") == 0;
+    }
+    return found->second == json_text(byte_tokenizer_json(true)) ||
            found->second == json_text(byte_tokenizer_json(false));
 }
 inline void write_companions(PartialFolder& folder, const Companions& companions, const RunConfig& config,

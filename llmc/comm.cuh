@@ -11,6 +11,7 @@
 // a large one returns when the hosts of those that send and receive have come to it, too. A call names its operation
 // for error messages.
 #pragma once
+#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -79,24 +80,6 @@ class Comm {
 
   private:
     int rank_, size_;
-};
-
-// A stream for transfers that run beside the computation: it goes first where both want the same multiprocessors, since
-// transfers need few and the computation waits for them.
-class CommStream {
-  public:
-    CommStream() {
-        int lowest, highest;
-        CUDA_CHECK(cudaDeviceGetStreamPriorityRange(&lowest, &highest));
-        CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest));
-    }
-    CommStream(const CommStream&) = delete;
-    CommStream& operator=(const CommStream&) = delete;
-    ~CommStream() { cudaStreamDestroy(stream_); }
-    operator cudaStream_t() const { return stream_; }
-
-  private:
-    cudaStream_t stream_ = nullptr;
 };
 
 // ---- through the host --------------------------------------------------------------------------
@@ -203,14 +186,34 @@ class HostStagedComm : public Comm {
 #endif
 
 // ---- which GPU ---------------------------------------------------------------------------------
-// The GPU of this rank: the ranks of a host take its GPUs in turn.
-inline int choose_device(const HostComm& host) {
-    const CommIdentity& identity = host.identity();
+// The GPU of this rank: one after the other, every rank takes, of those that it sees, the first that the fewest ranks
+// before it have taken. So the ranks of a machine take its GPUs in turn, also where some see fewer or others than this
+// one. All ranks call it.
+inline int choose_device(HostComm& host) {
     int num_devices = 0;
     const cudaError_t status = cudaGetDeviceCount(&num_devices);
     CHECK(status == cudaSuccess && num_devices > 0, "rank %d: no usable NVIDIA GPU on host %s: %s", host.rank(),
-          identity.host_of(host.rank()).c_str(), cudaGetErrorString(status));
-    return local_rank(identity).rank % num_devices;
+          host.identity().host_of(host.rank()).c_str(), cudaGetErrorString(status));
+    std::string seen;  // their names, 16 bytes each
+    for (int device = 0; device < num_devices; ++device) {
+        cudaDeviceProp properties;
+        CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
+        seen.append(properties.uuid.bytes, sizeof properties.uuid);
+    }
+    const std::vector<std::string> of_ranks = HostGroup(host).gather_texts(seen, "exchange of GPU names");
+    std::map<std::string, int> num_taken;
+    int chosen = 0;
+    for (int rank = 0; rank <= host.rank(); ++rank) {
+        const auto name = [&](int device) {
+            return of_ranks[rank].substr(device * sizeof(cudaUUID_t), sizeof(cudaUUID_t));
+        };
+        chosen = 0;
+        for (int device = 1; device < (int)(of_ranks[rank].size() / sizeof(cudaUUID_t)); ++device) {
+            chosen = num_taken[name(device)] < num_taken[name(chosen)] ? device : chosen;
+        }
+        ++num_taken[name(chosen)];
+    }
+    return chosen;
 }
 // Throws Error when two ranks share a GPU, which nccl refuses with less clear words. All ranks call it.
 inline void check_devices_differ(HostComm& host, int device) {
@@ -283,7 +286,7 @@ class Communicators {
             text += format_string(" between %d of %d pairs, by NCCL between the others", reached, num_pairs);
         }
         if (peers_ && !peers_->obstacle().empty()) {
-            text += format_string(" (rank 0 does not reach all GPUs of its host: %s)", peers_->obstacle().c_str());
+            text += format_string(" (not all GPUs of a host reach each other; %s)", peers_->obstacle().c_str());
         }
 #endif
         return text;

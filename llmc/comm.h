@@ -12,6 +12,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <fstream>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -24,9 +25,10 @@
 struct CommIdentity {
     int rank = 0;
     int size = 1;
-    std::vector<std::string> hosts;  // of every rank, once they are known
-    double timeout_seconds = 600.0;  // --comm_timeout: no progress for so long is a failure
-    std::atomic<int64_t> step{-1};   // the training step; -1: before the first
+    std::vector<std::string> hosts;     // names, of every rank, once they are known
+    std::vector<std::string> machines;  // and which machines those are: machine_id()
+    double timeout_seconds = 600.0;     // --comm_timeout: no progress for so long is a failure
+    std::atomic<int64_t> step{-1};      // the training step; -1: before the first
 
     std::string host_of(int of_rank) const {
         return of_rank < (int)hosts.size() ? hosts[of_rank] : std::string("unknown host");
@@ -42,6 +44,13 @@ struct CommIdentity {
 inline std::string host_name() {
     char name[256] = {};
     return gethostname(name, sizeof name - 1) == 0 ? name : "unknown host";
+}
+// Names of hosts can be the same, or different in containers of one machine; this is the same in these alone.
+inline std::string machine_id() {
+    std::ifstream file("/proc/sys/kernel/random/boot_id");
+    std::string id;
+    std::getline(file, id);
+    return id.empty() ? host_name() : id;
 }
 
 // ---- the transport's interface -----------------------------------------------------------------
@@ -107,7 +116,7 @@ class HostComm {
 // The only rank there is.
 class SingleComm : public HostComm {
   public:
-    SingleComm() : HostComm(0, 1, 1.0) { identity().hosts = {host_name()}; }
+    SingleComm() : HostComm(0, 1, 1.0) { identity().hosts = {host_name()}, identity().machines = {machine_id()}; }
     void exchange(const std::vector<HostSend>& sends, const std::vector<HostReceive>& receives,
                   const std::string& operation) override {
         exchange_with_self(sends, receives, operation);
@@ -256,31 +265,13 @@ class HostGroup {
 };
 
 // Tells everyone everyone's host: error messages name them from here on.
-inline void exchange_host_names(HostComm& comm) {
-    constexpr size_t WIDTH = 256;
-    std::string own = host_name();
-    own.resize(WIDTH);
-    std::string all(WIDTH * comm.size(), '\0');
-    HostGroup(comm).all_gather(all.data(), own.data(), WIDTH, "exchange of host names");
-    std::vector<std::string> hosts;
-    for (int i = 0; i < comm.size(); ++i) {
-        hosts.push_back(all.c_str() + i * WIDTH);
-    }
-    comm.identity().hosts = hosts;
+inline void exchange_hosts(HostComm& comm) {
+    const HostGroup all(comm);
+    comm.identity().hosts = all.gather_texts(host_name(), "exchange of host names");
+    comm.identity().machines = all.gather_texts(machine_id(), "exchange of host names");
 }
 
-// How many ranks of lower number share this rank's host, and how many share it in all.
-struct LocalRank {
-    int rank = 0;
-    int size = 1;
-};
-inline LocalRank local_rank(const CommIdentity& identity) {
-    LocalRank local{0, 0};
-    for (int i = 0; i < identity.size; ++i) {
-        if (identity.hosts[i] == identity.hosts[identity.rank]) {
-            local.rank += i < identity.rank;
-            ++local.size;
-        }
-    }
-    return local;
+// How many ranks share this rank's machine, itself included.
+inline int num_ranks_on_machine(const CommIdentity& identity) {
+    return (int)std::count(identity.machines.begin(), identity.machines.end(), identity.machines[identity.rank]);
 }

@@ -91,7 +91,7 @@ class MpiComm : public HostComm {
         return world;
     }
     MpiComm(World world, double timeout_seconds) : HostComm(world.rank, world.size, timeout_seconds) {
-        exchange_host_names(*this);
+        exchange_hosts(*this);
     }
 
     // Done, or throws when nothing at all was completed for the time-out. Polls at once at first, then with rests that

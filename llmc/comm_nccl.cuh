@@ -66,8 +66,12 @@ class NcclJob {
     std::unique_ptr<Comm> split(int color, int key) {
         ncclComm_t comm = nullptr;
         ncclConfig_t config = non_blocking();
-        NCCL_CHECK(comms_[0], ncclCommSplit(comms_[0], color, key, &comm, &config));
-        wait_until_ready(comms_[0], "splitting the communicator of all ranks");
+        {
+            const Lock lock(mutex_);  // the watcher asks comms_[0] too
+            throw_if_failed();
+            NCCL_CHECK(comms_[0], ncclCommSplit(comms_[0], color, key, &comm, &config));
+            wait_until_ready(comms_[0], "splitting the communicator of all ranks");
+        }
         return adopt(comm, "opening the communicator of a sequence's ranks");
     }
 

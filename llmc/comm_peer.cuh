@@ -19,7 +19,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <fstream>
 #include <map>
 #include <optional>
 #include <random>
@@ -101,7 +100,6 @@ class PeerMemory {
                const std::vector<Pair>& left_out = {})
         : host_(host),
           ranges_(ranges),
-          machine_(machine()),
           num_counts_((size_t)num_communicators * host.size()),
           token_((uint64_t)std::random_device()() << 32 | std::random_device()()),
           counts_(std::max(OWN_ALLOCATION, num_counts_ * sizeof(Counts) + sizeof token_)),
@@ -118,6 +116,13 @@ class PeerMemory {
             const bool may = std::find(left_out.begin(), left_out.end(), pair) == left_out.end();
             opened[rank] = rank != host.rank() && may && open(rank, offers[rank]);
         }
+        // Every rank says the first rank's: where one does not reach another, that one may not know.
+        const std::vector<std::string> obstacles =
+            HostGroup(host).gather_texts(obstacle_, "sharing of GPU memory between ranks of a host");
+        obstacle_.clear();
+        for (int rank = 0; rank < host.size() && obstacle_.empty(); ++rank) {
+            obstacle_ = obstacles[rank].empty() ? "" : format_string("rank %d: %s", rank, obstacles[rank].c_str());
+        }
         reached_.resize(size * size);
         HostGroup(host).all_gather(reached_.data(), opened.data(), size, "which GPUs reach each other");
         for (size_t a = 0; a < size; ++a) {  // a pair does when both can
@@ -133,7 +138,8 @@ class PeerMemory {
     // Whether two ranks, any two, copy into each other's memory: the same answer everywhere.
     bool reach(int a, int b) const { return reached_[(size_t)a * host_.size() + b]; }
     int num_pairs_reached() const { return (int)std::count(reached_.begin(), reached_.end(), 1) / 2; }
-    // Why this rank does not reach another one of its host, as CUDA says it; empty when it reaches all of them.
+    // Why the first rank that does not reach all others of its host does not, as CUDA says it; empty when all do. The
+    // same on all ranks.
     const std::string& obstacle() const { return obstacle_; }
 
     Place place_of(const void* data, size_t num_bytes) const {
@@ -175,13 +181,6 @@ class PeerMemory {
     };
 
     std::byte* token_in(std::byte* counts) const { return counts + num_counts_ * sizeof(Counts); }
-    // Which machine this is: names of hosts can be the same, or different in containers of one.
-    static std::string machine() {
-        std::ifstream file("/proc/sys/kernel/random/boot_id");
-        std::string id;
-        std::getline(file, id);
-        return id.empty() ? host_name() : id;
-    }
     // Whether a call succeeded. It is no error of the run when not: NCCL does it then.
     bool succeeds(cudaError_t status, const char* call) {
         if (status == cudaSuccess) {
@@ -204,11 +203,9 @@ class PeerMemory {
         }
         return handle;
     }
-    // The machine, a zero byte, the token, handles of the counts and of all ranges; or nothing.
+    // The token, handles of the counts and of all ranges; or nothing.
     std::string offer() {
-        std::string text = machine_;
-        text.push_back('\0');
-        text.append(reinterpret_cast<const char*>(&token_), sizeof token_);
+        std::string text(reinterpret_cast<const char*>(&token_), sizeof token_);
         std::vector<const std::byte*> offered = {counts_.data()};
         for (const DeviceRange& range : ranges_) {
             offered.push_back(range.data);
@@ -224,11 +221,11 @@ class PeerMemory {
     }
     // Whether all that a rank offers could be mapped, and is what the rank has there.
     bool open(int rank, const std::string& offer) {
-        const size_t machine_bytes = offer.find('\0');
-        if (machine_bytes == std::string::npos || offer.substr(0, machine_bytes) != machine_) {
+        const std::vector<std::string>& machines = host_.identity().machines;
+        if (machines[rank] != machines[host_.rank()] || offer.empty()) {
             return false;
         }
-        const char* next = offer.data() + machine_bytes + 1;
+        const char* next = offer.data();
         uint64_t token, found = 0;
         std::memcpy(&token, next, sizeof token);
         next += sizeof token;
@@ -247,6 +244,9 @@ class PeerMemory {
             }
         }
         CUDA_CHECK(cudaMemcpy(&found, token_in(peer.counts), sizeof found, cudaMemcpyDefault));
+        if (found != token && obstacle_.empty()) {
+            obstacle_ = "what cudaIpcOpenMemHandle gives is other memory";
+        }
         return found == token;
     }
     // Once an allocation, however many ranges lie in it; nullptr: this GPU does not reach it.
@@ -270,7 +270,6 @@ class PeerMemory {
 
     HostComm& host_;
     std::vector<DeviceRange> ranges_;
-    std::string machine_;
     size_t num_counts_;
     uint64_t token_;       // by which others see that what they have mapped is this
     DeviceMemory counts_;  // [communicators, ranks] Counts, then the token

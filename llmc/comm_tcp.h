@@ -138,7 +138,7 @@ class TcpComm : public HostComm {
                       "cannot set up a connection: %s", std::strerror(errno));
             }
         }
-        exchange_host_names(*this);
+        exchange_hosts(*this);
     }
 
     void exchange(const std::vector<HostSend>& sends, const std::vector<HostReceive>& receives,

@@ -82,7 +82,7 @@ struct RunConfig {
     bool print_memory = false;
     bool fit = false;              // print what would fit, and end
     double gpu_memory = 0.0;       // GiB of the GPU that the run may use; 0: all that is free
-    double host_memory = 0.0;      // GiB of the host that --offload may use; 0: all that is available
+    double host_memory = 0.0;      // GiB of the host that --offload may use; 0: this process's share of what is free
     bool print_influence = false;  // with every evaluation under Lighthouse attention
     bool cuda_graphs = true;       // replay what a batch enqueues on the GPU
     bool profile = false;
@@ -95,10 +95,10 @@ struct RunConfig {
     ContextExchange context_exchange = ContextExchange::automatic;
 
     // ---- resolved at start-up, not flags
-    std::string program = "train_gpt";  // as it was called
-    std::string checkpoint;             // folder the weights come from: of --init_from, or the newest of --resume
-    std::shared_ptr<const OutputLock> output_lock;  // of output_dir; null: not taken (yet), or by rank 0
-    int data_parallel = 1;                          // groups of ranks with different sequences
+    std::string program = "train_gpt";        // as it was called
+    std::string checkpoint;                   // folder the weights come from: of --init_from, or the newest of --resume
+    std::shared_ptr<OutputLock> output_lock;  // of output_dir; null: not taken (yet), or by rank 0
+    int data_parallel = 1;                    // groups of ranks with different sequences
 
     bool has_validation_data() const { return !val_data.empty() || val_fraction > 0.0; }
 
@@ -165,6 +165,8 @@ inline void validate(const RunConfig& c) {
     CHECK((float)c.adam_eps > 0.0f && c.adam_eps <= 1.0, "--adam_eps %g: must be from 1e-45 to 1", c.adam_eps);
     real_in_range("weight_decay", c.weight_decay, 0.0, any);
     real_in_range("max_grad_norm", c.max_grad_norm, 0.0, any);
+    CHECK(c.max_grad_norm == 0.0 || (float)c.max_grad_norm > 0.0f,
+          "--max_grad_norm %g: must be 0 (no clipping) or at least 1e-45", c.max_grad_norm);
 
     const bool has_train_data = !c.train_data.empty(), has_val_data = !c.val_data.empty();
     CHECK(c.val_fraction >= 0.0 && c.val_fraction < 1.0, "--val_fraction %g: must be at least 0 and less than 1",

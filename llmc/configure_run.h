@@ -8,6 +8,7 @@
 #include <cstring>
 #include <ctime>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <omp.h>
 #include <optional>
@@ -52,8 +53,8 @@ inline void check_printed() {
 }
 
 // Throws Error when another process trains into --output_dir, which exists.
-inline std::shared_ptr<const OutputLock> lock_output(const RunConfig& config) {
-    auto lock = std::make_shared<const OutputLock>(config.output_dir);
+inline std::shared_ptr<OutputLock> lock_output(const RunConfig& config) {
+    auto lock = std::make_shared<OutputLock>(config.output_dir);
     if (!lock->warning().empty()) {
         print_warning(config, lock->warning());
     }
@@ -71,6 +72,26 @@ inline void check_names_folder(const char* flag, const std::string& folder, bool
     CHECK(is_missing || std::filesystem::is_directory(status), "%s %s: is no folder", flag, folder.c_str());
 }
 
+// Throws Error when --output_dir is a checkpoint or lies in one, which goes as a whole when its run removes it.
+inline void check_is_in_no_checkpoint(const std::string& output_dir) {
+    std::error_code error;
+    std::filesystem::path folder = std::filesystem::weakly_canonical(output_dir, error);
+    for (; !error && folder.has_relative_path(); folder = folder.parent_path()) {
+        CHECK(!checkpoint::exists(folder / checkpoint::STATE) || !checkpoint::exists(folder / checkpoint::MANIFEST),
+              "--output_dir %s: %s is a checkpoint, which its own run may remove with all that is in it: name a folder "
+              "outside",
+              output_dir.c_str(), folder.c_str());
+    }
+}
+
+// Throws Error when --init_from names the folder of a run, not of weights.
+inline void check_holds_weights(const std::string& folder) {
+    const std::map<int64_t, std::string> checkpoints = checkpoint::list(folder);
+    CHECK(checkpoints.empty() || checkpoint::exists(folder + "/config.json"),
+          "--init_from %s: is the folder of a run; name one of its checkpoints, the newest is %s", folder.c_str(),
+          checkpoints.rbegin()->second.c_str());
+}
+
 // Throws Error when a run that is not resumed would mix with another, or replace settings that someone has put there.
 // alone: no other rank asks at the same time.
 inline void check_holds_no_run(const RunConfig& config, bool alone) {
@@ -81,9 +102,13 @@ inline void check_holds_no_run(const RunConfig& config, bool alone) {
     if (holds && alone) {
         lock_output(config);  // a run that is under way is not to be removed: that is said instead
     }
+    const std::map<int64_t, std::string> checkpoints = checkpoint::list(config.output_dir);
+    CHECK(checkpoints.empty() || checkpoint::exists(saved_settings_path(config.output_dir)),
+          "--output_dir %s holds checkpoints but no settings.toml, without which there is no --resume: name another "
+          "folder, and go on from the newest with --init_from %s",
+          config.output_dir.c_str(), checkpoints.rbegin()->second.c_str());
     CHECK(!holds, "--output_dir %s already holds a run%s or name another folder", config.output_dir.c_str(),
-          checkpoint::list(config.output_dir).empty() ? " that has written no checkpoint: remove it,"
-                                                      : ": give --resume to go on with it,");
+          checkpoints.empty() ? " that has written no checkpoint: remove it," : ": give --resume to go on with it,");
     CHECK(!checkpoint::exists(saved_settings_path(config.output_dir)),
           "--output_dir %s holds a settings.toml, which this run would replace: move it away (--config reads it from "
           "anywhere), or name another folder",
@@ -151,35 +176,59 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
     return parsed;
 }
 
-// Says where a file comes twice in what is trained on, or validates what was trained on: --val_fraction's part among
-// it, which is cut off the end.
-inline void warn_of_files_twice(const RunConfig& config, const RunData& data) {
-    if (!data.train) {
-        return;
+// One line for all files of which the same is to be said.
+inline void warn_of_each(const RunConfig& config, const char* flag, const std::vector<std::string>& files,
+                         const std::string& what, const std::string& so) {
+    if (!files.empty()) {
+        const std::string others = files.size() == 1 ? "" : format_string(" (so are %zu others)", files.size() - 1);
+        print_warning(config, std::string(flag) + ": " + files[0] + " " + what + others + ": " + so);
     }
+}
+
+// Says which files have nothing in them, come twice in what is trained on, or validate what was trained on:
+// --val_fraction's part among it, which is cut off the end.
+inline void warn_of_files(const RunConfig& config, const RunData& data) {
     const auto identity = [](const TokenFile& file) {
         struct stat status = {};  // zeros where the file is gone by now
         stat(file.path.c_str(), &status);
         return std::pair(status.st_dev, status.st_ino);
     };
     std::set<std::pair<dev_t, ino_t>> trained;
-    for (const TokenFile& file : data.train->stream().files()) {
-        if (!trained.insert(identity(file)).second) {
-            print_warning(config,
-                          format_string("--train_data: %s is there twice: its text counts double%s", file.path.c_str(),
-                                        config.val_data.empty() && config.val_fraction > 0.0
-                                            ? ", and --val_fraction may validate what is trained on"
-                                            : ""));
+    std::vector<std::string> twice, validated;
+    if (data.train) {
+        warn_of_each(config, "--train_data", data.train->stream().empty(), "is empty", "left out");
+        for (const TokenFile& file : data.train->stream().files()) {
+            if (!trained.insert(identity(file)).second) {
+                twice.push_back(file.path);
+            }
         }
     }
     if (!config.val_data.empty()) {
+        warn_of_each(config, "--val_data", data.validation->stream().empty(), "is empty", "left out");
         for (const TokenFile& file : data.validation->stream().files()) {
             if (trained.count(identity(file)) > 0) {
-                print_warning(config,
-                              format_string("--val_data: %s is trained on too: its loss says nothing of other text",
-                                            file.path.c_str()));
+                validated.push_back(file.path);
             }
         }
+    }
+    const bool cuts_off = config.val_data.empty() && config.val_fraction > 0.0;
+    warn_of_each(config, "--train_data", twice, "is there twice",
+                 std::string("its text counts double") +
+                     (cuts_off ? ", and --val_fraction may validate what is trained on" : ""));
+    warn_of_each(config, "--val_data", validated, "is trained on too", "its loss says nothing of other text");
+}
+
+// Says what this program trains and transformers does not load (5.24: rules of its LlamaConfig).
+inline void warn_of_shape(const RunConfig& config) {
+    const ModelConfig& m = config.model;
+    if (config.max_steps > 0 && m.width % m.num_heads != 0) {
+        print_warning(config, format_string("--width %d is no multiple of --num_heads %d: transformers refuses such a "
+                                            "config.json; other programs may, too",
+                                            m.width, m.num_heads));
+    }
+    if (config.max_steps > 0 && m.init_std > 1.0) {
+        print_warning(config, format_string("--init_std %g: transformers refuses a config.json in which it is above 1",
+                                            m.init_std));
     }
 }
 
@@ -192,9 +241,11 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     config.data_parallel = ranks.mesh().data_parallel;
     if (!config.init_from.empty()) {
         check_names_folder("--init_from", config.init_from, false);
+        check_holds_weights(config.init_from);
     }
     if (!config.output_dir.empty() && !config.fit) {
         check_names_folder("--output_dir", config.output_dir, true);
+        check_is_in_no_checkpoint(config.output_dir);
     }
     if (config.resume) {
         const auto find = [&](std::atomic<uint64_t>* progress) {
@@ -230,7 +281,12 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     }
     const RunData data = open_data(config);  // for what it refuses: before the time and memory that a model takes
     if (ranks.is_first()) {
-        warn_of_files_twice(config, data);
+        warn_of_files(config, data);
+        warn_of_shape(config);
+        if (config.max_steps > 0 && config.warmup_steps >= config.max_steps && parsed.given.count("warmup_steps") > 0) {
+            print_warning(config, format_string("--warmup_steps %lld: the run ends before them, at --max_steps %lld",
+                                                (long long)config.warmup_steps, (long long)config.max_steps));
+        }
     }
     std::string common = settings_toml(config) + config.checkpoint;
     for (const std::optional<SequenceSet>* set : {&data.train, &data.validation}) {

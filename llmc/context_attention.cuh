@@ -2,8 +2,7 @@
 // three ways it goes. All take the same operands and give the same results, up to rounding.
 //   ring    ring_attention.cuh: keys travel, a step's beside the attention of the step before
 //   gather  the same file: all keys first, for short sequences
-//   heads   head_attention.cuh: every rank gets all rows of some heads: head by head the bits of flash attention on
-//           one GPU
+//   heads   head_attention.cuh: every rank gets all rows of some heads and attends as one GPU does
 // By itself the trainer takes ring or gather (choose_ring_or_gather): they send less where heads are grouped and ranks
 // few (doc/context_parallel.md), and take any number of heads. On two GPUs of a host heads is as fast (dev/RESULTS.md).
 //

@@ -49,7 +49,7 @@ struct RowPlace {
     }
 };
 
-struct EightFloats {
+struct alignas(16) EightFloats {
     float value[8];
 };
 __device__ inline EightFloats load_eight(const float* address) {

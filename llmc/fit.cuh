@@ -31,27 +31,27 @@ inline FreeMemory free_memory(const GpuModelSettings& settings, size_t gpu_bytes
             limited(available_host_bytes() / settings.ranks_on_host, settings.host_memory)};
 }
 
-inline bool is_lighthouse_length(int64_t T, const LighthouseConfig& lighthouse, int context_parallel) {
-    try {
-        make_chunk_geometry(make_lighthouse_geometry(T, lighthouse), lighthouse, context_parallel);
-        return true;
-    } catch (const Error&) {
-        return false;
+// What --seq_len must be a multiple of, and the shortest there is; max_seq_len is legal.
+struct LegalLengths {
+    int64_t unit, shortest;
+};
+inline LegalLengths legal_lengths(const GpuModelSettings& settings) {
+    if (!settings.lighthouse) {
+        const int64_t num_chunks = ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks();
+        return {num_chunks, num_chunks};
     }
+    const LighthouseGeometry g = make_lighthouse_geometry(settings.max_seq_len, *settings.lighthouse);
+    const int64_t windows = g.tiles * g.window(g.levels - 1);
+    const bool dilated = settings.lighthouse->scorer == LighthouseScorer::dilated;
+    const int64_t unit = dilated ? std::lcm(windows, (int64_t)settings.lighthouse->dilation) : windows;
+    return {unit, round_up(LIGHTHOUSE_TILE_BUDGET * windows, unit)};
 }
 
 // The longest --seq_len that these settings leave room for on every rank, a multiple of 128 or of what the Lighthouse
 // geometry asks; 0: none.
 inline int64_t longest_seq_len(const ModelConfig& config, const GpuModelSettings& settings, const FreeMemory& free) {
-    // units; of several ranks each holds two chunks
-    int64_t unit = 128 * ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks(), smallest = 1;
-    if (settings.lighthouse) {
-        const LighthouseGeometry g = make_lighthouse_geometry(settings.max_seq_len, *settings.lighthouse);
-        const int64_t windows = g.tiles * g.window(g.levels - 1);
-        const bool dilated = settings.lighthouse->scorer == LighthouseScorer::dilated;
-        unit = dilated ? std::lcm(windows, (int64_t)settings.lighthouse->dilation) : windows;
-        smallest = ceil_div(LIGHTHOUSE_TILE_BUDGET * windows, unit);
-    }
+    const LegalLengths legal = legal_lengths(settings);
+    const int64_t unit = legal.unit * (settings.lighthouse ? 1 : 128), smallest = ceil_div(legal.shortest, unit);
     auto with_length = [&](int64_t units) {
         GpuModelSettings longer = settings;
         longer.max_seq_len = units * unit;
@@ -161,14 +161,13 @@ inline void check_fits(const MemoryPlan& plan, const FreeMemory& free, const Mod
         other.max_batch_size /= 2;
         suggest_modes(other);
     }
-    while (advice.empty() && other.max_seq_len > 1) {
-        other.max_seq_len /= 2;
-        const bool fills_chunks =
-            other.max_seq_len % ContextPartition{settings.mesh.context_parallel, 0, 0}.num_chunks() == 0;
-        if (fills_chunks && (!settings.lighthouse || is_lighthouse_length(other.max_seq_len, *settings.lighthouse,
-                                                                          settings.mesh.context_parallel))) {
-            suggest_modes(other);
-        }
+    const LegalLengths legal = legal_lengths(settings);
+    while (advice.empty() && other.max_seq_len > legal.shortest) {
+        other.max_seq_len = std::max(other.max_seq_len / 2 / legal.unit * legal.unit, legal.shortest);
+        suggest_modes(other);
+    }
+    if (advice.empty()) {
+        advice = format_string("; not even --batch_size 1 --seq_len %lld fits", (long long)legal.shortest);
     }
     const bool host = plan.num_bytes() <= free.usable_gpu();
     const size_t needed = host ? plan.num_host_bytes() : plan.num_bytes();
@@ -178,6 +177,5 @@ inline void check_fits(const MemoryPlan& plan, const FreeMemory& free, const Mod
         "--print_memory shows what needs how much, --fit what would fit",
         host ? "host" : "GPU", host ? format_string(" for --offload %s", choice_name(settings.offload)).c_str() : "",
         needed / BYTES_PER_GIB, there / BYTES_PER_GIB, (there - usable) / BYTES_PER_GIB,
-        host ? "other uses" : "the driver",
-        advice.empty() ? "; the model itself is too large for this GPU" : advice.c_str());
+        host ? "other uses" : "the driver", advice.c_str());
 }

@@ -149,7 +149,7 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
         option->multi_option_policy(s.goes_on ? CLI::MultiOptionPolicy::TakeAll : CLI::MultiOptionPolicy::TakeLast);
         options[s.name] = option;
     }
-    options["config"]->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);
+    options["config"]->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);  // of several: refused below
     try {
         app.parse(argc, argv);
     } catch (const CLI::ArgumentMismatch& error) {  // "--seq_len: 1 required TEXT missing"
@@ -170,6 +170,8 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
                   name.c_str(), word.c_str());
         }
     }
+    CHECK(options["config"]->count() <= 1, "--config: there is one settings file, and it is given %zu times",
+          options["config"]->count());
     // Most likely of a variable that the shell did not know; without the flag the run would be another.
     for (const char* name : {"config", "init_from", "output_dir"}) {
         const CLI::Option& option = *options[name];
@@ -278,11 +280,11 @@ inline void check_given_flags(const ParsedFlags& parsed) {
         const bool is_default = find_setting(values, name)->get() == find_setting(defaults, name)->get();
         return typed || (given && !decided && !is_default);
     };
-    // A Lighthouse run may be resumed under dense attention with its other flags as they were.
-    if (c.attention == AttentionMode::dense && !c.resume) {
+    // A Lighthouse run may be resumed under dense attention with its other flags as they were saved.
+    if (c.attention == AttentionMode::dense) {
         for (const char* name : {"lighthouse_levels", "lighthouse_pool", "lighthouse_topk", "lighthouse_scorer",
                                  "lighthouse_dilation", "lighthouse_dense_layers", "lighthouse_steps"}) {
-            CHECK(!contradicts(name, "attention"),
+            CHECK(c.resume ? parsed.typed.count(name) == 0 : !contradicts(name, "attention"),
                   "--%s and --attention dense contradict each other: add --attention lighthouse, or leave it out",
                   name);
         }

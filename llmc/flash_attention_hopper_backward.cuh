@@ -598,14 +598,6 @@ __device__ __forceinline__ void differentiate(float (&dp)[COUNT], const float (&
         dp[i] *= p[i];
     }
 }
-// An accumulator, rounded, as the A operand of a product that contracts its columns.
-template <int COUNT>
-__device__ __forceinline__ void round_to_operand(uint32_t (&operand)[COUNT / 8][4], const float (&values)[COUNT]) {
-#pragma unroll
-    for (int i = 0; i < COUNT / 2; ++i) {
-        operand[i / 4][i % 4] = pack_bf16x2(values[2 * i], values[2 * i + 1]);
-    }
-}
 // Stores such an operand, rows keys and columns queries, transposed into this warpgroup's 64 columns of a tile of dS.
 template <class Tile>
 __device__ __forceinline__ void store_transposed(uint32_t tile, const uint32_t (&operand)[Tile::BLOCK_M / 16][4],
@@ -884,7 +876,8 @@ __device__ __forceinline__ void backward_consume(typename Tile::Shared& shared, 
 #endif
 
 // Launch: blocks of one producer and two consumer warpgroups, as BackwardBlocks says: one for each 128 keys of a kv
-// head, in TileOrder, or one an SM; an SM holds one at a time. Bound: see the head of this file.
+// head (KeySums::IN_MEMORY: of a query head), in TileOrder, or one an SM; an SM holds one at a time. Bound: see the
+// head of this file.
 template <class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, 1)
     flash_attention_hopper_backward_kernel(const __grid_constant__ HopperBackwardArguments args) {

@@ -402,14 +402,6 @@ __device__ __forceinline__ void complete_before_wait(float value) {
     }
 }
 
-// Accumulators as the A operand of the next product.
-template <int steps>
-__device__ __forceinline__ void pack_fragments(uint32_t (&fragments)[steps][4], const float (&values)[steps * 8]) {
-#pragma unroll
-    for (int i = 0; i < steps * 4; ++i) {
-        fragments[i / 4][i % 4] = pack_bf16x2(values[2 * i], values[2 * i + 1]);
-    }
-}
 template <int count>
 __device__ __forceinline__ void scale_rows(float (&out)[count], const float (&factor)[2]) {
 #pragma unroll
@@ -605,7 +597,7 @@ struct ForwardConsumer {
         wgmma_pin(out);
         release(shared.v_empty[v_state.stage]);
         v_state.advance();
-        pack_fragments(p, scores);
+        round_to_operand(p, scores);
         if (NEW_TILE) {
             if (!Tile::PING_PONG && Tile::QUERIES == QueryOperand::SHARED) {
                 // All warps' products have read q; otherwise the wait for the turn has seen to it.
@@ -676,7 +668,7 @@ struct ForwardConsumer {
             k_state.advance();
             mask(scores, work, own_tiles - 1);
             softmax_tile<true, true, Tile::LAZY>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
-            pack_fragments(p, scores);
+            round_to_operand(p, scores);
         }
         while (true) {
             int n = own_tiles - 2;

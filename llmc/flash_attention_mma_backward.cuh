@@ -61,7 +61,7 @@ __device__ __forceinline__ void store_whole_fragments(float* first_row, int64_t 
     }
 }
 
-// The same for transposed scores: 16 M_TILES keys from `key` on, query rows from `row` on.
+// As mask_scores, for transposed scores: 16 M_TILES keys from `key` on, query rows from `row` on.
 template <int M_TILES, int N_TILES>
 __device__ __forceinline__ void mask_scores_transposed(float (&scores)[M_TILES][N_TILES][4], int64_t key, int64_t row,
                                                        int64_t key_offset, int64_t Tk) {

@@ -2,7 +2,7 @@
 // Squares are formed and added in double, so the norm of finite float gradients is finite unless it exceeds float's
 // range itself, and it is infinite or NaN when any gradient is. The order of additions is fixed.
 // Cost: memory bound; reads 4 bytes a parameter.
-// Reference: reference/adamw.h. Variants: dev/cuda/grad_norm.cu.
+// Reference: reference/grad_norm.h. Variants: dev/cuda/grad_norm.cu.
 #pragma once
 #include "cuda_common.cuh"
 
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(GRAD_NORM_THREADS) grad_norm_kernel(float* nor
 
 // ---- launchers ---------------------------------------------------------------------------------
 // Bytes of scratch that grad_norm needs, for any number of elements; 8-byte aligned.
-inline size_t grad_norm_scratch_bytes(int64_t /*num_elements*/) { return GRAD_NORM_BLOCKS * sizeof(double); }
+inline size_t grad_norm_scratch_bytes() { return GRAD_NORM_BLOCKS * sizeof(double); }
 
 // norm (=) device [1]: the 2-norm of grads [num_elements], 16-byte aligned. Not finite when one of them is not.
 inline void grad_norm(float* norm, const float* grads, int64_t num_elements, void* scratch, cudaStream_t stream) {

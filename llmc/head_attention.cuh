@@ -12,11 +12,11 @@
 // a part is brought while the one before attends, and taken while the next one does. What waits for a transfer is the
 // first part and the end of the last: the more key/value heads a rank has, the less.
 //
-// Against ring attention: nothing is summed over ranks, so there are no partial results: out, dq, dk and dv are, head
-// by head, the bits of flash attention on one GPU. (Of dense layers the model turns dq and dk back, by RoPE,
-// afterwards: one rounding more than on one GPU, whose kernel turns them before it rounds.) But queries and outputs
-// travel too. Of each local row a rank receives (W - 1) / W times 2 H + 2 Hkv heads in bf16 forward and 4 H + 4 Hkv
-// backward; in the ring 3/4 (W - 1) times 2 Hkv forward, and backward these and 2 Hkv in float32. Hkv must be a
+// Against ring attention: nothing is summed over ranks, so there are no partial results: out, dq, dk and dv are the
+// bits of flash attention on one GPU, called for a part's heads alone. (Of dense layers the model turns dq and dk back,
+// by RoPE, afterwards: one rounding more than on one GPU, whose kernel turns them before it rounds.) But queries and
+// outputs travel too. Of each local row a rank receives (W - 1) / W times 2 H + 2 Hkv heads in bf16 forward and 4 H + 4
+// Hkv backward; in the ring 3/4 (W - 1) times 2 Hkv forward, and backward these and 2 Hkv in float32. Hkv must be a
 // multiple of W.
 //
 // Shapes: the local rows of each sequence, head chunk then tail chunk: q, out [B, 2n, H, D]; k, v [B, 2n, Hkv, D], each
@@ -49,8 +49,8 @@ struct HeadMessages {
     int64_t n;           // rows of a chunk
 };
 
-// Launch: log2_lanes lanes a row of [B, 2n, W * heads, D]; 1-D grid. Element const bf16: `whole` and `messages` (=) the
-// local rows; bf16: the local rows (=) those. Bound: bandwidth.
+// Launch: 2^log2_lanes lanes a row of [B, 2n, W * heads, D]; 1-D grid. Element const bf16: `whole` and `messages` (=)
+// the local rows; bf16: the local rows (=) those. Bound: bandwidth.
 template <class Element>
 __global__ void __launch_bounds__(ROW_THREADS) head_messages_kernel(HeadMessages<Element> m, RowBlock rows) {
     const RowPlace place(rows);
@@ -387,7 +387,7 @@ class HeadAttention : public ContextAttention, private HeadAttentionPlan {
     }
 
     Comm& comm_;
-    CommStream stream_;  // of transfers, and of the copies before and after them
+    CudaStream stream_{CudaStream::TRANSFERS};  // of transfers, and of the copies before and after them
     CudaStream beside_[SHORT.streams - 1];
     CudaEvent start_, brought_[SHORT.slots], attended_[SHORT.streams], taken_;
 };

@@ -30,13 +30,16 @@ inline std::optional<uint64_t> read_number(const std::string& path, const std::s
 
 // What a control group's limit leaves, file cache that can be dropped counted as free.
 inline std::optional<uint64_t> left_in_group(const std::string& folder, const char* limit_name, const char* used_name,
-                                             const char* cache_key) {
+                                             const std::string& prefix) {
     const std::optional<uint64_t> limit = read_number(folder + "/" + limit_name);
     const std::optional<uint64_t> used = read_number(folder + "/" + used_name);
     if (!limit || !used) {
         return std::nullopt;
     }
-    const uint64_t cache = read_number(folder + "/memory.stat", cache_key).value_or(0);
+    uint64_t cache = 0;  // of one reading, and of several
+    for (const char* kind : {"inactive_file", "active_file"}) {
+        cache += read_number(folder + "/memory.stat", prefix + kind).value_or(0);
+    }
     const uint64_t taken = *used > cache ? *used - cache : 0;
     return *limit > taken ? *limit - taken : 0;
 }
@@ -52,9 +55,9 @@ inline uint64_t available_host_bytes(const std::string& root = "") {
           root.c_str());
     uint64_t available = *kib * 1024;
     auto consider = [&](const std::string& hierarchy, const std::string& group, const char* limit_name,
-                        const char* used_name, const char* cache_key) {
+                        const char* used_name, const char* prefix) {
         for (std::string folder = group;; folder.erase(folder.rfind('/'))) {
-            const auto left = left_in_group(hierarchy + folder, limit_name, used_name, cache_key);
+            const auto left = left_in_group(hierarchy + folder, limit_name, used_name, prefix);
             available = std::min(available, left.value_or(available));
             if (folder.empty()) {
                 return;
@@ -75,9 +78,9 @@ inline uint64_t available_host_bytes(const std::string& root = "") {
             path.clear();
         }
         if (controllers == ",,") {
-            consider(mount, path, "memory.max", "memory.current", "inactive_file");
+            consider(mount, path, "memory.max", "memory.current", "");
         } else if (controllers.find(",memory,") != std::string::npos) {
-            consider(mount + "/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file");
+            consider(mount + "/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_");
         }
     }
     return available;

@@ -7,6 +7,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
 
 #include "check.h"
 #include "lighthouse_rules.h"
@@ -69,6 +70,10 @@ inline int64_t shortest_lighthouse_length(const LighthouseConfig& config) {
     int64_t T = std::clamp<int64_t>(config.topk, 1, LIGHTHOUSE_MAX_LENGTH);
     for (int l = 1; l < std::min(config.levels, LIGHTHOUSE_MAX_LEVELS); ++l) {
         T = std::min(T * std::max(config.pool, 1), LIGHTHOUSE_MAX_LENGTH);
+    }
+    if (config.scorer == LighthouseScorer::dilated) {  // which the dilation divides
+        const int64_t unit = std::max<int64_t>(T / LIGHTHOUSE_TILE_BUDGET, 1);
+        T = std::min(round_up(T, std::lcm(unit, std::max<int64_t>(config.dilation, 1))), LIGHTHOUSE_MAX_LENGTH);
     }
     return T;
 }

@@ -1,9 +1,11 @@
 // memory.cuh: device memory, and page-locked host memory. One plan made at start-up names every buffer and gives it an
 // address; it prints as a table, is held against what device and host have free before anything is allocated, and then
-// becomes one allocation a use. Nothing else here calls cudaMalloc, and nothing is allocated after start-up. Pointers
-// and views never own; the owners (device and pinned memory, stream, event) are below.
+// becomes one allocation a use. Nothing else here calls cudaMalloc, and no device memory is allocated after start-up.
+// (Outside the plan: page-locked places for tokens on their way, 16 bytes a row, and for --comm_transport host what is
+// on its way.) Pointers and views never own; the owners (device and pinned memory, stream, event) are below.
 #pragma once
 #include <array>
+#include <climits>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -70,7 +72,9 @@ class PinnedMemory {
 // Where kernels of two streams want the same multiprocessors, those of the lower priority's number go first.
 class CudaStream {
   public:
-    static constexpr int DEFAULT_PRIORITY = 0, BEFORE_DEFAULT = -1;
+    // TRANSFERS: before all others, since they need few multiprocessors and the computation waits for them. CUDA takes
+    // the highest priority that there is.
+    static constexpr int DEFAULT_PRIORITY = 0, BEFORE_DEFAULT = -1, TRANSFERS = INT_MIN;
     explicit CudaStream(int priority = DEFAULT_PRIORITY) {
         CUDA_CHECK(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, priority));
     }

@@ -1,7 +1,9 @@
 // metrics.h: what a run says about itself: a line a step on the terminal, with a progress bar below when it is a
 // terminal, and metrics.jsonl, one JSON object a line, which also holds evaluations, checkpoints, skips and switches.
 #pragma once
+#include <algorithm>
 #include <cerrno>
+#include <climits>
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
@@ -154,9 +156,10 @@ inline Json step_json(const StepMetrics& m) {
 // Lines on standard output, and below them, on a terminal, a progress bar.
 class Terminal {
   public:
-    // silent: of a process that leaves speaking to another.
-    explicit Terminal(bool plain, bool silent = false)
-        : silent_(silent), has_bar_(!plain && !silent && isatty(STDOUT_FILENO)) {}
+    // silent: of a process that leaves speaking to another. others_wait: processes that would wait too while nobody
+    // reads what this one says; lines that find no room within a second are then left out.
+    explicit Terminal(bool plain, bool silent = false, bool others_wait = false)
+        : silent_(silent), has_bar_(!plain && !silent && isatty(STDOUT_FILENO)), others_wait_(others_wait) {}
     ~Terminal() { clear_bar(); }
 
     // Prints whole lines (`text` may hold several; a line end is added) above the bar.
@@ -165,8 +168,12 @@ class Terminal {
             return;
         }
         clear_bar();
-        std::fwrite(text.data(), 1, text.size(), stdout);
-        std::fputc('\n', stdout);
+        // As much at a time as a pipe with room takes for certain.
+        const std::string lines = text + "\n";
+        for (size_t at = 0; at < lines.size() && (at == 0 || takes_output()); at += PIPE_BUF) {
+            std::fwrite(lines.data() + at, 1, std::min<size_t>(PIPE_BUF, lines.size() - at), stdout);
+            std::fflush(stdout);
+        }
         draw_bar();
         std::fflush(stdout);
     }
@@ -188,15 +195,17 @@ class Terminal {
   private:
     // Waits for room in a pipe that nobody reads just now, but not beyond a signal that asks the run to stop: its
     // checkpoint must not wait for a reader. Anything else that is wrong the write will say.
-    static bool takes_output() {
+    bool takes_output() {
         pollfd out = {STDOUT_FILENO, POLLOUT, 0};
-        do {
-            const int ready = poll(&out, 1, 100);  // ms
-            if (ready > 0 || (ready < 0 && errno != EINTR)) {
-                return true;
+        // Where others wait: ten, and once these were in vain none until there is room again.
+        const int most_waits = !others_wait_ ? INT_MAX : was_full_ ? 0 : 10;
+        for (int waits = 0; true; ++waits) {
+            const int ready = poll(&out, 1, waits < most_waits ? 100 : 0);  // ms
+            was_full_ = ready == 0 || (ready < 0 && errno == EINTR);
+            if (!was_full_ || waits == most_waits || stop_signal::received != 0) {
+                return !was_full_;
             }
-        } while (stop_signal::received == 0);
-        return false;
+        }
     }
     void clear_bar() {
         if (bar_drawn_) {
@@ -212,5 +221,6 @@ class Terminal {
     }
 
     bool silent_ = false, has_bar_ = false, bar_drawn_ = false;
+    bool others_wait_ = false, was_full_ = false;
     std::string bar_;
 };

@@ -3,8 +3,10 @@
 //
 // Precision: storage bf16 (residual stream too), float32 accumulation in every product, gradients of weights
 // accumulated in float32, statistics (norms, log-sum-exp, loss) float32, AdamW on float32 master weights. Asynchrony:
-// everything is enqueued on one stream. The host waits in update(), evaluate() and next_token_logits() for their
-// results; and in accumulate_gradients() only for the token copy of two micro-batches before. With
+// everything is enqueued on one stream, which waits for those of offloading and of transfers between ranks. The host
+// waits in update(), evaluate(), token_losses() and next_token_logits() for their results; and in
+// accumulate_gradients() for the token copy of two micro-batches before, for the search of products' algorithms when a
+// shape is met first, and, with several ranks, for other hosts (comm.cuh). With
 // settings.cuda_graphs a micro-batch's launches, always the same, are replayed as one (micro_batch_graph.cuh). Order of
 // additions into a gradient: micro-batches as they come; a tied embedding first gets the classifier's part, chunk by
 // chunk, then the embedding's. With settings.deterministic a step repeats bit for bit; without it the attention
@@ -35,7 +37,7 @@ class GpuModel : public TrainableModel {
     // Plans, holds the plan against the current device's free memory, allocates. Weights are zero until write_state()
     // sets them.
     // comms: of settings.mesh, when that has several ranks; it outlives the model. Then all ranks make the same calls,
-    // but for next_token_logits, which is any rank's own.
+    // but for evaluate, which those of a sequence make, and next_token_logits, which is any rank's own.
     GpuModel(const ModelConfig& config, const GpuModelSettings& settings, Communicators* comms = nullptr);
 
     const ModelConfig& config() const override { return config_; }
@@ -44,7 +46,6 @@ class GpuModel : public TrainableModel {
     int64_t max_sequence_length() const override { return settings_.local_seq_len(); }
     double peak_memory_gib() const override { return plan_.num_bytes() / BYTES_PER_GIB; }
     void enter_thread() override { CUDA_CHECK(cudaSetDevice(device_)); }
-    const MemoryPlan& memory_plan() const { return plan_; }
     // Micro-batches so far whose launches were replayed.
     int64_t num_graph_replays() const {
         int64_t sum = 0;

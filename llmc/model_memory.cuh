@@ -5,6 +5,7 @@
 // gradients are).
 #pragma once
 #include <algorithm>
+#include <cmath>
 #include <memory>
 #include <optional>
 #include <string>
@@ -67,8 +68,8 @@ inline GpuModelSettings gpu_model_settings(const RunConfig& c, const ParallelMes
     settings.cuda_graphs = c.cuda_graphs;
     settings.profile = c.profile;
     settings.classifier_chunk_rows = c.classifier_chunk_rows;
-    settings.gpu_memory = (size_t)(c.gpu_memory * BYTES_PER_GIB);
-    settings.host_memory = (size_t)(c.host_memory * BYTES_PER_GIB);
+    settings.gpu_memory = (size_t)std::ceil(c.gpu_memory * BYTES_PER_GIB);
+    settings.host_memory = (size_t)std::ceil(c.host_memory * BYTES_PER_GIB);
     if (c.attention == AttentionMode::lighthouse) {
         settings.lighthouse = c.lighthouse;
         settings.trains_dense = c.lighthouse_steps >= 0 && c.lighthouse_steps < c.max_steps;
@@ -465,9 +466,9 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
     plan.next_alternative();  // update
     // Of several ranks also a flag for each tensor.
     add_scratch(&m.grad_norm_scratch, "grad_norm scratch",
-                layout.zero ? std::max({zero_scratch_bytes(*layout.zero), grad_norm_scratch_bytes(num_parameters),
+                layout.zero ? std::max({zero_scratch_bytes(*layout.zero), grad_norm_scratch_bytes(),
                                         layout.sizes.size() * sizeof(float)})
-                            : grad_norm_scratch_bytes(num_parameters));
+                            : grad_norm_scratch_bytes());
     plan.end_alternatives();
 }
 

@@ -26,9 +26,9 @@ inline int num_input_slots(int num_blocks) { return std::min(num_blocks, INPUT_S
 
 // Block l's input is in slot l % slots from begin_write(l) on until block l + slots is written, and again from
 // begin_read(l) to end_read(l); behind the last block there is nothing to do. `compute` is the stream of the kernels.
-// Calls of a forward: begin_write, end_write of blocks 0, 1, ...; of a backward: begin_read, end_read from the last
-// block to the first. A forward that no backward follows makes none of these calls, and its kernels write the slots as
-// they like.
+// Calls of a forward: begin_write (block 0's may be left out), end_write of blocks 0, 1, ...; of a backward:
+// begin_read, end_read from the last block to the first. A forward that no backward follows makes none of these calls,
+// and its kernels write the slots as they like.
 class InputOffload {
   public:
     // slots: of the GPU; host: an input each of the blocks but the last slots.size(). All outlive this.

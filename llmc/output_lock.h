@@ -54,10 +54,17 @@ class OutputLock {
             "name another folder",
             output_dir.c_str(), path.c_str());
     }
-    ~OutputLock() { close(file_); }
+    ~OutputLock() { release(); }
     OutputLock(const OutputLock&) = delete;
     OutputLock& operator=(const OutputLock&) = delete;
 
+    // Gives the folder back, whoever else holds this object.
+    void release() {
+        if (file_ >= 0) {
+            close(file_);
+        }
+        file_ = -1;
+    }
     // Whether the folder of that name is still the one that was locked.
     bool is_of(const std::string& output_dir) const {
         struct stat now;

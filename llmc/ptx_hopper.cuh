@@ -492,14 +492,19 @@ __device__ __forceinline__ void wgmma_pin(uint32_t (&registers)[count]) {
     WGMMA_FUNCTIONS_RS(wgmma, N, LAST, WGMMA_ADD, "1", P0, P1, P2, P3, P4, P5) \
     WGMMA_FUNCTIONS_RS(wgmma_zero, N, LAST, WGMMA_SET, "0", P0, P1, P2, P3, P4, P5)
 WGMMA_FUNCTIONS(64, 3, "%32", "%33", "%34", "%35", "%36", "%37")
-WGMMA_FUNCTIONS(80, 4, "%40", "%41", "%42", "%43", "%44", "%45")
-WGMMA_FUNCTIONS(96, 5, "%48", "%49", "%50", "%51", "%52", "%53")
-WGMMA_FUNCTIONS(112, 6, "%56", "%57", "%58", "%59", "%60", "%61")
 WGMMA_FUNCTIONS(128, 7, "%64", "%65", "%66", "%67", "%68", "%69")
 WGMMA_FUNCTIONS(144, 8, "%72", "%73", "%74", "%75", "%76", "%77")
 WGMMA_FUNCTIONS(160, 9, "%80", "%81", "%82", "%83", "%84", "%85")
-WGMMA_FUNCTIONS(176, 10, "%88", "%89", "%90", "%91", "%92", "%93")
 WGMMA_FUNCTIONS(192, 11, "%96", "%97", "%98", "%99", "%100", "%101")
 WGMMA_FUNCTIONS(256, 15, "%128", "%129", "%130", "%131", "%132", "%133")
+
+// An accumulator, rounded, as the A operand of a product that contracts its columns.
+template <int COUNT>
+__device__ __forceinline__ void round_to_operand(uint32_t (&operand)[COUNT / 8][4], const float (&values)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT / 2; ++i) {
+        operand[i / 4][i % 4] = pack_bf16x2(values[2 * i], values[2 * i + 1]);
+    }
+}
 
 #endif  // sm_90a

@@ -40,7 +40,7 @@ HeadView<Element> rows_from(HeadView<Element> view, int64_t t) {
 }
 
 // ---- kernels -----------------------------------------------------------------------------------
-// Launch: log2_lanes lanes a row of kv [B, num_rows, 2 Hkv, D]; 1-D grid. kv (=) the heads of k, then those of v.
+// Launch: 2^log2_lanes lanes a row of kv [B, num_rows, 2 Hkv, D]; 1-D grid. kv (=) the heads of k, then those of v.
 // Bound: bandwidth.
 __global__ void __launch_bounds__(ROW_THREADS)
     ring_pack_kernel(HeadView<bf16> kv, HeadView<const bf16> k, HeadView<const bf16> v, RowBlock rows) {
@@ -850,7 +850,7 @@ class RingAttention : public ContextAttention, private RingAttentionPlan {
     }
 
     Comm& comm_;
-    CommStream stream_;                              // of transfers
+    CudaStream stream_{CudaStream::TRANSFERS};       // of transfers
     CudaStream beside_{CudaStream::BEFORE_DEFAULT};  // of odd steps: a first step's results are the first to travel
     CudaEvent start_, packed_, attended_[2], computed_[2], arrived_[2];
 };

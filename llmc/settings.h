@@ -154,8 +154,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
                "GiB of its memory the run may use; 0: all that is free; --fit then needs none");
     add_of_gpu("host_memory", c.host_memory,
                "GiB of host memory for --offload, a process; 0: its share of what is free");
-    add_of_gpu("cuda_graphs", c.cuda_graphs,
-               "replay a batch's launches: for short steps on one GPU, not with --profile");
+    add_of_gpu("cuda_graphs", c.cuda_graphs, "replay launches, on one GPU (not with --profile, --offload activations)");
     add_of_gpu("profile", c.profile, "at the end, print where the time of a step and of its transfers went");
     add("plain", c.plain, "no progress bar on a terminal");
     return settings;

@@ -8,12 +8,15 @@
 // any file. Files are mapped, nothing is copied but the tokens of the batch at hand, and all offsets are 64 bits.
 #pragma once
 #include <algorithm>
+#include <cerrno>
 #include <cstdint>
 #include <cstring>
+#include <filesystem>
 #include <glob.h>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <sys/stat.h>
 #include <vector>
 
@@ -89,6 +92,22 @@ struct ShardKind {
 constexpr ShardKind SHARD_KINDS[] = {{20240520, 1, 2}, {20240801, 7, 4}};
 constexpr uint64_t SHARD_HEADER_BYTES = 256 * sizeof(int32_t);
 
+// What a file is that nobody trains on as it is, by how it begins or is named; empty when it may be text.
+inline std::string packed_kind(const std::string& path, const unsigned char* data, uint64_t size) {
+    const std::string_view begin(reinterpret_cast<const char*>(data), std::min<uint64_t>(size, 16));
+    const auto begins = [&](std::string_view with) { return begin.substr(0, with.size()) == with; };
+    const auto ends = [&](std::string_view with) {
+        return path.size() > with.size() && path.compare(path.size() - with.size(), with.size(), with) == 0;
+    };
+    using namespace std::string_view_literals;
+    return begins("\x1f\x8b"sv) || begins("\x28\xb5\x2f\xfd"sv) || begins("\xfd\x37zXZ\0"sv) || begins("PK\3\4"sv)
+               ? "a packed file (unpack it)"
+           : begins("PAR1"sv)      ? "a Parquet file (dev/data/prepare.py makes shards of its texts)"
+           : begins("\x93NUMPY"sv) ? "an array of NumPy's (dev/data/prepare.py makes shards)"
+           : ends(".bin"sv)        ? "named like token shards, but does not begin like one (20240520 or 20240801)"
+                                   : "";
+}
+
 // Finds the tokens in a file's bytes data[0, size), which must outlive the result. Throws Error naming `path` when the
 // format asked for is not there, the file is cut off or holds no tokens, or its bytes do not fit the vocabulary.
 inline TokenFile parse_token_file(const std::string& path, const unsigned char* data, uint64_t size, DataFormat format,
@@ -109,6 +128,11 @@ inline TokenFile parse_token_file(const std::string& path, const unsigned char* 
             "%s: begins with the number %u, like a file of llm.c that is no token shard; --data_format bytes trains on "
             "its bytes all the same",
             path.c_str(), header[0]);
+    }
+    if (format == DataFormat::automatic && kind == std::end(SHARD_KINDS)) {
+        const std::string what = packed_kind(path, data, size);
+        CHECK(what.empty(), "%s: is %s, not text or a token shard%s", path.c_str(), what.c_str(),
+              "; --data_format bytes trains on its bytes all the same");
     }
     if (kind == std::end(SHARD_KINDS) || format == DataFormat::bytes) {
         CHECK(vocab_size >= 256, "--vocab_size %lld: %s is read as bytes, which need at least 256",
@@ -135,27 +159,55 @@ inline TokenFile parse_token_file(const std::string& path, const unsigned char* 
 
 // ---- many files as one stream -------------------------------------------------------------------
 
+// A pattern that matches this name alone.
+inline std::string glob_escape(const std::string& name) {
+    std::string pattern;
+    for (const char c : name) {
+        pattern += c == '*' || c == '?' || c == '[' ? std::string("[") + c + "]" : std::string(1, c);
+    }
+    return pattern;
+}
+
 // The files that `patterns`, the values of `flag`, stand for: names of files as they are, patterns (*, ?, [a-z])
-// replaced by what they match, sorted. Throws Error for one that stands for nothing.
-inline std::vector<std::string> expand_patterns(const std::string& flag, const std::vector<std::string>& patterns) {
+// replaced by the files that they match, sorted. Throws Error for one that stands for nothing. Of what a pattern
+// matches, folders do not count, and empty files go to `empty`.
+inline std::vector<std::string> expand_patterns(const std::string& flag, const std::vector<std::string>& patterns,
+                                                std::vector<std::string>& empty) {
     std::vector<std::string> paths;
     for (const std::string& pattern : patterns) {
         struct stat status;
         if (stat(pattern.c_str(), &status) == 0) {
             CHECK(!S_ISDIR(status.st_mode), "%s %s: is a folder; name the files in it: %s '%s/*'", flag.c_str(),
-                  pattern.c_str(), flag.c_str(), pattern.c_str());
+                  pattern.c_str(), flag.c_str(), glob_escape(pattern).c_str());
             CHECK(S_ISREG(status.st_mode), "%s %s: is a device or pipe, not a file", flag.c_str(), pattern.c_str());
             paths.push_back(pattern);
             continue;
         }
-        CHECK(pattern.find_first_of("*?[") != std::string::npos, "%s %s: cannot find this file: %s", flag.c_str(),
-              pattern.c_str(), std::strerror(errno));
+        const int error = errno;
+        // A relative name may be that of a run which was started elsewhere.
+        const std::string from = pattern[0] == '/' ? "" : " from " + std::filesystem::current_path().string();
+        CHECK(pattern.find_first_of("*?[") != std::string::npos, "%s %s: cannot find this file%s: %s", flag.c_str(),
+              pattern.c_str(), from.c_str(), std::strerror(error));
+        CHECK(pattern.find("**") == std::string::npos,
+              "%s '%s': ** stands for one folder here, as * does; name each depth: 'a/*.txt' 'a/*/*.txt'", flag.c_str(),
+              pattern.c_str());
         glob_t found = {};
-        const int error = glob(pattern.c_str(), 0, nullptr, &found);
-        paths.insert(paths.end(), found.gl_pathv, found.gl_pathv + (error == 0 ? found.gl_pathc : 0));
+        const int result = glob(pattern.c_str(), 0, nullptr, &found);
+        const std::vector<std::string> matches(found.gl_pathv, found.gl_pathv + (result == 0 ? found.gl_pathc : 0));
         globfree(&found);
-        CHECK(error != GLOB_NOMATCH, "%s '%s': no file matches this pattern", flag.c_str(), pattern.c_str());
-        CHECK(error == 0, "%s '%s': cannot list the files of this pattern", flag.c_str(), pattern.c_str());
+        CHECK(result == 0 || result == GLOB_NOMATCH, "%s '%s': cannot list the files of this pattern", flag.c_str(),
+              pattern.c_str());
+        const size_t num_before = paths.size();
+        for (const std::string& match : matches) {
+            const bool known = stat(match.c_str(), &status) == 0;
+            if (known && S_ISREG(status.st_mode) && status.st_size == 0) {
+                empty.push_back(match);
+            } else if (!known || !S_ISDIR(status.st_mode)) {  // what is wrong with others is said when they are opened
+                paths.push_back(match);
+            }
+        }
+        CHECK(paths.size() > num_before, "%s '%s': no file%s matches this pattern%s", flag.c_str(), pattern.c_str(),
+              matches.empty() ? "" : " with anything in it", from.c_str());
     }
     return paths;
 }
@@ -166,7 +218,7 @@ class TokenStream {
     // shards, whose tokens mean different things, are mixed.
     TokenStream(const std::string& flag, const std::vector<std::string>& patterns, DataFormat format, bool byte_markers,
                 int64_t vocab_size) {
-        for (const std::string& path : expand_patterns(flag, patterns)) {
+        for (const std::string& path : expand_patterns(flag, patterns, empty_)) {
             mapped_.emplace_back(path);
             const MappedFile& file = mapped_.back();
             files_.push_back(parse_token_file(path, file.data(), file.size(), format, byte_markers, vocab_size));
@@ -182,7 +234,8 @@ class TokenStream {
 
     int64_t num_tokens() const { return ends_.empty() ? 0 : ends_.back(); }
     bool is_bytes() const { return !files_.empty() && files_.front().is_bytes; }
-    const std::vector<TokenFile>& files() const { return files_; }  // in their order
+    const std::vector<TokenFile>& files() const { return files_; }    // in their order
+    const std::vector<std::string>& empty() const { return empty_; }  // files that a pattern matched, left out
 
     // Tokens [begin, begin + count) of the stream, which has them. Throws Error, naming file and position, for a token
     // outside the vocabulary.
@@ -208,7 +261,8 @@ class TokenStream {
 
     std::vector<MappedFile> mapped_;
     std::vector<TokenFile> files_;
-    std::vector<int64_t> ends_;  // the stream's position behind each file
+    std::vector<int64_t> ends_;       // the stream's position behind each file
+    std::vector<std::string> empty_;  // what was left out
 };
 
 // ---- sequences ----------------------------------------------------------------------------------

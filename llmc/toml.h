@@ -208,12 +208,13 @@ class TomlReader {
 inline std::vector<TomlEntry> read_toml(const std::string& path) {
     std::ifstream file(path, std::ios::binary);
     CHECK(file.good(), "%s: cannot open this settings file", path.c_str());
-    std::ostringstream text;
-    if (file.peek() != std::ifstream::traits_type::eof()) {  // an empty file gives no settings
-        text << file.rdbuf();
-    }
-    CHECK(!file.bad() && !text.fail(), "%s: cannot read this settings file", path.c_str());
-    const std::string mark = "\xef\xbb\xbf", all = text.str();  // of UTF-8, as some editors write it
+    constexpr size_t MAX_BYTES = (size_t)16 << 20;  // devices never end
+    std::string all(MAX_BYTES + 1, '\0');
+    file.read(all.data(), (std::streamsize)all.size());  // an empty file gives no settings
+    all.resize((size_t)file.gcount());
+    CHECK(!file.bad(), "%s: cannot read this settings file", path.c_str());
+    CHECK(all.size() <= MAX_BYTES, "%s: is not a settings file of at most 16 MiB", path.c_str());
+    const std::string mark = "\xef\xbb\xbf";  // of UTF-8, as some editors write it
     return TomlReader(all.compare(0, mark.size(), mark) == 0 ? all.substr(mark.size()) : all, path).read();
 }
 

@@ -34,7 +34,11 @@
 class TrainingRun {
   public:
     TrainingRun(TrainableModel& model, const RunConfig& config, const DeviceInfo& device, const RunRanks& ranks)
-        : model_(model), config_(config), device_(device), ranks_(ranks), terminal_(config.plain, !ranks.is_first()) {}
+        : model_(model),
+          config_(config),
+          device_(device),
+          ranks_(ranks),
+          terminal_(config.plain, !ranks.is_first(), ranks.size() > 1) {}
 
     // Returns the status main ends with.
     int run() {
@@ -135,7 +139,9 @@ class TrainingRun {
             if (state_.skipped_in_a_row >= config_.max_skipped) {
                 state_.skipped_in_a_row = 0;  // that ended the run before; this one may try as often
             }
-            if (state_.seq_len > 0 && state_.seq_len != config_.seq_len) {  // on behind as many tokens as it has seen
+            note_schedule();
+            const bool is_recut = state_.seq_len > 0 && state_.seq_len != config_.seq_len;
+            if (is_recut && config_.max_steps > 0) {  // on behind as many tokens as it has seen
                 warn(format_string(
                     "--seq_len %lld: %s was trained on sequences of %lld: data are cut and shuffled anew, so of this "
                     "epoch some tokens come again and as many do not",
@@ -157,6 +163,22 @@ class TrainingRun {
         note_data();
     }
 
+    // The learning rate goes by --max_steps: where a run is made longer, it jumps.
+    void note_schedule() const {
+        RunConfig before = config_;
+        before.max_steps = state_.max_steps, before.decay_steps = state_.decay_steps;
+        if (config_.max_steps == 0 || state_.max_steps == 0) {
+            return;
+        }
+        const double now = learning_rate_at(config_, state_.step), then = learning_rate_at(before, state_.step);
+        if (std::fabs(now - then) > 0.01 * std::max(now, then)) {
+            warn(format_string(
+                "the decay of the learning rate ends at step %lld, and that of %s at %lld: the next "
+                "step's is %.3g, and would have been %.3g (--decay_steps says when it ends)",
+                (long long)config_.decay_end(), config_.checkpoint.c_str(), (long long)before.decay_end(), now, then));
+        }
+    }
+
     // What checkpoints say of the training data. Others than before are allowed, as data grow, but not meant by whoever
     // has mistaken a file.
     void note_data() {
@@ -165,10 +187,12 @@ class TrainingRun {
         }
         const std::string now = checkpoint::data_identity(*data_.train);
         if (!state_.data.empty() && state_.data != now) {
-            warn(
-                format_string("--train_data: %s was trained on other data (%s) than this run reads from here on (%s): "
-                              "their order is another, and some sequences may come again",
-                              config_.checkpoint.c_str(), terminal_safe(state_.data).c_str(), now.c_str()));
+            warn(format_string(
+                "--train_data: %s was trained on other data (%s) than this run reads from here on (%s): "
+                "their order is another, and some sequences may come again%s",
+                config_.checkpoint.c_str(), terminal_safe(state_.data).c_str(), now.c_str(),
+                config_.val_data.empty() && data_.validation ? "; --val_fraction's part may hold what was trained on"
+                                                             : ""));
         }
         state_.data = now;
         if (state_.shuffle_seed && *state_.shuffle_seed != config_.shuffle_seed) {
@@ -275,12 +299,7 @@ class TrainingRun {
         // Now: a file that cannot be read is not to be found out by the first checkpoint.
         companions_ = checkpoint::read_companions(checkpoint::companion_source(config_.checkpoint, config_.output_dir),
                                                   config_, model_.config(), data_.train->stream().is_bytes());
-        if (data_.train->stream().is_bytes() && !checkpoint::reads_bytes(*companions_)) {
-            warn(
-                format_string("%s has a tokenizer of its own, but --train_data are raw text: its bytes are taken as "
-                              "token numbers, which mean something else there (dev/data/prepare.py makes shards)",
-                              config_.checkpoint.c_str()));
-        }
+        warn_of_tokenizer(*companions_, *data_.train, "--train_data");
         if (config_.output_dir.empty()) {
             config_.output_dir = make_output_dir();
         } else {
@@ -300,6 +319,16 @@ class TrainingRun {
                          {"data_parallel", ranks_.mesh().data_parallel},
                          {"settings", settings_toml(config_)}});
         return config_.output_dir;
+    }
+
+    // Raw text for a model that was trained on other tokens than bytes.
+    void warn_of_tokenizer(const checkpoint::Companions& companions, const SequenceSet& data, const char* flag) const {
+        if (data.stream().is_bytes() && !checkpoint::reads_bytes(companions)) {
+            warn(
+                format_string("%s has a tokenizer of its own, but %s are raw text: its bytes are taken as token "
+                              "numbers, which mean something else there (dev/data/prepare.py makes shards)",
+                              config_.checkpoint.c_str(), flag));
+        }
     }
 
     // What --resume and the reader of the metrics look for in the output folder.
@@ -584,6 +613,17 @@ class TrainingRun {
                               "--seed %llu",
                               (unsigned long long)config_.seed));
         }
+        if (ranks_.is_first() && !config_.checkpoint.empty() && data_.validation) {
+            const SequenceSet& data = *data_.validation;
+            warn_of_tokenizer(
+                checkpoint::read_companions(config_.checkpoint, config_, model_.config(), data.stream().is_bytes()),
+                data, "the validation data");
+        }
+        if (config_.print_influence && attention_ != AttentionMode::lighthouse) {
+            warn(
+                "--print_influence: the attention of this step is dense, in which later tokens have none (--attention "
+                "lighthouse --lighthouse_steps -1 measures under Lighthouse attention)");
+        }
         const std::optional<double> loss = evaluate();
         if (stop_requested()) {
             std::fprintf(stderr, "%s: stopped by %s before the end of the validation data\n", config_.program.c_str(),
@@ -672,7 +712,7 @@ class TrainingRun {
         if (output_lock_ && !output_lock_->is_of(folder)) {
             std::filesystem::create_directories(folder, error);
             CHECK(!error, "--output_dir %s: cannot make this folder: %s", folder.c_str(), error.message().c_str());
-            output_lock_.reset(), config_.output_lock.reset();  // of the folder that is gone
+            output_lock_->release();  // the folder that is gone
             output_lock_ = lock_output(config_);
             CHECK(!holds_a_run(folder),
                   "--output_dir %s has been removed or moved, and is another run's folder now: this run's next "
@@ -739,9 +779,11 @@ class TrainingRun {
             return format_string(
                 "%lld steps in a row had a loss or gradient norm that is not finite (first: %s): stopped at "
                 "--max_skipped after writing %s; look at the data from sequence %lld on, or lower --learning_rate; if "
-                "these weights are bad already, remove that folder to go on from the one before",
+                "these weights are bad already, %s",
                 (long long)state_.skipped_in_a_row, result.first_bad_tensor.c_str(), checkpoint_.c_str(),
-                (long long)position_before(state_.skipped_in_a_row));
+                (long long)position_before(state_.skipped_in_a_row),
+                checkpoint::list(config_.output_dir).size() > 1 ? "remove that folder to go on from the one before"
+                                                                : "begin anew: there is no checkpoint before it");
         });
     }
     // All steps of this process were skipped, if fewer in a row than --max_skipped: whoever waits for a trained model
@@ -782,9 +824,9 @@ class TrainingRun {
     const RunRanks& ranks_;
     Terminal terminal_;
     RunData data_;
-    std::optional<Tokenizer> tokenizer_;             // of the training data
-    std::vector<int32_t> prompt_;                    // of samples
-    std::shared_ptr<const OutputLock> output_lock_;  // rank 0's
+    std::optional<Tokenizer> tokenizer_;       // of the training data
+    std::vector<int32_t> prompt_;              // of samples
+    std::shared_ptr<OutputLock> output_lock_;  // rank 0's
     std::optional<MetricsLog> metrics_;
     TrainingState state_;                               // what a checkpoint restores, beside the model's
     AttentionMode attention_ = AttentionMode::dense;    // of the next step

@@ -78,7 +78,7 @@ class TrainableModel {
     // tokens: host [B, T + 1]; inputs are columns 0..T-1, targets 1..T. Adds the gradient of loss_weight * (mean loss
     // of this micro-batch) to the gradients and loss_weight * (its mean loss) to the step's loss.
     virtual void accumulate_gradients(const int32_t* tokens, int B, int64_t T, double loss_weight) = 0;
-    // Clips, applies AdamW, or skips everything when loss or norm is not finite. The step's only wait for the device.
+    // Clips, applies AdamW, or skips everything when loss or norm is not finite. Waits for the device.
     virtual StepResult update(const AdamWSettings& settings) = 0;
 
     // Mean loss in nats of one batch; tokens as above. Touches neither gradients nor the step's loss.

@@ -56,9 +56,7 @@ class ZeroOptimizer {
         CHECK(layout.num_ranks == world.size(), "optimizer shards: laid out for %d ranks, not %d", layout.num_ranks,
               world.size());
     }
-    const ZeroLayout& layout() const { return layout_; }
 
-    size_t scratch_bytes() const { return zero_scratch_bytes(layout_); }
     // From here on `profile`, which must outlive this, sees every transfer of gradients and weights.
     void set_profile(TransferProfile* profile) { probe_.attach(profile, "optimizer"); }
 
@@ -156,6 +154,6 @@ class ZeroOptimizer {
     Comm& comm_;
     ZeroLayout layout_;
     TransferProbe probe_;
-    CommStream stream_;  // of transfers
+    CudaStream stream_{CudaStream::TRANSFERS};  // of transfers
     CudaEvent backward_, reduced_, updated_, gathered_;
 };

@@ -4,6 +4,7 @@
 #   scripts/mpirun_train.sh 8 -- --context_parallel 8 --config run.toml
 #   scripts/mpirun_train.sh 16 --hostfile hosts -- --context_parallel 8 --config run.toml     hosts: 'node1 slots=8' lines
 # A rank that fails ends the job; start it again with --resume, on as many GPUs as there are then.
+# Relative paths are from the repository's folder, where this goes first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case ${1:-} in
@@ -29,7 +30,7 @@ done
 set -m
 mpirun -np "$ranks" --bind-to none "${mpi_flags[@]}" ./train_gpt "$@" </dev/null &
 job=$!
-trap 'kill -USR1 $job' INT TERM
+trap 'kill -USR1 $job' INT TERM HUP USR1
 status=0
 while true; do
     wait $job && status=0 || status=$?

@@ -4,6 +4,7 @@
 # otherwise the CPU trainer (about three minutes on two cores).
 #   scripts/quickstart.sh [FLAG ...]      flags are handed to the trainer, e.g. --max_steps 1000; --train_data trains on
 #                                         other text
+# Relative paths are from the repository's folder, where this goes first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -7,6 +7,7 @@
 # What it costs: 16000 steps of 32 sequences of 98304 tokens are 50.3 G tokens. At 100 K tokens/s with Lighthouse and 25 K
 # dense, one GPU would need 10000 * 3.15 M / 100 K = 87 hours for the first stage and 210 hours for the second.
 #   TRAIN_DATA='corpus/*.txt' scripts/run_530m_98k.sh [FLAG ...]      flags are handed to train_gpt and win
+# Relative paths are from the repository's folder, where this goes first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -3,9 +3,10 @@
 #   scripts/spawn_ranks.sh N PROGRAM [ARGUMENT...]
 #   scripts/spawn_ranks.sh 2 ./train_gpt --context_parallel 2 --comm_transport host ...
 # Ends with the status of the first rank that failed, or 0. Ranks that do not end when they are told to are killed after
-# SPAWN_GRACE seconds (30): one that hangs may be why another failed. Ctrl-C and SIGTERM are passed on once, and the ranks
-# are waited for: they finish their step and write a checkpoint. For several machines: scripts/slurm_train.sh.
+# SPAWN_GRACE seconds (30): one that hangs may be why another failed. Ctrl-C, SIGTERM, SIGUSR1 and the end of the
+# terminal are passed on once, and the ranks are waited for: they finish their step and write a checkpoint. For several machines: scripts/slurm_train.sh.
 set -uo pipefail
+[ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -ge 501 ] || { echo "spawn_ranks: needs bash 5.1 or newer, this is $BASH_VERSION" >&2; exit 2; }
 case ${1:-} in
 '' | 0* | -h | --help | *[!0-9]*) sed -n 's/^#   //p' "$0"; exit 2 ;;
 esac
@@ -22,7 +23,8 @@ ranks=()
 signals=0
 send() { for rank in "${ranks[@]}"; do kill "-$1" -- "-$rank" 2>/dev/null; done; }
 trap '((++signals)); send INT' INT
-trap '((++signals)); send TERM' TERM
+trap '((++signals)); send TERM' TERM HUP
+trap '((++signals)); send USR1' USR1
 for ((rank = 0; rank < size; ++rank)); do
     LLMC_RANK=$rank "$@" </dev/null &
     ranks+=($!)
@@ -31,7 +33,7 @@ status=0
 left=$size
 while [ "$left" -gt 0 ]; do
     before=$signals
-    wait -n -p ended_rank # -p: bash 5.1
+    wait -n -p ended_rank
     ended=$?
     if [ "$signals" -ne "$before" ] && [ $ended -gt 128 ]; then continue; fi # the signal ended the wait, not a rank
     if [ -z "${ended_rank:-}" ]; then break; fi # none is left; a rank may end with 127 too

@@ -7,7 +7,9 @@
 # default model has 26 M parameters.
 # A value whose geometry SEQ_LEN does not allow is refused by the trainer and listed as such; the others run.
 #   TRAIN_DATA=build/corpus.txt scripts/sweep.sh topk 256,512,1024 --num_layers 12
+# Relative paths are from the repository's folder, where this goes first.
 set -uo pipefail
+export LC_ALL=C # numbers with a decimal point
 cd "$(dirname "$0")/.."
 
 usage() { sed -n 's/^#   //p' "$0" >&2; exit 2; }

@@ -32,7 +32,7 @@ import time
 
 from built import require_built
 from plotting import pyplot
-from step import run_limited
+from limited import run_limited
 
 # name: width, query heads, key/value heads, FFN width; head dim 128.
 BLOCKS = {

@@ -76,21 +76,22 @@ def attention_hidden(transfers):
     return max(0.0, 1 - sum(row["waits_ms"] for row in rows) / total) if total else None
 
 
-def run_row(options, mesh, attention, T):
-    launch, flags, data_parallel = [options.train_gpt], attention_flags(attention, T, options.ranks) + ["--profile"], 1
+def row_flags(options, mesh, attention, T):
+    flags = attention_flags(attention, T, options.ranks) + ["--profile"]
     if mesh != "one":
-        launch = ["bash", SPAWN, str(options.ranks), options.train_gpt]
         flags = flags + ["--comm_timeout", str(options.comm_timeout)]
         if mesh.endswith(BY_NCCL):
             flags += ["--comm_transport", "nccl"]
         kind, _, exchange = mesh.removesuffix(BY_NCCL).partition(":")
-        if kind == "data":
-            data_parallel = options.ranks
-        else:
+        if kind != "data":
             flags += ["--context_parallel", str(options.ranks), "--context_exchange", exchange]
-    if options.flags:
-        flags = flags + options.flags.split()
-    steps = steps_to_time(options.steps, T)
+    return flags + options.flags.split()
+
+
+def run_row(options, mesh, attention, T):
+    launch = [options.train_gpt] if mesh == "one" else ["bash", SPAWN, str(options.ranks), options.train_gpt]
+    data_parallel = options.ranks if mesh.startswith("data") else 1
+    flags, steps = row_flags(options, mesh, attention, T), steps_to_time(options.steps, T)
     result = run_trainer(launch, LLAMA_530M, T, 1, VOCABULARY, flags, steps, options.time_limit, data_parallel)
     result.update(mesh=mesh, ranks=1 if mesh == "one" else options.ranks, attention=attention, T=T, flags=flags)
     output = result.pop("output", "")
@@ -218,6 +219,9 @@ def main():
             for mesh in ["one"] + meshes:
                 row = next((row for row in rows if (row["T"], row["attention"], row["mesh"]) == (T, attention, mesh)),
                            None)
+                if row is not None and row["flags"] != row_flags(options, mesh, attention, T):
+                    rows.remove(row)  # it was timed with others
+                    row = None
                 if row is None:
                     row = run_row(options, mesh, attention, T)
                     rows.append(row)

@@ -24,14 +24,13 @@ import json
 import os
 import random
 import shlex
-import signal
 import statistics
 import struct
-import subprocess
 import sys
 import tempfile
 
 from built import require_built
+from limited import run_limited
 from plotting import pyplot
 
 LLAMA_530M = dict(num_layers=30, width=1024, num_heads=8, num_kv_heads=8, head_dim=128, ffn_width=1536,
@@ -94,21 +93,6 @@ def model_flags(model, T, B, V):
     for name, value in {**model, "seq_len": T, "batch_size": B, "vocab_size": V}.items():
         flags += [f"--{name}", str(value)]
     return flags
-
-
-def run_limited(command, limit):
-    """Status and output of a command; status None: after `limit` seconds it was ended with all that it had started."""
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)
-    try:
-        stdout, stderr = process.communicate(timeout=limit)
-        return process.returncode, stdout, stderr
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        return None, *process.communicate()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGKILL)
-        raise
 
 
 def run_trainer(launch, model, T, B, V, extra, steps, limit, data_parallel=1):

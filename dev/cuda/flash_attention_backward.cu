@@ -130,7 +130,7 @@ static void flash_attention_backward_tile(const AttentionBackwardOperands& x, co
     mma_finish_dq(args, shape, stream);
 }
 
-#ifdef LLMC_HOPPER_BACKWARD
+#ifdef LLMC_HOPPER
 // ---- 7: wgmma and TMA, nothing overlaps --------------------------------------------------------
 // Two warpgroups; thread 0 loads a tile when all are done with the one before; P and dS go through shared memory, so
 // that every operand of every product is there; dq is added from registers.
@@ -343,7 +343,7 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {6,
      "the same, deterministic: dq by a second kernel that owns query rows",
      {flash_attention_backward_mma<true>, mma_scratch<true>, true, false, 131072, false, true, true}},
-#ifdef LLMC_HOPPER_BACKWARD
+#ifdef LLMC_HOPPER
     {7,
      "wgmma and TMA, every operand in shared memory, nothing overlaps",
      {flash_attention_backward7, hopper_scratch<>, false, true, 32768, true}},

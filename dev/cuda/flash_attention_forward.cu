@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(WARPGROUP_SIZE* Tile::CONSUMERS)
         mask_scores(scores, min(args.Tk, limit) - first_column, min(args.Tk, limit + 8) - first_column);
         softmax_tile<true, false, false>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
         scale_rows(out, factor);
-        pack_fragments(p, scores);
+        round_to_operand(p, scores);
         mbarrier_wait(v_full, parity);
         issue_out<D, BLOCK_N>(out, p, wgmma_descriptor_mn_major(shared_address(shared.v[0]), BLOCK_N * 128));
         wgmma_wait<0>();

@@ -56,7 +56,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             const std::vector<float> grads = random_vector<float>(n, h.seed, scale);
             const double expected = reference::grad_norm(grads.data(), n);
             DeviceBuffer<float> grads_device(grads);
-            DeviceBuffer<unsigned char> scratch(grad_norm_scratch_bytes(n));
+            DeviceBuffer<unsigned char> scratch(grad_norm_scratch_bytes());
             auto launch = [&] { variant.launch(norm, grads_device, n, scratch, h.stream); };
             launch();
             const std::string label = format_string("n%lld scale %g", (long long)n, scale);
@@ -69,7 +69,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             std::vector<float> grads = random_vector<float>(1007, h.seed);
             grads[at] = bad;
             DeviceBuffer<float> grads_device(grads);
-            DeviceBuffer<unsigned char> scratch(grad_norm_scratch_bytes(1007));
+            DeviceBuffer<unsigned char> scratch(grad_norm_scratch_bytes());
             variant.launch(norm, grads_device, 1007, scratch, h.stream);
             CUDA_CHECK(cudaStreamSynchronize(h.stream));
             h.expect(!std::isfinite(norm.download()[0]), "norm", format_string("%g at %lld", bad, (long long)at),
@@ -81,7 +81,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
 static void measure(Harness& h, const Variant<Launcher>& variant) {
     for (int64_t n : {(int64_t)124000000, (int64_t)530000000}) {
         DeviceBuffer<float> grads(n), norm(1);
-        DeviceBuffer<unsigned char> scratch(grad_norm_scratch_bytes(n));
+        DeviceBuffer<unsigned char> scratch(grad_norm_scratch_bytes());
         grads.fill_random(h.seed);
         h.measure_bandwidth(format_string("n%lld", (long long)n), 4.0 * n, variant.idea,
                             [&] { variant.launch(norm, grads, n, scratch, h.stream); });

@@ -78,7 +78,7 @@ struct RankWork {
           norm(1),
           loss(1),
           weights(layout.num_elements),
-          scratch((int64_t)zero.scratch_bytes()) {}
+          scratch((int64_t)zero_scratch_bytes(layout)) {}
 
     void run(int num_layers, uint64_t seed, bool poison_one) {
         for (int step = 1; step <= STEPS; ++step) {
@@ -141,7 +141,7 @@ static Run run_whole(const ZeroLayout& layout, uint64_t seed, bool poison_one) {
     CUDA_CHECK(cudaMemset(exp_avg_sq, 0, exp_avg_sq.num_bytes()));
     DeviceBuffer<bf16> weights(layout.num_elements);
     DeviceBuffer<float> norm(1), loss(1);
-    DeviceBuffer<char> scratch((int64_t)grad_norm_scratch_bytes(layout.num_elements));
+    DeviceBuffer<char> scratch((int64_t)grad_norm_scratch_bytes());
     for (int step = 1; step <= STEPS; ++step) {
         result.gradients = gradient_of(layout, 0, step, seed);
         result.loss = 0.25f * (float)step;

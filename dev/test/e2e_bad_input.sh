@@ -4,6 +4,7 @@
 #   dev/test/e2e_bad_input.sh [TRAINER]
 #   dev/test/e2e_bad_input.sh ./train_gpt     the same on a GPU
 set -uo pipefail
+export LC_ALL=C # numbers with a decimal point
 cd "$(dirname "$0")/../.." || exit 1
 # These models are too small to share among threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
@@ -100,7 +101,7 @@ else
     refused "too little of a GPU's memory" "not enough GPU memory: .* --fit what would fit" "${data[@]}" --gpu_memory 0.51 --output_dir "$work/a"
 fi
 refused "unknown flag" "nearest is --seq_len" "${data[@]}" --seq_length 5
-refused "unknown setting in a file" "x.toml line 1: .*nearest is 'seq_len'" --config <(echo) --config "$(echo 'seq_length = 5' >"$work/x.toml" && echo "$work/x.toml")"
+refused "unknown setting in a file" "x.toml line 1: .*nearest is 'seq_len'" --config "$(echo 'seq_length = 5' >"$work/x.toml" && echo "$work/x.toml")"
 refused "a settings file in a settings file" "x.toml line 1: a settings file cannot name another" --config "$(echo 'config = "y.toml"' >"$work/x.toml" && echo "$work/x.toml")"
 for flag in init_from output_dir config; do
     refused "empty --$flag" "--$flag '': must name" "${data[@]}" --$flag ""
@@ -173,6 +174,16 @@ step=$(newest "$work/shrinks" | sed 's/.*step0*//')
 "$trainer" "${small[@]}" "${shape[@]}" "${data[@]}" --output_dir "$work/run" --max_steps 4 --checkpoint_every 2 --keep_checkpoints 0 >/dev/null || bad "the run to start from"
 checkpoint=$(newest "$work/run")
 before=$(fingerprint "$work/run")
+first=$work/run/$(basename "$(newest "$work/run")")
+refused "a run inside a checkpoint" "step[0-9]* is a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir "$first/more"
+refused "a checkpoint as the output folder" "is a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir "$first"
+refused "a run's folder to start from" "is the folder of a run; name one of its checkpoints, the newest is .*$(basename "$first")" "${data[@]}" --init_from "$work/run" --output_dir "$work/a"
+refused "two settings files" "is given 2 times" "${data[@]}" --config "$work/corpus.txt" --config "$work/corpus.txt" --output_dir "$work/a"
+refused "a device as settings" "not a settings file of at most 16 MiB" "${data[@]}" --config /dev/zero --output_dir "$work/a"
+resume_refused "Lighthouse flags on a dense run" "--lighthouse_topk and --attention dense contradict" --output_dir "$work/run" --max_steps 9 --lighthouse_topk 128
+mv "$first" "$work/run/step00000077"
+resume_refused "a checkpoint under another step's name" "is the checkpoint of step .* by its state.json: name the folder $(basename "$first") again" --output_dir "$work/run" --max_steps 99
+mv "$work/run/step00000077" "$first"
 refused "a folder that already holds a run" "already holds a run" "${data[@]}" "${shape[@]}" --output_dir "$work/run"
 resume_refused "resume and init_from" "--init_from contradict" --init_from "$checkpoint" --output_dir "$work/run"
 unchanged "its checkpoints are as they were" "$work/run" "$before"

@@ -2,6 +2,7 @@
 # scripts/gpu_check.sh in a copy of the sources, with stand-ins for the GPU, the sanitizer and the programs: what its record
 # says, what --stale makes of it, what --resume runs, and what it leaves when it is ended. Needs no GPU.
 set -uo pipefail
+export LC_ALL=C # numbers with a decimal point
 cd "$(dirname "$0")/../.." || exit 1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

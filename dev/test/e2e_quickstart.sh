@@ -2,6 +2,7 @@
 # scripts/quickstart.sh with few steps: it builds, makes its corpus, trains, evaluates, samples, and says where things are.
 #   dev/test/e2e_quickstart.sh
 set -euo pipefail
+export LC_ALL=C # numbers with a decimal point
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -9,6 +9,7 @@
 # PARTS: of meshes, lighthouse, failures (host transport), nccl, nccl_failures; all of them unless set. TRANSPORTS of the
 # last two: auto (the copy engines and NCCL) and nccl.
 set -uo pipefail
+export LC_ALL=C # numbers with a decimal point
 cd "$(dirname "$0")/../.." || exit 1
 trainer=${1:-./train_gpt}
 parts=" ${PARTS:-meshes lighthouse failures nccl nccl_failures} "

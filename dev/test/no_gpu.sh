@@ -2,6 +2,7 @@
 # The GPU programs on a machine without a GPU: --help works, a run ends with one sentence and a non-zero status, and
 # --fit says what would fit a GPU of a given size.
 set -euo pipefail
+export LC_ALL=C # numbers with a decimal point
 cd "$(dirname "$0")/../.."
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     echo "this machine has a GPU: nothing to test"
@@ -39,6 +40,15 @@ status=0
 fit --gpu_memory 80 --attention lighthouse --lighthouse_topk 12800000 >"$work/out" 2>"$work/err" || status=$?
 [ $status -ne 0 ] && grep -q -- '--lighthouse_topk 12800000: .*the nearest that works is' "$work/err" || { echo "a budget that no sequence holds: exit $status"; cat "$work/out" "$work/err"; exit 1; }
 echo "ok   a budget that no sequence holds: $(cat "$work/err")"
+
+# The shortest sequence of the geometry is 24576, which 5 does not divide.
+fit --gpu_memory 80 --batch_size 1 --attention lighthouse --lighthouse_scorer dilated --lighthouse_dilation 5 >"$work/out" 2>"$work/err" &&
+    grep -q -- '--recompute none' "$work/out" || { echo "--fit with a dilation: failed"; cat "$work/out" "$work/err"; exit 1; }
+echo "ok   --fit with a dilation, without --seq_len"
+status=0
+scripts/spawn_ranks.sh 2 ./train_gpt --train_data "$work/data.txt" --device 1 --max_steps 1 >"$work/out" 2>"$work/err" || status=$?
+[ $status -ne 0 ] && grep -q -- '--device is for one process, and there are 2 ranks' "$work/err" || { echo "--device of two ranks: exit $status"; cat "$work/out" "$work/err"; exit 1; }
+echo "ok   --device of two ranks: $(grep -m1 -- --device "$work/err")"
 
 status=0
 fit --gpu_memory 80 >/dev/full 2>"$work/err" || status=$?

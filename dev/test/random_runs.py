@@ -25,13 +25,16 @@ import json
 import os
 import random
 import shlex
-import subprocess
 import sys
 import tempfile
+
+sys.path.insert(0, os.path.join(os.path.dirname(os.path.abspath(__file__)), "..", "bench"))
+from limited import run_limited  # noqa: E402
 
 STEPS = 3
 EQUAL = {"loss": (0, 0), "norm": (0, 0)}  # limits of runs that must give the same numbers
 PLANTED_TOKENS = 63  # of the shortest sequence under dense attention in which a planted error should be seen
+RUN_LIMIT = 300  # seconds
 HERE = os.path.dirname(os.path.abspath(__file__))
 SPAWN = os.path.join(HERE, "..", "..", "scripts", "spawn_ranks.sh")
 
@@ -101,12 +104,14 @@ def command_line(program, flags):
 def train(command, out):
     """The step lines of metrics.jsonl, or a text that says what went wrong."""
     try:
-        done = subprocess.run(command + ["--output_dir", out, "--plain"], capture_output=True, text=True, timeout=300,
-                              env={**os.environ, "OMP_NUM_THREADS": "2"})
-    except (OSError, subprocess.TimeoutExpired) as error:
+        status, stdout, stderr = run_limited(command + ["--output_dir", out, "--plain"], RUN_LIMIT,
+                                             {**os.environ, "OMP_NUM_THREADS": "2"})
+    except OSError as error:
         return str(error)[-600:]
-    if done.returncode != 0:
-        return f"status {done.returncode}: {(done.stderr.strip() or done.stdout.strip())[-600:]}"
+    if status is None:
+        return f"not over after {RUN_LIMIT} s"
+    if status != 0:
+        return f"status {status}: {(stderr.strip() or stdout.strip())[-600:]}"
     with open(os.path.join(out, "metrics.jsonl")) as file:
         lines = [json.loads(line) for line in file]
     steps = [line for line in lines if line.get("event") == "step"]

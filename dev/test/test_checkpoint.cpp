@@ -837,10 +837,23 @@ TEST_F(Checkpoint, ForeignFoldersThatAreNotLlamasAreRefused) {
     const auto next = [&] { return folder_ + "/f" + std::to_string(i++); };
     std::string folder = next();
     {
-        write_foreign_folder(folder, tied, Dtype::F32, 1, {"lm_head.weight"});
+        // A classifier of its own beside an embedding that config.json says it shares: nobody knows which is meant.
+        const auto say_tied = [](const std::string& of) {
+            write_bytes(of + "/config.json", hf_config_json(small_model(true), 64, false, {}).dump());
+        };
+        write_foreign_folder(folder, untied, Dtype::F32, 1);
+        say_tied(folder);
+        refused(folder, true, "lm_head.weight is another than model.embed_tokens.weight");
+        write_foreign_folder(folder = next(), tied, Dtype::F32, 1, {"lm_head.weight"});
+        refused(folder, true, "lm_head.weight is another than model.embed_tokens.weight");
+        StateModel same(small_model(false), 1);
+        const ParameterTable& table = same.parameters();
+        same.state[0][table.classifier] = same.state[0][table.embedding];
+        write_foreign_folder(folder = next(), same, Dtype::BF16, 3);
+        say_tied(folder);
         StateModel loaded(small_model(true), 0);
-        load_model(loaded, folder);  // transformers does not read it either
-        EXPECT_EQ(loaded.state[0], tied.state[0]);
+        load_model(loaded, folder);
+        EXPECT_EQ(loaded.state[0][0][1], bf16_to_float(float_to_bf16(same.state[0][table.embedding][1])));
     }
     write_foreign_folder(folder = next(), tied, Dtype::F32, 2, {"model.layers.0.self_attn.q_proj.bias"});
     refused(folder, true, "has the tensor model.layers.0.self_attn.q_proj.bias");

@@ -50,7 +50,8 @@ TEST(HostMemory, VersionTwoCountsDroppableCacheAsFree) {
     root.write("/proc/self/cgroup", "0::/\n");
     root.limit("", 1000 * MIB, 700 * MIB);
     EXPECT_EQ(available_host_bytes(root.path), 300 * MIB);
-    root.write("/sys/fs/cgroup/memory.stat", "anon 5\ninactive_file " + std::to_string(200 * MIB) + "\nslab 1\n");
+    root.write("/sys/fs/cgroup/memory.stat", "anon 5\ninactive_file " + std::to_string(150 * MIB) + "\nactive_file " +
+                                                 std::to_string(50 * MIB) + "\nslab 1\n");
     EXPECT_EQ(available_host_bytes(root.path), 500 * MIB);
     root.limit("", 1000 * MIB, 1300 * MIB);
     EXPECT_EQ(available_host_bytes(root.path), 0u);

@@ -2,13 +2,17 @@
 // and the progress bar.
 #include <gtest/gtest.h>
 
+#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <cstdlib>
 #include <fcntl.h>
+#include <functional>
+#include <poll.h>
 #include <sstream>
 #include <sys/resource.h>
 #include <termios.h>
+#include <thread>
 
 #include "llmc/metrics.h"
 
@@ -232,4 +236,76 @@ TEST(ProgressBar, IsErasedWhenAnErrorEndsTheRun) {
         terminal.print("step");
     });
     EXPECT_EQ(text, "step\n[########################################] 100 %, 0:00 left\r\033[K");
+}
+
+namespace {
+
+// Standard output into a pipe; how much of it nobody has read is up to the test.
+class PipedOutput {
+  public:
+    PipedOutput() : before_(dup(STDOUT_FILENO)) {
+        std::fflush(stdout);
+        EXPECT_EQ(pipe2(ends_, O_NONBLOCK), 0);
+        fcntl(ends_[1], F_SETFL, 0);  // writes wait
+        dup2(ends_[1], STDOUT_FILENO);
+    }
+    ~PipedOutput() {
+        std::fflush(stdout);
+        dup2(before_, STDOUT_FILENO);
+        for (const int file : {before_, ends_[0], ends_[1]}) {
+            close(file);
+        }
+        stop_signal::received = 0;
+    }
+    void fill() {
+        const std::string page(4096, '.');
+        for (pollfd out = {ends_[1], POLLOUT, 0}; poll(&out, 1, 0) > 0;) {
+            EXPECT_GT(write(ends_[1], page.data(), page.size()), 0);
+        }
+    }
+    std::string read_all() {
+        std::string text;
+        char buffer[4096];
+        for (ssize_t n; (n = read(ends_[0], buffer, sizeof buffer)) > 0;) {
+            text.append(buffer, (size_t)n);
+        }
+        return text;
+    }
+
+  private:
+    int before_, ends_[2];
+};
+double seconds_of(const std::function<void()>& work) {
+    const auto start = std::chrono::steady_clock::now();
+    work();
+    return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace
+
+// Ranks that wait for this one would give up on it.
+TEST(Terminal, LinesThatNobodyReadsAreLeftOutWhereOthersWait) {
+    PipedOutput output;
+    Terminal terminal(true, false, true);
+    output.fill();
+    EXPECT_NEAR(seconds_of([&] { terminal.print("first"); }), 1.0, 0.9);
+    EXPECT_LT(seconds_of([&] { terminal.print("second"); }), 0.5) << "it has waited once";
+    output.read_all();
+    terminal.print("third");
+    EXPECT_EQ(output.read_all(), "third\n");
+    output.fill();
+    EXPECT_NEAR(seconds_of([&] { terminal.print("fourth"); }), 1.0, 0.9) << "somebody reads again";
+}
+
+// A checkpoint must not wait for whoever reads the rest of a long sample.
+TEST(Terminal, ATextLongerThanAPipeEndsWithASignal) {
+    PipedOutput output;
+    Terminal terminal(true);
+    std::thread signal([] {
+        std::this_thread::sleep_for(std::chrono::milliseconds(300));
+        stop_signal::received = SIGTERM;
+    });
+    EXPECT_LT(seconds_of([&] { terminal.print(std::string(1 << 20, 'x')); }), 10.0);
+    signal.join();
+    EXPECT_GT(output.read_all().size(), 4096u) << "what the pipe took";
 }

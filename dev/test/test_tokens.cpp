@@ -145,12 +145,41 @@ TEST_F(Tokens, MissingFilesAreRefusedByFlag) {
     expect_refused({folder_ + "/no.txt"}, {"--train_data", folder_ + "/no.txt", "No such file"});
     expect_refused({folder_}, {"--train_data", folder_, "is a folder"});
     std::filesystem::create_directory(folder_ + "/sub");
-    expect_refused({folder_ + "/s*"}, {folder_ + "/sub", "a folder"});
+    expect_refused({folder_ + "/s*"}, {folder_ + "/s*", "no file with anything in it matches"});
+    expect_refused({folder_ + "/**/*.txt"}, {"**", "name each depth"});
+    expect_refused({"no.txt"}, {"no.txt", "from " + std::filesystem::current_path().string()});
     expect_refused({"/dev/null"}, {"/dev/null", "not a file"});
     expect_refused({write("empty", "")}, {"empty"});
     const std::string pipe = folder_ + "/pipe";
     ASSERT_EQ(mkfifo(pipe.c_str(), 0600), 0);
     expect_refused({pipe}, {pipe, "not a file"});
+}
+
+// What nobody means by a pattern: folders, and files without anything to read.
+TEST_F(Tokens, PatternsLeaveOutFoldersAndEmptyFiles) {
+    std::filesystem::create_directory(folder_ + "/p_folder");
+    const std::string text = write("p_text", "abc"), empty = write("p_empty", "");
+    const TokenStream found = stream({folder_ + "/p_*"});
+    ASSERT_EQ(found.files().size(), 1u);
+    EXPECT_EQ(found.files()[0].path, text);
+    EXPECT_EQ(found.empty(), std::vector<std::string>{empty});
+    expect_refused({folder_ + "/p_e*"}, {"no file with anything in it matches"});
+}
+
+TEST_F(Tokens, PackedFilesAreRefusedUnlessAskedFor) {
+    using namespace std::string_literals;
+    const std::pair<std::string, const char*> begins[] = {{"\x1f\x8b", "unpack"},       {"\x28\xb5\x2f\xfd", "unpack"},
+                                                          {"\xfd\x37zXZ\0"s, "unpack"}, {"PK\3\4", "unpack"},
+                                                          {"PAR1", "Parquet"},          {"\x93NUMPY", "NumPy"}};
+    for (const auto& [begin, words] : begins) {
+        const std::string path = write("packed", begin + "rest of the file");
+        expect_refused({path}, {"/packed", words, "--data_format bytes"});
+        EXPECT_EQ(stream({path}, false, 256, DataFormat::bytes).num_tokens(), (int64_t)begin.size() + 16);
+        const std::string cut = write("cut", begin.substr(0, begin.size() - 1));
+        EXPECT_EQ(stream({cut}, false).num_tokens(), (int64_t)begin.size() - 1) << "text may begin so";
+    }
+    expect_refused({write("tokens.bin", "abcdefgh")}, {"/tokens.bin", "20240520"});
+    EXPECT_EQ(stream({write("tokens_bin", "abcdefgh")}, false).num_tokens(), 8);
 }
 
 TEST_F(Tokens, DamagedShardsAreRefused) {

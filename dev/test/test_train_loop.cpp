@@ -285,6 +285,25 @@ TEST_F(TrainLoop, GoingOnWithOtherDataIsSaid) {
     EXPECT_EQ(said({folder_ + "/data.txt"}, f), "");
 }
 
+TEST_F(TrainLoop, ALongerRunSaysWhatItsLearningRateBecomes) {
+    config_.learning_rate = 0.6, config_.schedule = ScheduleKind::linear, config_.final_learning_rate_fraction = 0.1;
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    const auto said = [&](int64_t decay_steps, ScheduleKind schedule) {
+        RunConfig next = resumed(config_);
+        next.max_steps = 2 * config_.max_steps, next.decay_steps = decay_steps, next.schedule = schedule;
+        FakeModel again(config_.model);
+        EXPECT_EQ(run(again, next), 0);
+        std::filesystem::remove_all(config_.output_dir + "/" + checkpoint::folder_name(next.max_steps));
+        return err_;
+    };
+    const std::string warning = said(0, ScheduleKind::linear);
+    EXPECT_NE(warning.find("the decay of the learning rate ends at step 16"), std::string::npos) << warning;
+    EXPECT_NE(warning.find("at 8: the next step's is 0.369, and would have been 0.06 "), std::string::npos) << warning;
+    EXPECT_EQ(said(config_.max_steps, ScheduleKind::linear), "");
+    EXPECT_EQ(said(0, ScheduleKind::constant), "");
+}
+
 TEST_F(TrainLoop, UpdatesGetTheSettingsAndTheLearningRateOfTheirStep) {
     config_.learning_rate = 0.6, config_.schedule = ScheduleKind::linear, config_.final_learning_rate_fraction = 0.0;
     config_.beta1 = 0.7, config_.beta2 = 0.8, config_.adam_eps = 1e-5, config_.weight_decay = 0.3;
@@ -491,7 +510,7 @@ TEST_F(TrainLoop, ACheckpointIsWrittenWhereMetricsCannotBe) {
 
 TEST_F(TrainLoop, AnotherShuffleSeedIsSaid) {
     FakeModel model(config_.model), after(config_.model);
-    config_.max_steps = 2;
+    config_.max_steps = 2, config_.decay_steps = 100;
     run(model, config_);
     RunConfig other = resumed(config_);
     other.max_steps = 4, other.shuffle_seed = 7;
@@ -599,7 +618,7 @@ TEST_F(TrainLoop, TwoAtOnceInOneFolderAreRefused) {
     RunConfig longer = resumed(config_);
     longer.max_steps += 1;
     {
-        const auto lock = std::make_shared<const OutputLock>(config_.output_dir);
+        const auto lock = std::make_shared<OutputLock>(config_.output_dir);
         refused(longer, "another process is training into this folder");
         longer.output_lock = lock;  // as resolve_run passes it on
         EXPECT_EQ(run(model, longer), 0);
@@ -719,6 +738,7 @@ TEST_F(TrainLoop, ARunWhoseLastValidationLossIsNotFiniteFails) {
 
 TEST_F(TrainLoop, AnotherSequenceLengthIsSaidAndGoesOnBehindTheTokensSeen) {
     FakeModel model(config_.model), same(config_.model), longer(config_.model), longer_again(config_.model);
+    config_.decay_steps = 100;
     RunConfig first = config_;
     first.max_steps = 2;
     EXPECT_EQ(run(model, first), 0);

@@ -253,7 +253,8 @@ StepResult ReferenceModel<Real>::update(const AdamWSettings& settings) {
     StepResult result;
     result.loss = step_loss_;
     result.grad_norm = grad_norm(gradients_.data(), (int64_t)gradients_.size());
-    result.skipped = !std::isfinite(result.loss) || !std::isfinite(result.grad_norm);
+    // As float32 holds them, for the trainer on the GPU has them so.
+    result.skipped = !std::isfinite((float)result.loss) || !std::isfinite((float)result.grad_norm);
     if (result.skipped) {
         result.first_bad_tensor = first_bad_tensor();
         return result;
