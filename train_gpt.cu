@@ -35,8 +35,8 @@ static void print_fit(const RunConfig& config, const GpuModelSettings& settings,
     print_memory(config, settings, free);
 }
 
-// What the run has taken of the GPU beside its plan: kernels, cuBLASLt, CUDA's own. Other processes that came meanwhile
-// count too.
+// What the run has taken of the GPU since it was opened: its plan, and what kernels and cuBLASLt need beside it. Other
+// processes that came meanwhile count too.
 static std::string used_memory(const GpuModel& model, const GpuDevice& gpu) {
     size_t free_bytes, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
@@ -53,11 +53,15 @@ static int train(int argc, char** argv) {
     // One process a GPU: alone, or as many as a launcher has started.
     const std::unique_ptr<HostComm> host = open_host_comm(parsed->config.comm_timeout);
     const bool alone = host->size() == 1;
+    CHECK(alone || parsed->typed.count("device") == 0,
+          "--device is for one process, and there are %d ranks, which take the GPUs of their machine in turn: leave it "
+          "out (CUDA_VISIBLE_DEVICES says which GPUs there are)",
+          host->size());
     const RunRanks ranks(*host, parsed->config.context_parallel);
     const RunConfig config = resolve_run(*parsed, ranks);
     set_num_threads(config);
     GpuModelSettings settings = gpu_model_settings(config, ranks.mesh());
-    settings.ranks_on_host = local_rank(host->identity()).size;
+    settings.ranks_on_host = num_ranks_on_machine(host->identity());
     if (config.fit) {
         if (ranks.is_first()) {
             print_fit(config, settings, config.device);

@@ -413,7 +413,7 @@ __device__ __forceinline__ void scale_rows(float (&out)[count], const float (&fa
 // ---- store -------------------------------------------------------------------------------------
 // By how much P of a row's largest score changed as it was rounded to bf16 for its product with v: by nothing where the
 // reference is that score, or a whole number of powers of two from it. Since that score came the reference has not
-// moved.
+// moved. A whole warp calls it, rows that see no key included.
 __device__ __forceinline__ float rounding_of_largest(const SoftmaxRows& rows, int half, float scale_log2) {
     int top = rows.top[half];
     top = max(top, __shfl_xor_sync(FULL_WARP, top, 1));
@@ -439,8 +439,9 @@ __device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& ro
         float sum = rows.sum[half];
         sum += __shfl_xor_sync(FULL_WARP, sum, 1);
         sum += __shfl_xor_sync(FULL_WARP, sum, 2);
+        const float rounding = rounding_of_largest(rows, half, scale_log2);
         const bool sees_nothing = sum == 0.0f;
-        inverse[half] = sees_nothing ? 0.0f : __fdividef(1.0f, sum + rounding_of_largest(rows, half, scale_log2));
+        inverse[half] = sees_nothing ? 0.0f : __fdividef(1.0f, sum + rounding);
         const int row = first_row + 8 * half;
         if (lane % 4 == 0 && row >= 0 && row < Tq) {
             lse[row] = sees_nothing ? -INFINITY : (rows.reference[half] * scale_log2 + __log2f(sum)) * LN_2;
