@@ -51,6 +51,13 @@ extern "C" int renameat2(int folder, const char* from, int to_folder, const char
     const bool taken = disk_takes("swap " + last_name(from) + " with " + last_name(to));
     return taken ? (int)syscall(SYS_renameat2, folder, from, to_folder, to, flags) : -1;
 }
+extern "C" int unlinkat(int folder, const char* name, int flags) noexcept {  // of remove_all; not in the log
+    if (disk_fails_at == "remove") {
+        errno = EIO;
+        return -1;
+    }
+    return (int)syscall(SYS_unlinkat, folder, name, flags);
+}
 
 namespace {
 
@@ -422,6 +429,21 @@ TEST_F(Checkpoint, OldOnesGoOnlyAfterTheNewStands) {
     EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000004", "step00000006", "step00000007"}));
 }
 
+TEST_F(Checkpoint, AnOldOneThatCannotBeRemovedStays) {
+    StateModel model(small_model(true), 1);
+    config_.keep_checkpoints = 1;
+    save(model, 1);
+    const std::map<std::string, std::string> before = contents(run_);
+    disk_fails_at = "remove";
+    testing::internal::CaptureStderr();
+    save(model, 2);
+    EXPECT_NE(testing::internal::GetCapturedStderr().find("it stays"), std::string::npos);
+    disk_fails_at.clear();
+    EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000001", "step00000002"}));
+    fs::remove_all(run_ + "/step00000002");
+    EXPECT_EQ(contents(run_), before);
+}
+
 TEST_F(Checkpoint, SameStepIsReplaced) {
     StateModel first(small_model(true), 1), second(small_model(true), 2), loaded(small_model(true), 0);
     save(first, 5);
@@ -431,6 +453,18 @@ TEST_F(Checkpoint, SameStepIsReplaced) {
     EXPECT_EQ(loaded.state[0], second.state[0]);
     EXPECT_EQ(names(run_), std::vector<std::string>{"step00000005"});
     EXPECT_FALSE(fs::exists(run_ + "/step00000005/notes.txt"));
+}
+
+// As on NFS.
+TEST_F(Checkpoint, SameStepIsReplacedWhereNamesCannotBeSwapped) {
+    StateModel first(small_model(true), 1), second(small_model(true), 2), loaded(small_model(true), 0);
+    save(first, 5);
+    disk_fails_at = "swap .partial-step00000005 with step00000005";
+    save(second, 5);
+    disk_fails_at.clear();
+    EXPECT_EQ(names(run_), std::vector<std::string>{"step00000005"});
+    load_checkpoint(loaded, run_ + "/step00000005");
+    EXPECT_EQ(loaded.state[0], second.state[0]);
 }
 
 // ---- the disk
@@ -714,6 +748,72 @@ TEST_F(Checkpoint, LocksThatCannotBe) {
     EXPECT_EQ(OutputLock(run_, [](int, int) { return errno = EINTR, ++calls < 3 ? -1 : 0; }).warning(), "");
     EXPECT_EQ(calls, 3);
     EXPECT_MESSAGE(OutputLock lock(folder_ + "/none"), "--output_dir " + folder_ + "/none: cannot open");
+}
+
+// ---- the optimizer's files
+
+// Writes a checkpoint's optimizer file anew, and its manifest: of the first tensor's exp_avg these pieces, all else of
+// both running means as it was when nothing was trained.
+void write_optimizer(const std::string& folder, const ParameterTable& parameters,
+                     const std::vector<StatePiece>& pieces) {
+    std::vector<SafetensorsTensor> header;
+    uint64_t num_elements = 0;
+    const auto add = [&](const ParameterTensor& tensor, StateKind kind, const StatePiece& piece) {
+        const std::string name = checkpoint::piece_name(tensor, kind, piece);
+        const bool whole = name.back() != ']';
+        header.push_back({name, Dtype::F32,
+                          whole ? checkpoint::state_shape(tensor) : std::vector<uint64_t>{(uint64_t)piece.num_elements},
+                          0, 0});
+        num_elements += (uint64_t)piece.num_elements;
+    };
+    for (const ParameterTensor& tensor : parameters.tensors) {
+        const bool is_first = &tensor == &parameters.tensors[0];
+        for (const StatePiece& piece : is_first ? pieces : std::vector<StatePiece>{{0, tensor.num_elements()}}) {
+            add(tensor, StateKind::exp_avg, piece);
+        }
+        add(tensor, StateKind::exp_avg_sq, {0, tensor.num_elements()});
+    }
+    const std::string name = "optimizer-00001-of-00001.safetensors", manifest_path = folder + "/manifest.json";
+    fs::remove(folder + "/" + name);
+    SafetensorsWriter writer(folder + "/" + name, header, {});
+    writer.write(std::vector<float>(num_elements, 0.0f).data(), num_elements);
+    checkpoint::Manifest manifest = checkpoint::parse_manifest(read_bytes(manifest_path), manifest_path);
+    manifest[name] = writer.finish();
+    write_bytes(manifest_path, checkpoint::manifest_text(manifest));
+}
+
+TEST_F(Checkpoint, PiecesThatAreNoWholeTensorAreRefused) {
+    StateModel model(small_model(true), 1);
+    const std::string folder = save_checkpoint(model, state_, config_, false, run_);
+    const auto message_for = [&](const std::vector<StatePiece>& pieces) {
+        write_optimizer(folder, model.parameters(), pieces);
+        StateModel loaded(small_model(true), 0);
+        const std::string message = message_of([&] { load_checkpoint(loaded, folder); });
+        EXPECT_EQ(loaded.untouched(), message != "(no error)") << message;
+        return message;
+    };
+    const auto refused = [&](const std::vector<StatePiece>& pieces, const std::string& words) {
+        const std::string message = message_for(pieces);
+        EXPECT_NE(message.find(words), std::string::npos) << message;
+    };
+    ASSERT_EQ(model.parameters().tensors[0].num_elements(), 88);
+    EXPECT_EQ(message_for({{0, 88}}), "(no error)");
+    EXPECT_EQ(message_for({{44, 44}, {0, 44}}), "(no error)") << "in any order";
+    refused({{0, 48}, {44, 44}}, "element 44 is there twice");
+    refused({{0, 40}, {44, 44}}, "element 40 is missing");
+    refused({{4, 84}}, "element 0 is missing");
+    refused({{0, 44}, {44, 40}}, "have 84 elements, this model's has 88");
+    refused({{0, 44}, {44, 48}}, "have 92 elements, this model's has 88");
+    refused({{0, 88}, {0, 44}, {44, 44}}, "the pieces of tensor embedding.exp_avg");  // beside the whole
+    refused({}, "lacks the tensor embedding.exp_avg");
+}
+
+TEST_F(Checkpoint, RoundedWeightsAreNothingToGoOnWith) {
+    StateModel model(small_model(true), 1), loaded(small_model(true), 0);
+    const std::string folder = save_checkpoint(model, state_, config_, true, run_);
+    write_optimizer(folder, model.parameters(), {{0, 88}});  // without the master
+    EXPECT_MESSAGE(load_checkpoint(loaded, folder), "holds no float32 weights to go on with");
+    EXPECT_TRUE(loaded.untouched());
 }
 
 // ---- other models, other folders

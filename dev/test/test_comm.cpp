@@ -1,5 +1,6 @@
 // test_comm.cpp: ranks without MPI, each a process of its own: how they meet, exchange and add, and how they fail.
 #include <gtest/gtest.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 
 #include <csignal>
@@ -12,6 +13,27 @@
 
 namespace {
 
+bool connects_from_its_goal = false;
+
+}  // namespace
+
+// In the place of the C library's: the kernel may take any free port of this machine as this end of a connection, that
+// which is asked for too.
+extern "C" int connect(int socket, const sockaddr* to, socklen_t size) {
+    if (connects_from_its_goal) {
+        EXPECT_EQ(bind(socket, to, size), 0);
+    }
+    return (int)syscall(SYS_connect, socket, to, size);
+}
+
+namespace {
+
+// Nobody listens there.
+uint16_t free_port() {
+    uint16_t port = 0;
+    tcp::listen_on(port);
+    return port;
+}
 // A path that does not exist, for ranks to meet at.
 std::string rendezvous_path() {
     static int number = 0;
@@ -150,6 +172,29 @@ TEST(TcpComm, MeetsAtAPort) {
     const int port = 20000 + getpid() % 20000;
     expect_all_well(run_ranks(3, [&](int rank) {
         TcpComm comm(rank, 3, "localhost:" + std::to_string(port), 20.0);
+        HostGroup(comm).barrier("test");
+        comm.finish();
+    }));
+}
+
+TEST(TcpComm, ARankIsNotConnectedToItself) {
+    connects_from_its_goal = true;
+    EXPECT_LT((int)tcp::try_connect({"127.0.0.1", free_port()}), 0);
+    connects_from_its_goal = false;
+}
+
+// Something that looks for open ports, before a rank comes.
+TEST(TcpComm, AStrangerIsTurnedAway) {
+    const uint16_t port = free_port();
+    expect_all_well(run_ranks(2, [&](int rank) {
+        Socket stranger;
+        for (int tries = 0; rank == 1 && stranger < 0 && tries < 1000; ++tries) {
+            std::this_thread::sleep_for(std::chrono::milliseconds(10));
+            stranger = tcp::try_connect({"127.0.0.1", port});
+        }
+        const std::string words(1000, 'x');
+        CHECK(rank == 0 || send(stranger, words.data(), words.size(), 0) == 1000, "cannot speak to rank 0");
+        TcpComm comm(rank, 2, "127.0.0.1:" + std::to_string(port), 20.0);
         HostGroup(comm).barrier("test");
         comm.finish();
     }));

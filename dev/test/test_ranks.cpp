@@ -247,7 +247,7 @@ class Ranks : public testing::Test {
             if (prepare) {
                 prepare(model, rank);
             }
-            return run_training(model, config, DeviceInfo(), ranks);
+            return run_training(model, config, device_, ranks);
         };
         std::vector<pid_t> processes;
         for (int rank = 0; rank < mesh.ranks; ++rank) {
@@ -296,6 +296,17 @@ class Ranks : public testing::Test {
         }
         return found;
     }
+    // The line of a run's first step in metrics.jsonl.
+    Json first_step(const std::string& name) const {
+        std::ifstream file(folder_ + "/" + name + "/metrics.jsonl");
+        for (std::string line; std::getline(file, line);) {
+            const Json object = Json::parse(line);
+            if (object["event"] == "step") {
+                return object;
+            }
+        }
+        fail("no step");
+    }
     // All state of a checkpoint, read by one rank.
     std::vector<float> state(const std::string& name, int step) const {
         const std::string folder = folder_ + "/" + name + "/" + checkpoint::folder_name(step);
@@ -318,6 +329,7 @@ class Ranks : public testing::Test {
     }
 
     std::function<void(std::vector<std::string>& words, int rank)> vary_;  // the command line of some ranks
+    DeviceInfo device_;                                                    // of each rank
     std::string folder_ = testing::TempDir() + "llmc_ranks_XXXXXX";
 };
 
@@ -384,6 +396,32 @@ TEST_F(Ranks, RanksWithOtherSettingsAreRefused) {
     EXPECT_NE(said(0).find("what does: 1, 2, 4"), std::string::npos) << said(0);
     EXPECT_EQ(run("batch", {4, 1, 4}, 3), std::vector<int>(4, 1));
     EXPECT_NE(said(3).find("times the 4 groups of ranks; the nearest is 16"), std::string::npos) << said(3);
+}
+
+// The same names, on machines whose disks do not hold the same.
+TEST_F(Ranks, RanksWithOtherDataAreRefused) {
+    std::filesystem::create_directory(folder_ + "/rank1");
+    std::ofstream(folder_ + "/rank1/data.txt") << std::string(19999, 'x');
+    vary_ = [&](std::vector<std::string>& words, int rank) {
+        *(std::find(words.begin(), words.end(), "--train_data") + 1) = "data.txt";
+        ASSERT_EQ(chdir((folder_ + (rank == 1 ? "/rank1" : "")).c_str()), 0);
+    };
+    EXPECT_EQ(run("other_data", {2, 1, 2}, 3), (std::vector<int>{1, 1}));
+    EXPECT_NE(said(0).find("the ranks differ in settings or data"), std::string::npos) << said(0);
+}
+
+TEST_F(Ranks, SpeedIsOfAllRanksAndUtilisationOfAllDevices) {
+    device_.peak_tflops = 1e-6;  // a million a second
+    const auto flops_of_step = [&](const std::string& name, const Mesh& mesh) {
+        expect_run(name, mesh, 1);
+        const Json step = first_step(name);
+        const double seconds = step["elapsed_ms"].get<double>() / 1e3;
+        EXPECT_NEAR(step["tokens_per_second"].get<double>() * seconds, 128.0, 1e-9) << "8 sequences of 16; " << name;
+        return step["mfu"].get<double>() * seconds * mesh.ranks * 1e6;
+    };
+    const double expected = flops_of_step("one", ONE);
+    EXPECT_NEAR(flops_of_step("two", {2, 1, 2}), expected, 1e-6 * expected);
+    EXPECT_NEAR(flops_of_step("two_that_share", {2, 2, 2}), expected, 1e-6 * expected);
 }
 
 TEST_F(Ranks, WithoutAnOutputFolderAllTakeTheSameNewOne) {

@@ -1,10 +1,13 @@
 // test_train_loop.cpp: the training loop around a model that does as told: what is skipped, counted, logged, saved,
 // restored, switched and stopped, and when.
 #include <gtest/gtest.h>
+#include <fcntl.h>
 #include <omp.h>
 #include <sys/resource.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
+#include <chrono>
 #include <cmath>
 #include <csignal>
 #include <fstream>
@@ -78,6 +81,9 @@ class FakeModel : public TrainableModel {
         std::fill_n(logits, config_.vocab_size, 0.0f);
         logits['x'] = 50.0f;
         logits['y'] = logit_of_y;
+        if (on_logits) {
+            on_logits(logits);
+        }
     }
     int64_t max_sequence_length() const override { return longest_context; }
     void read_state(StateKind kind, int tensor, float* out) override {
@@ -101,8 +107,9 @@ class FakeModel : public TrainableModel {
     std::function<bool(int)> is_bad;  // whether update n (1 is the first) is not finite
     std::function<void(int)> on_update;
     std::function<void()> on_evaluate;
-    double validation_loss = 1.0;  // under dense attention
-    float logit_of_y = 0.0f;       // that of 'x' is 50, those of all other tokens 0
+    std::function<void(float*)> on_logits;  // makes others of them
+    double validation_loss = 1.0;           // under dense attention
+    float logit_of_y = 0.0f;                // that of 'x' is 50, those of all other tokens 0
     int64_t longest_context = 512;
     int num_updates = 0;
     std::vector<AdamWSettings> settings_of_updates;
@@ -172,6 +179,13 @@ class TrainLoop : public testing::Test {
         return values;
     }
     std::vector<double> losses() const { return of_steps<double>("loss"); }
+    // A file of 2000 tokens, all 7 but the middle one.
+    std::string write_shard(const char* name, int64_t middle_token) const {
+        std::vector<uint32_t> tokens(2000, 7);
+        tokens[tokens.size() / 2] = (uint32_t)middle_token;
+        std::ofstream(folder_ + name, std::ios::binary) << shard_bytes(20240520, 1, (uint32_t)tokens.size(), tokens);
+        return folder_ + name;
+    }
 
     std::string folder_ = testing::TempDir() + "llmc_loop_XXXXXX", out_, err_;
     RunConfig config_;
@@ -362,6 +376,53 @@ TEST_F(TrainLoop, AStepsLineSaysWhatItDidAndHowFast) {
     EXPECT_EQ(step["mfu"], step["mfu_dense_equivalent"]);
 }
 
+TEST_F(TrainLoop, TheTimeLeftIsByTheStepsOfThisProcess) {
+    config_.decay_steps = config_.max_steps;
+    RunConfig first = config_;
+    first.max_steps = 4;
+    FakeModel model(config_.model), after(config_.model);
+    model.on_update = after.on_update = [](int) { usleep(10000); };
+    const auto start = std::chrono::steady_clock::now();
+    EXPECT_EQ(run(model, first), 0);
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    const double both_runs = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+    const std::vector<double> left = of_steps<double>("seconds_left"), elapsed_ms = of_steps<double>("elapsed_ms");
+    ASSERT_EQ(left.size(), 8u);
+    for (const int begin : {0, 4}) {
+        EXPECT_NEAR(left[begin], 3e-3 * elapsed_ms[begin], 1e-9) << "three more like the first";
+        EXPECT_GE(left[begin + 1], 2 * 0.01);
+        EXPECT_LE(left[begin + 1], 2 * both_runs);
+        EXPECT_GE(left[begin + 2], 0.01);
+        EXPECT_LE(left[begin + 2], both_runs);
+        EXPECT_EQ(left[begin + 3], 0.0);
+    }
+}
+
+TEST_F(TrainLoop, ATerminalHasAProgressBar) {
+    const int reader = posix_openpt(O_RDWR | O_NOCTTY);
+    ASSERT_TRUE(reader >= 0 && grantpt(reader) == 0 && unlockpt(reader) == 0) << std::strerror(errno);
+    const int terminal = open(ptsname(reader), O_RDWR | O_NOCTTY);
+    const pid_t child = fork();  // a terminal holds little that is not read yet
+    if (child == 0) {
+        dup2(terminal, STDOUT_FILENO);
+        FakeModel model(config_.model);
+        const int status = run_training(model, config_, device_);
+        std::fflush(stdout);
+        _exit(status);
+    }
+    close(terminal);  // reading ends, with an error, where nobody can write any more
+    std::string text;
+    char piece[1024];
+    for (ssize_t num_bytes; (num_bytes = read(reader, piece, sizeof piece)) > 0;) {
+        text.append(piece, (size_t)num_bytes);
+    }
+    close(reader);
+    int status;
+    ASSERT_EQ(waitpid(child, &status, 0), child);
+    EXPECT_EQ(status, 0);
+    EXPECT_NE(text.find("[####################....................]  50 %, "), std::string::npos) << text;
+}
+
 TEST_F(TrainLoop, SkippedStepsAreCountedLoggedAndNotApplied) {
     FakeModel model(config_.model);
     model.is_bad = [](int n) { return n == 3 || n == 4; };
@@ -446,12 +507,6 @@ TEST_F(TrainLoop, WhatIsTrainedIsSavedBeforeWhatMayFail) {
 }
 
 TEST_F(TrainLoop, ValidationDataThatProveBadCostNoSteps) {
-    const auto write_shard = [&](const char* name, int64_t middle_token) {
-        std::vector<uint32_t> tokens(2000, 7);
-        tokens[tokens.size() / 2] = (uint32_t)middle_token;
-        std::ofstream(folder_ + name, std::ios::binary) << shard_bytes(20240520, 1, (uint32_t)tokens.size(), tokens);
-        return folder_ + name;
-    };
     config_.train_data = {write_shard("/train.bin", 8)};
     config_.val_data = {write_shard("/validation.bin", config_.model.vocab_size)};
     config_.data_format = DataFormat::shards, config_.eval_every = 3;
@@ -461,6 +516,18 @@ TEST_F(TrainLoop, ValidationDataThatProveBadCostNoSteps) {
     testing::internal::GetCapturedStderr();
     EXPECT_EQ(model.num_updates, 3);
     EXPECT_NE(find_newest_checkpoint(config_.output_dir).value().find("step00000003"), std::string::npos);
+}
+
+TEST_F(TrainLoop, TrainingDataThatProveBadCostNoSteps) {
+    config_.train_data = {write_shard("/train.bin", config_.model.vocab_size)};
+    config_.data_format = DataFormat::shards, config_.max_steps = 59;  // all 118 sequences of 16
+    FakeModel model(config_.model);
+    EXPECT_THROW(run(model, config_), Error);
+    testing::internal::GetCapturedStdout();
+    testing::internal::GetCapturedStderr();
+    EXPECT_GT(model.num_updates, 0);
+    EXPECT_EQ(find_newest_checkpoint(config_.output_dir).value_or("no checkpoint"),
+              config_.output_dir + "/" + checkpoint::folder_name(model.num_updates));
 }
 
 TEST_F(TrainLoop, AFolderThatIsAnotherRunsMeanwhileStaysAsItIs) {
@@ -524,6 +591,22 @@ TEST_F(TrainLoop, AnotherShuffleSeedIsSaid) {
     EXPECT_EQ(err_, "") << "it is saved with the run";
 }
 
+TEST_F(TrainLoop, WeightsAreSavedInTheTypeOfTheDeviceUnlessToldOtherwise) {
+    config_.max_steps = 1;
+    const auto saved = [&](bool is_gpu, SaveDtype choice) {
+        std::filesystem::remove_all(config_.output_dir);
+        device_.is_gpu = is_gpu, config_.save_dtype = choice;
+        FakeModel model(config_.model);
+        EXPECT_EQ(run(model, config_), 0);
+        const std::string folder = find_newest_checkpoint(config_.output_dir).value();
+        return SafetensorsFile(folder + "/model.safetensors").tensors().at(0).dtype;
+    };
+    EXPECT_EQ(saved(false, SaveDtype::automatic), Dtype::F32);
+    EXPECT_EQ(saved(true, SaveDtype::automatic), Dtype::BF16);
+    EXPECT_EQ(saved(false, SaveDtype::bf16), Dtype::BF16);
+    EXPECT_EQ(saved(true, SaveDtype::fp32), Dtype::F32);
+}
+
 TEST_F(TrainLoop, RawTextForAModelWithATokenizerOfItsOwnIsSaid) {
     FakeModel model(config_.model), after(config_.model), again(config_.model);
     config_.max_steps = 1;
@@ -541,13 +624,14 @@ TEST_F(TrainLoop, RawTextForAModelWithATokenizerOfItsOwnIsSaid) {
     EXPECT_NE(err_.find("has a tokenizer of its own"), std::string::npos) << err_;
 }
 
-TEST_F(TrainLoop, AFolderThatIsRemovedIsMadeAgain) {
+TEST_F(TrainLoop, AFolderThatIsRemovedIsMadeAndLockedAgain) {
     FakeModel model(config_.model), after(config_.model);
     model.on_update = [&](int n) {
         if (n == 3) {
             std::filesystem::remove_all(config_.output_dir);
         }
     };
+    model.on_evaluate = [&] { EXPECT_THROW(OutputLock other(config_.output_dir), Error) << "behind the checkpoint"; };
     EXPECT_EQ(run(model, config_), 0);
     EXPECT_NE(err_.find("has been removed or moved"), std::string::npos) << err_;
     EXPECT_TRUE(std::filesystem::exists(saved_settings_path(config_.output_dir)));
@@ -698,6 +782,8 @@ TEST_F(TrainLoop, SignalAfterTheLastStepSaysHowToEvaluate) {
     EXPECT_EQ(model.num_updates, 8);
     EXPECT_NE(out_.find("after the last step"), std::string::npos) << out_;
     EXPECT_NE(out_.find("--resume --output_dir " + config_.output_dir + " --max_steps 0"), std::string::npos) << out_;
+    EXPECT_EQ(out_.find("| validation loss"), std::string::npos) << "of a part of the data: " << out_;
+    EXPECT_TRUE(events("validation").empty());
     stop_signal::received = 0;
     FakeModel after(config_.model);
     RunConfig evaluation = resumed(config_);
@@ -832,6 +918,35 @@ TEST_F(TrainLoop, SamplesAndNoStepsOfStageOneAreUnderDenseAttention) {
         << "step 2 under both, and the end";
 }
 
+// A signal at the step of the switch: its evaluation is made up for by a process whose steps are all dense.
+TEST_F(TrainLoop, WhatIsMadeUpForAtASwitchIsOfTheAttentionBefore) {
+    config_.attention = AttentionMode::lighthouse, config_.lighthouse_steps = 3;
+    config_.lighthouse.levels = 2, config_.lighthouse.pool = 2, config_.lighthouse.topk = 128;
+    config_.lighthouse.dense_layers = {};
+    config_.seq_len = 256, config_.max_steps = 5, config_.eval_every = 3, config_.eval_batches = 1;
+    FakeModel model(config_.model), after(config_.model);
+    model.on_update = [](int n) { n == 3 ? std::raise(SIGINT) : 0; };
+    EXPECT_EQ(run(model, config_), 0);
+    stop_signal::received = 0;
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    const AttentionMode L = AttentionMode::lighthouse, D = AttentionMode::dense;
+    EXPECT_EQ(after.attention_of_evaluations, (std::vector<AttentionMode>{L, D, D}))
+        << "step 3 under both, and the end";
+    EXPECT_EQ(after.attention_of_steps, (std::vector<AttentionMode>{D, D}));
+}
+
+TEST_F(TrainLoop, InfluenceIsLoggedWithTheValidationLoss) {
+    config_.attention = AttentionMode::lighthouse, config_.seq_len = 256, config_.max_steps = 1;
+    config_.lighthouse.levels = 2, config_.lighthouse.pool = 2, config_.lighthouse.topk = 128;
+    config_.lighthouse.dense_layers = {};
+    config_.print_influence = true;
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    const Json influence = events("validation").at(0).value("influence", Json::object());
+    EXPECT_EQ(influence.value("tile_tokens", 0), 256) << influence;
+    EXPECT_EQ(influence.value("next_token", Json::object()).value("loss", 0.0), 2.0) << "under Lighthouse attention";
+}
+
 // The step of the switch is where stage 1 ends, and often where its process does.
 TEST_F(TrainLoop, ASwitchWhereARunGoesOnIsSaid) {
     config_.attention = AttentionMode::lighthouse, config_.seq_len = 256;
@@ -900,6 +1015,53 @@ TEST_F(TrainLoop, SamplesAreLoggedAndReproducible) {
     const std::vector<Json> samples = events("sample");
     ASSERT_EQ(samples.size(), 3u) << "steps 3 and 6 and the end";
     EXPECT_EQ(samples[0]["text"], "abxxxxx");
+}
+
+TEST_F(TrainLoop, SamplesAreRandomBySeedAndStep) {
+    config_.sample_every = 4, config_.sample_tokens = 8;
+    const auto samples = [&](uint64_t seed) {
+        std::filesystem::remove_all(config_.output_dir);
+        config_.seed = seed;
+        FakeModel model(config_.model);
+        model.on_logits = [](float* logits) { logits['x'] = 0.0f; };  // all tokens are as likely
+        EXPECT_EQ(run(model, config_), 0);
+        std::vector<std::string> texts;
+        for (const Json& sample : events("sample")) {
+            texts.push_back(sample["text"]);
+        }
+        return texts;
+    };
+    const std::vector<std::string> texts = samples(0);
+    ASSERT_EQ(texts.size(), 2u) << "step 4 and the end";
+    EXPECT_NE(texts[0], texts[1]);
+    EXPECT_EQ(samples(0), texts);
+    EXPECT_NE(samples(1)[0], texts[0]);
+}
+
+TEST_F(TrainLoop, ASampleEndsWithItsText) {
+    config_.max_steps = 1, config_.sample_tokens = 5;
+    FakeModel model(config_.model);
+    model.on_logits = [&](float* logits) {
+        if (model.contexts_of_samples.size() == 3) {
+            logits[END_MARKER] = 100.0f;
+        }
+    };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_EQ(events("sample").at(0)["text"], "xx");
+    EXPECT_EQ(model.contexts_of_samples.size(), 3u);
+}
+
+TEST_F(TrainLoop, ASampleEndsBeforeALogitThatIsNotFinite) {
+    config_.max_steps = 1, config_.sample_tokens = 5;
+    FakeModel model(config_.model);
+    model.on_logits = [&](float* logits) {
+        if (model.contexts_of_samples.size() == 3) {
+            logits['z'] = NAN;
+        }
+    };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_EQ(events("sample").at(0)["text"], "xx");
+    EXPECT_NE(out_.find("the sample ends early: a logit is not finite"), std::string::npos) << out_;
 }
 
 TEST_F(TrainLoop, SamplesUseTemperatureAndTopP) {
