@@ -123,7 +123,9 @@ class StateSet {
                   (unsigned long long)std::min(begin, end), begin < end ? "there twice" : "missing");
             end = begin + place.tensor->num_elements;
         }
-        CHECK(end == (uint64_t)tensor.num_elements() && !set_.has(name),
+        CHECK(!set_.has(name), "%s: the pieces of tensor %s are there, and the whole of it too", folder_.c_str(),
+              name.c_str());
+        CHECK(end == (uint64_t)tensor.num_elements(),
               "%s: the pieces of tensor %s have %llu elements, this model's has %lld", folder_.c_str(), name.c_str(),
               (unsigned long long)end, (long long)tensor.num_elements());
     }

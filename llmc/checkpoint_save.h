@@ -83,7 +83,12 @@ inline void publish(PartialFolder& partial, const std::string& folder, const std
     if (renameat2(AT_FDCWD, partial.path().c_str(), AT_FDCWD, folder.c_str(), RENAME_EXCHANGE) != 0) {
         old += "-old";  // a file system that cannot swap two names, such as NFS
         rename_folder(folder, old);
-        rename_folder(partial.path(), folder);
+        try {
+            rename_folder(partial.path(), folder);
+        } catch (const Error&) {
+            rename_folder(old, folder);
+            throw;
+        }
     }
     partial.keep();
     sync_folder(output_dir);

@@ -130,6 +130,18 @@ struct Truth {
         }
     }
 };
+// Weights of which every second one, by the seed, is the next float up or down.
+inline std::vector<std::vector<float>> one_rounding_apart(std::vector<std::vector<float>> weights, uint64_t seed) {
+    for (std::vector<float>& tensor : weights) {
+        for (size_t i = 0; i < tensor.size(); ++i) {
+            const uint64_t bits = random_bits(seed, (int64_t)i);
+            if (bits % 2 == 0) {
+                tensor[i] = std::nextafter(tensor[i], bits / 2 % 2 == 0 ? INFINITY : -INFINITY);
+            }
+        }
+    }
+    return weights;
+}
 // The same in plain bf16.
 struct Plain {
     reference::Bf16Model model;

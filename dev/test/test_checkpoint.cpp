@@ -14,6 +14,7 @@
 #include <fstream>
 #include <functional>
 #include <random>
+#include <set>
 
 #include "llmc/checkpoint.h"
 #include "llmc/output_lock.h"
@@ -25,14 +26,15 @@ namespace fs = std::filesystem;
 // What was asked of the disk, in order, by the last names of paths: whether bytes survive a power cut shows nowhere
 // else.
 std::vector<std::string> disk_log;
-std::string disk_fails_at;  // the call that fails
+std::set<std::string> disk_fails_at;  // the calls that fail
 
 bool disk_takes(const std::string& call) {
     disk_log.push_back(call);
-    if (call == disk_fails_at) {
+    const bool fails = disk_fails_at.count(call) > 0;
+    if (fails) {
         errno = EIO;
     }
-    return call != disk_fails_at;
+    return !fails;
 }
 std::string last_name(const std::string& path) { return fs::path(path).filename().string(); }
 
@@ -52,7 +54,7 @@ extern "C" int renameat2(int folder, const char* from, int to_folder, const char
     return taken ? (int)syscall(SYS_renameat2, folder, from, to_folder, to, flags) : -1;
 }
 extern "C" int unlinkat(int folder, const char* name, int flags) noexcept {  // of remove_all; not in the log
-    if (disk_fails_at == "remove") {
+    if (disk_fails_at.count("remove") > 0) {
         errno = EIO;
         return -1;
     }
@@ -434,7 +436,7 @@ TEST_F(Checkpoint, AnOldOneThatCannotBeRemovedStays) {
     config_.keep_checkpoints = 1;
     save(model, 1);
     const std::map<std::string, std::string> before = contents(run_);
-    disk_fails_at = "remove";
+    disk_fails_at = {"remove"};
     testing::internal::CaptureStderr();
     save(model, 2);
     EXPECT_NE(testing::internal::GetCapturedStderr().find("it stays"), std::string::npos);
@@ -459,12 +461,19 @@ TEST_F(Checkpoint, SameStepIsReplaced) {
 TEST_F(Checkpoint, SameStepIsReplacedWhereNamesCannotBeSwapped) {
     StateModel first(small_model(true), 1), second(small_model(true), 2), loaded(small_model(true), 0);
     save(first, 5);
-    disk_fails_at = "swap .partial-step00000005 with step00000005";
+    disk_fails_at = {"swap .partial-step00000005 with step00000005"};
     save(second, 5);
     disk_fails_at.clear();
     EXPECT_EQ(names(run_), std::vector<std::string>{"step00000005"});
     load_checkpoint(loaded, run_ + "/step00000005");
     EXPECT_EQ(loaded.state[0], second.state[0]);
+    // Where the new one does not get its name, the old one has it back.
+    disk_fails_at = {"swap .partial-step00000005 with step00000005", "rename .partial-step00000005 to step00000005"};
+    EXPECT_THROW(save(first, 5), Error);
+    disk_fails_at.clear();
+    StateModel again(small_model(true), 0);
+    load_checkpoint(again, run_ + "/step00000005");
+    EXPECT_EQ(again.state[0], second.state[0]);
 }
 
 // ---- the disk
@@ -498,12 +507,12 @@ TEST_F(Checkpoint, WhatTheDiskRefusesIsNoCheckpoint) {
     save(model, 1);
     for (const char* call : {"fsync model.safetensors", "fsync state.json", "fsync manifest.json",
                              "fsync .partial-step00000002", "rename .partial-step00000002 to step00000002"}) {
-        disk_fails_at = call;
+        disk_fails_at = {call};
         EXPECT_MESSAGE(save(model, 2), "Input/output error; earlier checkpoints are as they were");
         EXPECT_EQ(disk_log.back(), call) << "and nothing is tried after it";
         EXPECT_EQ(names(run_), std::vector<std::string>{"step00000001"});
     }
-    disk_fails_at = "fsync run";
+    disk_fails_at = {"fsync run"};
     EXPECT_MESSAGE(save(model, 2), "cannot write this folder to the disk: Input/output error");
     disk_fails_at.clear();
 }
