@@ -104,8 +104,8 @@ class DurableFile {
     }
     void sync_range(uint64_t begin, unsigned flags) const {
         const bool done = sync_file_range(file_, (off64_t)begin, PART, flags) == 0;
-        check(done || errno == ENOSYS || errno == EINVAL ||
-              errno == ESPIPE);  // where it is not known, finish() does all
+        const bool unknown_here = errno == ENOSYS || errno == EINVAL || errno == ESPIPE;  // then finish() does all
+        check(done || unknown_here);
     }
     void check(bool done) const { CHECK(done, "%s: cannot write: %s", path_.c_str(), std::strerror(errno)); }
 

@@ -92,20 +92,26 @@ struct ShardKind {
 constexpr ShardKind SHARD_KINDS[] = {{20240520, 1, 2}, {20240801, 7, 4}};
 constexpr uint64_t SHARD_HEADER_BYTES = 256 * sizeof(int32_t);
 
-// What a file is that nobody trains on as it is, by how it begins or is named; empty when it may be text.
+// Why a file is likely not meant to be trained on as bytes, by how it begins or is named, to follow "FILE: "; empty
+// when it may be text.
 inline std::string packed_kind(const std::string& path, const unsigned char* data, uint64_t size) {
-    const std::string_view begin(reinterpret_cast<const char*>(data), std::min<uint64_t>(size, 16));
-    const auto begins = [&](std::string_view with) { return begin.substr(0, with.size()) == with; };
-    const auto ends = [&](std::string_view with) {
-        return path.size() > with.size() && path.compare(path.size() - with.size(), with.size(), with) == 0;
-    };
     using namespace std::string_view_literals;
-    return begins("\x1f\x8b"sv) || begins("\x28\xb5\x2f\xfd"sv) || begins("\xfd\x37zXZ\0"sv) || begins("PK\3\4"sv)
-               ? "a packed file (unpack it)"
-           : begins("PAR1"sv)      ? "a Parquet file (dev/data/prepare.py makes shards of its texts)"
-           : begins("\x93NUMPY"sv) ? "an array of NumPy's (dev/data/prepare.py makes shards)"
-           : ends(".bin"sv)        ? "named like token shards, but does not begin like one (20240520 or 20240801)"
-                                   : "";
+    const std::string_view begin(reinterpret_cast<const char*>(data), std::min<uint64_t>(size, 16)), name = path;
+    const auto begins = [&](std::string_view with) { return begin.substr(0, with.size()) == with; };
+    if (begins("\x1f\x8b"sv) || begins("\x28\xb5\x2f\xfd"sv) || begins("\xfd\x37zXZ\0"sv) || begins("PK\3\4"sv)) {
+        return "is packed: unpack it";
+    }
+    if (begins("PAR1"sv)) {
+        return "is a Parquet file: write its texts out (dev/data/prepare.py --dataset does, of Hugging Face's data)";
+    }
+    if (begins("\x93NUMPY"sv)) {
+        return "is a NumPy array: token shards have a header of their own (dev/data/prepare.py writes them)";
+    }
+    const std::string_view shard = ".bin";
+    return name.size() > shard.size() && name.substr(name.size() - shard.size()) == shard
+               ? "is named like a token shard, but does not begin with the number 20240520 (uint16) or 20240801 "
+                 "(uint32)"
+               : "";
 }
 
 // Finds the tokens in a file's bytes data[0, size), which must outlive the result. Throws Error naming `path` when the
@@ -131,8 +137,7 @@ inline TokenFile parse_token_file(const std::string& path, const unsigned char* 
     }
     if (format == DataFormat::automatic && kind == std::end(SHARD_KINDS)) {
         const std::string what = packed_kind(path, data, size);
-        CHECK(what.empty(), "%s: is %s, not text or a token shard%s", path.c_str(), what.c_str(),
-              "; --data_format bytes trains on its bytes all the same");
+        CHECK(what.empty(), "%s: %s; --data_format bytes trains on its bytes all the same", path.c_str(), what.c_str());
     }
     if (kind == std::end(SHARD_KINDS) || format == DataFormat::bytes) {
         CHECK(vocab_size >= 256, "--vocab_size %lld: %s is read as bytes, which need at least 256",
