@@ -1,6 +1,6 @@
 // check.h: how everything here fails. One exception type whose text is a whole sentence for the user; main catches it
-// once, prints it and ends with a non-zero status. Also the overflow-safe arithmetic that sizes read from files go
-// through.
+// once, prints it and ends with a non-zero status. Also words as a shell reads them, for commands in such texts, and the
+// overflow-safe arithmetic that sizes read from files go through.
 #pragma once
 #include <cstdarg>
 #include <cstdint>
@@ -58,6 +58,21 @@ inline uint64_t checked_add(uint64_t a, uint64_t b, const char* what) {
     uint64_t sum;
     CHECK(!__builtin_add_overflow(a, b, &sum), "%s: size overflows 64 bits", what);
     return sum;
+}
+
+// A word as a shell reads it.
+inline std::string shell_quote(const std::string& word) {
+    const bool plain = !word.empty() && word.find_first_not_of(
+                                            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+                                            "0123456789_-./=,:+@%") == std::string::npos;
+    if (plain) {
+        return word;
+    }
+    std::string quoted = "'";
+    for (const char c : word) {
+        quoted += c == '\'' ? "'\\''" : std::string(1, c);
+    }
+    return quoted + "'";
 }
 
 template <class Integer>

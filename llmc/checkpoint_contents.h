@@ -18,14 +18,14 @@
 // What a run needs beside the model's tensors to go on where it stopped. Random numbers depend on seeds and positions
 // alone, so these are the state of all generators too.
 struct TrainingState {
-    int64_t step = 0;                        // steps done, skipped ones included
-    int64_t adam_step = 0;                   // updates applied: AdamW's bias correction
-    int64_t data_position = 0;               // sequences consumed, of seq_len tokens
-    int64_t seq_len = 0;                     // 0: not known
-    int64_t max_steps = 0, decay_steps = 0;  // by which the learning rate went; 0: not known, or as in config.h
-    int64_t skipped = 0;                     // steps with a non-finite loss or gradient norm
-    int64_t skipped_in_a_row = 0;            // of those, the last ones without an applied update between
-    std::string data;                        // data_identity of what was trained on; empty: not known
+    int64_t step = 0;                   // steps done, skipped ones included
+    int64_t adam_step = 0;              // updates applied: AdamW's bias correction
+    int64_t data_position = 0;          // sequences consumed, of seq_len tokens
+    int64_t seq_len = 0;                // 0: not known
+    std::optional<RunConfig> schedule;  // that its learning rate went by, of a config nothing else; no value: not known
+    int64_t skipped = 0;                // steps with a non-finite loss or gradient norm
+    int64_t skipped_in_a_row = 0;       // of those, the last ones without an applied update between
+    std::string data;                   // data_identity of what was trained on; empty: not known
     std::optional<AttentionMode> attention;  // of the checkpoint's last step; no value: not known, or it has none
     std::optional<uint64_t> shuffle_seed;    // that its data came in the order of; no value: not known
 };
@@ -110,6 +110,26 @@ inline std::optional<AttentionMode> last_attention(const JsonObject& settings, i
     return run.attention_at(step - 1);
 }
 
+// What the learning rate of a run went by; no value where its settings do not say.
+inline std::optional<RunConfig> saved_schedule(const JsonObject& settings) {
+    RunConfig run;
+    if (!settings.has("schedule") || !settings.has("max_steps")) {
+        return std::nullopt;
+    }
+    try {
+        parse(Words{settings.text("schedule")}, run.schedule);
+    } catch (const Error& rule) {
+        fail("%s: \"schedule\" must be %s", settings.where().c_str(), rule.what());
+    }
+    run.max_steps = settings.integer("max_steps", 0, INT64_MAX);
+    run.decay_steps = settings.integer_or(run.decay_steps, "decay_steps", 0, INT64_MAX);
+    run.warmup_steps = settings.integer_or(run.warmup_steps, "warmup_steps", 0, INT64_MAX);
+    run.learning_rate = settings.real_or(run.learning_rate, "learning_rate");
+    run.final_learning_rate_fraction =
+        settings.real_or(run.final_learning_rate_fraction, "final_learning_rate_fraction");
+    return run;
+}
+
 // Throws Error, naming `path`, for text that is not a training state.
 inline TrainingState parse_state(std::string_view text, const std::string& path) {
     const JsonValue json = parse_json(text, path);
@@ -123,8 +143,7 @@ inline TrainingState parse_state(std::string_view text, const std::string& path)
     if (object.has("settings")) {
         const JsonObject settings = object.object("settings");
         state.seq_len = settings.integer_or(0, "seq_len", 1, INT64_MAX);
-        state.max_steps = settings.integer_or(0, "max_steps", 0, INT64_MAX);
-        state.decay_steps = settings.integer_or(0, "decay_steps", 0, INT64_MAX);
+        state.schedule = saved_schedule(settings);
         state.attention = last_attention(settings, state.step);
     }
     state.skipped = object.integer("skipped", 0, state.step);

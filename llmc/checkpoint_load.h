@@ -5,7 +5,6 @@
 #include <atomic>
 #include <cstdint>
 #include <cstdio>
-#include <cstring>
 #include <map>
 #include <memory>
 #include <optional>
@@ -192,27 +191,36 @@ inline TensorSet open_weights(const std::string& folder) {
     return set;
 }
 
-// Whether two tensors of weights have one shape and the same numbers.
-inline bool are_equal(const TensorSet::Place& a, const TensorSet::Place& b) {
-    if (a.tensor->shape != b.tensor->shape || !is_weight_dtype(a.tensor->dtype) || !is_weight_dtype(b.tensor->dtype)) {
-        return false;
+// Throws Error where a model that shares its classifier with the embedding has another one beside it: nobody knows
+// which is meant. set: checked. progress (+=): elements, as they are read.
+inline void check_shared_classifier(const TensorSet& set, const std::string& folder,
+                                    std::atomic<uint64_t>* progress = nullptr) {
+    if (!set.has("lm_head.weight")) {
+        return;
     }
+    const TensorSet::Place &head = set.all().at("lm_head.weight"),
+                           &embedding = set.all().at("model.embed_tokens.weight");
+    bool same = head.tensor->shape == embedding.tensor->shape && is_weight_dtype(head.tensor->dtype);
     constexpr uint64_t PART = 1 << 20;  // elements at a time
-    std::vector<float> of_a(PART), of_b(PART);
-    for (uint64_t begin = 0; begin < a.tensor->num_elements; begin += PART) {
-        const uint64_t count = std::min(PART, a.tensor->num_elements - begin);
-        a.file->read_floats(*a.tensor, begin, count, of_a.data());
-        b.file->read_floats(*b.tensor, begin, count, of_b.data());
-        if (std::memcmp(of_a.data(), of_b.data(), count * sizeof(float)) != 0) {
-            return false;
+    std::vector<float> of_head(PART), of_embedding(PART);
+    for (uint64_t begin = 0; same && begin < head.tensor->num_elements; begin += PART) {
+        const uint64_t count = std::min(PART, head.tensor->num_elements - begin);
+        head.file->read_floats(*head.tensor, begin, count, of_head.data());
+        embedding.file->read_floats(*embedding.tensor, begin, count, of_embedding.data());
+        same = std::equal(of_head.begin(), of_head.begin() + (std::ptrdiff_t)count, of_embedding.begin());
+        if (progress != nullptr) {
+            *progress += count;
         }
     }
-    return true;
+    CHECK(same,
+          "%s: config.json says tie_word_embeddings, but lm_head.weight is another than model.embed_tokens.weight: say "
+          "false there to train both, or leave lm_head.weight out",
+          folder.c_str());
 }
 
 // Throws Error unless config.json describes the model and the weights are its tensors, all and only, in these shapes.
 // Allowed beside them: the table of RoPE frequencies in old folders, which transformers does not read, and the
-// classifier of a model that shares it with the embedding, if it is the same.
+// classifier of a model that shares it with the embedding (check_shared_classifier).
 inline void check_weights(const TensorSet& set, const ModelConfig& model, const ParameterTable& parameters,
                           const std::string& folder) {
     const std::string difference = first_difference(load_hf_config(folder), model);
@@ -223,12 +231,6 @@ inline void check_weights(const TensorSet& set, const ModelConfig& model, const 
             set.at(slice.name, slice_shape(tensor, slice), folder);
             names.insert(slice.name);
         }
-    }
-    if (model.tied_embeddings && set.has("lm_head.weight")) {
-        CHECK(are_equal(set.all().at("lm_head.weight"), set.all().at("model.embed_tokens.weight")),
-              "%s: config.json says tie_word_embeddings, but lm_head.weight is another than model.embed_tokens.weight: "
-              "say false there to train both, or leave lm_head.weight out",
-              folder.c_str());
     }
     for (const auto& [name, place] : set.all()) {
         const std::string_view frequencies = ".rotary_emb.inv_freq";
@@ -281,6 +283,11 @@ inline void load_model(TrainableModel& model, const std::string& folder, const R
             if (name == "config.json" || name == checkpoint::WEIGHTS) {
                 checkpoint::verify_file(folder, name, digest, true, progress);
             }
+        }
+        if (model.config().tied_embeddings) {
+            const checkpoint::TensorSet weights = checkpoint::open_weights(folder);
+            checkpoint::check_weights(weights, model.config(), model.parameters(), folder);
+            checkpoint::check_shared_classifier(weights, folder, progress);
         }
         return "";
     };

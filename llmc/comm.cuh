@@ -11,7 +11,6 @@
 // a large one returns when the hosts of those that send and receive have come to it, too. A call names its operation
 // for error messages.
 #pragma once
-#include <map>
 #include <memory>
 #include <string>
 #include <vector>
@@ -186,34 +185,19 @@ class HostStagedComm : public Comm {
 #endif
 
 // ---- which GPU ---------------------------------------------------------------------------------
-// The GPU of this rank: one after the other, every rank takes, of those that it sees, the first that the fewest ranks
-// before it have taken. So the ranks of a machine take its GPUs in turn, also where some see fewer or others than this
-// one. All ranks call it.
+// The GPU of this rank (assign_devices). All ranks call it.
 inline int choose_device(HostComm& host) {
     int num_devices = 0;
     const cudaError_t status = cudaGetDeviceCount(&num_devices);
     CHECK(status == cudaSuccess && num_devices > 0, "rank %d: no usable NVIDIA GPU on host %s: %s", host.rank(),
           host.identity().host_of(host.rank()).c_str(), cudaGetErrorString(status));
-    std::string seen;  // their names, 16 bytes each
+    std::string seen;
     for (int device = 0; device < num_devices; ++device) {
         cudaDeviceProp properties;
         CUDA_CHECK(cudaGetDeviceProperties(&properties, device));
         seen.append(properties.uuid.bytes, sizeof properties.uuid);
     }
-    const std::vector<std::string> of_ranks = HostGroup(host).gather_texts(seen, "exchange of GPU names");
-    std::map<std::string, int> num_taken;
-    int chosen = 0;
-    for (int rank = 0; rank <= host.rank(); ++rank) {
-        const auto name = [&](int device) {
-            return of_ranks[rank].substr(device * sizeof(cudaUUID_t), sizeof(cudaUUID_t));
-        };
-        chosen = 0;
-        for (int device = 1; device < (int)(of_ranks[rank].size() / sizeof(cudaUUID_t)); ++device) {
-            chosen = num_taken[name(device)] < num_taken[name(chosen)] ? device : chosen;
-        }
-        ++num_taken[name(chosen)];
-    }
-    return chosen;
+    return assign_devices(HostGroup(host).gather_texts(seen, "exchange of GPU names"), sizeof(cudaUUID_t))[host.rank()];
 }
 // Throws Error when two ranks share a GPU, which nccl refuses with less clear words. All ranks call it.
 inline void check_devices_differ(HostComm& host, int device) {

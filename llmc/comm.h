@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <memory>
 #include <numeric>
 #include <string>
@@ -268,7 +269,28 @@ class HostGroup {
 inline void exchange_hosts(HostComm& comm) {
     const HostGroup all(comm);
     comm.identity().hosts = all.gather_texts(host_name(), "exchange of host names");
-    comm.identity().machines = all.gather_texts(machine_id(), "exchange of host names");
+    comm.identity().machines = all.gather_texts(machine_id(), "exchange of machines");
+}
+
+// Which of the GPUs that it sees each rank takes. seen: of every rank, the names of those, name_bytes each. One after
+// the other, those that see fewest first, ranks take the first of theirs that the fewest before them have taken: so the
+// ranks of a machine take its GPUs in turn, also where some see fewer or others.
+inline std::vector<int> assign_devices(const std::vector<std::string>& seen, size_t name_bytes) {
+    std::vector<size_t> order(seen.size());
+    std::iota(order.begin(), order.end(), (size_t)0);
+    std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return seen[a].size() < seen[b].size(); });
+    std::map<std::string, int> num_taken;
+    std::vector<int> devices(seen.size());
+    for (const size_t rank : order) {
+        const auto taken = [&](int device) -> int& {
+            return num_taken[seen[rank].substr(device * name_bytes, name_bytes)];
+        };
+        for (int device = 1; device < (int)(seen[rank].size() / name_bytes); ++device) {
+            devices[rank] = taken(device) < taken(devices[rank]) ? device : devices[rank];
+        }
+        ++taken(devices[rank]);
+    }
+    return devices;
 }
 
 // How many ranks share this rank's machine, itself included.

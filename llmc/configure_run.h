@@ -75,12 +75,16 @@ inline void check_names_folder(const char* flag, const std::string& folder, bool
 // Throws Error when --output_dir is a checkpoint or lies in one, which goes as a whole when its run removes it.
 inline void check_is_in_no_checkpoint(const std::string& output_dir) {
     std::error_code error;
-    std::filesystem::path folder = std::filesystem::weakly_canonical(output_dir, error);
+    std::filesystem::path folder = std::filesystem::absolute(output_dir.empty() ? "runs" : output_dir, error);
+    if (!error) {
+        folder = std::filesystem::weakly_canonical(folder, error);
+    }
     for (; !error && folder.has_relative_path(); folder = folder.parent_path()) {
         CHECK(!checkpoint::exists(folder / checkpoint::STATE) || !checkpoint::exists(folder / checkpoint::MANIFEST),
-              "--output_dir %s: %s is a checkpoint, which its own run may remove with all that is in it: name a folder "
-              "outside",
-              output_dir.c_str(), folder.c_str());
+              "--output_dir %s: would lie in %s, a checkpoint, which its own run may remove with all that is in it: "
+              "name a "
+              "folder outside",
+              output_dir.empty() ? "runs/DATE" : output_dir.c_str(), folder.c_str());
     }
 }
 
@@ -133,21 +137,6 @@ inline std::string make_output_dir() {
     return folder;
 }
 
-// A word as a shell reads it.
-inline std::string shell_quote(const std::string& word) {
-    const bool plain = !word.empty() && word.find_first_not_of(
-                                            "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
-                                            "0123456789_-./=,:+@%") == std::string::npos;
-    if (plain) {
-        return word;
-    }
-    std::string quoted = "'";
-    for (const char c : word) {
-        quoted += c == '\'' ? "'\\''" : std::string(1, c);
-    }
-    return quoted + "'";
-}
-
 // The newest whole checkpoint in --output_dir. Damaged ones are passed over, with a line each on stderr; when there is
 // no other, that is the Error. progress: as of digest_file.
 inline std::string find_checkpoint_to_resume(const RunConfig& config, std::atomic<uint64_t>* progress) {
@@ -180,7 +169,9 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
 inline void warn_of_each(const RunConfig& config, const char* flag, const std::vector<std::string>& files,
                          const std::string& what, const std::string& so) {
     if (!files.empty()) {
-        const std::string others = files.size() == 1 ? "" : format_string(" (so are %zu others)", files.size() - 1);
+        const std::string others = files.size() == 1   ? ""
+                                   : files.size() == 2 ? " (so is another)"
+                                                       : format_string(" (so are %zu others)", files.size() - 1);
         print_warning(config, std::string(flag) + ": " + files[0] + " " + what + others + ": " + so);
     }
 }
@@ -193,12 +184,12 @@ inline void warn_of_files(const RunConfig& config, const RunData& data) {
         stat(file.path.c_str(), &status);
         return std::pair(status.st_dev, status.st_ino);
     };
-    std::set<std::pair<dev_t, ino_t>> trained;
+    std::set<std::pair<dev_t, ino_t>> trained, said;
     std::vector<std::string> twice, validated;
     if (data.train) {
         warn_of_each(config, "--train_data", data.train->stream().empty(), "is empty", "left out");
         for (const TokenFile& file : data.train->stream().files()) {
-            if (!trained.insert(identity(file)).second) {
+            if (!trained.insert(identity(file)).second && said.insert(identity(file)).second) {
                 twice.push_back(file.path);
             }
         }
@@ -212,8 +203,8 @@ inline void warn_of_files(const RunConfig& config, const RunData& data) {
         }
     }
     const bool cuts_off = config.val_data.empty() && config.val_fraction > 0.0;
-    warn_of_each(config, "--train_data", twice, "is there twice",
-                 std::string("its text counts double") +
+    warn_of_each(config, "--train_data", twice, "is there more than once",
+                 std::string("its text counts as often") +
                      (cuts_off ? ", and --val_fraction may validate what is trained on" : ""));
     warn_of_each(config, "--val_data", validated, "is trained on too", "its loss says nothing of other text");
 }
@@ -245,6 +236,8 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     }
     if (!config.output_dir.empty() && !config.fit) {
         check_names_folder("--output_dir", config.output_dir, true);
+    }
+    if (config.max_steps > 0 && !config.fit) {
         check_is_in_no_checkpoint(config.output_dir);
     }
     if (config.resume) {

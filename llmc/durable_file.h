@@ -53,9 +53,11 @@ inline std::atomic<uint64_t> durable_bytes{0};
 // A new file that is written from its beginning to its end. Whatever fails throws Error with the path and the reason.
 class DurableFile {
   public:
-    // There must be no file at `path`.
-    explicit DurableFile(const std::string& path)
-        : path_(path), file_(open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) {
+    // There must be no file at `path`. part_bytes: how much goes to the disk at a time.
+    explicit DurableFile(const std::string& path, uint64_t part_bytes = (uint64_t)64 << 20)
+        : path_(path),
+          part_bytes_(part_bytes),
+          file_(open(path.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666)) {
         check(file_ >= 0);
     }
     ~DurableFile() {
@@ -89,27 +91,27 @@ class DurableFile {
     }
 
   private:
-    static constexpr uint64_t PART = (uint64_t)64 << 20;
     // Every part that is written goes on its way to the disk, and the one before it is waited for: so finish() has
     // little left to wait for, without a sign of life, on a disk that is slow.
     void send_to_disk() {
-        for (; written_ - sent_ >= PART; sent_ += PART) {
+        for (; written_ - sent_ >= part_bytes_; sent_ += part_bytes_) {
             sync_range(sent_, SYNC_FILE_RANGE_WRITE);
             if (sent_ > 0) {
-                sync_range(sent_ - PART,
+                sync_range(sent_ - part_bytes_,
                            SYNC_FILE_RANGE_WAIT_BEFORE | SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER);
-                on_disk_ += PART, durable_bytes += PART;
+                on_disk_ += part_bytes_, durable_bytes += part_bytes_;
             }
         }
     }
     void sync_range(uint64_t begin, unsigned flags) const {
-        const bool done = sync_file_range(file_, (off64_t)begin, PART, flags) == 0;
-        const bool unknown_here = errno == ENOSYS || errno == EINVAL || errno == ESPIPE;  // then finish() does all
-        check(done || unknown_here);
+        const bool done = sync_file_range(file_, (off64_t)begin, part_bytes_, flags) == 0;
+        // Where the call is not known or not allowed, finish() does all of it.
+        check(done || (errno != EIO && errno != ENOSPC && errno != EDQUOT));
     }
     void check(bool done) const { CHECK(done, "%s: cannot write: %s", path_.c_str(), std::strerror(errno)); }
 
     std::string path_;
+    uint64_t part_bytes_;
     int file_;
     uint64_t written_ = 0, sent_ = 0, on_disk_ = 0;
     Xxh3Stream hash_;

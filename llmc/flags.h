@@ -119,10 +119,11 @@ inline SettingsLayer layer_from_file(const std::vector<Setting>& settings, const
 }
 
 struct ParsedFlags {
-    RunConfig config;             // not validated yet
-    std::set<std::string> given;  // names set on the command line or in the --config file
-    std::set<std::string> typed;  // of these, on the command line
-    bool help = false;            // --help was given: print help_text() and end
+    RunConfig config;              // not validated yet
+    std::set<std::string> given;   // names set on the command line or in the --config file
+    std::set<std::string> typed;   // of these, on the command line
+    std::set<std::string> others;  // of those, with --resume: with other values than the run has saved
+    bool help = false;             // --help was given: print help_text() and end
 };
 
 // Reads the command line. A setting's value comes from, the first that has it: the command line, the --config file,
@@ -238,15 +239,25 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
             if (layer != &saved) {
                 parsed.given.insert(s.name);
             }
+            const auto set_from = [&](const SettingsLayer& from) {
+                const Words& words = from.values.at(s.name);
+                try {
+                    s.set(words);
+                } catch (const Error& rule) {
+                    fail("%s '%s': must be %s", from.origin.at(s.name).c_str(), words.back().c_str(), rule.what());
+                }
+                return s.get();
+            };
             if (layer == &command_line) {
                 parsed.typed.insert(s.name);
+                const bool was_saved = saved.values.count(s.name) > 0;
+                const std::string before = was_saved ? set_from(saved) : "";
+                if (set_from(command_line) != before && was_saved) {
+                    parsed.others.insert(s.name);
+                }
+                return;
             }
-            try {
-                s.set(found->second);
-            } catch (const Error& rule) {
-                fail("%s '%s': must be %s", layer->origin.at(s.name).c_str(), found->second.back().c_str(),
-                     rule.what());
-            }
+            set_from(*layer);
             return;
         }
     };
@@ -284,7 +295,7 @@ inline void check_given_flags(const ParsedFlags& parsed) {
     if (c.attention == AttentionMode::dense) {
         for (const char* name : {"lighthouse_levels", "lighthouse_pool", "lighthouse_topk", "lighthouse_scorer",
                                  "lighthouse_dilation", "lighthouse_dense_layers", "lighthouse_steps"}) {
-            CHECK(c.resume ? parsed.typed.count(name) == 0 : !contradicts(name, "attention"),
+            CHECK(c.resume ? parsed.others.count(name) == 0 : !contradicts(name, "attention"),
                   "--%s and --attention dense contradict each other: add --attention lighthouse, or leave it out",
                   name);
         }

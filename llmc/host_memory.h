@@ -36,7 +36,7 @@ inline std::optional<uint64_t> left_in_group(const std::string& folder, const ch
     if (!limit || !used) {
         return std::nullopt;
     }
-    uint64_t cache = 0;  // of one reading, and of several
+    uint64_t cache = 0;  // pages that were read once, and more often
     for (const char* kind : {"inactive_file", "active_file"}) {
         cache += read_number(folder + "/memory.stat", prefix + kind).value_or(0);
     }

@@ -157,7 +157,7 @@ inline Json step_json(const StepMetrics& m) {
 class Terminal {
   public:
     // silent: of a process that leaves speaking to another. others_wait: processes that would wait too while nobody
-    // reads what this one says; lines that find no room within a second are then left out.
+    // reads what this one says; what finds no room within a second is then left out.
     explicit Terminal(bool plain, bool silent = false, bool others_wait = false)
         : silent_(silent), has_bar_(!plain && !silent && isatty(STDOUT_FILENO)), others_wait_(others_wait) {}
     ~Terminal() { clear_bar(); }
@@ -169,11 +169,13 @@ class Terminal {
         }
         clear_bar();
         // As much at a time as a pipe with room takes for certain.
-        const std::string lines = text + "\n";
-        for (size_t at = 0; at < lines.size() && (at == 0 || takes_output()); at += PIPE_BUF) {
+        const std::string lines = (was_cut_ ? "\n" : "") + text + "\n";
+        size_t at = 0;
+        for (; at < lines.size() && (at == 0 || takes_output()); at += PIPE_BUF) {
             std::fwrite(lines.data() + at, 1, std::min<size_t>(PIPE_BUF, lines.size() - at), stdout);
             std::fflush(stdout);
         }
+        was_cut_ = at < lines.size();
         draw_bar();
         std::fflush(stdout);
     }
@@ -222,5 +224,6 @@ class Terminal {
 
     bool silent_ = false, has_bar_ = false, bar_drawn_ = false;
     bool others_wait_ = false, was_full_ = false;
+    bool was_cut_ = false;  // the text before, within a line
     std::string bar_;
 };

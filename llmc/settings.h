@@ -90,7 +90,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("val_data", c.val_data, "the same for validation");
     add("val_fraction", c.val_fraction,
         "of the training data, from its end, for validation when --val_data is not given");
-    add("data_format", c.data_format, "auto: shards where a file starts with their magic number, else bytes");
+    add("data_format", c.data_format, "auto: shards where a file starts with their magic number, else bytes, of text");
     add("byte_markers", c.byte_markers, "tokens 256 and 257 mark the begin and end of each file of bytes");
     add("shuffle_seed", c.shuffle_seed, "of the order of training sequences");
 
@@ -142,7 +142,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add_of_gpu("comm_timeout", c.comm_timeout, "seconds without progress between processes that end the job");
 
     group = "Device and terminal";
-    add_of_gpu("device", c.device, "its index");
+    add_of_gpu("device", c.device, "its index, of one process");
     add("num_threads", c.num_threads, "CPU threads; 0: all");
     add_of_gpu("classifier_chunk_rows", c.classifier_chunk_rows, "tokens whose logits exist at once; 0: chosen");
     add_unsaved("print_influence", c.print_influence,

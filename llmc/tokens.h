@@ -96,7 +96,7 @@ constexpr uint64_t SHARD_HEADER_BYTES = 256 * sizeof(int32_t);
 // when it may be text.
 inline std::string packed_kind(const std::string& path, const unsigned char* data, uint64_t size) {
     using namespace std::string_view_literals;
-    const std::string_view begin(reinterpret_cast<const char*>(data), std::min<uint64_t>(size, 16)), name = path;
+    const std::string_view begin(reinterpret_cast<const char*>(data), std::min<uint64_t>(size, 16));
     const auto begins = [&](std::string_view with) { return begin.substr(0, with.size()) == with; };
     if (begins("\x1f\x8b"sv) || begins("\x28\xb5\x2f\xfd"sv) || begins("\xfd\x37zXZ\0"sv) || begins("PK\3\4"sv)) {
         return "is packed: unpack it";
@@ -105,9 +105,9 @@ inline std::string packed_kind(const std::string& path, const unsigned char* dat
         return "is a Parquet file: write its texts out (dev/data/prepare.py --dataset does, of Hugging Face's data)";
     }
     if (begins("\x93NUMPY"sv)) {
-        return "is a NumPy array: token shards have a header of their own (dev/data/prepare.py writes them)";
+        return "is a NumPy array: token shards have a header of their own (README, or dev/data/prepare.py)";
     }
-    const std::string_view shard = ".bin";
+    const std::string_view name = path, shard = ".bin";
     return name.size() > shard.size() && name.substr(name.size() - shard.size()) == shard
                ? "is named like a token shard, but does not begin with the number 20240520 (uint16) or 20240801 "
                  "(uint32)"
@@ -168,9 +168,17 @@ inline TokenFile parse_token_file(const std::string& path, const unsigned char* 
 inline std::string glob_escape(const std::string& name) {
     std::string pattern;
     for (const char c : name) {
-        pattern += c == '*' || c == '?' || c == '[' ? std::string("[") + c + "]" : std::string(1, c);
+        pattern += std::string("*?[\\").find(c) == std::string::npos ? "" : "\\";
+        pattern += c;
     }
     return pattern;
+}
+
+// " from FOLDER" behind a relative name that is not there: it may be that of a run which was started elsewhere.
+inline std::string looked_for_from(const std::string& name) {
+    std::error_code error;
+    const std::filesystem::path here = std::filesystem::current_path(error);
+    return name[0] == '/' || error ? "" : " from " + here.string();
 }
 
 // The files that `patterns`, the values of `flag`, stand for: names of files as they are, patterns (*, ?, [a-z])
@@ -182,18 +190,16 @@ inline std::vector<std::string> expand_patterns(const std::string& flag, const s
     for (const std::string& pattern : patterns) {
         struct stat status;
         if (stat(pattern.c_str(), &status) == 0) {
-            CHECK(!S_ISDIR(status.st_mode), "%s %s: is a folder; name the files in it: %s '%s/*'", flag.c_str(),
-                  pattern.c_str(), flag.c_str(), glob_escape(pattern).c_str());
+            CHECK(!S_ISDIR(status.st_mode), "%s %s: is a folder; name the files in it: %s %s", flag.c_str(),
+                  pattern.c_str(), flag.c_str(), shell_quote(glob_escape(pattern) + "/*").c_str());
             CHECK(S_ISREG(status.st_mode), "%s %s: is a device or pipe, not a file", flag.c_str(), pattern.c_str());
             paths.push_back(pattern);
             continue;
         }
         const int error = errno;
-        // A relative name may be that of a run which was started elsewhere.
-        const std::string from = pattern[0] == '/' ? "" : " from " + std::filesystem::current_path().string();
         CHECK(pattern.find_first_of("*?[") != std::string::npos, "%s %s: cannot find this file%s: %s", flag.c_str(),
-              pattern.c_str(), from.c_str(), std::strerror(error));
-        CHECK(pattern.find("**") == std::string::npos,
+              pattern.c_str(), looked_for_from(pattern).c_str(), std::strerror(error));
+        CHECK(("/" + pattern + "/").find("/**/") == std::string::npos,
               "%s '%s': ** stands for one folder here, as * does; name each depth: 'a/*.txt' 'a/*/*.txt'", flag.c_str(),
               pattern.c_str());
         glob_t found = {};
@@ -212,7 +218,7 @@ inline std::vector<std::string> expand_patterns(const std::string& flag, const s
             }
         }
         CHECK(paths.size() > num_before, "%s '%s': no file%s matches this pattern%s", flag.c_str(), pattern.c_str(),
-              matches.empty() ? "" : " with anything in it", from.c_str());
+              matches.empty() ? "" : " with anything in it", looked_for_from(pattern).c_str());
     }
     return paths;
 }

@@ -163,15 +163,17 @@ class TrainingRun {
         note_data();
     }
 
-    // The learning rate goes by --max_steps: where a run is made longer, it jumps.
+    // The learning rate goes by --max_steps: where that alone has changed, it jumps.
     void note_schedule() const {
-        RunConfig before = config_;
-        before.max_steps = state_.max_steps, before.decay_steps = state_.decay_steps;
-        if (config_.max_steps == 0 || state_.max_steps == 0) {
+        if (config_.max_steps == 0 || !state_.schedule) {
             return;
         }
+        const RunConfig& before = *state_.schedule;
+        const bool asked_for = config_.learning_rate != before.learning_rate || config_.schedule != before.schedule ||
+                               config_.warmup_steps != before.warmup_steps ||
+                               config_.final_learning_rate_fraction != before.final_learning_rate_fraction;
         const double now = learning_rate_at(config_, state_.step), then = learning_rate_at(before, state_.step);
-        if (std::fabs(now - then) > 0.01 * std::max(now, then)) {
+        if (!asked_for && std::fabs(now - then) > 0.01 * std::max(now, then)) {
             warn(format_string(
                 "the decay of the learning rate ends at step %lld, and that of %s at %lld: the next "
                 "step's is %.3g, and would have been %.3g (--decay_steps says when it ends)",

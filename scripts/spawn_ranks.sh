@@ -4,9 +4,13 @@
 #   scripts/spawn_ranks.sh 2 ./train_gpt --context_parallel 2 --comm_transport host ...
 # Ends with the status of the first rank that failed, or 0. Ranks that do not end when they are told to are killed after
 # SPAWN_GRACE seconds (30): one that hangs may be why another failed. Ctrl-C, SIGTERM, SIGUSR1 and the end of the
-# terminal are passed on once, and the ranks are waited for: they finish their step and write a checkpoint. For several machines: scripts/slurm_train.sh.
+# terminal are passed on once, and the ranks are waited for: they finish their step and write a checkpoint. For several
+# machines: scripts/slurm_train.sh.
 set -uo pipefail
-[ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -ge 501 ] || { echo "spawn_ranks: needs bash 5.1 or newer, this is $BASH_VERSION" >&2; exit 2; }
+if [ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -lt 501 ]; then
+    echo "spawn_ranks: needs bash 5.1 or newer, this is $BASH_VERSION" >&2
+    exit 2
+fi
 case ${1:-} in
 '' | 0* | -h | --help | *[!0-9]*) sed -n 's/^#   //p' "$0"; exit 2 ;;
 esac

@@ -2,6 +2,7 @@
 import os
 import signal
 import subprocess
+import time
 
 
 def processes_of(session):
@@ -20,12 +21,17 @@ def processes_of(session):
 
 
 def end_session(session):
-    while left := processes_of(session):  # one may start another meanwhile
+    """Not for ever: a process that waits for a driver cannot be ended."""
+    for _ in range(50):
+        left = processes_of(session)  # one may start another meanwhile
+        if not left:
+            return
         for process in left:
             try:
                 os.kill(process, signal.SIGKILL)
             except ProcessLookupError:
                 pass
+        time.sleep(0.1)
 
 
 def run_limited(command, limit, env=None):
@@ -37,7 +43,10 @@ def run_limited(command, limit, env=None):
         return process.returncode, stdout, stderr
     except subprocess.TimeoutExpired:
         end_session(process.pid)
-        return None, *process.communicate()
+        try:
+            return None, *process.communicate(timeout=5)
+        except subprocess.TimeoutExpired:  # whatever holds the pipes is no process of this session, or cannot be ended
+            return None, "", "could not be ended"
     except BaseException:
         end_session(process.pid)
         raise

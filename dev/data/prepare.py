@@ -28,6 +28,9 @@ UINT32 = (20240801, 7, "I")
 def documents(arguments):
     """Yields one string a document: a file each, or a row each of the dataset."""
     for path in arguments.files:
+        with open(path, "rb") as file:
+            if b"\0" in file.read(1 << 16):
+                sys.exit(f"{path}: is no text: it has bytes of 0 (packed files, Parquet, NumPy: write the texts out first)")
         with open(path, encoding="utf-8", errors="replace") as file:
             yield file.read()
     if arguments.dataset:

@@ -175,8 +175,16 @@ step=$(newest "$work/shrinks" | sed 's/.*step0*//')
 checkpoint=$(newest "$work/run")
 before=$(fingerprint "$work/run")
 first=$work/run/$(basename "$(newest "$work/run")")
-refused "a run inside a checkpoint" "step[0-9]* is a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir "$first/more"
-refused "a checkpoint as the output folder" "is a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir "$first"
+refused "a run inside a checkpoint" "would lie in .*step[0-9]*, a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir "$first/more"
+here=$PWD
+cd "$first" || exit 1
+trainer_here=$trainer
+case $trainer in /*) ;; *) trainer=$here/$trainer ;; esac
+refused "a run inside a checkpoint, by a relative name" "would lie in .*, a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir more
+refused "a run inside a checkpoint, without a name" "runs/DATE: would lie in .*, a checkpoint" "${data[@]}" "${shape[@]}"
+cd "$here" || exit 1
+trainer=$trainer_here
+refused "a checkpoint as the output folder" "would lie in .*, a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir "$first"
 refused "a run's folder to start from" "is the folder of a run; name one of its checkpoints, the newest is .*$(basename "$first")" "${data[@]}" --init_from "$work/run" --output_dir "$work/a"
 refused "two settings files" "is given 2 times" "${data[@]}" --config "$work/corpus.txt" --config "$work/corpus.txt" --output_dir "$work/a"
 refused "a device as settings" "not a settings file of at most 16 MiB" "${data[@]}" --config /dev/zero --output_dir "$work/a"

@@ -129,7 +129,7 @@ expect "without a warning: they are saved with the run" test ! -s "$work/two.err
 
 ln -s "$work/corpus.txt" "$work/link.txt"
 expect "a file twice" train twice_trained --max_steps 1 --warmup_steps 0 --train_data "$work/link.txt"
-expect "is said" grep -Eq 'warning: --train_data: .*link.txt is there twice' "$work/twice_trained.err"
+expect "is said" grep -Eq 'warning: --train_data: .*link.txt is there more than once' "$work/twice_trained.err"
 expect "validation of what is trained on" train twice_read --max_steps 1 --warmup_steps 0 --val_data "$work/link.txt"
 expect "is said, in one line" test "$(grep -c 'warning: --val_data: .*link.txt is trained on too' "$work/twice_read.err") $(wc -l <"$work/twice_read.err")" = "1 1"
 

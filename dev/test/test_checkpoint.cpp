@@ -45,6 +45,15 @@ extern "C" int fsync(int file) {
     const std::string path = fs::read_symlink("/proc/self/fd/" + std::to_string(file)).string();
     return disk_takes("fsync " + last_name(path)) ? (int)syscall(SYS_fsync, file) : -1;
 }
+extern "C" int sync_file_range(int file, off64_t begin, off64_t length, unsigned flags) {
+    const bool waits = (flags & SYNC_FILE_RANGE_WAIT_AFTER) != 0;
+    const std::string call = format_string("%s %lld", waits ? "wait for" : "send", (long long)begin);
+    if (disk_fails_at.count("sync_file_range") > 0) {
+        errno = EPERM;
+        return -1;
+    }
+    return disk_takes(call) ? (int)syscall(SYS_sync_file_range, file, begin, length, flags) : -1;
+}
 extern "C" int rename(const char* from, const char* to) noexcept {
     const bool taken = disk_takes("rename " + last_name(from) + " to " + last_name(to));
     return taken ? renameat(AT_FDCWD, from, AT_FDCWD, to) : -1;
@@ -477,6 +486,29 @@ TEST_F(Checkpoint, SameStepIsReplacedWhereNamesCannotBeSwapped) {
 }
 
 // ---- the disk
+
+// Whoever waits for a long file sees it go on, part by part, on a slow disk too.
+TEST_F(Checkpoint, LongFilesGoToTheDiskAsTheyAreWritten) {
+    const auto write = [&](const std::string& name) {
+        disk_log.clear();
+        const uint64_t before = durable_bytes;
+        DurableFile file(folder_ + "/" + name, 1000);
+        const std::string piece(700, 'x');
+        for (int i = 0; i < 5; ++i) {
+            file.write(piece.data(), piece.size());
+        }
+        file.finish();
+        EXPECT_EQ(durable_bytes - before, 2u * 3500u);
+        return disk_log;
+    };
+    using Log = std::vector<std::string>;
+    EXPECT_EQ(write("long"), (Log{"send 0", "send 1000", "wait for 0", "send 2000", "wait for 1000", "fsync long"}));
+    disk_fails_at = {"sync_file_range"};  // as in a container that does not allow it
+    EXPECT_EQ(write("without"), (Log{"fsync without"}));
+    disk_fails_at = {"wait for 0"};
+    EXPECT_THROW(write("broken"), Error);
+    disk_fails_at.clear();
+}
 
 TEST_F(Checkpoint, IsOnTheDiskBeforeItHasItsName) {
     StateModel model(small_model(true), 1);

@@ -104,6 +104,16 @@ TEST(SingleComm, CollectivesOfOneRank) {
     EXPECT_EQ(num_ranks_on_machine(comm.identity()), 1);
 }
 
+TEST(AssignDevices, EveryRankItsOwnWhereThatCanBe) {
+    using Devices = std::vector<int>;
+    EXPECT_EQ(assign_devices({"abcd", "abcd", "abcd", "abcd"}, 1), (Devices{0, 1, 2, 3}));
+    EXPECT_EQ(assign_devices({"aabb", "aabb", "ccdd", "ccdd"}, 2), (Devices{0, 1, 0, 1})) << "two machines";
+    EXPECT_EQ(assign_devices({"ab", "cd", "ab", "cd"}, 1), (Devices{0, 0, 1, 1})) << "in turn";
+    EXPECT_EQ(assign_devices({"a", "b", "c"}, 1), (Devices{0, 0, 0})) << "one each is all they see";
+    EXPECT_EQ(assign_devices({"ab", "a"}, 1), (Devices{1, 0})) << "who sees less goes first";
+    EXPECT_EQ(assign_devices({"ab", "ab", "ab", "ab", "ab"}, 1), (Devices{0, 1, 0, 1, 0})) << "more ranks than GPUs";
+}
+
 // Sums in the order of ranks: 1e17 + 1 - 1e17 + 1 depends on it.
 TEST(TcpComm, CollectivesInTheOrderOfRanks) {
     for (const int size : {1, 2, 4, 5}) {

@@ -315,7 +315,7 @@ TEST_F(TrainLoop, ALongerRunSaysWhatItsLearningRateBecomes) {
     EXPECT_NE(warning.find("the decay of the learning rate ends at step 16"), std::string::npos) << warning;
     EXPECT_NE(warning.find("at 8: the next step's is 0.369, and would have been 0.06 "), std::string::npos) << warning;
     EXPECT_EQ(said(config_.max_steps, ScheduleKind::linear), "");
-    EXPECT_EQ(said(0, ScheduleKind::constant), "");
+    EXPECT_EQ(said(0, ScheduleKind::constant), "") << "another schedule was asked for";
 }
 
 TEST_F(TrainLoop, UpdatesGetTheSettingsAndTheLearningRateOfTheirStep) {
@@ -622,6 +622,43 @@ TEST_F(TrainLoop, RawTextForAModelWithATokenizerOfItsOwnIsSaid) {
     from.output_dir = folder_ + "/third";
     EXPECT_EQ(run(again, from), 0);
     EXPECT_NE(err_.find("has a tokenizer of its own"), std::string::npos) << err_;
+    std::filesystem::remove(foreign + "/tokenizer.json");
+    for (const char* name : {"tokenizer.model", "vocab.json"}) {
+        std::ofstream(foreign + "/" + name) << "of others";
+        from.output_dir = folder_ + "/of_" + name;
+        FakeModel third(config_.model);
+        EXPECT_EQ(run(third, from), 0);
+        EXPECT_NE(err_.find("has a tokenizer of its own"), std::string::npos) << name << ": " << err_;
+        FakeModel evaluated(config_.model);
+        RunConfig evaluation = from;
+        evaluation.max_steps = 0, evaluation.output_dir.clear();
+        EXPECT_EQ(run(evaluated, evaluation), 0);
+        EXPECT_NE(err_.find("but the validation data are raw text"), std::string::npos) << name << ": " << err_;
+        std::filesystem::remove(foreign + "/" + name);
+    }
+}
+
+// Whoever has moved a running run's folder can go on from it there, also where that run was resumed itself.
+TEST_F(TrainLoop, AFolderThatIsMovedIsLetGo) {
+    FakeModel model(config_.model), after(config_.model);
+    RunConfig first = config_;
+    first.max_steps = 2;
+    run(model, first);
+    RunConfig second = resumed(config_);
+    second.output_lock = lock_output(second);  // as resolve_run passes it on
+    const std::string moved = folder_ + "/moved";
+    after.on_update = [&](int n) {
+        if (n == 1) {
+            std::filesystem::rename(config_.output_dir, moved);
+        }
+    };
+    bool was_free = false;
+    after.on_evaluate = [&] {  // behind a checkpoint
+        was_free = true;
+        EXPECT_NO_THROW(OutputLock lock(moved));
+    };
+    EXPECT_EQ(run(after, second), 0);
+    EXPECT_TRUE(was_free);
 }
 
 TEST_F(TrainLoop, AFolderThatIsRemovedIsMadeAndLockedAgain) {
