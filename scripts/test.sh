@@ -107,6 +107,17 @@ else
     # For this machine's GPU or, without one, sm_80 and sm_90a.
     check build_cuda_trainer make -s -j"$(nproc)" train_gpt test_gpt
     check build_cuda_dev make -s -j"$(nproc)" dev
+    # Of the toolkit or, where it lacks it, a package of Python's.
+    find_cuobjdump() {
+        ls "$(command -v cuobjdump)" /usr/local/cuda/bin/cuobjdump build/tools/nvidia/*/bin/cuobjdump 2>/dev/null | head -1
+    }
+    [ -n "$(find_cuobjdump)" ] ||
+        "$python" -m pip install -q --target build/tools nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm >/dev/null 2>&1
+    if [ -n "$(find_cuobjdump)" ]; then
+        CUOBJDUMP=$(find_cuobjdump) check divergent_collectives "$python" dev/test/check_divergence.py train_gpt test_gpt
+    else
+        skip divergent_collectives "no cuobjdump, which comes with the CUDA toolkit"
+    fi
     # The programs start without a GPU, and say in one sentence that they need one.
     check train_gpt_without_gpu bash dev/test/no_gpu.sh
 fi
