@@ -6,8 +6,8 @@
 Shuffles, votes and warp barriers hang, or give a lane what is not meant for it, where some of their lanes take another
 way; no sanitizer sees that. Where ptxas cannot prove that a warp is together before such an instruction it puts a test
 and a branch (BRA.DIV). A kernel that has one is either among those below, whose places have been read, or named here.
-Needs cuobjdump of the CUDA toolkit ($CUOBJDUMP names one), no GPU. Other compilers prove other things, so the list is of
-CUDA 13.0, of sm_80 and sm_90; what was compiled otherwise is not looked at.
+Needs cuobjdump of the CUDA toolkit ($CUOBJDUMP names one), no GPU. Other compilers prove other things, so the list is
+of CUDA 13.0, of sm_80 and sm_90; what was compiled otherwise is not looked at.
 """
 import collections
 import os
