@@ -11,10 +11,10 @@
 #include <poll.h>
 #include <sstream>
 #include <sys/resource.h>
-#include <termios.h>
 #include <thread>
 
 #include "llmc/metrics.h"
+#include "pseudo_terminal.h"
 
 namespace {
 
@@ -33,26 +33,15 @@ std::string read_all(const std::string& path) {
 // What `say` leaves on standard output when that is a terminal.
 template <class Say>
 std::string on_a_terminal(Say say) {
-    const int reader = posix_openpt(O_RDWR | O_NOCTTY);
-    EXPECT_TRUE(reader >= 0 && grantpt(reader) == 0 && unlockpt(reader) == 0) << std::strerror(errno);
-    const int terminal = open(ptsname(reader), O_RDWR | O_NOCTTY), before = dup(STDOUT_FILENO);
-    termios settings = {};
-    EXPECT_EQ(tcgetattr(terminal, &settings), 0);
-    cfmakeraw(&settings);  // line ends as they are written
-    EXPECT_EQ(tcsetattr(terminal, TCSANOW, &settings), 0);
+    PseudoTerminal terminal;
+    const int before = dup(STDOUT_FILENO);
     std::fflush(stdout);
-    dup2(terminal, STDOUT_FILENO);
+    dup2(terminal.terminal(), STDOUT_FILENO);
     say();
     std::fflush(stdout);
     dup2(before, STDOUT_FILENO);
-    close(before), close(terminal);  // reading ends, with an error, where nobody can write any more
-    std::string text;
-    char piece[1024];
-    for (ssize_t num_bytes; (num_bytes = read(reader, piece, sizeof piece)) > 0;) {
-        text.append(piece, (size_t)num_bytes);
-    }
-    close(reader);
-    return text;
+    close(before);
+    return terminal.read_to_the_end();
 }
 
 }  // namespace

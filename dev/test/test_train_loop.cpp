@@ -1,7 +1,6 @@
 // test_train_loop.cpp: the training loop around a model that does as told: what is skipped, counted, logged, saved,
 // restored, switched and stopped, and when.
 #include <gtest/gtest.h>
-#include <fcntl.h>
 #include <omp.h>
 #include <sys/resource.h>
 #include <sys/wait.h>
@@ -16,6 +15,7 @@
 #include <sstream>
 
 #include "llmc/train_loop.h"
+#include "pseudo_terminal.h"
 #include "token_shards.h"
 
 namespace {
@@ -399,24 +399,16 @@ TEST_F(TrainLoop, TheTimeLeftIsByTheStepsOfThisProcess) {
 }
 
 TEST_F(TrainLoop, ATerminalHasAProgressBar) {
-    const int reader = posix_openpt(O_RDWR | O_NOCTTY);
-    ASSERT_TRUE(reader >= 0 && grantpt(reader) == 0 && unlockpt(reader) == 0) << std::strerror(errno);
-    const int terminal = open(ptsname(reader), O_RDWR | O_NOCTTY);
+    PseudoTerminal terminal;
     const pid_t child = fork();  // a terminal holds little that is not read yet
     if (child == 0) {
-        dup2(terminal, STDOUT_FILENO);
+        dup2(terminal.terminal(), STDOUT_FILENO);
         FakeModel model(config_.model);
         const int status = run_training(model, config_, device_);
         std::fflush(stdout);
         _exit(status);
     }
-    close(terminal);  // reading ends, with an error, where nobody can write any more
-    std::string text;
-    char piece[1024];
-    for (ssize_t num_bytes; (num_bytes = read(reader, piece, sizeof piece)) > 0;) {
-        text.append(piece, (size_t)num_bytes);
-    }
-    close(reader);
+    const std::string text = terminal.read_to_the_end();
     int status;
     ASSERT_EQ(waitpid(child, &status, 0), child);
     EXPECT_EQ(status, 0);
