@@ -18,14 +18,14 @@
 // What a run needs beside the model's tensors to go on where it stopped. Random numbers depend on seeds and positions
 // alone, so these are the state of all generators too.
 struct TrainingState {
-    int64_t step = 0;                   // steps done, skipped ones included
-    int64_t adam_step = 0;              // updates applied: AdamW's bias correction
-    int64_t data_position = 0;          // sequences consumed, of seq_len tokens
-    int64_t seq_len = 0;                // 0: not known
-    std::optional<RunConfig> schedule;  // that its learning rate went by, of a config nothing else; no value: not known
-    int64_t skipped = 0;                // steps with a non-finite loss or gradient norm
-    int64_t skipped_in_a_row = 0;       // of those, the last ones without an applied update between
-    std::string data;                   // data_identity of what was trained on; empty: not known
+    int64_t step = 0;                        // steps done, skipped ones included
+    int64_t adam_step = 0;                   // updates applied: AdamW's bias correction
+    int64_t data_position = 0;               // sequences consumed, of seq_len tokens
+    int64_t seq_len = 0;                     // 0: not known
+    std::optional<RunConfig> schedule;       // what its learning rate went by (saved_schedule); no value: not known
+    int64_t skipped = 0;                     // steps with a non-finite loss or gradient norm
+    int64_t skipped_in_a_row = 0;            // of those, the last ones without an applied update between
+    std::string data;                        // data_identity of what was trained on; empty: not known
     std::optional<AttentionMode> attention;  // of the checkpoint's last step; no value: not known, or it has none
     std::optional<uint64_t> shuffle_seed;    // that its data came in the order of; no value: not known
 };
@@ -110,7 +110,8 @@ inline std::optional<AttentionMode> last_attention(const JsonObject& settings, i
     return run.attention_at(step - 1);
 }
 
-// What the learning rate of a run went by; no value where its settings do not say.
+// The settings that the learning rate of a run went by (learning_rate_at), all others as they are by default; no value
+// where its settings do not say.
 inline std::optional<RunConfig> saved_schedule(const JsonObject& settings) {
     RunConfig run;
     if (!settings.has("schedule") || !settings.has("max_steps")) {

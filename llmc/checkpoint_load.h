@@ -192,9 +192,8 @@ inline TensorSet open_weights(const std::string& folder) {
 }
 
 // Throws Error where a model that shares its classifier with the embedding has another one beside it: nobody knows
-// which is meant. set: checked. progress (+=): elements, as they are read.
-inline void check_shared_classifier(const TensorSet& set, const std::string& folder,
-                                    std::atomic<uint64_t>* progress = nullptr) {
+// which is meant. set: checked. progress (+=): elements, as they are read; may be null.
+inline void check_shared_classifier(const TensorSet& set, const std::string& folder, std::atomic<uint64_t>* progress) {
     if (!set.has("lm_head.weight")) {
         return;
     }

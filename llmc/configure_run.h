@@ -82,8 +82,7 @@ inline void check_is_in_no_checkpoint(const std::string& output_dir) {
     for (; !error && folder.has_relative_path(); folder = folder.parent_path()) {
         CHECK(!checkpoint::exists(folder / checkpoint::STATE) || !checkpoint::exists(folder / checkpoint::MANIFEST),
               "--output_dir %s: would lie in %s, a checkpoint, which its own run may remove with all that is in it: "
-              "name a "
-              "folder outside",
+              "name a folder outside",
               output_dir.empty() ? "runs/DATE" : output_dir.c_str(), folder.c_str());
     }
 }
@@ -107,13 +106,14 @@ inline void check_holds_no_run(const RunConfig& config, bool alone) {
         lock_output(config);  // a run that is under way is not to be removed: that is said instead
     }
     const std::map<int64_t, std::string> checkpoints = checkpoint::list(config.output_dir);
-    CHECK(checkpoints.empty() || checkpoint::exists(saved_settings_path(config.output_dir)),
+    const bool has_settings = checkpoint::exists(saved_settings_path(config.output_dir));
+    CHECK(checkpoints.empty() || has_settings,
           "--output_dir %s holds checkpoints but no settings.toml, without which there is no --resume: name another "
           "folder, and go on from the newest with --init_from %s",
           config.output_dir.c_str(), checkpoints.rbegin()->second.c_str());
     CHECK(!holds, "--output_dir %s already holds a run%s or name another folder", config.output_dir.c_str(),
           checkpoints.empty() ? " that has written no checkpoint: remove it," : ": give --resume to go on with it,");
-    CHECK(!checkpoint::exists(saved_settings_path(config.output_dir)),
+    CHECK(!has_settings,
           "--output_dir %s holds a settings.toml, which this run would replace: move it away (--config reads it from "
           "anywhere), or name another folder",
           config.output_dir.c_str());
@@ -212,12 +212,12 @@ inline void warn_of_files(const RunConfig& config, const RunData& data) {
 // Says what this program trains and transformers does not load (5.24: rules of its LlamaConfig).
 inline void warn_of_shape(const RunConfig& config) {
     const ModelConfig& m = config.model;
-    if (config.max_steps > 0 && m.width % m.num_heads != 0) {
+    if (m.width % m.num_heads != 0) {
         print_warning(config, format_string("--width %d is no multiple of --num_heads %d: transformers refuses such a "
                                             "config.json; other programs may, too",
                                             m.width, m.num_heads));
     }
-    if (config.max_steps > 0 && m.init_std > 1.0) {
+    if (m.init_std > 1.0) {
         print_warning(config, format_string("--init_std %g: transformers refuses a config.json in which it is above 1",
                                             m.init_std));
     }
@@ -275,8 +275,10 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     const RunData data = open_data(config);  // for what it refuses: before the time and memory that a model takes
     if (ranks.is_first()) {
         warn_of_files(config, data);
+    }
+    if (ranks.is_first() && config.max_steps > 0) {
         warn_of_shape(config);
-        if (config.max_steps > 0 && config.warmup_steps >= config.max_steps && parsed.given.count("warmup_steps") > 0) {
+        if (config.warmup_steps >= config.max_steps && parsed.given.count("warmup_steps") > 0) {
             print_warning(config, format_string("--warmup_steps %lld: the run ends before them, at --max_steps %lld",
                                                 (long long)config.warmup_steps, (long long)config.max_steps));
         }
