@@ -5,8 +5,8 @@ import subprocess
 import time
 
 
-def processes_of(session):
-    """Numbers of the processes of a session: of every group in it, as scripts make for what they start."""
+def processes_of(leader):
+    """Numbers of the processes under a leader (setsid): of every group of them, as scripts make for what they start."""
     found = []
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -15,15 +15,15 @@ def processes_of(session):
                     fields = file.read().rpartition(")")[2].split()  # behind the name, which may hold anything
             except OSError:
                 continue  # it has ended
-            if int(fields[3]) == session and fields[0] != "Z":
+            if int(fields[3]) == leader and fields[0] != "Z":
                 found.append(int(name))
     return found
 
 
-def end_session(session):
+def end_all_of(leader):
     """Not for ever: a process that waits for a driver cannot be ended."""
     for _ in range(50):
-        left = processes_of(session)  # one may start another meanwhile
+        left = processes_of(leader)  # one may start another meanwhile
         if not left:
             return
         for process in left:
@@ -42,11 +42,11 @@ def run_limited(command, limit, env=None):
         stdout, stderr = process.communicate(timeout=limit)
         return process.returncode, stdout, stderr
     except subprocess.TimeoutExpired:
-        end_session(process.pid)
+        end_all_of(process.pid)
         try:
             return None, *process.communicate(timeout=5)
-        except subprocess.TimeoutExpired:  # whatever holds the pipes is no process of this session, or cannot be ended
+        except subprocess.TimeoutExpired:  # what holds the pipes has left its leader, or cannot be ended
             return None, "", "could not be ended"
     except BaseException:
-        end_session(process.pid)
+        end_all_of(process.pid)
         raise

@@ -35,14 +35,6 @@ READ = {
 }
 
 
-def find_cuobjdump():
-    beside_nvcc = os.path.join(os.path.dirname(shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"), "cuobjdump")
-    for candidate in (os.environ.get("CUOBJDUMP"), shutil.which("cuobjdump"), beside_nvcc):
-        if candidate and os.access(candidate, os.X_OK):
-            return candidate
-    return None
-
-
 def compiler_version():
     """"13.0", of the nvcc at hand; None without one."""
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
@@ -74,7 +66,7 @@ def main():
     programs = sys.argv[1:]
     if not programs or programs[0].startswith("-"):
         sys.exit(__doc__)
-    cuobjdump = find_cuobjdump()
+    cuobjdump = os.environ.get("CUOBJDUMP") or shutil.which("cuobjdump")
     if cuobjdump is None:
         sys.exit("no cuobjdump: it comes with the CUDA toolkit; CUOBJDUMP names one")
     version = compiler_version()

@@ -8,7 +8,7 @@ export LC_ALL=C # numbers with a decimal point
 cd "$(dirname "$0")/../.." || exit 1
 # These models are too small to share among threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-trainer=${1:-./train_gpt_cpu}
+trainer=$(realpath "${1:-./train_gpt_cpu}")
 work=$(mktemp -d)
 cleanup() {
     mountpoint -q "$work/small_disk" 2>/dev/null && umount "$work/small_disk"
@@ -176,14 +176,10 @@ checkpoint=$(newest "$work/run")
 before=$(fingerprint "$work/run")
 first=$work/run/$(basename "$(newest "$work/run")")
 refused "a run inside a checkpoint" "would lie in .*step[0-9]*, a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir "$first/more"
-here=$PWD
 cd "$first" || exit 1
-trainer_here=$trainer
-case $trainer in /*) ;; *) trainer=$here/$trainer ;; esac
 refused "a run inside a checkpoint, by a relative name" "would lie in .*, a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir more
 refused "a run inside a checkpoint, without a name" "runs/DATE: would lie in .*, a checkpoint" "${data[@]}" "${shape[@]}"
-cd "$here" || exit 1
-trainer=$trainer_here
+cd "$OLDPWD" || exit 1
 refused "a checkpoint as the output folder" "would lie in .*, a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir "$first"
 refused "a run's folder to start from" "is the folder of a run; name one of its checkpoints, the newest is .*$(basename "$first")" "${data[@]}" --init_from "$work/run" --output_dir "$work/a"
 refused "two settings files" "is given 2 times" "${data[@]}" --config "$work/corpus.txt" --config "$work/corpus.txt" --output_dir "$work/a"
