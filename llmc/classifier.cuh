@@ -27,6 +27,7 @@ constexpr int MEAN_LOSS_BLOCKS = 128;
 // ---- mean of the losses ------------------------------------------------------------------------
 __device__ inline double mean_loss_block_sum(double value) {
     __shared__ double values[MEAN_LOSS_THREADS];
+    __syncthreads();  // thread 0 has read an earlier call's
     values[threadIdx.x] = value;
     for (int half = MEAN_LOSS_THREADS / 2; half > 0; half /= 2) {
         __syncthreads();

@@ -16,6 +16,7 @@ struct RowBlock {  // the rows [B, num_rows, heads, D] that a launch works on
         while (8 << log2_lanes < D) {
             ++log2_lanes;
         }
+        CHECK(1 << log2_lanes <= WARP_SIZE, "attention over several ranks: head dim %d is longer than a warp", D);
     }
     int64_t count() const { return B * num_rows * heads; }
     unsigned num_blocks() const {

@@ -245,6 +245,7 @@ __device__ __forceinline__ void backward_load(typename Tile::Shared& shared, con
                 const int stage = state.stage, row = tile * Tile::BLOCK_M;
                 const int h = block.first_head + args.heads_an_item - heads_to_come;
                 const uint32_t q_full = shared_address(&shared.q_full[stage]);
+                // The one lane that is here stands for its warp: the barrier counts warps, whoever of them arrives.
                 named_barrier_sync(Q_EMPTY + stage, Tile::Q_EMPTY_THREADS);
                 mbarrier_arrive_expect(q_full, TILE_BYTES + STATISTICS_BYTES);
                 tma_load(shared_address(shared.q[stage]), &args.q, row, h, block.b, q_full);
@@ -478,18 +479,19 @@ __device__ __forceinline__ void start_scores(float (&s)[Tile::BLOCK_M / 2], cons
     }
     wgmma_commit();
 }
-// dp (=) -delta in every row, part of the product that follows: a step whose A is ones in columns 0 to 2 and zeros in 3
-// to 15, and whose B is the three summands of each query's.
+// dp (=) -delta in every row, part of the product that follows, fenced: a step whose A is ones in columns 0 to 2 and
+// zeros in 3 to 15, and whose B is the three summands of each query's.
 template <class Tile>
 __device__ __forceinline__ void start_at_minus_delta(float (&dp)[Tile::BLOCK_M / 2],
                                                      const typename Tile::Statistics& statistics) {
     const uint32_t lane = opaque((uint32_t)threadIdx.x) % 4;  // opaque: not kept in registers from tile to tile
     const uint32_t ones = pack_bf16x2(lane < 2 ? 1.0f : 0.0f, lane == 0 ? 1.0f : 0.0f);
     const uint32_t a[4] = {ones, ones, 0, 0};
+    wgmma_fence();  // A's registers are written
     wgmma_zero<0>(dp, a, wgmma_descriptor_8_columns(shared_address(statistics.delta)));
 }
-// dp (=) v dout^T, of DeltaTerm::IN_PRODUCT minus delta, started: this warpgroup's keys and a query tile. v, dout: the
-// tiles.
+// dp (=) v dout^T, of DeltaTerm::IN_PRODUCT minus delta, fenced and started: this warpgroup's keys and a query tile. v,
+// dout: the tiles.
 template <class Tile>
 __device__ __forceinline__ void start_dp(float (&dp)[Tile::BLOCK_M / 2], const RowFragments<Tile::V_STEPS>& v_rows,
                                          uint32_t v, uint32_t dout, const typename Tile::Statistics& statistics,
@@ -499,6 +501,7 @@ __device__ __forceinline__ void start_dp(float (&dp)[Tile::BLOCK_M / 2], const R
         start_at_minus_delta<Tile>(dp, statistics);
         start_scores<Tile, FirstStep::ADD>(dp, v_rows, v_part, dout);
     } else {
+        wgmma_fence();
         start_scores<Tile, FirstStep::ZERO>(dp, v_rows, v_part, dout);
     }
 }
@@ -716,7 +719,6 @@ __device__ __forceinline__ void backward_tile(float (&dk)[Tile::D / 2], float (&
     if (!STARTED || !Tile::NEXT_IN_DQ) {
         wait_for_dout();
     }
-    wgmma_fence();
     start_dp<Tile>(dp, v_rows, v, dout, shared.statistics[stage], warpgroup);
     wgmma_wait<1>();  // the scores
     wgmma_pin(p);

@@ -620,12 +620,14 @@ struct ForwardConsumer {
         const int last_key = work.first_row + CONSUMER_ROWS * (consumer + 1) - 1 + args.key_offset;
         return max(1, min(work.num_key_tiles, last_key / BLOCK_N + 1));
     }
-    // Gives back what the loader has brought of k or v of key tiles that only other consumers see.
+    // Gives back what the loader has brought of k or v of key tiles that only other consumers see. A warp's lanes wait
+    // for each on their own, so all have to have seen it before one gives it back.
     __device__ __forceinline__ void skip_k(int num_tiles) {
         for (int i = 0; i < num_tiles; ++i) {
             wait_k();
             wait_turn();
             pass_turn();
+            __syncwarp();
             release(shared.k_empty[k_state.stage]);
             k_state.advance();
         }
@@ -633,6 +635,7 @@ struct ForwardConsumer {
     __device__ __forceinline__ void skip_v(int num_tiles) {
         for (int i = 0; i < num_tiles; ++i) {
             mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
+            __syncwarp();
             release(shared.v_empty[v_state.stage]);
             v_state.advance();
         }

@@ -117,7 +117,7 @@ __device__ __forceinline__ void hopper_gemm_multiply(typename Epilogue::Tile::Sh
             mbarrier_arrive_at(shared_address(&shared.empty[stage]), lane);
         }
     };
-    bool leads = consumer == 0;  // and has to let the other begin
+    bool leads = consumer == 0;  // and lets the other begin: every block has a tile
     if (!leads) {
         named_barrier_sync(HOPPER_GEMM_HEAD_START, Tile::CONSUMERS * WARPGROUP_SIZE);
     }

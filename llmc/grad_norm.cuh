@@ -19,6 +19,7 @@ __device__ inline double grad_norm_block_sum(double value) {
     for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) {
         value += __shfl_xor_sync(FULL_WARP, value, offset);
     }
+    __syncthreads();  // thread 0 has read an earlier call's
     if (threadIdx.x % WARP_SIZE == 0) {
         warp_sums[threadIdx.x / WARP_SIZE] = value;
     }
