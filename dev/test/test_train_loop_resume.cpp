@@ -1,0 +1,367 @@
+// test_train_loop_resume.cpp: runs that go on: to the same bits, or saying what is another; and their folders, which
+// may have moved, be gone, or be another run's.
+#include <csignal>
+
+#include "train_loop_testing.h"
+
+// ---- the same run
+
+TEST_F(TrainLoop, ResumeIsBitIdentical) {
+    FakeModel whole(config_.model);
+    EXPECT_EQ(run(whole, config_), 0);
+    const std::vector<double> expected = losses();
+    ASSERT_EQ(expected.size(), 8u);
+    for (int stop = 1; stop < 8; ++stop) {
+        std::filesystem::remove_all(config_.output_dir);
+        RunConfig first = config_;
+        first.max_steps = stop, first.decay_steps = 8;
+        FakeModel before(config_.model), after(config_.model);
+        run(before, first);
+        EXPECT_EQ(run(after, resumed(config_)), 0);
+        EXPECT_EQ(losses(), expected) << "stopped after " << stop;
+        for (const StateKind kind : {StateKind::master, StateKind::exp_avg, StateKind::exp_avg_sq}) {
+            EXPECT_EQ(after.state(kind), whole.state(kind)) << state_kind_name(kind);
+        }
+    }
+}
+
+TEST_F(TrainLoop, ResumeBeyondTheLastStepChangesNothing) {
+    FakeModel model(config_.model), after(config_.model);
+    run(model, config_);
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    EXPECT_EQ(after.num_updates, 0);
+    EXPECT_EQ(losses().size(), 8u);
+}
+
+// ---- what is another is said
+
+TEST_F(TrainLoop, ALongerRunSaysWhatItsLearningRateBecomes) {
+    config_.learning_rate = 0.6, config_.schedule = ScheduleKind::linear, config_.final_learning_rate_fraction = 0.1;
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    const auto said = [&](int64_t decay_steps, ScheduleKind schedule) {
+        RunConfig next = resumed(config_);
+        next.max_steps = 2 * config_.max_steps, next.decay_steps = decay_steps, next.schedule = schedule;
+        FakeModel again(config_.model);
+        EXPECT_EQ(run(again, next), 0);
+        std::filesystem::remove_all(config_.output_dir + "/" + checkpoint::folder_name(next.max_steps));
+        return err_;
+    };
+    const std::string warning = said(0, ScheduleKind::linear);
+    EXPECT_NE(warning.find("the decay of the learning rate ends at step 16"), std::string::npos) << warning;
+    EXPECT_NE(warning.find("at 8: the next step's is 0.369, and would have been 0.06 "), std::string::npos) << warning;
+    EXPECT_EQ(said(config_.max_steps, ScheduleKind::linear), "");
+    EXPECT_EQ(said(0, ScheduleKind::constant), "") << "another schedule was asked for";
+}
+
+TEST_F(TrainLoop, AnotherSequenceLengthIsSaidAndGoesOnBehindTheTokensSeen) {
+    FakeModel model(config_.model), same(config_.model), longer(config_.model), longer_again(config_.model);
+    config_.decay_steps = 100;
+    RunConfig first = config_;
+    first.max_steps = 2;
+    EXPECT_EQ(run(model, first), 0);
+    RunConfig second = resumed(config_);
+    second.max_steps = 4;
+    EXPECT_EQ(run(same, second), 0);
+    EXPECT_EQ(err_, "");
+    EXPECT_EQ(of_steps<int64_t>("data_position"), (std::vector<int64_t>{0, 2, 4, 6}));
+    second = resumed(config_);
+    second.seq_len = 24, second.max_steps = 6;
+    EXPECT_EQ(run(longer, second), 0);
+    EXPECT_NE(err_.find("was trained on sequences of 16"), std::string::npos) << err_;
+    // 8 sequences of 16 have been seen: the tokens of 5 1/3 of 24, so the next is the seventh.
+    EXPECT_EQ(of_steps<int64_t>("data_position"), (std::vector<int64_t>{0, 2, 4, 6, 6, 8}));
+    EXPECT_EQ(of_steps<int64_t>("tokens").back(), 240) << "10 sequences of 24";
+    RunConfig third = resumed(second);
+    third.max_steps = 7;
+    EXPECT_EQ(run(longer_again, third), 0);
+    EXPECT_EQ(err_, "");
+    EXPECT_EQ(of_steps<int64_t>("data_position"), (std::vector<int64_t>{0, 2, 4, 6, 6, 8, 10}));
+}
+
+TEST_F(TrainLoop, GoingOnWithOtherDataIsSaid) {
+    const auto write = [&](const std::string& name, int num_bytes) {
+        std::ofstream(folder_ + "/" + name, std::ios::binary) << std::string(num_bytes, 'x');
+        return folder_ + "/" + name;
+    };
+    RunConfig first = config_;
+    first.train_data = {write("a.txt", 5000), write("b.txt", 3000), write("c.txt", 3000)};
+    first.max_steps = 1;
+    FakeModel model(config_.model);
+    run(model, first);
+    EXPECT_EQ(err_, "");
+    const auto said = [&](std::vector<std::string> train_data, double val_fraction) {
+        RunConfig next = resumed(first);
+        next.train_data = std::move(train_data), next.val_fraction = val_fraction, next.max_steps += 1;
+        FakeModel again(config_.model);
+        EXPECT_EQ(run(again, next), 0);
+        std::filesystem::remove_all(config_.output_dir + "/" + checkpoint::folder_name(next.max_steps));
+        return err_;
+    };
+    const double f = config_.val_fraction;
+    EXPECT_EQ(said(first.train_data, f), "");
+    std::filesystem::create_directory(folder_ + "/moved");
+    for (const char* name : {"a.txt", "b.txt", "c.txt"}) {
+        std::filesystem::copy_file(folder_ + "/" + name, folder_ + "/moved/" + name);
+    }
+    EXPECT_EQ(said({folder_ + "/moved/*.txt"}, f), "") << "the same in another folder";
+    const auto warned = [&](const std::vector<std::string>& train_data, double val_fraction, const std::string& words) {
+        const std::string warning = said(train_data, val_fraction);
+        EXPECT_EQ(std::count(warning.begin(), warning.end(), '\n'), 1) << warning;
+        EXPECT_NE(warning.find("--train_data: " + config_.output_dir +
+                               "/step00000001 was trained on other data (3 "
+                               "files of bytes, \"a.txt\" to \"c.txt\", names and lengths "),
+                  std::string::npos)
+            << warning;
+        EXPECT_NE(warning.find(words), std::string::npos) << warning;
+    };
+    warned({folder_ + "/data.txt"}, f, "(1 file of bytes, \"data.txt\", names and lengths ");
+    warned({folder_ + "/a.txt", write("d.txt", 3000), folder_ + "/c.txt"}, f,
+           "from here on (3 files of bytes, \"a.txt\"");
+    warned(first.train_data, 0.0, "11006 tokens): their order is another");
+    write("moved/b.txt", 3001);
+    warned({folder_ + "/moved/*.txt"}, f, "from here on (3 files of bytes");
+
+    // A checkpoint of before these were written down; and evaluation, which trains on none.
+    const std::string old = find_newest_checkpoint(config_.output_dir).value(), path = old + "/state.json";
+    Json state = Json::parse(read_text_file(path));
+    state.erase("data");
+    std::ofstream(path) << state.dump();
+    const std::string manifest_path = old + "/manifest.json";
+    checkpoint::Manifest manifest = checkpoint::parse_manifest(read_text_file(manifest_path), manifest_path);
+    manifest["state.json"] = digest_file(path);
+    std::ofstream(manifest_path) << checkpoint::manifest_text(manifest);
+    EXPECT_EQ(said({folder_ + "/data.txt"}, f), "");
+}
+
+TEST_F(TrainLoop, AnotherShuffleSeedIsSaid) {
+    FakeModel model(config_.model), after(config_.model);
+    config_.max_steps = 2, config_.decay_steps = 100;
+    run(model, config_);
+    RunConfig other = resumed(config_);
+    other.max_steps = 4, other.shuffle_seed = 7;
+    EXPECT_EQ(run(after, other), 0);
+    EXPECT_NE(err_.find("--shuffle_seed 7: "), std::string::npos) << err_;
+    EXPECT_NE(err_.find("was trained with 0"), std::string::npos) << err_;
+    FakeModel same(config_.model);
+    RunConfig third = resumed(other);
+    third.max_steps = 6;
+    EXPECT_EQ(run(same, third), 0);
+    EXPECT_EQ(err_, "") << "it is saved with the run";
+}
+
+TEST_F(TrainLoop, RawTextForAModelWithATokenizerOfItsOwnIsSaid) {
+    FakeModel model(config_.model), after(config_.model), again(config_.model);
+    config_.max_steps = 1;
+    run(model, config_);
+    const std::string foreign = folder_ + "/foreign";
+    std::filesystem::copy(*find_newest_checkpoint(config_.output_dir), foreign);
+    std::filesystem::remove(foreign + "/manifest.json");
+    RunConfig from = config_;
+    from.init_from = from.checkpoint = foreign, from.output_dir = folder_ + "/second";
+    EXPECT_EQ(run(after, from), 0);
+    EXPECT_EQ(err_, "") << "the tokenizer is that of bytes";
+    std::ofstream(foreign + "/tokenizer.json") << "{\"model\": {\"type\": \"BPE\"}}";
+    from.output_dir = folder_ + "/third";
+    EXPECT_EQ(run(again, from), 0);
+    EXPECT_NE(err_.find("has a tokenizer of its own"), std::string::npos) << err_;
+    std::filesystem::remove(foreign + "/tokenizer.json");
+    for (const char* name : {"tokenizer.model", "vocab.json"}) {
+        std::ofstream(foreign + "/" + name) << "of others";
+        from.output_dir = folder_ + "/of_" + name;
+        FakeModel third(config_.model);
+        EXPECT_EQ(run(third, from), 0);
+        EXPECT_NE(err_.find("has a tokenizer of its own"), std::string::npos) << name << ": " << err_;
+        FakeModel evaluated(config_.model);
+        RunConfig evaluation = from;
+        evaluation.max_steps = 0, evaluation.output_dir.clear();
+        EXPECT_EQ(run(evaluated, evaluation), 0);
+        EXPECT_NE(err_.find("but the validation data are raw text"), std::string::npos) << name << ": " << err_;
+        std::filesystem::remove(foreign + "/" + name);
+    }
+}
+
+// ---- what was left undone
+
+TEST_F(TrainLoop, SkipsInARowAreCountedAcrossAResume) {
+    config_.max_skipped = 3;
+    RunConfig first = config_;
+    first.max_steps = 2;
+    FakeModel before(config_.model), after(config_.model);
+    before.is_bad = after.is_bad = [](int) { return true; };
+    run(before, first);
+    EXPECT_EQ(run(after, resumed(config_)), 1);
+    EXPECT_EQ(after.num_updates, 1);
+}
+
+// A run that is resumed on weights that are bad tries as often as any, and removes no checkpoint that may be good.
+TEST_F(TrainLoop, GoingOnAfterTooManySkipsCostsNoCheckpoint) {
+    config_.max_skipped = 2, config_.keep_checkpoints = 1, config_.checkpoint_every = 1;
+    RunConfig first = config_;
+    first.max_steps = 2;
+    FakeModel good(config_.model);
+    EXPECT_EQ(run(good, first), 0);
+    const std::string last_good = find_newest_checkpoint(config_.output_dir).value();
+    for (int attempt = 0; attempt < 3; ++attempt) {
+        FakeModel bad(config_.model);
+        bad.is_bad = [](int) { return true; };
+        RunConfig longer = resumed(config_);
+        longer.max_steps = 100;
+        EXPECT_EQ(run(bad, longer), 1);
+        EXPECT_EQ(bad.num_updates, 2);
+        EXPECT_TRUE(std::filesystem::exists(last_good)) << attempt;
+    }
+}
+
+TEST_F(TrainLoop, WhatASignalKeptFromBeingDoneIsMadeUpFor) {
+    config_.eval_every = config_.sample_every = 3, config_.sample_tokens = 4;
+    const auto steps_of = [&](const char* event) {
+        std::string steps;
+        for (const Json& line : events(event)) {
+            steps += std::to_string(line["step"].get<int>()) + " ";
+        }
+        return steps;
+    };
+    stop_signal::received = SIGINT;  // before the first step, where nothing is due
+    FakeModel unstarted(config_.model);
+    EXPECT_EQ(run(unstarted, config_), 0);
+    stop_signal::received = 0;
+    FakeModel model(config_.model);
+    model.on_update = [](int n) { n == 3 ? std::raise(SIGINT) : 0; };
+    EXPECT_EQ(run(model, resumed(config_)), 0);
+    EXPECT_EQ(steps_of("validation") + steps_of("sample"), "");
+    stop_signal::received = 0;
+    FakeModel after(config_.model);
+    after.on_update = [](int n) { n == 4 ? std::raise(SIGINT) : 0; };  // at step 7, where nothing is due
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    EXPECT_EQ(steps_of("validation"), "3 6 ");
+    stop_signal::received = 0;
+    FakeModel last(config_.model);
+    EXPECT_EQ(run(last, resumed(config_)), 0);
+    EXPECT_EQ(steps_of("validation"), "3 6 8 ");
+    EXPECT_EQ(steps_of("sample"), "3 6 8 ");
+}
+
+// ---- folders
+
+TEST_F(TrainLoop, AFolderThatIsAnotherRunsMeanwhileStaysAsItIs) {
+    config_.checkpoint_every = 2;
+    FakeModel model(config_.model);
+    model.on_update = [&](int n) {
+        if (n == 5) {
+            std::filesystem::remove_all(config_.output_dir);
+            RunConfig other = config_;
+            other.seed = 9, other.max_steps = 2;
+            FakeModel other_model(config_.model);
+            EXPECT_EQ(run_training(other_model, other, device_), 0);
+        }
+    };
+    testing::internal::CaptureStdout();
+    try {
+        run_training(model, config_, device_);
+        ADD_FAILURE() << "this run's checkpoints would take the place of another's";
+    } catch (const Error& error) {
+        EXPECT_NE(std::string(error.what()).find("is another run's folder now"), std::string::npos) << error.what();
+    }
+    testing::internal::GetCapturedStdout();
+    ASSERT_EQ(checkpoint::list(config_.output_dir).size(), 1u);
+    EXPECT_EQ(checkpoint::list(config_.output_dir).begin()->first, 2);
+}
+
+// Whoever has moved a running run's folder can go on from it there, also where that run was resumed itself.
+TEST_F(TrainLoop, AFolderThatIsMovedIsLetGo) {
+    FakeModel model(config_.model), after(config_.model);
+    RunConfig first = config_;
+    first.max_steps = 2;
+    run(model, first);
+    RunConfig second = resumed(config_);
+    second.output_lock = lock_output(second);  // as resolve_run passes it on
+    const std::string moved = folder_ + "/moved";
+    after.on_update = [&](int n) {
+        if (n == 1) {
+            std::filesystem::rename(config_.output_dir, moved);
+        }
+    };
+    bool was_free = false;
+    after.on_evaluate = [&] {  // behind a checkpoint
+        was_free = true;
+        EXPECT_NO_THROW(OutputLock lock(moved));
+    };
+    EXPECT_EQ(run(after, second), 0);
+    EXPECT_TRUE(was_free);
+}
+
+TEST_F(TrainLoop, AFolderThatIsRemovedIsMadeAndLockedAgain) {
+    FakeModel model(config_.model), after(config_.model);
+    model.on_update = [&](int n) {
+        if (n == 3) {
+            std::filesystem::remove_all(config_.output_dir);
+        }
+    };
+    model.on_evaluate = [&] { EXPECT_THROW(OutputLock other(config_.output_dir), Error) << "behind the checkpoint"; };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_NE(err_.find("has been removed or moved"), std::string::npos) << err_;
+    EXPECT_TRUE(std::filesystem::exists(saved_settings_path(config_.output_dir)));
+    EXPECT_EQ(events("checkpoint").size(), 1u);
+    RunConfig longer = resumed(config_);
+    longer.max_steps += 2;
+    EXPECT_EQ(run(after, longer), 0);
+    EXPECT_EQ(after.num_updates, 2);
+}
+
+TEST_F(TrainLoop, ARunThatIsOverIsNotWrittenToAgain) {
+    FakeModel model(config_.model), after(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    const size_t starts = events("start").size();
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    EXPECT_EQ(after.num_updates, 0);
+    EXPECT_NE(out_.find("already at step 8"), std::string::npos) << out_;
+    EXPECT_EQ(events("start").size(), starts);
+}
+
+TEST_F(TrainLoop, TwoAtOnceInOneFolderAreRefused) {
+    std::filesystem::create_directory(config_.output_dir);
+    const auto refused = [&](const RunConfig& config, const char* words) {
+        FakeModel model(config_.model);
+        try {
+            run(model, config);
+            FAIL() << "was accepted";
+        } catch (const Error& error) {
+            testing::internal::GetCapturedStdout();
+            testing::internal::GetCapturedStderr();
+            EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
+        }
+        EXPECT_EQ(model.num_updates, 0);
+    };
+    {
+        const OutputLock other(config_.output_dir);
+        refused(config_, "another process is training into this folder");
+    }
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0) << "a folder with nothing but the lock's file holds no run";
+    {
+        const OutputLock other(config_.output_dir);
+        try {
+            check_holds_no_run(config_, true);
+            FAIL() << "was accepted";
+        } catch (const Error& error) {
+            EXPECT_NE(std::string(error.what()).find("another process is training"), std::string::npos)
+                << "not that it should be removed: " << error.what();
+        }
+    }
+    refused(config_, "already holds a run");  // of a process that came and went while this one read its data
+    RunConfig settings_alone = config_;
+    settings_alone.output_dir = folder_ + "/settings";
+    std::filesystem::create_directory(settings_alone.output_dir);
+    std::ofstream(settings_alone.output_dir + "/settings.toml") << "# mine\n";
+    refused(settings_alone, "holds a settings.toml, which this run would replace");
+    EXPECT_EQ(read_text_file(settings_alone.output_dir + "/settings.toml"), "# mine\n");
+    RunConfig longer = resumed(config_);
+    longer.max_steps += 1;
+    {
+        const auto lock = std::make_shared<OutputLock>(config_.output_dir);
+        refused(longer, "another process is training into this folder");
+        longer.output_lock = lock;  // as resolve_run passes it on
+        EXPECT_EQ(run(model, longer), 0);
+    }
+}
