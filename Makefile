@@ -14,7 +14,9 @@ BUILD     ?= build
 BIN       ?=
 
 # ---- what this machine has -------------------------------------------------------------------------------------------
-GPU_ARCH  := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | sort -u | tr -d . | sed 's/^90$$/90a/')
+# Those that the kernels can run on. Where nvidia-smi finds no GPU it says so on standard output, in words.
+GPU_ARCH  := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+\.[0-9]+' | \
+             awk '$$1 >= 8' | sort -u | tr -d . | sed 's/^90$$/90a/')
 ARCH      ?= $(or $(GPU_ARCH),80 90a)
 # Between processes on several GPUs; MPI=no or NCCL=no leaves one out. PyTorch's copy of NCCL: NCCL=FOLDER with include
 # and lib in it.
@@ -41,6 +43,8 @@ GENCODE   += $(if $(filter 80,$(ARCH)),-gencode arch=compute_80$(comma)code=comp
 NVCCFLAGS := -std=c++17 $(if $(DEBUG),-O1 -DLLMC_DEBUG,-O3) -lineinfo -I. $(GENCODE) $(if $(filter 90a,$(ARCH)),-DLLMC_HOPPER) \
              -Xcompiler -fopenmp,-Wall,-Wextra,-march=$(HOST_ARCH) $(if $(STRICT),-Xcompiler -Werror -Xcudafe --promote_warnings) \
              -Xptxas -warn-spills -MMD -MP
+# In recipes: an empty command would begin with a flag's minus, by which make ignores that it fails.
+CUDA_COMPILER = $(or $(NVCC),$(error no nvcc: install the CUDA toolkit, or name its compiler with make NVCC=PATH))
 CUDALIBS  := -lcublasLt
 
 HOST_TESTS  := $(patsubst dev/test/%.cpp,$(BUILD)/%,$(wildcard dev/test/test_*.cpp))
@@ -58,26 +62,29 @@ all: found train_gpt_cpu $(if $(NVCC),train_gpt test_gpt)  ## the trainers and t
 
 found:  ## what was found on this machine, and what is left out
 	@echo "C++ compiler: $(CXX) ($(shell $(CXX) -dumpfullversion 2>/dev/null)), host code for $(HOST_ARCH)"
-	@echo "CUDA: $(if $(NVCC),$(NVCC)$(comma) for sm_$(subst $() $(), and sm_,$(strip $(ARCH)))$(if $(GPU_ARCH),: this machine's GPU,: no GPU here),no nvcc: train_gpt and test_gpt are left out; train_gpt_cpu is the trainer)"
+	@echo "CUDA: $(if $(NVCC),$(NVCC)$(comma) for sm_$(subst $() $(), and sm_,$(strip $(ARCH)))$(if $(GPU_ARCH),: this machine's GPU,: no GPU of compute capability 8.0 or more here),no nvcc: train_gpt and test_gpt are left out; train_gpt_cpu is the trainer)"
 	@echo "MPI: $(if $(HAVE_MPI),$(HAVE_MPI),not found); NCCL: $(if $(HAVE_NCCL),$(firstword $(HAVE_NCCL)),not found); several GPUs need NCCL, and MPI or scripts/spawn_ranks.sh"
 
 help:  ## this list
 	@grep -hE '^(\$$\(BIN\))?[a-z_]+:.*## ' Makefile | sed 's/^$$(BIN)//; s/:.*## /\t/' | expand -t 16
 
-$(BIN)train_gpt_cpu: train_gpt.cpp | $(BUILD)  ## the CPU trainer
+$(BIN)train_gpt_cpu: train_gpt.cpp $(BUILD)/train_gpt_cpu.d | $(BUILD)  ## the CPU trainer
 	$(CXX) $(CXXFLAGS) -MF $(BUILD)/train_gpt_cpu.d -MT $@ $< -o $@
 
-$(BIN)train_gpt: train_gpt.cu | $(BUILD)  ## the GPU trainer
-	$(NVCC) $(NVCCFLAGS) $(MPI_FLAGS) $(NCCL_FLAGS) -MF $(BUILD)/train_gpt.d -MT $@ $< -o $@ $(CUDALIBS) $(MPI_LIBS) $(NCCL_LIBS)
+$(BIN)train_gpt: train_gpt.cu $(BUILD)/train_gpt.d | $(BUILD)  ## the GPU trainer
+	$(CUDA_COMPILER) $(NVCCFLAGS) $(MPI_FLAGS) $(NCCL_FLAGS) -MF $(BUILD)/train_gpt.d -MT $@ $< -o $@ $(CUDALIBS) $(MPI_LIBS) $(NCCL_LIBS)
 
-$(BIN)test_gpt: test_gpt.cu | $(BUILD)  ## the GPU model's test against the CPU reference
-	$(NVCC) $(NVCCFLAGS) -MF $(BUILD)/test_gpt.d -MT $@ $< -o $@ $(CUDALIBS)
+$(BIN)test_gpt: test_gpt.cu $(BUILD)/test_gpt.d | $(BUILD)  ## the GPU model's test against the CPU reference
+	$(CUDA_COMPILER) $(NVCCFLAGS) -MF $(BUILD)/test_gpt.d -MT $@ $< -o $@ $(CUDALIBS)
+
+# What the programs at the top depend on is known as long as these are there; without them they are built again.
+$(addprefix $(BUILD)/,$(addsuffix .d,train_gpt_cpu train_gpt test_gpt)): ;
 
 $(BUILD) $(BUILD)/dev $(BUILD)/fuzz:
 	@mkdir -p $@
 
 $(BUILD)/dev/%: dev/cuda/%.cu | $(BUILD)/dev
-	$(NVCC) $(NVCCFLAGS) -MF $@.d -MT $@ $< -o $@ $(CUDALIBS)
+	$(CUDA_COMPILER) $(NVCCFLAGS) -MF $@.d -MT $@ $< -o $@ $(CUDALIBS)
 
 $(BUILD)/fuzz/%: dev/test/%.cpp | $(BUILD)/fuzz
 	clang++ -std=c++17 -O1 -g -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=undefined -I. -MMD -MP -MF $@.d -MT $@ $< -o $@
@@ -121,7 +128,7 @@ sanitize:  ## unit tests of file formats, flags, training loop and sampling with
 SANITIZED_TESTS := $(filter test_tokens test_tokenizer test_train_loop% test_metrics test_safetensors test_hf_config test_checkpoint% test_flags test_sampler test_random,$(notdir $(HOST_TESTS)))
 
 sass: train_gpt  ## the machine code of the trainer's kernels, in build/train_gpt.sass (needs cuobjdump)
-	cuobjdump --dump-sass train_gpt > $(BUILD)/train_gpt.sass && wc -l $(BUILD)/train_gpt.sass
+	$(or $(shell command -v cuobjdump 2>/dev/null),$(dir $(NVCC))cuobjdump) --dump-sass train_gpt > $(BUILD)/train_gpt.sass && wc -l $(BUILD)/train_gpt.sass
 
 clean:  ## remove everything that was built
 	rm -rf $(BUILD) train_gpt train_gpt_cpu test_gpt
