@@ -99,8 +99,11 @@ struct RunConfig {
     std::string checkpoint;                   // folder the weights come from: of --init_from, or the newest of --resume
     std::shared_ptr<OutputLock> output_lock;  // of output_dir; null: not taken (yet), or by rank 0
     int data_parallel = 1;                    // groups of ranks with different sequences
+    bool asks_for_sample = false;             // --max_steps 0 and a --sample_prompt: no data are needed
 
-    bool has_validation_data() const { return !val_data.empty() || val_fraction > 0.0; }
+    // Without --val_data the last --val_fraction of --train_data.
+    bool splits_train_data() const { return val_data.empty() && !train_data.empty() && val_fraction > 0.0; }
+    bool has_validation_data() const { return !val_data.empty() || splits_train_data(); }
 
     // Sequences of one micro-batch of all ranks.
     int64_t sequences_at_once() const { return (int64_t)batch_size * data_parallel; }
@@ -168,13 +171,14 @@ inline void validate(const RunConfig& c) {
     CHECK(c.max_grad_norm == 0.0 || (float)c.max_grad_norm > 0.0f,
           "--max_grad_norm %g: must be 0 (no clipping) or at least 1e-45", c.max_grad_norm);
 
-    const bool has_train_data = !c.train_data.empty(), has_val_data = !c.val_data.empty();
     CHECK(c.val_fraction >= 0.0 && c.val_fraction < 1.0, "--val_fraction %g: must be at least 0 and less than 1",
           c.val_fraction);
-    CHECK(c.max_steps == 0 || has_train_data || c.fit,
+    CHECK(c.max_steps == 0 || !c.train_data.empty() || c.fit,
           "--train_data: name the files to train on, e.g. --train_data 'corpus/*.txt' (--help lists all flags)");
-    CHECK(c.max_steps > 0 || has_val_data || (has_train_data && c.val_fraction > 0.0) || c.fit,
-          "--max_steps 0 only evaluates: name the data to evaluate with --val_data");
+    CHECK(c.max_steps > 0 || c.has_validation_data() || c.asks_for_sample || c.fit,
+          "--max_steps 0 only evaluates and samples: name the data to evaluate with --val_data, or give a text to "
+          "continue with --sample_prompt");
+    CHECK(!c.asks_for_sample || c.sample_tokens > 0, "--sample_prompt: with --sample_tokens 0 there is no sample");
     CHECK(c.shuffle_seed < (uint64_t)1 << 63 && c.seed < (uint64_t)1 << 63,
           "--seed and --shuffle_seed: at most 2^63 - 1");
 
@@ -211,7 +215,7 @@ inline void validate(const RunConfig& c) {
     CHECK(!c.print_influence || c.attention == AttentionMode::lighthouse,
           "--print_influence: is about the selection of Lighthouse attention; add --attention lighthouse, or leave it "
           "out");
-    CHECK(!c.print_influence || c.has_validation_data(),
+    CHECK(!c.print_influence || c.has_validation_data() || c.fit,
           "--print_influence: needs validation data: give --val_data, or a --val_fraction above 0");
     CHECK(!c.print_influence || c.context_parallel == 1,
           "--print_influence: compares the losses of whole sequences; with --context_parallel %d no rank has them",

@@ -259,6 +259,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (config.max_steps == 0 && parsed.given.count("eval_batches") == 0) {
         config.eval_batches = 0;
     }
+    config.asks_for_sample = config.max_steps == 0 && parsed.typed.count("sample_prompt") > 0;
     if (config.fit && parsed.given.count("seq_len") == 0) {  // the default may not be a legal one
         const ContextPartition partition{config.context_parallel, 0, 0};
         config.seq_len = config.attention == AttentionMode::lighthouse

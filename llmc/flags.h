@@ -302,9 +302,10 @@ inline void check_given_flags(const ParsedFlags& parsed) {
     }
     CHECK(!contradicts("val_fraction", "val_data") || c.val_fraction == 0.0 || c.val_data.empty(),
           "--val_fraction and --val_data contradict each other: validation data comes from one place; leave one out");
-    CHECK(!contradicts("eval_every", "val_fraction") || c.eval_every == 0 || c.has_validation_data(),
-          "--eval_every %lld needs validation data: give --val_data, or a --val_fraction above 0",
-          (long long)c.eval_every);
+    CHECK(
+        !contradicts("eval_every", "val_fraction") || c.eval_every == 0 || !c.val_data.empty() || c.val_fraction > 0.0,
+        "--eval_every %lld needs validation data: give --val_data, or a --val_fraction above 0",
+        (long long)c.eval_every);
     CHECK(!contradicts("sample_every", "sample_tokens") || c.sample_every == 0 || c.sample_tokens > 0,
           "--sample_every %lld and --sample_tokens 0 contradict each other", (long long)c.sample_every);
     CHECK(!contradicts("decay_steps", "schedule") || c.decay_steps == 0 || c.schedule != ScheduleKind::constant,

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <optional>
 #include <sstream>
 #include <string>
 #include <vector>
@@ -20,9 +21,12 @@ class Tokenizer {
     // Of the data in `stream`, with its markers; with shards an empty prompt becomes the stream's first token, which by
     // the custom of llm.c ends a document.
     Tokenizer(const TokenStream& stream, bool byte_markers, int64_t vocab_size)
-        : is_bytes_(stream.is_bytes()), has_markers_(is_bytes_ && byte_markers), vocab_size_(vocab_size) {
-        stream.read(0, 1, &first_token_);
+        : Tokenizer(stream.is_bytes(), byte_markers, vocab_size) {
+        stream.read(0, 1, &first_token_.emplace());
     }
+    // Without data.
+    Tokenizer(bool is_bytes, bool byte_markers, int64_t vocab_size)
+        : is_bytes_(is_bytes), has_markers_(is_bytes && byte_markers), vocab_size_(vocab_size) {}
 
     // What a sample goes on from: at least one token. Throws Error for a prompt that is not in the vocabulary.
     std::vector<int32_t> encode_prompt(const std::string& prompt) const {
@@ -40,15 +44,15 @@ class Tokenizer {
                 char* end;
                 const long long token = std::strtoll(word.c_str(), &end, 10);
                 CHECK(*end == '\0' && token >= 0 && token < vocab_size_,
-                      "--sample_prompt: '%s' must be a token number from 0 to %lld: the data are token shards, which "
-                      "do not "
-                      "say how text becomes tokens",
+                      "--sample_prompt: '%s' must be a token number from 0 to %lld: tokens are not bytes here, and how "
+                      "text becomes such tokens is not known",
                       word.c_str(), (long long)vocab_size_ - 1);
                 tokens.push_back((int32_t)token);
             }
         }
         if (tokens.empty()) {
-            tokens.push_back(first_token_);
+            CHECK(first_token_, "--sample_prompt: is empty, and without data nothing says what a text begins with");
+            tokens.push_back(*first_token_);
         }
         return tokens;
     }
@@ -74,7 +78,7 @@ class Tokenizer {
   private:
     bool is_bytes_, has_markers_;
     int64_t vocab_size_;
-    int32_t first_token_ = 0;
+    std::optional<int32_t> first_token_;  // of the data
 };
 
 // Bytes of the UTF-8 character that begins at text[at]; 0 where none does, cut short or in disguise included.

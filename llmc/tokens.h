@@ -336,7 +336,7 @@ inline RunData open_data(const RunConfig& c) {
         return std::make_shared<const TokenStream>(flag, patterns, c.data_format, c.byte_markers, c.model.vocab_size);
     };
     RunData data;
-    const bool split = c.val_data.empty() && c.val_fraction > 0.0;
+    const bool split = c.splits_train_data();
     if (c.max_steps > 0 || split) {
         const std::shared_ptr<const TokenStream> stream = open_stream("--train_data", c.train_data);
         const int64_t N = stream->num_tokens(), border = split ? N - (int64_t)(c.val_fraction * (double)N) : N;

@@ -53,7 +53,7 @@ class TrainingRun {
         }
         print_start();  // with the output folder, which may have got its name just now
         if (config_.max_steps == 0) {
-            return evaluate_only();
+            return evaluate_and_sample();
         }
         if (!trains) {
             terminal_.print(format_string("already at step %lld of --max_steps %lld: nothing is left to train",
@@ -126,10 +126,21 @@ class TrainingRun {
 
     void open_data() {
         data_ = ::open_data(config_);
-        if (data_.train) {
-            tokenizer_.emplace(data_.train->stream(), config_.byte_markers, config_.model.vocab_size);
+        if (data_.train || config_.asks_for_sample) {
+            tokenizer_ = make_tokenizer();
             prompt_ = tokenizer_->encode_prompt(config_.sample_prompt);
         }
+    }
+    // Of the data; without any, of the bytes that a checkpoint was trained on, if it has their tokenizer.
+    Tokenizer make_tokenizer() const {
+        const std::optional<SequenceSet>& data = data_.train ? data_.train : data_.validation;
+        if (data) {
+            return Tokenizer(data->stream(), config_.byte_markers, config_.model.vocab_size);
+        }
+        const checkpoint::Companions companions =
+            checkpoint::read_companions(config_.checkpoint, config_, model_.config(), true);
+        const bool is_bytes = companions.files.count("tokenizer.json") > 0 && checkpoint::reads_bytes(companions);
+        return Tokenizer(is_bytes, companions.tokens.begin == BEGIN_MARKER, config_.model.vocab_size);
     }
 
     // Weights and optimizer of a fresh run, of --init_from or of --resume.
@@ -608,10 +619,10 @@ class TrainingRun {
                     {"earlier_max_change", i.earlier_max_change}};
     }
 
-    int evaluate_only() {
+    int evaluate_and_sample() {
         if (config_.checkpoint.empty()) {  // as a baseline, or because a flag was forgotten
             warn(
-                format_string("--max_steps 0 without --resume or --init_from evaluates the random initial weights of "
+                format_string("--max_steps 0 without --resume or --init_from takes the random initial weights of "
                               "--seed %llu",
                               (unsigned long long)config_.seed));
         }
@@ -627,12 +638,16 @@ class TrainingRun {
                 "lighthouse --lighthouse_steps -1 measures under Lighthouse attention)");
         }
         const std::optional<double> loss = evaluate();
+        if (config_.asks_for_sample) {
+            sample();
+        }
         if (stop_requested()) {
-            std::fprintf(stderr, "%s: stopped by %s before the end of the validation data\n", config_.program.c_str(),
+            std::fprintf(stderr, "%s: stopped by %s before the end\n", config_.program.c_str(),
                          stop_signal::name_of(stop_signal_));
             return 1;
         }
-        CHECK(loss && std::isfinite(*loss), "the validation loss is not finite: these weights are bad");
+        CHECK(!data_.validation || (loss && std::isfinite(*loss)),
+              "the validation loss is not finite: these weights are bad");
         check_printed();
         return 0;
     }

@@ -216,10 +216,13 @@ head -c 20000 "$work/corpus.txt" >"$work/val.txt"
 expect "evaluate a checkpoint" bash -c "'$trainer' --max_steps 0 --init_from '$(newest whole)' --seq_len 64 --val_data '$work/val.txt' >'$work/eval.out' 2>'$work/eval.err'"
 expect "without a warning" test ! -s "$work/eval.err"
 expect "evaluation prints 6 digits" grep -Eq 'validation loss [0-9]+\.[0-9]{6}' "$work/eval.out"
+expect "sample a checkpoint, without data" bash -c "'$trainer' --max_steps 0 --init_from '$(newest whole)' --sample_prompt '#inc' --sample_tokens 5 --temperature 0 >'$work/sample.out' 2>'$work/sample.err'"
+expect "which goes on from the prompt" grep -Eq '^#inc' "$work/sample.out"
+expect "and says nothing else" test ! -s "$work/sample.err"
 expect "evaluate the newest of a run" bash -c "'$trainer' --max_steps 0 --resume --output_dir '$work/whole' --val_data '$work/val.txt' >'$work/eval2.out'"
 expect "both print the same loss" test "$(grep -o 'validation loss [0-9.]*' "$work/eval.out")" = "$(grep -o 'validation loss [0-9.]*' "$work/eval2.out")"
 expect "evaluate random weights" bash -c "'$trainer' --max_steps 0 --output_dir '$work/whole' --val_data '$work/val.txt' --seq_len 64 --seed 7 >'$work/eval3.out' 2>'$work/eval3.err'"
-expect "which is said" grep -Eq 'warning: --max_steps 0 without --resume or --init_from evaluates the random initial weights of --seed 7$' "$work/eval3.err"
+expect "which is said" grep -Eq 'warning: --max_steps 0 without --resume or --init_from takes the random initial weights of --seed 7$' "$work/eval3.err"
 expect "in one line" test "$(wc -l <"$work/eval3.err")" -eq 1
 expect "evaluation leaves the run as it was" test "$(losses whole | wc -l)" -eq 20
 

@@ -51,6 +51,13 @@ TEST_F(TokenizerTest, BytesWithoutMarkers) {
     EXPECT_FALSE(t.ends_text(257));
 }
 
+TEST_F(TokenizerTest, WithoutDataAnEmptyPromptNeedsAMarker) {
+    EXPECT_EQ(Tokenizer(true, true, 258).encode_prompt(""), (Ids{256}));
+    EXPECT_EQ(Tokenizer(true, false, 256).encode_prompt("a"), (Ids{'a'}));
+    EXPECT_THROW(Tokenizer(true, false, 256).encode_prompt(""), Error);
+    EXPECT_THROW(Tokenizer(false, true, 258).encode_prompt(""), Error);
+}
+
 TEST_F(TokenizerTest, ShardsAreNumbers) {
     const Tokenizer t = tokenizer("shard", true);
     EXPECT_EQ(t.encode_prompt(" 464\t3290\n0 "), (Ids{464, 3290, 0}));

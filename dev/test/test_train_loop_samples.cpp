@@ -107,3 +107,24 @@ TEST_F(TrainLoop, SamplesAndNoStepsOfStageOneAreUnderDenseAttention) {
     EXPECT_EQ(model.attention_of_evaluations, (std::vector<AttentionMode>{L, D, D}))
         << "step 2 under both, and the end";
 }
+
+TEST_F(TrainLoop, ACheckpointIsSampledWithoutData) {
+    FakeModel model(config_.model), after(config_.model);
+    config_.max_steps = 2;
+    ASSERT_EQ(run(model, config_), 0) << err_;
+    RunConfig sampled;
+    sampled.model = config_.model, sampled.seq_len = 16, sampled.max_steps = 0, sampled.temperature = 0.0;
+    sampled.checkpoint = *find_newest_checkpoint(config_.output_dir);
+    sampled.sample_tokens = 3, sampled.sample_prompt = "ab", sampled.asks_for_sample = true;
+    ASSERT_EQ(run(after, sampled), 0) << err_;
+    EXPECT_NE(out_.find("\nabxxx\n"), std::string::npos) << out_;
+    EXPECT_EQ(after.contexts_of_samples.at(0), (std::vector<int32_t>{BEGIN_MARKER, 'a', 'b'}));
+    EXPECT_EQ(after.attention_of_evaluations.size(), 0u);
+
+    // Without the tokenizer of bytes its tokens are numbers.
+    std::filesystem::remove(sampled.checkpoint + "/tokenizer.json");
+    EXPECT_THROW(run(after, sampled), Error);
+    sampled.sample_prompt = "97 98";
+    ASSERT_EQ(run(after, sampled), 0) << err_;
+    EXPECT_NE(out_.find("\n97 98 120 120 120\n"), std::string::npos) << out_;
+}
