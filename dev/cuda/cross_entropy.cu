@@ -172,19 +172,41 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         h.compare("dlogits", format_string("rows%lld V%lld last rows", (long long)rows, (long long)V),
                   logits.download((rows - tail) * row_stride, tail * row_stride), expected,
                   unit_roundoff<bf16>() + 0x1p-14, {tail, row_stride}, 1e-3);
+        // The limit of losses above.
+        h.compare("losses", format_string("rows%lld V%lld last rows", (long long)rows, (long long)V),
+                  losses.download(rows - tail, tail), expected_losses, 0x1p-19 + 3.5 * 0x1p-23, {tail}, 1.0);
     }
     if (variant.number < 3) {
         return;
     }
-    {  // a target outside the vocabulary is refused by a loss of NaN
-        DeviceBuffer<float> losses(3);
-        DeviceBuffer<bf16> logits(random_vector<bf16>(3 * 64, h.seed));
-        DeviceBuffer<int32_t> targets(std::vector<int32_t>{-1, 5, 64});
-        variant.launch(losses, logits, targets, 3, 60, 64, 1.0f, true, h.stream);
+    // A target outside the vocabulary is refused by a loss of NaN: the first beyond it, with and without padding, in
+    // short rows and in long ones. Losses start as numbers: untouched memory is NaN already.
+    for (const int V : {60, 64, 4096, 20000, 50304}) {
+        const int row_stride = (int)classifier_padded_vocab(V);
+        const std::vector<int32_t> bad = {-1, 5, V, V - 1, row_stride, INT32_MAX, INT32_MIN, 0};
+        const int64_t rows = (int64_t)bad.size() * 100;
+        if (h.leaves_out(rows * V / 16)) {
+            continue;
+        }
+        std::vector<int32_t> targets;
+        for (int64_t row = 0; row < rows; ++row) {
+            targets.push_back(bad[row % bad.size()]);
+        }
+        DeviceBuffer<float> losses(std::vector<float>(rows, -1.0f));
+        DeviceBuffer<bf16> logits(rows * row_stride);
+        DeviceBuffer<int32_t> targets_device(targets);
+        logits.fill_random(h.seed);
+        variant.launch(losses, logits, targets_device, rows, V, row_stride, 1.0f, true, h.stream);
         CUDA_CHECK(cudaStreamSynchronize(h.stream));
         const std::vector<float> values = losses.download();
-        h.expect(std::isnan(values[0]) && std::isfinite(values[1]) && std::isnan(values[2]), "losses",
-                 "targets outside the vocabulary", "NaN");
+        int num_wrong = 0;
+        for (int64_t row = 0; row < rows; ++row) {
+            const bool is_bad = targets[row] < 0 || targets[row] >= V;
+            num_wrong += is_bad ? !std::isnan(values[row]) : !(values[row] > 0.0f && std::isfinite(values[row]));
+        }
+        h.expect(num_wrong == 0 && losses.guards_intact(), "losses",
+                 format_string("targets outside the vocabulary, V%d", V),
+                 format_string("%d of %lld wrong", num_wrong, (long long)rows));
     }
 }
 

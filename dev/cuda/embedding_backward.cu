@@ -1,5 +1,7 @@
 // embedding_backward.cu: dweight[v] += the sum of the rows of dout whose token is v. Bound: bandwidth, C elements of
 // bf16 a row, and C float elements read and written for each token that occurs.
+#include <numeric>
+
 #include "dev/cuda/harness.cuh"
 #include "llmc/embedding_backward.cuh"
 #include "llmc/reference/embedding.h"
@@ -92,37 +94,55 @@ static const char* mix_name(TokenMix mix) {
     return mix == TokenMix::uniform ? "uniform" : mix == TokenMix::half_one ? "half one token" : "all one token";
 }
 
+// Offsets beyond 2^31, of dout and of dweight: tokens that occur once, in the last rows or with the highest numbers,
+// have dout itself as their sum.
+static void check_last_rows(Harness& h, const Variant<Launcher>& variant) {
+    const int64_t many = (1 << 21) + 5, tail = 50;
+    const int C = 1032;
+    for (const auto& [rows, V] : {std::pair(many, (int64_t)1000), std::pair(tail, many)}) {
+        std::vector<int32_t> tokens(rows, 3);
+        std::iota(tokens.end() - tail, tokens.end(), (int32_t)(V - tail));
+        DeviceBuffer<int32_t> tokens_device(tokens);
+        DeviceBuffer<bf16> dout(rows * C);
+        DeviceBuffer<float> dweight(V * C);
+        DeviceBuffer<unsigned char> scratch(variant.launch.scratch_bytes(rows, C, V));
+        dout.fill_random(h.seed);
+        CUDA_CHECK(cudaMemset(dweight, 0, dweight.num_bytes()));
+        CUDA_CHECK(cudaDeviceSynchronize());
+        variant.launch.backward(dweight, dout, tokens_device, scratch, rows, C, V, h.stream);
+        CUDA_CHECK(cudaStreamSynchronize(h.stream));
+        const std::string label = format_string("rows%lld C%d V%lld last tokens", (long long)rows, C, (long long)V);
+        const std::vector<float> sums = dweight.download((V - tail) * C, tail * C);
+        h.expect(sums == convert<float>(dout.download((rows - tail) * C, tail * C)) && dweight.guards_intact(),
+                 "dweight", label, "rows of dout");
+    }
+}
+
 static void check(Harness& h, const Variant<Launcher>& variant) {
     struct Case {
         int64_t rows;
         int C;
         int64_t V;
         TokenMix mix;
+        int64_t scratch_rows = 0;  // that the scratch memory was asked for, if more
     };
-    // From the tenth on for ranges: one that is not full, several, the longest (on 132 SMs); more column tiles than
-    // SMs; warps without a row or a position; runs over all warps, over some, within one; tokens that do not occur.
-    for (const Case& c : {Case{1, 8, 2, TokenMix::uniform},
-                          Case{64, 8, 2, TokenMix::all_one},
-                          Case{65, 1000, 3, TokenMix::uniform},
-                          Case{1000, 72, 259, TokenMix::half_one},
-                          Case{12345, 64, 256, TokenMix::all_one},
-                          Case{3000, 1032, 128256, TokenMix::half_one},
-                          Case{200000, 16, 100, TokenMix::half_one},
-                          Case{50000, 40, 3000, TokenMix::uniform},
-                          Case{16896, 1032, 500, TokenMix::half_one},
-                          Case{1, 8, 1, TokenMix::uniform},
-                          Case{7, 72, 512, TokenMix::uniform},
-                          Case{17, 1000, 1, TokenMix::all_one},
-                          Case{255, 8, 256, TokenMix::uniform},
-                          Case{257, 72, 512, TokenMix::half_one},
-                          Case{523, 1032, 259, TokenMix::all_one},
-                          Case{4099, 1000, 2, TokenMix::half_one},
-                          Case{33333, 72, 512, TokenMix::uniform},
-                          Case{2 * 16384 + 3, 1032, 256, TokenMix::uniform},
-                          Case{5 * 16384 + 3, 72, 259, TokenMix::half_one},
-                          Case{700, 16904, 3, TokenMix::half_one},
-                          Case{132 * 16384 - 5, 8, 512, TokenMix::uniform},
-                          Case{264 * 16384 - 5, 8, 512, TokenMix::uniform}}) {
+    // From the thirteenth on for ranges: one that is not full, several, the longest (on 132 SMs); more column tiles
+    // than SMs; warps without a row or a position; runs over all warps, over some, within one; tokens that do not
+    // occur.
+    for (const Case& c :
+         {Case{1, 8, 2, TokenMix::uniform}, Case{64, 8, 2, TokenMix::all_one}, Case{65, 1000, 3, TokenMix::uniform},
+          Case{1000, 72, 259, TokenMix::half_one}, Case{12345, 64, 256, TokenMix::all_one},
+          Case{3000, 1032, 128256, TokenMix::half_one}, Case{200000, 16, 100, TokenMix::half_one},
+          Case{50000, 40, 3000, TokenMix::uniform}, Case{16896, 1032, 500, TokenMix::half_one},
+          // Runs over 8 and over 9 chunks; fewer rows that make more chunks (on 132 SMs).
+          Case{8 * 32, 72, 1024, TokenMix::all_one}, Case{9 * 32, 72, 1024, TokenMix::all_one},
+          Case{132 * 4 * 32, 72, 1024, TokenMix::uniform, 132 * 4 * 32 + 1}, Case{1, 8, 1, TokenMix::uniform},
+          Case{7, 72, 512, TokenMix::uniform}, Case{17, 1000, 1, TokenMix::all_one},
+          Case{255, 8, 256, TokenMix::uniform}, Case{257, 72, 512, TokenMix::half_one},
+          Case{523, 1032, 259, TokenMix::all_one}, Case{4099, 1000, 2, TokenMix::half_one},
+          Case{33333, 72, 512, TokenMix::uniform}, Case{2 * 16384 + 3, 1032, 256, TokenMix::uniform},
+          Case{5 * 16384 + 3, 72, 259, TokenMix::half_one}, Case{700, 16904, 3, TokenMix::half_one},
+          Case{132 * 16384 - 5, 8, 512, TokenMix::uniform}, Case{264 * 16384 - 5, 8, 512, TokenMix::uniform}}) {
         if (!variant.launch.takes(c.rows, c.C, c.V) || h.leaves_out(c.rows * c.C / 4)) {
             continue;
         }
@@ -138,7 +158,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         DeviceBuffer<float> dweight(initial);
         DeviceBuffer<bf16> dout_device(dout);
         DeviceBuffer<int32_t> tokens_device(tokens);
-        DeviceBuffer<unsigned char> scratch(variant.launch.scratch_bytes(c.rows, c.C, c.V));
+        DeviceBuffer<unsigned char> scratch(variant.launch.scratch_bytes(std::max(c.rows, c.scratch_rows), c.C, c.V));
         auto launch = [&] {
             dweight.upload(initial);
             scratch.poison();
@@ -153,6 +173,9 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         if (variant.number != 2) {
             h.compare_repeats("dweight", label, dweight, launch);
         }
+    }
+    if (!h.small && variant.number == VARIANTS.back().number) {
+        check_last_rows(h, variant);
     }
 }
 

@@ -1,4 +1,6 @@
 // embedding_forward.cu: the weight's row of every token. Bound: bandwidth, 2C elements a row (4C bytes).
+#include <numeric>
+
 #include "dev/cuda/harness.cuh"
 #include "llmc/embedding.cuh"
 #include "llmc/reference/embedding.h"
@@ -81,6 +83,16 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
                                          to_double(weight.download()).data(), tail, C);
     h.compare("out", format_string("rows%lld C%d last rows", (long long)rows, C),
               out.download((rows - tail) * C, tail * C), expected, 0.0, {tail, C});
+
+    const int64_t long_V = (1 << 21) + 5;  // and of the table
+    DeviceBuffer<bf16> long_weight(long_V * C), last(tail * C);
+    std::vector<int32_t> last_tokens(tail);
+    std::iota(last_tokens.begin(), last_tokens.end(), (int32_t)(long_V - tail));
+    DeviceBuffer<int32_t> last_tokens_device(last_tokens);
+    long_weight.fill_random(h.seed + 2);
+    variant.launch(last, last_tokens_device, long_weight, tail, C, h.stream);
+    h.compare_exact("out", format_string("V%lld C%d last rows", (long long)long_V, C), last,
+                    long_weight.download((long_V - tail) * C, tail * C));
 }
 
 static void measure(Harness& h, const Variant<Launcher>& variant) {

@@ -45,9 +45,14 @@ inline std::vector<AttentionCase> attention_cases() {
     }
     for (const int D : {64, 128, 72, 256}) {
         cases.push_back(attention_case(2, 129, 300, 4, 2, D, true, 171));    // the last queries of a sequence
-        cases.push_back(attention_case(1, 300, 129, 2, 1, D, true, -150));   // rows, and whole tiles, that see nothing
+        cases.push_back(attention_case(2, 300, 129, 2, 1, D, true, -150));   // rows, and whole tiles, that see nothing
         cases.push_back(attention_case(1, 200, 333, 2, 2, D, true, -1000));  // nobody sees anything
+        // Of the first row of a tile just the last key of a tile of 64 or of 128 is masked.
+        cases.push_back(attention_case(1, 200, 262, 2, 1, D, true, 62));
+        cases.push_back(attention_case(1, 200, 326, 2, 1, D, true, 126));
         cases.push_back(attention_case(2, 77, 500, 2, 1, D, false));
+        cases.push_back(attention_case(1, 100, 63, 2, 1, D, false));  // tiles that lack one key
+        cases.push_back(attention_case(1, 100, 127, 2, 1, D, false));
         cases.push_back(attention_case(1, 500, 3, 2, 2, D, false));
         cases.push_back(attention_case(1, 1, 700, 4, 1, D, true, 699));
         cases.push_back(attention_case(1, 333, 333, 2, 1, D, true, 0, Scores::large));

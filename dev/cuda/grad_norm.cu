@@ -64,6 +64,20 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             h.compare_repeats("norm", label, norm, launch);
         }
     }
+    if (variant.number == VARIANTS.back().number &&
+        !h.small) {  // offsets beyond 2^31: nothing but the last ones counts
+        const int64_t n = ((int64_t)1 << 31) + 4099, tail = 1001;
+        const std::vector<float> last = random_vector<float>(tail, h.seed);
+        DeviceBuffer<float> grads_device(n);
+        DeviceBuffer<unsigned char> scratch(grad_norm_scratch_bytes());
+        CUDA_CHECK(cudaMemset(grads_device, 0, grads_device.num_bytes()));
+        CUDA_CHECK(cudaMemcpy(grads_device + (n - tail), last.data(), tail * sizeof(float), cudaMemcpyHostToDevice));
+        CUDA_CHECK(cudaDeviceSynchronize());
+        variant.launch(norm, grads_device, n, scratch, h.stream);
+        CUDA_CHECK(cudaStreamSynchronize(h.stream));
+        h.compare("norm", format_string("n%lld, zero but for the last %lld", (long long)n, (long long)tail), norm,
+                  {reference::grad_norm(last.data(), tail)}, unit_roundoff<float>() * 1.01, {1}, 0.0);
+    }
     for (float bad : {NAN, INFINITY, -INFINITY}) {
         for (int64_t at : {0, 1002, 1006}) {
             std::vector<float> grads = random_vector<float>(1007, h.seed);

@@ -28,14 +28,14 @@ struct LighthouseCase {
 };
 
 // Two levels to six, every pool size, odd tile sizes, one head and groups of 4, D that leaves lanes idle, long coarsest
-// windows, more candidates than fit in shared memory.
+// windows, more candidates than fit in shared memory, T that is no multiple of 8.
 static const std::vector<LighthouseCase> LIGHTHOUSE_CASES = {
     {1, 256, 2, 2, 128, 1, 1, 8},          {2, 129 * 2 * 4, 3, 2, 256, 2, 2, 64},
     {1, 2048, 3, 4, 128, 4, 1, 128},       {3, 512, 2, 4, 128, 6, 3, 80},
     {1, 132 * 32, 6, 2, 128, 2, 1, 32},    {1, 128 * 1024, 3, 32, 128, 1, 1, 16},
     {1, 2 * 5000 * 2, 2, 2, 256, 1, 1, 8}, {2, 3 * 200 * 64, 3, 8, 384, 4, 2, 256},
     {1, 12288, 4, 4, 128, 8, 8, 128},      {1, 128 * 256, 3, 16, 128, 2, 1, 64},
-    {2, 8192, 5, 2, 256, 4, 2, 128},
+    {2, 8192, 5, 2, 256, 4, 2, 128},       {2, 258, 2, 2, 128, 2, 1, 64},
 };
 // The least that launches every kernel: three ranges of D, each with three ranges of levels; and more candidates than
 // fit in shared memory.

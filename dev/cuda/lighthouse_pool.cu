@@ -82,6 +82,42 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {3, "4 rows, 4 blocks (llmc/lighthouse_pool.cuh)", lighthouse_pool},
 };
 
+// A row that is not a number has a score that is none, and counts as 0 for its window; no other score changes.
+static void check_not_a_number(Harness& h, const Variant<Launcher>& variant) {
+    const LighthouseCase c = {2, 512, 3, 2, 128, 2, 1, 80};
+    const LighthouseShape shape = c.shape();
+    const LighthouseGeometry& g = shape.geometry;
+    const int64_t width = (int64_t)shape.num_heads() * c.D, windows = g.level_size(g.levels - 1),
+                  window = c.T / windows;
+    const std::vector<bf16> numbers = random_vector<bf16>(c.B * c.T * width, h.seed);
+    std::vector<bf16> broken = numbers;
+    auto break_row = [&](int64_t b, int64_t t, int head) {
+        broken[(b * c.T + t) * width + head * c.D + 3] = __float2bfloat16(NAN);
+    };
+    break_row(0, 0, 0), break_row(0, 5, 1), break_row(1, c.T - 1, 0);
+    for (int64_t t = 4 * window; t < 5 * window; ++t) {
+        break_row(1, t, c.H);  // of k, a whole window
+    }
+    DeviceBuffer<bf16> qkv(broken), pooled(c.B * windows * width);
+    DeviceBuffer<float> scores(c.B * (c.H + c.Hkv) * c.T), coarsest_scores(c.B * (c.H + c.Hkv) * windows);
+    const auto scores_of = [&](const std::vector<bf16>& values) {
+        qkv.upload(values);
+        variant.launch(pooled, {scores, coarsest_scores}, packed_heads<const bf16>(qkv, c.T, shape), shape, h.stream);
+        CUDA_CHECK(cudaStreamSynchronize(h.stream));
+        return scores.download();
+    };
+    const std::vector<float> expected = scores_of(numbers), found = scores_of(broken);
+    int num_broken = 0, num_changed = 0;
+    for (size_t i = 0; i < found.size(); ++i) {
+        num_broken += std::isnan(found[i]);
+        num_changed += !std::isnan(found[i]) && found[i] != expected[i];
+    }
+    h.expect(
+        num_broken == 3 + window && num_changed == 0, "scores", c.label() + " with NaN",
+        format_string("%d of %lld not numbers, %d others changed", num_broken, (long long)(3 + window), num_changed));
+    h.compare_exact("coarsest_scores", c.label() + " with NaN", coarsest_scores, window_maxima(found, g));
+}
+
 static void check(Harness& h, const Variant<Launcher>& variant) {
     for (const LighthouseCase& c : lighthouse_cases(h)) {
         const LighthouseShape shape = c.shape();
@@ -125,6 +161,9 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             h.compare_repeats("pooled", label, pooled, launch);
             h.compare_repeats("scores", label, scores, launch);
         }
+    }
+    if (variant.number > 1) {
+        check_not_a_number(h, variant);
     }
 }
 
