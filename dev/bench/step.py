@@ -7,6 +7,7 @@ a shard in llm.c's format is written first, so both programs see data of the sam
     make train_gpt && python3 dev/bench/step.py                 every row
     python3 dev/bench/step.py --rows 124m_1k,530m_8k_v256       some rows
     python3 dev/bench/step.py --list                            what there is
+    python3 dev/bench/step.py --from_json a/step.json b/step.json       table and plot of earlier runs; needs no GPU
 
     python3 dev/bench/step.py --lighthouse_peer 'python3 other.py'      another implementation of Lighthouse attention
 
@@ -18,6 +19,8 @@ peak_gib; a field "recompute" is shown. PyTorch's own column stays dense.
 
 From 262144 tokens on a step takes seconds to minutes: there one step warms up and two are timed, unless --steps says
 otherwise. What has been measured when --time_limit ends a run counts, with a word about it.
+
+--from_json merges: of a row that several files have, each program's result is that of the last file which timed it.
 """
 import argparse
 import json
@@ -213,9 +216,60 @@ def ratio(ours, peer):
     return f"{ours['tokens_per_second'] / peer['tokens_per_second']:.2f}" if both else "-"
 
 
+def print_header(with_lighthouse_peer):
+    print(f"{'row':28} {'train_gpt tok/s':>16} {'PyTorch tok/s':>14} {'ratio':>6} {'ms':>9} {'MFU %':>6} {'GiB':>7} "
+          f"{'PyTorch GiB':>11}" + (f" {'Lighthouse peer tok/s':>22} {'ratio':>6} {'peer GiB':>9}"
+                                  if with_lighthouse_peer else ""))
+
+
+def print_row(name, row, with_lighthouse_peer):
+    ours, peer, lighthouse_peer = row["train_gpt"], row["pytorch"], row.get("lighthouse_peer")
+    mfu = f"{100 * ours['mfu']:.1f}" if ours.get("mfu") else "-"
+    line = (f"{name:28} {cell(ours, 'tokens_per_second', '{:16.0f}'):>16} "
+            f"{cell(peer, 'tokens_per_second', '{:14.0f}'):>14} {ratio(ours, peer):>6} "
+            f"{cell(ours, 'ms', '{:9.1f}'):>9} {mfu:>6} "
+            f"{cell(ours, 'peak_gib', '{:7.2f}'):>7} {cell(peer, 'peak_gib', '{:11.2f}'):>11}")
+    if with_lighthouse_peer:
+        line += (f" {cell(lighthouse_peer, 'tokens_per_second', '{:22.0f}'):>22} "
+                 f"{ratio(ours, lighthouse_peer):>6} {cell(lighthouse_peer, 'peak_gib', '{:9.2f}'):>9}")
+    print(line, flush=True)
+    for program, result in row.items():
+        if result and "error" in result:
+            print(f"    {program}: {result['error']}", flush=True)
+        elif result and result.get("note"):
+            print(f"    {program}: {result['note']}, {result['steps']} steps timed", flush=True)
+        elif result and result.get("recompute", "none") != "none":
+            print(f"    {program}: recompute {result['recompute']}", flush=True)
+
+
+def merged(paths):
+    """The rows of several step.json, in the order of ROWS; an error never replaces a time."""
+    results = {}
+    for path in paths:
+        with open(path) as file:
+            for name, row in json.load(file).items():
+                known = results.setdefault(name, {"train_gpt": {}, "pytorch": None})
+                known.update((program, result) for program, result in row.items()
+                             if result and ("ms" in result or not known.get(program)))
+    order = [*ROWS, *results]
+    return {name: results[name] for name in sorted(results, key=order.index)}
+
+
+def show_saved(options):
+    """The table and the plot of --from_json."""
+    results = merged(options.from_json)
+    if options.rows:
+        results = {name: results[name] for name in options.rows.split(",") if name in results}
+    with_lighthouse_peer = any(row.get("lighthouse_peer") for row in results.values())
+    print_header(with_lighthouse_peer)
+    for name, row in results.items():
+        print_row(name, row, with_lighthouse_peer)
+    plot(results, os.path.join(options.out, "step.png"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(DEFAULT_ROWS), help="names with commas between them")
+    parser.add_argument("--rows", help="names with commas between them [all but 530m_2m_lighthouse]")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
     parser.add_argument("--steps", type=int, help="timed steps; the median counts [5, of long sequences 2]")
@@ -224,56 +278,44 @@ def main():
     parser.add_argument("--lighthouse_peer", type=shlex.split, metavar="COMMAND",
                         help="another trainer with Lighthouse attention, for the rows under it; see above")
     parser.add_argument("--out", default=".", help="folder for step.json and step.png")
+    parser.add_argument("--from_json", nargs="+", metavar="FILE",
+                        help="step.json of earlier runs: table and plot of all of them, nothing is run")
     options = parser.parse_args()
     if options.list:
         for name, (_, T, B, V, extra, peer) in ROWS.items():
             print(f"{name}: T {T}, B {B}, V {V} {' '.join(extra)}{'' if peer else ' (no peer)'}")
         return 0
-    unknown = [name for name in options.rows.split(",") if name not in ROWS]
+    names = options.rows.split(",") if options.rows else DEFAULT_ROWS
+    unknown = [name for name in names if name not in ROWS]
     if unknown:
         parser.error(f"no such row: {', '.join(unknown)}; --list shows them")
     if options.only == "lighthouse_peer" and not options.lighthouse_peer:
         parser.error("--only lighthouse_peer: needs --lighthouse_peer")
-    if options.only in ("all", "train_gpt"):
+    if options.only in ("all", "train_gpt") and not options.from_json:
         require_built(parser, "--train_gpt", options.train_gpt)
     os.makedirs(options.out, exist_ok=True)
 
+    if options.from_json:
+        show_saved(options)
+        return 0
+
     results, failed = {}, False
     wanted = lambda program: options.only in ("all", program)
-    print(f"{'row':28} {'train_gpt tok/s':>16} {'PyTorch tok/s':>14} {'ratio':>6} {'ms':>9} {'MFU %':>6} {'GiB':>7} "
-          f"{'PyTorch GiB':>11}" + (f" {'Lighthouse peer tok/s':>22} {'ratio':>6} {'peer GiB':>9}"
-                                  if options.lighthouse_peer else ""))
-    for name in options.rows.split(","):
+    print_header(options.lighthouse_peer)
+    for name in names:
         model, T, B, V, extra, has_peer = ROWS[name]
-        ours, peer, lighthouse_peer = None, None, None
+        row = results[name] = {"train_gpt": {}, "pytorch": None}
         steps = steps_to_time(options.steps, T)
         if wanted("train_gpt"):
-            ours = run_trainer([options.train_gpt], model, T, B, V, extra, steps, options.time_limit)
-            ours.pop("output", None)
+            row["train_gpt"] = run_trainer([options.train_gpt], model, T, B, V, extra, steps, options.time_limit)
+            row["train_gpt"].pop("output", None)
         if wanted("pytorch") and has_peer:
-            peer = run_pytorch(model, T, B, V, steps, options.time_limit)
+            row["pytorch"] = run_pytorch(model, T, B, V, steps, options.time_limit)
         if wanted("lighthouse_peer") and options.lighthouse_peer and "lighthouse" in extra:
-            lighthouse_peer = run_lighthouse_peer(options.lighthouse_peer, model, T, B, V, extra, steps,
-                                                  options.time_limit)
-        results[name] = {"train_gpt": ours or {}, "pytorch": peer}
-        mfu = f"{100 * ours['mfu']:.1f}" if ours and ours.get("mfu") else "-"
-        line = (f"{name:28} {cell(ours, 'tokens_per_second', '{:16.0f}'):>16} "
-                f"{cell(peer, 'tokens_per_second', '{:14.0f}'):>14} {ratio(ours, peer):>6} "
-                f"{cell(ours, 'ms', '{:9.1f}'):>9} {mfu:>6} "
-                f"{cell(ours, 'peak_gib', '{:7.2f}'):>7} {cell(peer, 'peak_gib', '{:11.2f}'):>11}")
-        if options.lighthouse_peer:
-            results[name]["lighthouse_peer"] = lighthouse_peer
-            line += (f" {cell(lighthouse_peer, 'tokens_per_second', '{:22.0f}'):>22} "
-                     f"{ratio(ours, lighthouse_peer):>6} {cell(lighthouse_peer, 'peak_gib', '{:9.2f}'):>9}")
-        print(line, flush=True)
-        for program, result in (("train_gpt", ours), ("pytorch", peer), ("lighthouse_peer", lighthouse_peer)):
-            if result and "error" in result:
-                failed = failed or program == "train_gpt"
-                print(f"    {program}: {result['error']}", flush=True)
-            elif result and result.get("note"):
-                print(f"    {program}: {result['note']}, {result['steps']} steps timed", flush=True)
-            elif result and result.get("recompute", "none") != "none":
-                print(f"    {program}: recompute {result['recompute']}", flush=True)
+            row["lighthouse_peer"] = run_lighthouse_peer(options.lighthouse_peer, model, T, B, V, extra, steps,
+                                                         options.time_limit)
+        print_row(name, row, options.lighthouse_peer)
+        failed = failed or "error" in row["train_gpt"]
         with open(os.path.join(options.out, "step.json"), "w") as file:
             json.dump(results, file, indent=1)
     plot(results, os.path.join(options.out, "step.png"))
