@@ -27,6 +27,7 @@ import tempfile
 
 from built import require_built
 from plotting import pyplot
+from scratch import checkpoint_bytes, scratch_folder
 
 MODEL = dict(num_layers=8, width=512, num_heads=8, num_kv_heads=8, head_dim=64, ffn_width=1408, vocab_size=258)
 TRAINING = dict(learning_rate="1.5e-3", schedule="cosine", final_learning_rate_fraction="0.1", weight_decay="0.1",
@@ -86,13 +87,14 @@ def trainer_flags(options, steps, corpus, folder, switch):
 
 def train(options, steps, corpus, scratch, name, switch, gpu=0):
     """Runs train_gpt on a GPU, Lighthouse until step `switch` (0: dense from the start), and returns its metrics."""
-    folder = os.path.join(scratch, name)
-    command = [options.train_gpt, *trainer_flags(options, steps, corpus, folder, switch), "--device", str(gpu)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=options.time_limit)
-    if done.returncode != 0:
-        raise RuntimeError(f"{name}: " + (done.stderr.strip() or done.stdout.strip() or "failed").splitlines()[-1][:300])
-    with open(os.path.join(folder, "metrics.jsonl")) as file:
-        lines = [json.loads(line) for line in file]
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        command = [options.train_gpt, *trainer_flags(options, steps, corpus, folder, switch), "--device", str(gpu)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=options.time_limit)
+        if done.returncode != 0:
+            raise RuntimeError(f"{name}: " +
+                               (done.stderr.strip() or done.stdout.strip() or "failed").splitlines()[-1][:300])
+        with open(os.path.join(folder, "metrics.jsonl")) as file:
+            lines = [json.loads(line) for line in file]
     steps_run = [line for line in lines if line["event"] == "step"]
     return {"switch": switch, "steps": [line["step"] for line in steps_run], "loss": [line["loss"] for line in steps_run],
             "elapsed_ms": [line["elapsed_ms"] for line in steps_run],
@@ -246,8 +248,8 @@ def main():
         with open(options.from_json) as file:
             results = json.load(file)
     else:
-        # In memory where there is such a folder: every run ends with a checkpoint.
-        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as scratch:
+        num_bytes = (options.corpus_mib << 20) + options.gpus * checkpoint_bytes(MODEL, MODEL["vocab_size"])
+        with scratch_folder(num_bytes) as scratch:
             corpus = options.corpus or os.path.join(scratch, "corpus.txt")
             if not options.corpus:
                 make_corpus(corpus, options.corpus_mib)

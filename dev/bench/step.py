@@ -35,6 +35,7 @@ import tempfile
 from built import require_built
 from limited import run_limited
 from plotting import pyplot
+from scratch import checkpoint_bytes, scratch_folder
 
 LLAMA_530M = dict(num_layers=30, width=1024, num_heads=8, num_kv_heads=8, head_dim=128, ffn_width=1536,
                   tied_embeddings="false")
@@ -87,7 +88,7 @@ def write_random_shard(path, num_tokens, vocab_size):
         # Token = high bits of a random word times V: no bias worth the name, and fast enough without numpy.
         for begin in range(0, num_tokens, 65536):
             count = min(65536, num_tokens - begin)
-            words = struct.unpack(f"<{count}I", generator.randbytes(4 * count))
+            words = struct.unpack(f"<{count}I", generator.getrandbits(32 * count).to_bytes(4 * count, "little"))
             file.write(struct.pack(f"<{count}{'I' if wide else 'H'}", *[word * vocab_size >> 32 for word in words]))
 
 
@@ -101,14 +102,14 @@ def model_flags(model, T, B, V):
 def run_trainer(launch, model, T, B, V, extra, steps, limit, data_parallel=1):
     """launch: the trainer, or what starts its ranks, as a list; data_parallel: sequences that they train on side by
     side, for each of B."""
-    # In memory where there is such a folder: a run ends with a checkpoint, which goes with the folder. Not where the
-    # run wants the host's memory for itself.
-    in_memory = os.path.isdir("/dev/shm") and "--offload" not in extra
     warm_up = steps_to_warm_up(T)
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if in_memory else None) as folder:
+    tokens = T * B * data_parallel
+    shard_tokens = max(4 * tokens, 2 * tokens + 4096) + 1
+    # Not in memory where the run wants the host's memory for itself.
+    with (tempfile.TemporaryDirectory() if "--offload" in extra else
+          scratch_folder(checkpoint_bytes(model, V) + 4 * shard_tokens)) as folder:
         shard = os.path.join(folder, "random.bin")
-        tokens = T * B * data_parallel
-        write_random_shard(shard, max(4 * tokens, 2 * tokens + 4096) + 1, V)
+        write_random_shard(shard, shard_tokens, V)
         out = os.path.join(folder, "run")
         command = [*launch, *model_flags(model, T, B, V), "--train_data", shard, "--data_format", "shards",
                    "--val_fraction", "0", "--eval_every", "0", "--sample_tokens", "0", "--max_steps",
@@ -118,9 +119,12 @@ def run_trainer(launch, model, T, B, V, extra, steps, limit, data_parallel=1):
         status, stdout, stderr = run_limited(command, limit)
         if status is None:
             note = f"ended after {limit:.0f} s"
-        elif status != 0:
-            return {"error": error_line(stderr.strip() or stdout.strip())}
         timed = timed_steps(os.path.join(out, "metrics.jsonl"), warm_up)
+        if status:
+            error = error_line(stderr.strip() or stdout.strip())
+            if len(timed) < steps:
+                return {"error": error}
+            note = f"failed after the last step: {error}"  # in its checkpoint, which is not timed
     if not timed:
         return {"error": f"{note}, before a step could be timed"}
     ms = statistics.median(line["elapsed_ms"] for line in timed)
