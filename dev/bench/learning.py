@@ -263,10 +263,13 @@ def main():
                 dense_parts = 1.0 + sum(1.0 - part for part in switches)
                 # A fifth of the budget is for starts, evaluations and checkpoints.
                 steps = max(20, int(0.8 * options.budget / (dense_parts * pace["dense"] + sum(switches) * pace["lighthouse"])))
+            all_switches = [round(part * steps) for part in [0.0] + switches]
+            if len(set(all_switches)) < len(all_switches):
+                parser.error(f"--switches {options.switches}: of {steps} steps these are one run twice, or dense: "
+                             f"Lighthouse to step {', '.join(map(str, all_switches[1:]))}")
             results = {"settings": {"steps": steps, "tokens_per_step": options.global_batch * options.seq_len,
                                     "seq_len": options.seq_len, "corpus_bytes": os.path.getsize(corpus),
                                     "model": MODEL, "training": TRAINING, "dense_layers": options.dense_layers}, "runs": {}}
-            all_switches = [round(part * steps) for part in [0.0] + switches]
             names = {switch: f"Lighthouse to step {switch}, then dense" if switch else "dense" for switch in all_switches}
             finished = {}
 
@@ -294,8 +297,10 @@ def main():
                 step_seconds = seconds_of(finished[0]) / steps
                 as_long = {names[switch]: max(1, round(seconds_of(run) / step_seconds))
                            for switch, run in finished.items() if switch}
-                results["equal_seconds"] = {}
-                dense_runs = [(n, 0) for n in sorted(set(as_long.values()))]
+                # A dense run of as many steps as the others have is there already.
+                results["equal_seconds"] = {name: finished[0] for name, n in as_long.items() if n == steps}
+                save()
+                dense_runs = [(n, 0) for n in sorted(set(as_long.values()) - {steps})]
                 for (some_steps, _), run in train_and_report(dense_runs, lambda n, _: f"dense, {n} steps"):
                     results["equal_seconds"].update({name: run for name, n in as_long.items() if n == some_steps})
                     save()
