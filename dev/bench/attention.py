@@ -238,7 +238,7 @@ def plot(results, path):
     figure, axes = plt.subplots(len(names), 2, figsize=(13, 4.5 * len(names)), squeeze=False)
     measured = dict.fromkeys(program for name in names for row in results[name] for program in row["tflops"])
     peers = [program for program in measured if program not in COLORS]
-    colors = COLORS | {peer: PEER_COLORS[i % len(PEER_COLORS)] for i, peer in enumerate(peers)}
+    colors = {**COLORS, **{peer: PEER_COLORS[i % len(PEER_COLORS)] for i, peer in enumerate(peers)}}
     for line, name in zip(axes, names):
         for axis, direction in zip(line, PASSES):
             for program in measured:

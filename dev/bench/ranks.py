@@ -10,11 +10,13 @@ With ":nccl" (data:nccl, context:ring:nccl) all transfers go by NCCL, none by th
 Efficiency: tokens/s over N times those of one GPU on the same sequence length. What --profile says of the transfers is
 kept: the share that is hidden behind attention goes into the table, the rest, with its time axes, into ranks.json.
 Prints the table, and saves it after every row as ranks.json, at the end as ranks.png. A row that takes too long is
-ended with what it has timed; --keep goes on where an earlier call with the same --out stopped.
+ended with what it has timed; --keep goes on where an earlier call with the same --out stopped. Of a row that several
+files of --from_json have, the last counts.
 
     python3 dev/bench/ranks.py --ranks 2                                   every row
     python3 dev/bench/ranks.py --ranks 2 --seq_lens 98304 --attention lighthouse --meshes data,context:ring:nccl
     python3 dev/bench/ranks.py --ranks 4 --meshes context:ring,data --keep --out bench
+    python3 dev/bench/ranks.py --from_json a/ranks.json b/ranks.json       table and plot of earlier runs; needs no GPU
     CUDA_VISIBLE_DEVICES=1 python3 dev/bench/ranks.py --ranks 4 --meshes ""    one GPU alone, the second
 """
 import argparse
@@ -82,7 +84,7 @@ def row_flags(options, mesh, attention, T):
         flags = flags + ["--comm_timeout", str(options.comm_timeout)]
         if mesh.endswith(BY_NCCL):
             flags += ["--comm_transport", "nccl"]
-        kind, _, exchange = mesh.removesuffix(BY_NCCL).partition(":")
+        kind, _, exchange = mesh.replace(BY_NCCL, "").partition(":")
         if kind != "data":
             flags += ["--context_parallel", str(options.ranks), "--context_exchange", exchange]
     return flags + options.flags.split()
@@ -93,12 +95,19 @@ def run_row(options, mesh, attention, T):
     data_parallel = options.ranks if mesh.startswith("data") else 1
     flags, steps = row_flags(options, mesh, attention, T), steps_to_time(options.steps, T)
     result = run_trainer(launch, LLAMA_530M, T, 1, VOCABULARY, flags, steps, options.time_limit, data_parallel)
-    result.update(mesh=mesh, ranks=1 if mesh == "one" else options.ranks, attention=attention, T=T, flags=flags)
+    result.update(mesh=mesh, ranks=1 if mesh == "one" else options.ranks, attention=attention, T=T, flags=flags,
+                  steps_asked=steps)
     output = result.pop("output", "")
     result["transfers"] = transfers_of(output)
     begin = output.find("ms of a step")
     result["profile"] = output[begin:].splitlines() if begin >= 0 else []
     return result
+
+
+def timed_as_asked(options, row):
+    steps = row.get("steps_asked", row["steps"])  # older files have only those timed
+    return row["flags"] == row_flags(options, row["mesh"], row["attention"], row["T"]) and \
+        steps == steps_to_time(options.steps, row["T"])
 
 
 def add_efficiency(rows):
@@ -177,6 +186,41 @@ def plot(rows, ranks, path):
     figure.savefig(path, dpi=120)
 
 
+def print_header():
+    print(f"{'T':>8} {'attention':10} {'mesh':20} {'tokens/s':>10} {'ms':>10} {'efficiency %':>12} {'hidden %':>9} "
+          f"{'GiB':>7}")
+
+
+def print_row(row):
+    def percent(share):
+        return "-" if share is None else f"{100 * share:.1f}"
+
+    print(f"{row['T']:>8} {row['attention']:10} {mesh_label(row['mesh'], row['ranks']):20} "
+          f"{cell(row, 'tokens_per_second', '{:.0f}'):>10} {cell(row, 'ms', '{:.1f}'):>10} "
+          f"{percent(row.get('efficiency')):>12} {percent(attention_hidden(row['transfers'])):>9} "
+          f"{cell(row, 'peak_gib', '{:.2f}'):>7}", flush=True)
+    if row.get("error") or row.get("note"):
+        print(f"         {row.get('error') or row['note']}", flush=True)
+
+
+def show_saved(options):
+    """The table and the plot of --from_json."""
+    rows, machines = {}, set()
+    for path in options.from_json:
+        with open(path) as file:
+            saved = json.load(file)
+        machines.add(f"{saved['ranks']} ranks on {' and '.join(sorted(set(saved['gpus'])))}")
+        rows.update(((row["T"], row["attention"], row["mesh"]), row) for row in saved["rows"] if "ms" in row)
+    if len(machines) > 1:
+        sys.exit(f"--from_json: these cannot be compared: {'; '.join(sorted(machines))}")
+    rows = list(rows.values())
+    add_efficiency(rows)
+    print_header()
+    for row in rows:
+        print_row(row)
+    plot(rows, saved["ranks"], os.path.join(options.out, "ranks.png"))
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2, help="GPUs of a mesh [2]")
@@ -191,42 +235,36 @@ def main():
     parser.add_argument("--flags", default="", help="further flags of the trainer, in one argument")
     parser.add_argument("--keep", action="store_true", help="rows that --out has are not run again")
     parser.add_argument("--out", default=".", help="folder for ranks.json and ranks.png")
+    parser.add_argument("--from_json", nargs="+", metavar="FILE",
+                        help="ranks.json of earlier runs: table and plot of all of them, nothing is run")
     options = parser.parse_args()
     meshes, attentions = [mesh for mesh in options.meshes.split(",") if mesh], options.attention.split(",")
     lengths = [int(T) for T in options.seq_lens.split(",")]
     if not set(meshes) <= set(ALL_MESHES) or not set(attentions) <= {"dense", "lighthouse"} or options.ranks < 2:
         parser.error("--meshes, --attention or --ranks: see --help")
     os.environ.setdefault("NCCL_NVLS_ENABLE", "0")  # multicast over NVLink needs rights that a container may lack
-    require_built(parser, "--train_gpt", options.train_gpt)
+    if not options.from_json:
+        require_built(parser, "--train_gpt", options.train_gpt)
     os.makedirs(options.out, exist_ok=True)
+    if options.from_json:
+        show_saved(options)
+        return 0
     rows, failed = load(options), False
 
-    def show(row):
-        def percent(share):
-            return "-" if share is None else f"{100 * share:.1f}"
-
-        print(f"{row['T']:>8} {row['attention']:10} {mesh_label(row['mesh'], row['ranks']):20} "
-              f"{cell(row, 'tokens_per_second', '{:.0f}'):>10} {cell(row, 'ms', '{:.1f}'):>10} "
-              f"{percent(row.get('efficiency')):>12} {percent(attention_hidden(row['transfers'])):>9} "
-              f"{cell(row, 'peak_gib', '{:.2f}'):>7}", flush=True)
-        if row.get("error") or row.get("note"):
-            print(f"         {row.get('error') or row['note']}", flush=True)
-
-    print(f"{'T':>8} {'attention':10} {'mesh':20} {'tokens/s':>10} {'ms':>10} {'efficiency %':>12} {'hidden %':>9} "
-          f"{'GiB':>7}")
+    print_header()
     for T in lengths:
         for attention in attentions:
             for mesh in ["one"] + meshes:
                 row = next((row for row in rows if (row["T"], row["attention"], row["mesh"]) == (T, attention, mesh)),
                            None)
-                if row is not None and row["flags"] != row_flags(options, mesh, attention, T):
-                    rows.remove(row)  # it was timed with others
+                if row is not None and not timed_as_asked(options, row):
+                    rows.remove(row)
                     row = None
                 if row is None:
                     row = run_row(options, mesh, attention, T)
                     rows.append(row)
                 add_efficiency(rows)
-                show(row)
+                print_row(row)
                 failed = failed or "ms" not in row
                 save(options, rows)
     plot(rows, options.ranks, os.path.join(options.out, "ranks.png"))
