@@ -53,8 +53,9 @@ def main():
         x, y = ours[tensor], theirs[tensor]
         norm = math.sqrt(math.fsum(b * b for b in y))
         distance = math.sqrt(math.fsum((a - b) ** 2 for a, b in zip(x, y)))
-        difference = distance / norm if norm > 0.0 and len(x) == len(y) else math.inf
-        if not difference <= worst:
+        comparable = len(x) == len(y) and norm > 0.0 and distance < math.inf  # of NaN neither is true
+        difference = distance / norm if comparable else math.inf
+        if difference > worst:
             worst, worst_tensor = difference, tensor
     good = good and worst <= LIMIT
     print(f"{len(ours)} gradients, the one that differs most: {worst_tensor} by {worst:.4f}")
