@@ -2,8 +2,9 @@
 """The PyTorch peer of train_gpt: the same Llama, trained the way PyTorch does it best on one GPU.
 
 torch.compile, cuDNN attention through scaled_dot_product_attention, bf16 autocast over float32 weights, fused AdamW,
-gradient clipping; random tokens. Prints one JSON line: tokens/s (median step), peak memory, loss of the first and last
-step.
+gradient clipping. Weights are drawn and decayed as in train_gpt (llmc/parameters.h). The learning rate is constant and
+every step has the same random tokens, neither of which costs or saves time; losses are therefore not train_gpt's.
+Prints one JSON line: tokens/s (median step), peak memory (PyTorch's allocations), loss of the first and last step.
 
     python3 dev/bench/pytorch_llama.py --seq_len 8192 --batch_size 4 --vocab_size 256
 
@@ -12,6 +13,7 @@ of its own, given to train().
 """
 import argparse
 import json
+import math
 import statistics
 import time
 
@@ -79,7 +81,8 @@ class Llama(nn.Module):
         self.classifier = nn.Linear(o.width, o.vocab_size, bias=False)
         for name, weight in self.named_parameters():
             if weight.dim() == 2:
-                nn.init.normal_(weight, std=0.02)
+                writes_residual = name.endswith(("attention_out.weight", "down.weight"))
+                nn.init.normal_(weight, std=0.02 / math.sqrt(2 * o.num_layers) if writes_residual else 0.02)
         if o.tied_embeddings == "true":
             self.classifier.weight = self.embedding.weight
 
@@ -137,8 +140,9 @@ def train(o, make_block):
         model.head = torch.compile(model.head)
     elif o.compile == "model":
         model.compile()
-    decayed = [p for p in model.parameters() if p.dim() == 2]
-    other = [p for p in model.parameters() if p.dim() != 2]
+    decays = lambda p: p.dim() == 2 and p is not model.embedding.weight  # which is the classifier's, too, when tied
+    decayed = [p for p in model.parameters() if decays(p)]
+    other = [p for p in model.parameters() if not decays(p)]
     optimizer = torch.optim.AdamW([{"params": decayed, "weight_decay": 0.1}, {"params": other, "weight_decay": 0.0}],
                                   lr=1e-4, betas=(0.9, 0.95), fused=True)
     times, losses = [], []

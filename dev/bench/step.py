@@ -20,6 +20,9 @@ peak_gib; a field "recompute" is shown. PyTorch's own column stays dense.
 From 262144 tokens on a step takes seconds to minutes: there one step warms up and two are timed, unless --steps says
 otherwise. What has been measured when --time_limit ends a run counts, with a word about it.
 
+GiB of train_gpt are what it planned and took before the first step, without kernels and CUDA's context (about half a
+GiB); of PyTorch the largest sum of its tensors, without these, and without what its allocator holds beyond them.
+
 --from_json merges: of a row that several files have, each program's result is that of the last file which timed it.
 """
 import argparse
@@ -196,7 +199,8 @@ def plot(results, path):
     width = 0.8 / len(programs)
     names = [name for name in results if "ms" in results[name]["train_gpt"]]
     figure, axes = plt.subplots(1, 2, figsize=(13, 0.3 * len(programs) * len(names) + 2), sharey=True)
-    for axis, key, label in ((axes[0], "tokens_per_second", "tokens/s"), (axes[1], "peak_gib", "peak memory, GiB")):
+    for axis, key, label in ((axes[0], "tokens_per_second", "tokens/s"),
+                             (axes[1], "peak_gib", "GiB (train_gpt: planned, PyTorch: most in tensors)")):
         for index, (program, color) in enumerate(programs):
             offset = 0.4 - width * (index + 0.5)  # from above
             values = [(results[name].get(program) or {}).get(key, 0.0) for name in names]
