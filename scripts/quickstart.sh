@@ -2,8 +2,9 @@
 # From a fresh clone to a trained model in one command: installs what is missing, builds, makes a corpus from this
 # system's C and C++ headers, trains a small Llama on it, and samples. With an NVIDIA GPU and nvcc the GPU trainer runs,
 # otherwise the CPU trainer (about three minutes on two cores).
-#   scripts/quickstart.sh [FLAG ...]      flags are handed to the trainer, e.g. --max_steps 1000; --train_data trains on
-#                                         other text
+#   scripts/quickstart.sh [FLAG ...]      flags are handed to the trainer, e.g. --max_steps 1000; --train_data, also in
+#                                         the file of --config, trains on other text
+# Of a --config file the settings count that this script has no flag for below.
 # Relative paths are from the repository's folder, where this goes first.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,7 +25,12 @@ echo "== building $trainer"
 make -s found "$trainer"
 
 data=()
-if [[ " $*" != *" --train_data"* ]]; then
+config=$(printf '%s\n' "$@" | sed -n 's/^--config=//p; /^--config$/ { n; p; }')
+if [[ " $*" == *" --train_data"* ]]; then
+    echo "== on the text that --train_data names"
+elif [ -n "$config" ] && grep -qs '^[[:space:]]*train_data[[:space:]]*=' "$config"; then
+    echo "== on the text that train_data in $config names"
+else
     echo "== making a corpus"
     [ -s build/corpus.txt ] || scripts/make_corpus.sh build/corpus.txt 16
     data=(--train_data build/corpus.txt)
