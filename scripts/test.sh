@@ -3,8 +3,8 @@
 # why. Needs no GPU. Ends with 'N passed, N failed, N skipped'.
 #   scripts/test.sh            everything
 #   scripts/test.sh --no_cuda  without compiling the CUDA code
-# PYTHON names the Python that has torch and transformers, FUZZ_SECONDS how long each fuzzer runs (10), LLMC_GOLDEN_DIR the
-# folder with other implementations' outputs (../shared/golden).
+# PYTHON names the Python that has torch and transformers, FUZZ_SECONDS how long each fuzzer runs (10), LLMC_GOLDEN_DIR
+# a folder with other implementations' outputs, which are not part of the repository.
 set -uo pipefail
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
@@ -18,6 +18,9 @@ esac
 scripts/install_dependencies.sh test || exit 1
 # Threads that wait sleep: spinning, they would take the cores from whatever else runs here.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+# In continuous integration they lie beside the checkout.
+[ -z "${LLMC_GOLDEN_DIR:-}" ] && [ -d ../shared/golden ] && LLMC_GOLDEN_DIR=../shared/golden
+export LLMC_GOLDEN_DIR=${LLMC_GOLDEN_DIR:-}
 passed=0 failed=0 skipped=0 not_run=""
 log=$(mktemp -d)
 
@@ -85,12 +88,11 @@ for script in dev/test/e2e_*.sh; do
 done
 
 echo "== outputs of other implementations"
-golden=${LLMC_GOLDEN_DIR:-../shared/golden}
-if [ -d "$golden" ]; then
-    check hugging_face_llama build/check_hf_golden "$golden/hf_llama_gqa"
-    check published_lighthouse build/check_golden "$golden"/peer_lighthouse_*.safetensors
+if [ -d "$LLMC_GOLDEN_DIR" ]; then
+    check hugging_face_llama build/check_hf_golden "$LLMC_GOLDEN_DIR/hf_llama_gqa"
+    check published_lighthouse build/check_golden "$LLMC_GOLDEN_DIR"/peer_lighthouse_*.safetensors
 else
-    skip golden "there is no $golden (LLMC_GOLDEN_DIR names another folder)"
+    skip golden "LLMC_GOLDEN_DIR '$LLMC_GOLDEN_DIR': names no folder with them"
 fi
 if "$python" -c 'import torch, transformers' 2>/dev/null; then
     check transformers_reads_our_checkpoints "$python" dev/test/check_transformers.py

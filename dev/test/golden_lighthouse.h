@@ -16,11 +16,10 @@
 #include "llmc/reference/lighthouse.h"
 #include "llmc/safetensors.h"
 
-// Where the files are that a checkout does not hold: the folder that LLMC_GOLDEN_DIR names, or else shared/golden
-// beside the checkout that is the working folder.
+// Where the files are, which are not part of the repository; empty: nowhere.
 inline std::string golden_folder() {
     const char* named = std::getenv("LLMC_GOLDEN_DIR");
-    return named != nullptr && *named != '\0' ? named : "../shared/golden";
+    return named != nullptr ? named : "";
 }
 
 // The peer_lighthouse_*.safetensors there, sorted; none where there is no such folder.
@@ -39,7 +38,7 @@ inline std::vector<std::string> golden_lighthouse_files() {
 
 // What a test says when there are none.
 inline std::string no_golden_files() {
-    return format_string("no peer_lighthouse_*.safetensors in %s (LLMC_GOLDEN_DIR names another folder)",
+    return format_string("LLMC_GOLDEN_DIR '%s': names no folder with peer_lighthouse_*.safetensors",
                          golden_folder().c_str());
 }
 

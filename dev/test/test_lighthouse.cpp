@@ -631,55 +631,40 @@ TEST(GoldenReport, PlantedFaultsFail) {
     EXPECT_FALSE(report.passed());
 }
 
-// Sets a variable of the environment, or with null removes it, and the working folder; restores both at the end.
-class Surroundings {
+// Sets a variable of the environment, or with null removes it, and restores it at the end.
+class WithVariable {
   public:
-    Surroundings(const char* name, const char* value, const std::string& folder)
-        : name_(name), folder_(std::filesystem::current_path()) {
+    WithVariable(const char* name, const char* value) : name_(name) {
         if (const char* before = std::getenv(name)) {
             before_ = before;
         }
         set(value);
-        std::filesystem::current_path(folder);
     }
-    ~Surroundings() {
-        std::filesystem::current_path(folder_);
-        set(before_ ? before_->c_str() : nullptr);
-    }
+    ~WithVariable() { set(before_ ? before_->c_str() : nullptr); }
 
   private:
     void set(const char* value) const { value ? setenv(name_, value, 1) : unsetenv(name_); }
 
     const char* name_;
     std::optional<std::string> before_;
-    std::filesystem::path folder_;
 };
 
-TEST(GoldenFiles, AreFoundBesideTheCheckoutOrWhereTheVariableSays) {
+TEST(GoldenFiles, AreWhereTheVariableSays) {
     std::string folder = testing::TempDir() + "llmc_golden_XXXXXX";
     ASSERT_NE(mkdtemp(folder.data()), nullptr);
-    for (const char* name : {"/checkout/inner", "/shared/golden", "/named"}) {
-        std::filesystem::create_directories(folder + name);
-    }
-    for (const char* name :
-         {"/shared/golden/peer_lighthouse_b.safetensors", "/shared/golden/peer_lighthouse_a.safetensors",
-          "/shared/golden/other.safetensors", "/named/peer_lighthouse_c.safetensors"}) {
-        std::ofstream(folder + name) << "x";
-    }
-    using Paths = std::vector<std::string>;
-    for (const char* not_named : {(const char*)nullptr, ""}) {
-        const Surroundings beside("LLMC_GOLDEN_DIR", not_named, folder + "/checkout");
-        EXPECT_EQ(golden_lighthouse_files(), (Paths{"../shared/golden/peer_lighthouse_a.safetensors",
-                                                    "../shared/golden/peer_lighthouse_b.safetensors"}));
+    for (const char* name : {"peer_lighthouse_b.safetensors", "peer_lighthouse_a.safetensors", "other.safetensors"}) {
+        std::ofstream(folder + "/" + name) << "x";
     }
     {
-        const Surroundings named("LLMC_GOLDEN_DIR", (folder + "/named").c_str(), folder + "/checkout");
-        EXPECT_EQ(golden_lighthouse_files(), Paths{folder + "/named/peer_lighthouse_c.safetensors"});
+        const WithVariable named("LLMC_GOLDEN_DIR", folder.c_str());
+        EXPECT_EQ(golden_lighthouse_files(), (std::vector<std::string>{folder + "/peer_lighthouse_a.safetensors",
+                                                                       folder + "/peer_lighthouse_b.safetensors"}));
     }
-    {
-        const Surroundings nowhere("LLMC_GOLDEN_DIR", nullptr, folder + "/checkout/inner");
+    const std::string nowhere = folder + "/nowhere";
+    for (const char* none : {(const char*)nullptr, "", nowhere.c_str()}) {
+        const WithVariable named("LLMC_GOLDEN_DIR", none);
         EXPECT_TRUE(golden_lighthouse_files().empty());
-        EXPECT_NE(no_golden_files().find("in ../shared/golden "), std::string::npos);
+        EXPECT_NE(no_golden_files().find(none ? "'" + std::string(none) + "'" : "''"), std::string::npos);
     }
     std::filesystem::remove_all(folder);
 }
