@@ -4,9 +4,33 @@
 #   scripts/install_dependencies.sh         what the trainers need
 #   scripts/install_dependencies.sh test    and what the tests need
 #   scripts/install_dependencies.sh fuzz    a clang that builds fuzzers
+#   scripts/install_dependencies.sh cuobjdump   prints where it is; where the CUDA toolkit lacks it, it comes out of two
+#                                           packages of Python's (PYTHON names one), into build/tools
 set -euo pipefail
 
+usage() { sed -n 's/^#   //p' "$0"; }
 want=${1:-train}
+[ $# -le 1 ] || want="$*"
+case $want in
+train | test | fuzz | cuobjdump) ;;
+-h | --help) usage; exit 0 ;;
+*) echo "install_dependencies: '$want': there are" >&2; usage >&2; exit 2 ;;
+esac
+if [ "$want" = cuobjdump ]; then
+    tools=$(dirname "$0")/../build/tools
+    find_cuobjdump() {
+        local program
+        for program in "$(command -v cuobjdump)" /usr/local/cuda/bin/cuobjdump "$tools"/nvidia/*/bin/cuobjdump; do
+            [ -x "$program" ] && echo "$program" && return
+        done
+        return 1
+    }
+    find_cuobjdump || {
+        "${PYTHON:-python3}" -m pip install -q --target "$tools" nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm >/dev/null 2>&1 &&
+            find_cuobjdump
+    }
+    exit
+fi
 missing=()
 
 # need COMMAND|HEADER PACKAGE-on-Debian on-Fedora on-Arch
@@ -50,13 +74,21 @@ fi
 if command -v apt-get >/dev/null; then
     column=1 update="apt-get update -qq" install="apt-get install -y -qq --no-install-recommends"
 elif command -v dnf >/dev/null; then
-    column=2 update=true install="dnf install -y -q"
+    column=2 update="" install="dnf install -y -q"
 elif command -v pacman >/dev/null; then
     column=3 update="pacman -Sy --noconfirm" install="pacman -S --noconfirm --needed"
 else
     column=1 update="" install=""
 fi
 packages=$(printf '%s\n' "${missing[@]}" | cut -d' ' -f$column | sort -u | tr '\n' ' ')
+# On Debian the library of fuzzers may be a package of its own, as far as the lists of packages at hand say.
+add_fuzzer_library() {
+    if [ "$want" = fuzz ] && apt-cache show libclang-rt-dev >/dev/null 2>&1; then
+        packages+="libclang-rt-dev "
+    fi
+}
+# line AS_ROOT: what installs them, to be typed.
+line() { echo "    ${update:+$1$update && }$1$install $packages"; }
 if [ -z "$install" ]; then
     echo "These are missing, and this system has no package manager known here (apt-get, dnf, pacman): $packages" >&2
     exit 1
@@ -66,26 +98,28 @@ if [ "$(id -u)" -eq 0 ]; then
 elif command -v sudo >/dev/null && sudo -n true 2>/dev/null; then
     as_root="sudo "
 else
+    add_fuzzer_library
     echo "Missing packages. Run this, then start again:" >&2
-    echo "    sudo $install $packages" >&2
+    line "sudo " >&2
     exit 1
 fi
 echo "Installing: $packages"
 export DEBIAN_FRONTEND=noninteractive
 # shellcheck disable=SC2086  # the lists are words
 install_packages() {
-    $as_root$update || return
-    # Where the library of fuzzers is a package of its own.
-    if [ "$want" = fuzz ] && apt-cache show libclang-rt-dev >/dev/null 2>&1; then
-        packages+="libclang-rt-dev"
-    fi
+    [ -z "$update" ] || $as_root$update || return
+    add_fuzzer_library
     $as_root$install $packages
 }
 log=$(mktemp)
 install_packages >"$log" 2>&1 || {
     tail -5 "$log" >&2
-    echo "The package manager failed; its log is $log. The line that failed:" >&2
-    echo "    $as_root$install $packages" >&2
+    echo "The package manager failed; its log is $log. What it was asked:" >&2
+    line "$as_root" >&2
     exit 1
 }
 rm -f "$log"
+if [ "$want" = fuzz ] && ! fuzzers_link; then
+    echo "clang is there, but cannot link a fuzzer" >&2
+    exit 1
+fi

@@ -7,10 +7,6 @@
 # terminal are passed on once, and the ranks are waited for: they finish their step and write a checkpoint. For several
 # machines: scripts/slurm_train.sh.
 set -uo pipefail
-if [ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -lt 501 ]; then
-    echo "spawn_ranks: needs bash 5.1 or newer, this is $BASH_VERSION" >&2
-    exit 2
-fi
 case ${1:-} in
 '' | 0* | -h | --help | *[!0-9]*) sed -n 's/^#   //p' "$0"; exit 2 ;;
 esac
@@ -19,6 +15,10 @@ size=$1
 shift
 grace=${SPAWN_GRACE:-30}
 [[ $grace =~ ^[0-9]{1,6}$ ]] || { echo "spawn_ranks: SPAWN_GRACE '$grace': must be whole seconds" >&2; exit 2; }
+if [ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -lt 501 ]; then
+    echo "spawn_ranks: needs bash 5.1 or newer, this is $BASH_VERSION" >&2
+    exit 2
+fi
 LLMC_RENDEZVOUS=$(mktemp -u "${TMPDIR:-/tmp}/llmc_rendezvous.XXXXXXXX")
 export LLMC_RENDEZVOUS LLMC_WORLD_SIZE=$size
 

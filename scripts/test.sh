@@ -40,6 +40,9 @@ check() {
         tail -40 "$log/out" | sed 's/^/     /'
     fi
 }
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
+old_bash="scripts/spawn_ranks.sh needs bash 5.1, this is $BASH_VERSION"
+spawns_ranks() { [ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -ge 501 ]; }
 # skip NAME REASON
 skip() {
     skipped=$((skipped + 1))
@@ -72,18 +75,28 @@ else
 fi
 
 echo "== ranks in processes of their own"
-check ranks_without_mpi scripts/spawn_ranks.sh 4 build/mpi_comm
-if command -v mpirun >/dev/null; then
+if spawns_ranks; then
+    check ranks_without_mpi scripts/spawn_ranks.sh 4 build/mpi_comm
+else
+    skip ranks_without_mpi "$old_bash"
+fi
+if ! command -v mpirun >/dev/null; then
+    skip ranks_under_mpi "no mpirun here"
+elif [[ $(mpirun --version 2>&1) != *"Open MPI"* ]]; then
+    skip ranks_under_mpi "$(command -v mpirun) is not Open MPI's"
+else
     as_root=()
     [ "$(id -u)" -eq 0 ] && as_root=(--allow-run-as-root)
     check ranks_under_mpi mpirun "${as_root[@]}" --oversubscribe -np 4 build/mpi_comm
-else
-    skip ranks_under_mpi "no mpirun here"
 fi
 
 echo "== end to end"
 for script in dev/test/e2e_*.sh; do
     [ "$script" = dev/test/e2e_ranks.sh ] && continue # needs a GPU, below
+    if [ "$script" = dev/test/e2e_spawn_ranks.sh ] && ! spawns_ranks; then
+        skip e2e_spawn_ranks "$old_bash"
+        continue
+    fi
     check "$(basename "$script" .sh)" bash "$script"
 done
 
@@ -109,23 +122,24 @@ else
     # For this machine's GPU or, without one, sm_80 and sm_90a.
     check build_cuda_trainer make -s -j"$(nproc)" train_gpt test_gpt
     check build_cuda_dev make -s -j"$(nproc)" dev
-    # Of the toolkit or, where it lacks it, a package of Python's.
-    find_cuobjdump() {
-        ls "$(command -v cuobjdump)" /usr/local/cuda/bin/cuobjdump build/tools/nvidia/*/bin/cuobjdump 2>/dev/null | head -1
-    }
-    [ -n "$(find_cuobjdump)" ] ||
-        "$python" -m pip install -q --target build/tools nvidia-cuda-cuobjdump nvidia-cuda-nvdisasm >/dev/null 2>&1
-    if [ -n "$(find_cuobjdump)" ]; then
-        CUOBJDUMP=$(find_cuobjdump) check divergent_collectives "$python" dev/test/check_divergence.py train_gpt test_gpt
+    if ! command -v "$python" >/dev/null; then
+        skip divergent_collectives "no $python here (PYTHON=... names another)"
+    elif cuobjdump=$(PYTHON=$python scripts/install_dependencies.sh cuobjdump); then
+        CUOBJDUMP=$cuobjdump check divergent_collectives "$python" dev/test/check_divergence.py train_gpt test_gpt
     else
-        skip divergent_collectives "no cuobjdump, which comes with the CUDA toolkit"
+        skip divergent_collectives "no cuobjdump, which comes with the CUDA toolkit, and it could not be installed"
     fi
+    check fit bash dev/test/fit.sh
     # The programs start without a GPU, and say in one sentence that they need one.
-    check train_gpt_without_gpu bash dev/test/no_gpu.sh
+    if has_gpu; then
+        skip train_gpt_without_gpu "there is a GPU here"
+    else
+        check train_gpt_without_gpu bash dev/test/no_gpu.sh
+    fi
 fi
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
+if has_gpu; then
     check gpu_check scripts/gpu_check.sh
-    check e2e_ranks bash dev/test/e2e_ranks.sh
+    if spawns_ranks; then check e2e_ranks bash dev/test/e2e_ranks.sh; else skip e2e_ranks "$old_bash"; fi
 else
     skip gpu_check "no NVIDIA GPU here; $(scripts/gpu_check.sh --stale)"
     skip e2e_ranks "no NVIDIA GPU here"
