@@ -3,8 +3,8 @@
 # of Lighthouse attention varied, each run switched to dense attention at the same step, and prints a table.
 #   TRAIN_DATA='corpus/*.txt' scripts/sweep.sh topk|pool|levels|scorer [VALUE,VALUE,...] [FLAG ...]
 # FLAGs go to every run and win. STEPS (600), SWITCH (400: the step at which attention becomes dense), SEQ_LEN (32768),
-# TRAINER (./train_gpt) and OUTPUT_DIR (runs/sweep_AXIS, which must hold no sweep yet) come from the environment. The
-# default model has 26 M parameters.
+# TRAINER (./train_gpt) and OUTPUT_DIR (runs/sweep_AXIS, which must hold no sweep yet) come from the environment, and as
+# FLAGs are refused. The default model has 26 M parameters.
 # A value whose geometry SEQ_LEN does not allow is refused by the trainer and listed as such; the others run.
 #   TRAIN_DATA=build/corpus.txt scripts/sweep.sh topk 256,512,1024 --num_layers 12
 # Relative paths are from the repository's folder, where this goes first.
@@ -30,7 +30,20 @@ esac
 : "${TRAIN_DATA:?set TRAIN_DATA to the text files to train on, e.g. TRAIN_DATA='corpus/*.txt'}"
 if [ $# -ge 1 ] && [[ $1 != --* ]]; then values=$1 && shift; fi
 [[ $values =~ ^[A-Za-z0-9_]+(,[A-Za-z0-9_]+)*$ ]] || { echo "sweep: '$values': must be values with commas between them" >&2; exit 2; }
-[[ " $*" != *" --train_data"* ]] || { echo "sweep: --train_data: TRAIN_DATA names the text" >&2; exit 2; }
+# The table says what these variables say.
+for flag in "$@"; do
+    case ${flag%%=*} in
+    --train_data) variable=TRAIN_DATA ;;
+    --seq_len) variable=SEQ_LEN ;;
+    --max_steps) variable=STEPS ;;
+    --lighthouse_steps) variable=SWITCH ;;
+    --output_dir) variable=OUTPUT_DIR ;;
+    "--lighthouse_$axis") echo "sweep: $flag: it is what this sweep varies" >&2; exit 2 ;;
+    *) continue ;;
+    esac
+    echo "sweep: ${flag%%=*}: set $variable in the environment instead" >&2
+    exit 2
+done
 output=${OUTPUT_DIR:-runs/sweep_$axis}
 for made in table.md ${values//,/ }; do
     [ ! -e "$output/$made" ] || { echo "sweep: $output/$made is there already: move it away, or name another folder with OUTPUT_DIR" >&2; exit 1; }
@@ -65,7 +78,7 @@ for value in ${values//,/ }; do
     # Tokens/s: the median of the steps under each attention.
     speed() { grep '"event":"step"' "$metrics" | grep "\"attention\":\"$1\"" | grep -o '"tokens_per_second":[^,}]*' | cut -d: -f2 |
         sort -g | awk '{ a[NR] = $1 } END { if (NR) printf "%.0f", a[int((NR + 1) / 2)]; else print "-" }'; }
-    at_switch=$(grep '"event":"validation"' "$metrics" | grep "\"step\":$switch[,}]" | head -1)
+    at_switch=$(grep '"event":"validation"' "$metrics" | grep "\"step\":${switch}[,}]" | head -1)
     last=$(grep '"event":"validation"' "$metrics" | tail -1)
     row="| $value | $sub_sequence | $(speed lighthouse) | $(speed dense) | $(loss "$at_switch" loss) |"
     row+=" $(loss "$at_switch" dense_loss) | $(loss "$last" dense_loss) |"

@@ -142,7 +142,10 @@ script_refused "a sweep where one is already" "sweep/2 is there already" "${swee
 [ -e "$work/sweep/2/mine" ] && ok "which stays" || bad "a sweep removed $work/sweep/2"
 script_refused "a sweep over another folder" "values with commas" "${sweep[@]}" scripts/sweep.sh levels ../sweep
 script_refused "a sweep that never becomes dense" "SWITCH 9: must be below STEPS 4" "${sweep[@]}" STEPS=4 SWITCH=9 scripts/sweep.sh pool
+script_refused "a sweep's length as a flag" "--seq_len: set SEQ_LEN in the environment" "${sweep[@]}" scripts/sweep.sh pool --seq_len 64
+script_refused "what a sweep varies as a flag" "--lighthouse_pool=2: it is what this sweep varies" "${sweep[@]}" scripts/sweep.sh pool --lighthouse_pool=2
 script_refused "a corpus in place of a folder" "is no file that could be replaced" scripts/make_corpus.sh "$work/sweep" 1
+script_refused "dependencies of what there is not" "'gpu': there are" scripts/install_dependencies.sh gpu
 script_refused "a grace that is no number" "SPAWN_GRACE 'x'" env SPAWN_GRACE=x scripts/spawn_ranks.sh 2 true
 
 refused "a batch that no memory holds" "not enough (GPU )?memory: this run needs [0-9.]+ GiB" "${data[@]}" "${shape[@]}" --seq_len 2047 --batch_size 1048576 --output_dir "$work/a"
