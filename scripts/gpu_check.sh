@@ -16,7 +16,8 @@
 # BUILD and BIN say where the programs are, as for make: build/dev/* and ./test_gpt, ./train_gpt, ./train_gpt_cpu unless
 # set. JOBS: programs at a time.
 set -uo pipefail
-cd "$(dirname "$0")/.."
+unset CDPATH # which cd would follow
+cd "$(dirname "$0")/.." || exit 1
 record=dev/gpu_check.txt
 programs_dir=${BUILD:-build}/dev
 # The programs that take longest under the sanitizer, beside test_gpt.

@@ -6,6 +6,7 @@
 # A rank that fails ends the job; start it again with --resume, on as many GPUs as there are then.
 # Relative paths are from the repository's folder, where this goes first.
 set -euo pipefail
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/.."
 case ${1:-} in
 '' | 0* | -h | --help | *[!0-9]*) sed -n 's/^#   //p' "$0"; exit 2 ;;

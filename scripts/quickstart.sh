@@ -7,6 +7,7 @@
 # Of a --config file the settings count that this script has no flag for below.
 # Relative paths are from the repository's folder, where this goes first.
 set -euo pipefail
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/.."
 
 scripts/install_dependencies.sh train

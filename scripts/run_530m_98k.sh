@@ -9,6 +9,7 @@
 #   TRAIN_DATA='corpus/*.txt' scripts/run_530m_98k.sh [FLAG ...]      flags are handed to train_gpt and win
 # Relative paths are from the repository's folder, where this goes first.
 set -euo pipefail
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/.."
 
 : "${TRAIN_DATA:?set TRAIN_DATA to the text files to train on, e.g. TRAIN_DATA='corpus/*.txt'}"

@@ -10,7 +10,8 @@
 # Relative paths are from the repository's folder, where this goes first.
 set -uo pipefail
 export LC_ALL=C # numbers with a decimal point
-cd "$(dirname "$0")/.."
+unset CDPATH # which cd would follow
+cd "$(dirname "$0")/.." || exit 1
 
 usage() { sed -n 's/^#   //p' "$0" >&2; exit 2; }
 [ $# -ge 1 ] || usage

@@ -6,6 +6,7 @@
 # PYTHON names the Python that has torch and transformers, FUZZ_SECONDS how long each fuzzer runs (10), LLMC_GOLDEN_DIR
 # a folder with other implementations' outputs, which are not part of the repository.
 set -uo pipefail
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/.." || exit 1
 python=${PYTHON:-python3}
 cuda=yes

@@ -3,6 +3,7 @@
 # says, what --stale makes of it, what --resume runs, and what it leaves when it is ended. Needs no GPU.
 set -uo pipefail
 export LC_ALL=C # numbers with a decimal point
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/../.." || exit 1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -4,6 +4,7 @@
 #   dev/test/e2e_quickstart.sh
 set -euo pipefail
 export LC_ALL=C # numbers with a decimal point
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/../.."
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -10,6 +10,7 @@
 # last two: auto (the copy engines and NCCL) and nccl.
 set -uo pipefail
 export LC_ALL=C # numbers with a decimal point
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/../.." || exit 1
 trainer=${1:-./train_gpt}
 parts=" ${PARTS:-meshes lighthouse failures nccl nccl_failures} "

@@ -2,6 +2,7 @@
 # scripts/spawn_ranks.sh with ranks that end well, fail, stand still, and are stopped: its status, and that none of them lives on.
 set -uo pipefail
 export LC_ALL=C # numbers with a decimal point
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/../.." || exit 1
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

@@ -5,6 +5,7 @@
 #   dev/test/e2e_train.sh ./train_gpt     the same on a GPU, --deterministic
 set -uo pipefail
 export LC_ALL=C # numbers with a decimal point
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/../.." || exit 1
 # These models are too small to share among threads.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}

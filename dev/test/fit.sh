@@ -2,6 +2,7 @@
 # train_gpt --fit for a GPU of a given size, which none need have: what it says fits does, and a step more does not.
 set -euo pipefail
 export LC_ALL=C # numbers with a decimal point
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/../.."
 [ -x train_gpt ] || { echo "./train_gpt is not built: make cuda"; exit 1; }
 work=$(mktemp -d)

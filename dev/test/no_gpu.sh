@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The GPU programs on a machine without a GPU: --help works, and a run ends with one sentence and a non-zero status.
 set -euo pipefail
+unset CDPATH # which cd would follow
 cd "$(dirname "$0")/../.."
 if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; then
     echo "this machine has a GPU, so this tests nothing"
