@@ -37,7 +37,7 @@ struct RunConfig {
     // ---- training
     int64_t seq_len = 256;     // T
     int batch_size = 8;        // B: sequences of one forward and backward pass
-    int64_t global_batch = 0;  // sequences of one optimizer step; 0: batch_size
+    int64_t global_batch = 0;  // sequences of one optimizer step; 0: batch_size times data-parallel ranks
     int64_t max_steps = 400;   // 0: only evaluate
     uint64_t seed = 0;         // of initial weights and samples
     int64_t max_skipped = 10;  // steps in a row with a non-finite loss or gradient norm before the run stops

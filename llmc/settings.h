@@ -97,7 +97,8 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     group = "Training";
     add("seq_len", c.seq_len, "tokens of a sequence");
     add("batch_size", c.batch_size, "sequences of one forward and backward pass");
-    add("global_batch", c.global_batch, "sequences of one optimizer step (gradients accumulate); 0: --batch_size");
+    add("global_batch", c.global_batch,
+        "sequences of a step (gradients accumulate); 0: --batch_size x data-parallel ranks");
     add("max_steps", c.max_steps, "optimizer steps in all; 0: only evaluate, and sample if --sample_prompt is given");
     add("seed", c.seed, "of initial weights and samples");
     add("max_skipped", c.max_skipped, "steps in a row with a non-finite loss or gradient norm that stop the run");
