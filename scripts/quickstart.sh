@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # From a fresh clone to a trained model in one command: installs what is missing, builds, makes a corpus from this
-# system's C and C++ headers, trains a small Llama on it, and samples. With an NVIDIA GPU and nvcc the GPU trainer runs,
-# otherwise the CPU trainer (about three minutes on two cores).
+# system's C and C++ headers, trains a small Llama on it, and samples. With an NVIDIA GPU (Ampere or newer) and nvcc the
+# GPU trainer runs, otherwise the CPU trainer (about three minutes on two cores).
 #   scripts/quickstart.sh [FLAG ...]      flags are handed to the trainer, e.g. --max_steps 1000; --train_data, also in
 #                                         the file of --config, trains on other text
 # Of a --config file the settings count that this script has no flag for below.
@@ -14,7 +14,9 @@ scripts/install_dependencies.sh train
 # Threads that wait sleep: spinning, they would take the cores from whatever else runs here.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
-if command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1 && { command -v nvcc || [ -x /usr/local/cuda/bin/nvcc ]; } >/dev/null; then
+# Of compute capability 8.0 or more: the kernels run on no other.
+has_gpu() { nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | awk '$1 >= 8 { n++ } END { exit !n }'; }
+if has_gpu && { command -v nvcc || [ -x /usr/local/cuda/bin/nvcc ]; } >/dev/null; then
     trainer=train_gpt
     settings=(--num_layers 6 --width 384 --num_heads 6 --num_kv_heads 6 --head_dim 64 --ffn_width 1024
         --seq_len 1024 --batch_size 16 --max_steps 1000 --learning_rate 1e-3 --warmup_steps 50 --sample_every 500)
