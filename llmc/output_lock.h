@@ -20,12 +20,12 @@ class OutputLock {
     // that has no locks is no reason not to train there: see warning(). lock: flock(), or what a test puts in its
     // place.
     explicit OutputLock(const std::string& output_dir, int (*lock)(int, int) = flock) {
-        const std::string path = output_dir + "/.lock";
+        const std::string path = lock_path(output_dir);
         // For writing: network file systems ask for it. Not for programs that this one may start.
         file_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0666);
         CHECK(file_ >= 0, "--output_dir %s: cannot open %s: %s", output_dir.c_str(), path.c_str(),
               std::strerror(errno));
-        if (stat(output_dir.c_str(), &folder_) != 0) {
+        if (stat(output_dir.c_str(), &folder_) != 0 || fstat(file_, &locked_) != 0) {
             const int error = errno;
             close(file_);
             fail("--output_dir %s: cannot look there: %s", output_dir.c_str(), std::strerror(error));
@@ -66,15 +66,22 @@ class OutputLock {
         file_ = -1;
     }
     // Whether the folder of that name is still the one that was locked.
-    bool is_of(const std::string& output_dir) const {
-        struct stat now;
-        return stat(output_dir.c_str(), &now) == 0 && now.st_dev == folder_.st_dev && now.st_ino == folder_.st_ino;
+    bool is_of(const std::string& output_dir) const { return is_at(output_dir, folder_); }
+    // Whether another process that wants it comes upon this lock: not where its file has been removed.
+    bool holds(const std::string& output_dir) const {
+        return is_of(output_dir) && is_at(lock_path(output_dir), locked_);
     }
     // A sentence for the user when there is no lock after all; empty when there is.
     const std::string& warning() const { return warning_; }
 
   private:
+    static std::string lock_path(const std::string& output_dir) { return output_dir + "/.lock"; }
+    static bool is_at(const std::string& path, const struct stat& what) {
+        struct stat now;
+        return stat(path.c_str(), &now) == 0 && now.st_dev == what.st_dev && now.st_ino == what.st_ino;
+    }
+
     int file_;
-    struct stat folder_;
+    struct stat folder_, locked_;  // the folder, and the lock's file in it
     std::string warning_;
 };

@@ -722,21 +722,28 @@ class TrainingRun {
 
     // Before a checkpoint is written into it. Where someone has removed or moved the folder, it is made again and
     // locked like the first, unless it is another run's, whose checkpoints must not be pruned; and it gets again what
-    // --resume needs. Rank 0 alone calls it.
+    // --resume needs, as does one that lacks its settings or the lock's file alone. Rank 0 alone calls it.
     void hold_output_folder() {
-        const std::string& folder = config_.output_dir;
+        const std::string &folder = config_.output_dir, settings = saved_settings_path(folder);
         std::error_code error;
-        if (output_lock_ && !output_lock_->is_of(folder)) {
+        if (output_lock_ && !output_lock_->holds(folder)) {
+            const bool is_same = output_lock_->is_of(folder);  // without the lock's file
             std::filesystem::create_directories(folder, error);
             CHECK(!error, "--output_dir %s: cannot make this folder: %s", folder.c_str(), error.message().c_str());
-            output_lock_->release();  // the folder that is gone
+            output_lock_->release();
             output_lock_ = lock_output(config_);
-            CHECK(!holds_a_run(folder),
+            CHECK(is_same || !holds_a_run(folder),
                   "--output_dir %s has been removed or moved, and is another run's folder now: this run's next "
                   "checkpoint has no place",
                   folder.c_str());
         }
-        if (metrics_ && !std::filesystem::exists(saved_settings_path(folder), error) && !error) {
+        if (!metrics_ || std::filesystem::exists(settings, error) || error) {
+            return;
+        }
+        if (checkpoint::exists(folder + "/metrics.jsonl")) {
+            warn(settings + " has been removed: it is made again");
+            write_settings();
+        } else {
             warn(
                 format_string("--output_dir %s has been removed or moved: it is made again, and metrics.jsonl begins "
                               "anew",

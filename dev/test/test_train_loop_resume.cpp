@@ -309,6 +309,41 @@ TEST_F(TrainLoop, AFolderThatIsRemovedIsMadeAndLockedAgain) {
     EXPECT_EQ(after.num_updates, 2);
 }
 
+TEST_F(TrainLoop, SettingsThatAreRemovedAreMadeAgain) {
+    FakeModel model(config_.model);
+    model.on_update = [&](int n) { n == 3 ? std::filesystem::remove(saved_settings_path(config_.output_dir)) : false; };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_NE(err_.find("/settings.toml has been removed: it is made again"), std::string::npos) << err_;
+    EXPECT_EQ(err_.find("metrics.jsonl"), std::string::npos) << err_;
+    EXPECT_TRUE(std::filesystem::exists(saved_settings_path(config_.output_dir)));
+    EXPECT_EQ(losses().size(), 8u) << "metrics go on";
+}
+
+// Whoever has removed the lock's file could start a second run there.
+TEST_F(TrainLoop, ALockWhoseFileIsRemovedIsTakenAgain) {
+    config_.checkpoint_every = 4;
+    FakeModel model(config_.model), other(config_.model);
+    model.on_update = [&](int n) { n == 3 ? std::filesystem::remove(config_.output_dir + "/.lock") : false; };
+    model.on_evaluate = [&] { EXPECT_THROW(OutputLock second(config_.output_dir), Error) << "behind a checkpoint"; };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_EQ(err_, "");
+    EXPECT_EQ(events("checkpoint").size(), 2u);
+
+    RunConfig longer = resumed(config_);
+    longer.max_steps += 4;
+    std::optional<OutputLock> second;
+    other.on_update = [&](int n) {
+        if (n == 3) {
+            std::filesystem::remove(config_.output_dir + "/.lock");
+            second.emplace(config_.output_dir);
+        }
+    };
+    EXPECT_THROW(run(other, longer), Error);
+    testing::internal::GetCapturedStdout();
+    testing::internal::GetCapturedStderr();
+    EXPECT_EQ(checkpoint::list(config_.output_dir).size(), 2u);
+}
+
 TEST_F(TrainLoop, ARunThatIsOverIsNotWrittenToAgain) {
     FakeModel model(config_.model), after(config_.model);
     EXPECT_EQ(run(model, config_), 0);
