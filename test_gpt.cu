@@ -333,6 +333,7 @@ static void test_resume(Checks& checks, const Case& c, Offload offload, bool sma
         run.model = c.config;
         TrainingState state;
         state.step = state.adam_step = saved_step;
+        fs::create_directories(folder);
         const std::string saved = save_checkpoint(*first, state, run, weights_bf16, folder.string());
         const auto second = make_model(c, Recompute::none, true, random_weights(c, checks.seed + 50), offload);
         const TrainingState loaded = load_checkpoint(*second, saved);

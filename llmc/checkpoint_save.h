@@ -279,8 +279,9 @@ struct OptimizerFiles {
 
 // ---- what a run calls --------------------------------------------------------------------------
 
-// Writes a checkpoint of `state.step` into `output_dir` (made when missing) and returns its folder; then removes those
-// that --keep_checkpoints does not keep, unless steps are being skipped: then these weights may be what is wrong.
+// Writes a checkpoint of `state.step` into `output_dir`, which exists (one that is not there any more is not made anew:
+// its lock and settings would be missing), and returns its folder; then removes those that --keep_checkpoints does not
+// keep, unless steps are being skipped: then these weights may be what is wrong.
 // weights_bf16: model.safetensors in bfloat16, the float32 master beside it.
 // Holds one tensor at a time. All ranks call it: each writes its part of the optimizer's state, rank 0 the rest. Throws
 // Error, on all ranks, when anything fails on any: what was there before then still is. companions: what lies beside
@@ -295,9 +296,6 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
     std::optional<checkpoint::Companions> companions_now;
     std::optional<checkpoint::PartialFolder> partial;
     const auto make_folder = [&]() -> std::string {
-        std::error_code error;
-        std::filesystem::create_directories(output_dir, error);
-        CHECK(!error, "--output_dir %s: cannot make this folder: %s", output_dir.c_str(), error.message().c_str());
         checkpoint::remove_leftovers(output_dir);
         if (companions == nullptr) {
             const int64_t V = model.config().vocab_size;

@@ -705,6 +705,21 @@ class TrainingRun {
             return;
         }
         const Clock::time_point start = Clock::now();
+        try {
+            write_checkpoint();
+        } catch (const Error&) {
+            if (!has_lost_folder()) {
+                throw;
+            }
+            write_checkpoint();
+        }
+        saved_step_ = state_.step;
+        terminal_.print(format_string("step %lld | checkpoint %s, %.1f s", (long long)state_.step, checkpoint_.c_str(),
+                                      seconds_since(start)));
+        log("checkpoint", {{"path", checkpoint_}, {"seconds", seconds_since(start)}});
+    }
+
+    void write_checkpoint() {
         const auto hold = [&]() -> std::string {
             hold_output_folder();
             return "";
@@ -714,10 +729,16 @@ class TrainingRun {
             config_.save_dtype == SaveDtype::bf16 || (config_.save_dtype == SaveDtype::automatic && device_.is_gpu);
         checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
                                       checkpoint::OPTIMIZER_SHARD_BYTES, ranks_, companions_ ? &*companions_ : nullptr);
-        saved_step_ = state_.step;
-        terminal_.print(format_string("step %lld | checkpoint %s, %.1f s", (long long)state_.step, checkpoint_.c_str(),
-                                      seconds_since(start)));
-        log("checkpoint", {{"path", checkpoint_}, {"seconds", seconds_since(start)}});
+    }
+    // Whether a save failed because someone removed or moved the folder meanwhile, or is about to: the lock's file may
+    // go first. All ranks ask, as all have failed; where they cannot, what went wrong first is what to say.
+    bool has_lost_folder() const {
+        try {
+            const int lost = output_lock_ && !output_lock_->holds(config_.output_dir);
+            return (ranks_.size() == 1 ? lost : ranks_.largest(lost, "whether the output folder is there")) != 0;
+        } catch (const Error&) {
+            return false;
+        }
     }
 
     // Before a checkpoint is written into it. Where someone has removed or moved the folder, it is made again and

@@ -147,13 +147,17 @@ class Checkpoint : public testing::Test {
   protected:
     void SetUp() override {
         ASSERT_NE(mkdtemp(folder_.data()), nullptr);
-        run_ = folder_ + "/run";
+        run_ = make_folder("run");
         config_.keep_checkpoints = 0;
         state_.step = 400, state_.adam_step = 397, state_.data_position = ((int64_t)1 << 40) + 3, state_.skipped = 3;
         state_.skipped_in_a_row = 1, state_.data = "1 file of bytes";
     }
     void TearDown() override { EXPECT_EQ(std::system(("rm -rf '" + folder_ + "'").c_str()), 0); }
 
+    std::string make_folder(const std::string& name) const {
+        fs::create_directory(folder_ + "/" + name);
+        return folder_ + "/" + name;
+    }
     std::string save(StateModel& model, int64_t step, bool bf16 = false) {
         TrainingState state = state_;
         state.step = step, state.adam_step = state.skipped = state.skipped_in_a_row = 0;

@@ -17,6 +17,7 @@ TEST_F(Checkpoint, ComesBackBitForBit) {
         for (const bool bf16 : {false, true}) {
             for (const uint64_t shard_bytes : {(uint64_t)1, (uint64_t)3000, checkpoint::OPTIMIZER_SHARD_BYTES}) {
                 fs::remove_all(run_);
+                make_folder("run");
                 StateModel model(small_model(tied), 1), loaded(small_model(tied), 0);
                 const std::string folder = save_checkpoint(model, state_, config_, bf16, run_, shard_bytes);
                 EXPECT_EQ(folder, run_ + "/step00000400");
@@ -68,7 +69,7 @@ TEST_F(Checkpoint, IsAHuggingFaceFolder) {
     EXPECT_EQ(weights.at("lm_head.weight").shape, (std::vector<uint64_t>{11, 8}));
 
     StateModel tied(small_model(true), 2);
-    const std::string tied_folder = save_checkpoint(tied, state_, config_, false, folder_ + "/tied");
+    const std::string tied_folder = save_checkpoint(tied, state_, config_, false, make_folder("tied"));
     EXPECT_EQ(SafetensorsFile(tied_folder + "/model.safetensors").find("lm_head.weight"), nullptr);
 }
 
@@ -111,10 +112,10 @@ TEST_F(Checkpoint, ByteVocabularyHasItsTokenizer) {
     EXPECT_EQ(tokenizer["model"]["vocab"]["\u00ff"], 255);
 
     config_.byte_markers = false;
-    folder = save_checkpoint(model, state_, config_, false, folder_ + "/unmarked");
+    folder = save_checkpoint(model, state_, config_, false, make_folder("unmarked"));
     EXPECT_TRUE(read_json(folder + "/config.json")["bos_token_id"].is_null());
     EXPECT_TRUE(read_json(folder + "/tokenizer.json")["post_processor"].is_null());
-    folder = save_checkpoint(other, state_, config_, false, folder_ + "/other");
+    folder = save_checkpoint(other, state_, config_, false, make_folder("other"));
     EXPECT_TRUE(read_json(folder + "/config.json")["eos_token_id"].is_null());
     EXPECT_FALSE(fs::exists(folder + "/tokenizer.json")) << "which tokenizer is not known";
 }
@@ -136,7 +137,7 @@ TEST_F(Checkpoint, CompanionsFollowTheData) {
 // A model that is extended takes longer texts than its tokenizer's settings say; all else in them stays.
 TEST_F(Checkpoint, TheTokenizerTakesTextsAsLongAsTheModel) {
     StateModel model(small_model(true), 1);
-    const std::string start = save_checkpoint(model, state_, config_, false, folder_ + "/start");
+    const std::string start = save_checkpoint(model, state_, config_, false, make_folder("start"));
     fs::remove(start + "/manifest.json");
     const auto lengths = [&](const std::string& text) {
         write_bytes(start + "/tokenizer_config.json", text);
@@ -154,7 +155,7 @@ TEST_F(Checkpoint, TheTokenizerTakesTextsAsLongAsTheModel) {
 
 TEST_F(Checkpoint, TokenizerAndSpecialTokensAreCarriedOn) {
     StateModel model(small_model(true), 1);
-    const std::string start = save_checkpoint(model, state_, config_, false, folder_ + "/start");
+    const std::string start = save_checkpoint(model, state_, config_, false, make_folder("start"));
     Json config = Json::parse(read_bytes(start + "/config.json"));
     config["bos_token_id"] = 3, config["eos_token_id"] = {4, 5}, config["pad_token_id"] = 6;
     fs::remove(start + "/manifest.json");
@@ -287,7 +288,6 @@ TEST_F(Checkpoint, OneProcessAtATimeHasTheLock) {
 }
 
 TEST_F(Checkpoint, LocksThatCannotBe) {
-    fs::create_directory(run_);
     for (const auto lock :
          {+[](int, int) { return errno = ENOLCK, -1; }, +[](int, int) { return errno = EOPNOTSUPP, -1; },
           +[](int, int) { return errno = ENOSYS, -1; }}) {

@@ -176,12 +176,11 @@ TEST_F(Checkpoint, FullDiskLeavesWhatWasThere) {
 
 TEST_F(Checkpoint, FoldersThatCannotBeWrittenAreRefused) {
     StateModel model(small_model(true), 1);
-    write_bytes(run_, "a file");
-    EXPECT_MESSAGE(save(model, 1), "--output_dir " + run_);
-    run_ += "/below";
-    EXPECT_MESSAGE(save(model, 1), "--output_dir " + run_);
-    run_ = "/proc/none";
-    EXPECT_MESSAGE(save(model, 1), "--output_dir /proc/none");
+    run_ += "/file";
+    write_bytes(run_, "no folder");
+    EXPECT_MESSAGE(save(model, 1), run_ + ": cannot list this folder: Not a directory");
+    run_ = "/proc";
+    EXPECT_MESSAGE(save(model, 1), "/proc/.partial-step00000001: cannot make this folder: No such file or directory");
     if (geteuid() != 0) {
         run_ = folder_ + "/read_only";
         fs::create_directory(run_);
@@ -189,6 +188,14 @@ TEST_F(Checkpoint, FoldersThatCannotBeWrittenAreRefused) {
         EXPECT_MESSAGE(save(model, 1), "Permission denied");
         fs::permissions(run_, fs::perms::owner_all);
     }
+}
+
+// A folder made anew would have no lock and no settings.
+TEST_F(Checkpoint, AFolderThatIsNotThereIsNotMade) {
+    StateModel model(small_model(true), 1);
+    fs::remove(run_);
+    EXPECT_MESSAGE(save(model, 1), "cannot make this folder: No such file or directory; there is no earlier");
+    EXPECT_FALSE(fs::exists(run_));
 }
 
 TEST_F(Checkpoint, ProcessThatDiesWhileSavingLeavesTheOldOne) {

@@ -309,6 +309,30 @@ TEST_F(TrainLoop, AFolderThatIsRemovedIsMadeAndLockedAgain) {
     EXPECT_EQ(after.num_updates, 2);
 }
 
+// As where that is done between two saves: nothing of what was trained is lost.
+TEST_F(TrainLoop, AFolderThatIsMovedWhileACheckpointIsWrittenIsMadeAndLockedAgain) {
+    FakeModel probe(config_.model);
+    int reads = 0;
+    probe.on_read_state = [&] { ++reads; };
+    EXPECT_EQ(run(probe, config_), 0);
+    for (const int at : {1, reads / 2, reads}) {
+        std::filesystem::remove_all(config_.output_dir);
+        const std::string moved = folder_ + "/moved" + std::to_string(at);
+        FakeModel model(config_.model), after(config_.model);
+        int n = 0;
+        model.on_read_state = [&] { ++n == at ? std::filesystem::rename(config_.output_dir, moved) : void(); };
+        model.on_evaluate = [&] { EXPECT_THROW(OutputLock other(config_.output_dir), Error) << "behind it"; };
+        EXPECT_EQ(run(model, config_), 0);
+        EXPECT_NE(err_.find("has been removed or moved"), std::string::npos) << err_;
+        EXPECT_LE(n, 2 * reads) << "once more, and no more";
+        EXPECT_TRUE(checkpoint::list(moved).empty());
+        RunConfig longer = resumed(config_);
+        longer.max_steps += 2;
+        EXPECT_EQ(run(after, longer), 0);
+        EXPECT_EQ(after.num_updates, 2);
+    }
+}
+
 TEST_F(TrainLoop, SettingsThatAreRemovedAreMadeAgain) {
     FakeModel model(config_.model);
     model.on_update = [&](int n) { n == 3 ? std::filesystem::remove(saved_settings_path(config_.output_dir)) : false; };

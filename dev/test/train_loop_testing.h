@@ -83,6 +83,9 @@ class FakeModel : public TrainableModel {
     }
     int64_t max_sequence_length() const override { return longest_context; }
     void read_state(StateKind kind, int tensor, float* out) override {
+        if (on_read_state) {
+            on_read_state();
+        }
         std::copy(state_[(int)kind][tensor].begin(), state_[(int)kind][tensor].end(), out);
     }
     void write_state(StateKind kind, int tensor, const float* in) override {
@@ -102,7 +105,7 @@ class FakeModel : public TrainableModel {
 
     std::function<bool(int)> is_bad;  // whether update n (1 is the first) is not finite
     std::function<void(int)> on_update;
-    std::function<void()> on_evaluate;
+    std::function<void()> on_evaluate, on_read_state;
     std::function<void(float*)> on_logits;  // makes others of them
     double validation_loss = 1.0;           // under dense attention
     float logit_of_y = 0.0f;                // that of 'x' is 50, those of all other tokens 0
