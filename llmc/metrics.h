@@ -8,6 +8,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <optional>
 #include <poll.h>
 #include <set>
 #include <string>
@@ -20,6 +21,45 @@
 #include "signals.h"
 
 // ---- metrics.jsonl ------------------------------------------------------------------------------
+
+// What a line says of itself; no value for one that is not whole. An event of another type than text is "".
+struct MetricsLine {
+    std::string event;
+    int64_t step;
+};
+inline std::optional<MetricsLine> parse_metrics_line(const std::string& line) {
+    const Json object = parse_or_discard(line);
+    if (!object.is_object() || !object.contains("step") || !object["step"].is_number_integer()) {
+        return std::nullopt;
+    }
+    const Json event = object.value("event", Json());
+    return MetricsLine{event.is_string() ? event.get<std::string>() : "", object["step"].get<int64_t>()};
+}
+
+// The file, to be read; not open where there is none. Throws Error when it cannot be read.
+inline std::ifstream open_metrics(const std::string& path) {
+    struct stat status;
+    if (stat(path.c_str(), &status) != 0) {
+        return std::ifstream();
+    }
+    CHECK(S_ISREG(status.st_mode), "%s: is not a file", path.c_str());
+    std::ifstream file(path, std::ios::binary);
+    CHECK(file.good(), "%s: cannot read: %s", path.c_str(), std::strerror(errno));
+    return file;
+}
+
+// The events of `step` in a file of metrics, which stays as it is. Throws Error when it cannot be read.
+inline std::set<std::string> events_of_step(const std::string& path, int64_t step) {
+    std::set<std::string> events;
+    std::ifstream file = open_metrics(path);
+    for (std::string line; std::getline(file, line);) {
+        const std::optional<MetricsLine> parsed = parse_metrics_line(line);
+        if (parsed && parsed->step == step) {
+            events.insert(parsed->event);
+        }
+    }
+    return events;
+}
 
 // Appends to a file of one JSON object a line, each flushed as it is written. Every object has "event" and "step".
 class MetricsLog {
@@ -40,9 +80,6 @@ class MetricsLog {
     MetricsLog(const MetricsLog&) = delete;
     MetricsLog& operator=(const MetricsLog&) = delete;
 
-    // Whether the file had such an event of `last_step`.
-    bool had_at_start(const std::string& event) const { return events_at_start_.count(event) > 0; }
-
     // One line {"event": event, "step": step, ...fields}. Numbers that are not finite become null: JSON has no others.
     // Throws Error when the line does not reach the file.
     void write(const char* event, int64_t step, const Json& fields) {
@@ -61,32 +98,20 @@ class MetricsLog {
     }
 
     void drop_lines_after(int64_t last_step) {
-        struct stat status;
-        if (stat(path_.c_str(), &status) != 0) {
+        std::ifstream old = open_metrics(path_);
+        if (!old.is_open()) {
             return;
         }
-        CHECK(S_ISREG(status.st_mode), "%s: is not a file", path_.c_str());
-        std::ifstream old(path_, std::ios::binary);
-        CHECK(old.good(), "%s: cannot read: %s", path_.c_str(), std::strerror(errno));
         std::error_code error;
         const std::string real_path = std::filesystem::canonical(path_, error).string(), kept_path = real_path + ".new";
         CHECK(!error, "%s: cannot find: %s", path_.c_str(), error.message().c_str());
         std::remove(kept_path.c_str());  // of a run that was killed here
         DurableFile kept(kept_path);
         for (std::string line; std::getline(old, line);) {
-            const Json object = parse_or_discard(line);
-            const bool whole = object.is_object() && object.contains("step") && object["step"].is_number_integer();
-            if (!whole) {
-                continue;
-            }
-            const int64_t step = object["step"].get<int64_t>();
-            const Json event = object.value("event", Json());  // of any type, in lines that are not ours
-            if (step <= (event == "attention_switch" ? last_step - 1 : last_step)) {
+            const std::optional<MetricsLine> parsed = parse_metrics_line(line);
+            if (parsed && parsed->step <= (parsed->event == "attention_switch" ? last_step - 1 : last_step)) {
                 line += '\n';
                 kept.write(line.data(), line.size());
-                if (step == last_step && event.is_string()) {
-                    events_at_start_.insert(event.get<std::string>());
-                }
             }
         }
         kept.finish();
@@ -95,7 +120,6 @@ class MetricsLog {
     }
 
     std::string path_;
-    std::set<std::string> events_at_start_;
     std::FILE* file_ = nullptr;
 };
 

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <memory>
 #include <optional>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -45,19 +46,27 @@ class TrainingRun {
         stop_signal::install_handlers();
         open_data();
         load_or_initialize();
-        attention_ = config_.attention_at(state_.step);
+        first_step_ = state_.step, first_adam_step_ = state_.adam_step;
+        const bool is_trained = config_.max_steps > 0 && state_.step >= config_.max_steps;
+        attention_ = config_.attention_at(is_trained ? state_.step - 1 : state_.step);
         model_.set_attention(attention_);
-        const bool trains = state_.step < config_.max_steps;
-        if (trains) {
+        if (config_.resume && config_.max_steps > 0) {
+            read_events_at_start();
+        }
+        const bool is_over = is_trained && !lacks_its_end();
+        if (config_.max_steps > 0 && !is_over) {
             open_output();
         }
         print_start();  // with the output folder, which may have got its name just now
         if (config_.max_steps == 0) {
             return evaluate_and_sample();
         }
-        if (!trains) {
-            terminal_.print(format_string("already at step %lld of --max_steps %lld: nothing is left to train",
-                                          (long long)state_.step, (long long)config_.max_steps));
+        if (is_trained) {
+            terminal_.print(format_string(
+                "already at step %lld of --max_steps %lld: %s", (long long)state_.step, (long long)config_.max_steps,
+                is_over ? "nothing is left to train" : "what was due after the last step is made up for"));
+        }
+        if (is_over) {
             return 0;
         }
         if (config_.resume && state_.step > 0) {
@@ -299,7 +308,6 @@ class TrainingRun {
     }
 
     void open_output() {
-        first_step_ = state_.step, first_adam_step_ = state_.adam_step;
         config_.output_dir = ranks_.first_decides([&] { return prepare_output(); }, "preparation of the output folder");
         if (state_.attention && *state_.attention != attention_) {  // the checkpoint's last step was under the other
             report_switch();
@@ -347,8 +355,9 @@ class TrainingRun {
     // What --resume and the reader of the metrics look for in the output folder.
     void begin_run_files() {
         write_settings();
-        metrics_.emplace(config_.output_dir + "/metrics.jsonl", state_.step);
+        metrics_.emplace(metrics_path(), state_.step);
     }
+    std::string metrics_path() const { return config_.output_dir + "/metrics.jsonl"; }
 
     // Complete under a temporary name first: a full disk leaves the old settings.
     void write_settings() const {
@@ -362,12 +371,29 @@ class TrainingRun {
               std::strerror(errno));
     }
 
-    // A signal ends a run before the evaluation and the sample that are due at its last step.
-    void make_up_for_what_was_due() {
-        const auto is_missing = [&](const char* event) {
-            const int missing = metrics_ && !metrics_->had_at_start(event);  // rank 0 knows
-            return (ranks_.size() == 1 ? missing : ranks_.largest(missing, "whether metrics lack an event")) != 0;
+    void read_events_at_start() {
+        const auto read = [&]() -> std::string {
+            events_at_start_ = events_of_step(metrics_path(), state_.step);
+            return "";
         };
+        ranks_.first_decides(read, "look at the metrics");
+    }
+    // Whether the metrics lack an event of this step that is logged once.
+    bool is_missing(const char* event) const {
+        if (state_.step > first_step_) {
+            return true;
+        }
+        const int missing = ranks_.is_first() && events_at_start_.count(event) == 0;
+        return (ranks_.size() == 1 ? missing : ranks_.largest(missing, "whether metrics lack an event")) != 0;
+    }
+    // Whether a run that has trained all its steps was ended before what is due after the last.
+    bool lacks_its_end() const {
+        return state_.step == config_.max_steps &&
+               ((data_.validation && is_missing("validation")) || (config_.sample_tokens > 0 && is_missing("sample")));
+    }
+
+    // A signal ends a run before the evaluation and the sample that are due at the step it came in.
+    void make_up_for_what_was_due() {
         const AttentionMode next = attention_;  // what is due was due under the attention of the step before
         attention_ = config_.attention_at(state_.step - 1);
         if (is_due(config_.eval_every) && is_missing("validation")) {
@@ -761,7 +787,7 @@ class TrainingRun {
         if (!metrics_ || std::filesystem::exists(settings, error) || error) {
             return;
         }
-        if (checkpoint::exists(folder + "/metrics.jsonl")) {
+        if (checkpoint::exists(metrics_path())) {
             warn(settings + " has been removed: it is made again");
             write_settings();
         } else {
@@ -784,10 +810,10 @@ class TrainingRun {
         const char* const name = stop_signal::name_of(stop_signal_);
         log("stop", {{"signal", name}});
         if (state_.step >= config_.max_steps) {
-            const std::string validation =
-                data_.validation ? format_string("; its validation loss:\n  %s --max_steps 0", resume_command().c_str())
-                                 : "";
-            terminal_.print(format_string("stopped by %s after the last step%s", name, validation.c_str()));
+            const bool had_more_to_do = data_.validation || config_.sample_tokens > 0;
+            terminal_.print(format_string("stopped by %s after the last step%s%s", name,
+                                          had_more_to_do ? "; what was due after it is made up for by:\n  " : "",
+                                          had_more_to_do ? resume_command().c_str() : ""));
             return 0;
         }
         const std::string how =
@@ -847,19 +873,20 @@ class TrainingRun {
     int finish() {
         terminal_.end_progress();
         save();  // before what may fail
-        const std::optional<double> loss = evaluate();
+        const std::optional<double> loss = is_missing("validation") ? evaluate() : std::nullopt;
         if (loss && !std::isfinite(*loss)) {
             return fail_saying(
                 format_string("the last validation loss is not finite: the weights in %s are bad, or the validation "
                               "data are: look at both before going on from there",
                               checkpoint_.c_str()));
         }
-        sample();
+        if (is_missing("sample")) {
+            sample();
+        }
         if (stop_requested()) {
             return stop_on_signal();
         }
-        terminal_.print(format_string("checkpoint  %s\nmetrics     %s/metrics.jsonl", checkpoint_.c_str(),
-                                      config_.output_dir.c_str()));
+        terminal_.print(format_string("checkpoint  %s\nmetrics     %s", checkpoint_.c_str(), metrics_path().c_str()));
         return 0;
     }
 
@@ -873,6 +900,7 @@ class TrainingRun {
     std::vector<int32_t> prompt_;              // of samples
     std::shared_ptr<OutputLock> output_lock_;  // rank 0's
     std::optional<MetricsLog> metrics_;
+    std::set<std::string> events_at_start_;             // rank 0's, of the step that this process began with
     TrainingState state_;                               // what a checkpoint restores, beside the model's
     AttentionMode attention_ = AttentionMode::dense;    // of the next step
     std::vector<int32_t> tokens_;                       // [B, T + 1], the batch at hand

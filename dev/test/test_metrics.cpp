@@ -92,7 +92,7 @@ TEST(MetricsLog, ResumeDropsLaterStepsAndCutLines) {
     EXPECT_NE(read_all(path).find("40}"), std::string::npos);
 }
 
-TEST(MetricsLog, KnowsWhatTheLastStepHad) {
+TEST(MetricsLog, TheEventsOfAStep) {
     TemporaryFolder folder;
     const std::string path = folder.path + "/metrics.jsonl";
     {
@@ -101,13 +101,14 @@ TEST(MetricsLog, KnowsWhatTheLastStepHad) {
         log.write("validation", 3, Json::object());
         log.write("sample", 2, Json::object());
         log.write("checkpoint", 4, Json::object());
-        EXPECT_FALSE(log.had_at_start("step"));
     }
     std::ofstream(path, std::ios::app) << "{\"event\":5,\"step\":3}\n";  // of somebody else
+    const std::string before = read_all(path);
+    EXPECT_EQ(events_of_step(path, 3), (std::set<std::string>{"", "step", "validation"}));
+    EXPECT_EQ(read_all(path), before);
+    EXPECT_TRUE(events_of_step(folder.path + "/none", 3).empty());
+    EXPECT_THROW(events_of_step(folder.path, 3), Error);
     const MetricsLog log(path, 3);
-    EXPECT_TRUE(log.had_at_start("validation"));
-    EXPECT_FALSE(log.had_at_start("sample"));
-    EXPECT_FALSE(log.had_at_start("checkpoint"));
     EXPECT_NE(read_all(path).find("{\"event\":5,"), std::string::npos);
 }
 

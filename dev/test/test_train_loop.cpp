@@ -286,23 +286,22 @@ TEST_F(TrainLoop, SignalFinishesTheStepAndSaves) {
     }
 }
 
-// There is nothing to go on with then, but an evaluation that did not end.
-TEST_F(TrainLoop, SignalAfterTheLastStepSaysHowToEvaluate) {
+// There is nothing to train then, but an evaluation that did not end.
+TEST_F(TrainLoop, SignalAfterTheLastStepSaysHowToMakeUpForTheEnd) {
     config_.val_data = config_.train_data;
     FakeModel model(config_.model);
     model.on_evaluate = [] { std::raise(SIGINT); };
     EXPECT_EQ(run(model, config_), 0);
     EXPECT_EQ(model.num_updates, 8);
     EXPECT_NE(out_.find("after the last step"), std::string::npos) << out_;
-    EXPECT_NE(out_.find("--resume --output_dir " + config_.output_dir + " --max_steps 0"), std::string::npos) << out_;
+    EXPECT_NE(out_.find("--resume --output_dir " + config_.output_dir + "\n"), std::string::npos) << out_;
     EXPECT_EQ(out_.find("| validation loss"), std::string::npos) << "of a part of the data: " << out_;
     EXPECT_TRUE(events("validation").empty());
     stop_signal::received = 0;
     FakeModel after(config_.model);
-    RunConfig evaluation = resumed(config_);
-    evaluation.max_steps = 0;
-    EXPECT_EQ(run(after, evaluation), 0);
+    EXPECT_EQ(run(after, resumed(config_)), 0);
     EXPECT_NE(out_.find("validation loss 1.0"), std::string::npos) << out_;
+    EXPECT_EQ(events("validation").size(), 1u);
 
     config_.val_data.clear(), config_.val_fraction = 0.0;
     std::filesystem::remove_all(config_.output_dir);
@@ -310,7 +309,7 @@ TEST_F(TrainLoop, SignalAfterTheLastStepSaysHowToEvaluate) {
     nothing_to_evaluate.on_update = [](int n) { n == 8 ? std::raise(SIGINT) : 0; };
     EXPECT_EQ(run(nothing_to_evaluate, config_), 0);
     EXPECT_NE(out_.find("after the last step"), std::string::npos) << out_;
-    EXPECT_EQ(out_.find("--max_steps 0"), std::string::npos) << out_;
+    EXPECT_EQ(out_.find("--resume"), std::string::npos) << out_;
     stop_signal::received = 0;
 }
 

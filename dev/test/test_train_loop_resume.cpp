@@ -242,6 +242,64 @@ TEST_F(TrainLoop, WhatASignalKeptFromBeingDoneIsMadeUpFor) {
     EXPECT_EQ(steps_of("sample"), "3 6 8 ");
 }
 
+// A process that is killed behind the last checkpoint leaves the metrics as they were at any of these lines.
+TEST_F(TrainLoop, WhatAKilledRunLacksAtItsEndIsMadeUpFor) {
+    config_.attention = AttentionMode::lighthouse, config_.lighthouse_steps = config_.max_steps;
+    config_.seq_len = 512, config_.lighthouse.topk = 128, config_.lighthouse.levels = 2, config_.lighthouse.pool = 2;
+    config_.lighthouse.dense_layers.clear();
+    config_.sample_tokens = 4;
+    FakeModel whole(config_.model);
+    EXPECT_EQ(run(whole, config_), 0);
+    const auto lines = [&] {
+        std::vector<std::string> all;
+        std::ifstream file(config_.output_dir + "/metrics.jsonl");
+        for (std::string line; std::getline(file, line);) {
+            all.push_back(line);
+        }
+        return all;
+    };
+    const std::vector<std::string> written = lines();
+    const auto is = [](const std::string& line, const char* event) { return Json::parse(line)["event"] == event; };
+    ASSERT_TRUE(is(written.end()[-3], "checkpoint") && is(written.end()[-2], "validation") &&
+                is(written.back(), "sample"));
+    const auto cut_off = [&](int num_lines) {
+        std::ofstream file(config_.output_dir + "/metrics.jsonl");
+        for (size_t i = 0; i + num_lines < written.size(); ++i) {
+            file << written[i] << "\n";
+        }
+    };
+    for (const int lost : {1, 2, 3}) {
+        cut_off(lost);
+        FakeModel after(config_.model), again(config_.model);
+        EXPECT_EQ(run(after, resumed(config_)), 0);
+        EXPECT_EQ(after.num_updates, 0);
+        EXPECT_NE(out_.find("what was due after the last step is made up for"), std::string::npos) << out_;
+        ASSERT_EQ(events("validation").size(), 1u);
+        EXPECT_EQ(events("validation")[0]["attention"], "lighthouse") << "that of the last step";
+        EXPECT_EQ(events("validation")[0]["loss"], Json::parse(written.end()[-2])["loss"]);
+        ASSERT_EQ(events("sample").size(), 1u);
+        EXPECT_EQ(events("sample")[0]["text"], Json::parse(written.back())["text"]);
+        EXPECT_TRUE(events("attention_switch").empty());
+        const std::vector<std::string> whole_again = lines();
+        EXPECT_EQ(run(again, resumed(config_)), 0);
+        EXPECT_NE(out_.find("nothing is left to train"), std::string::npos) << out_;
+        EXPECT_EQ(lines(), whole_again);
+    }
+    cut_off(2);
+    FakeModel bad(config_.model);
+    bad.validation_loss = NAN;
+    bad.on_evaluate = [&] { bad.set_attention(AttentionMode::dense); };
+    EXPECT_EQ(run(bad, resumed(config_)), 1);
+    EXPECT_NE(err_.find("the last validation loss is not finite"), std::string::npos) << err_;
+    // Another end than that which it was killed before.
+    cut_off(2);
+    FakeModel beyond(config_.model);
+    RunConfig shorter = resumed(config_);
+    shorter.max_steps -= 1;
+    EXPECT_EQ(run(beyond, shorter), 0);
+    EXPECT_NE(out_.find("nothing is left to train"), std::string::npos) << out_;
+}
+
 // ---- folders
 
 TEST_F(TrainLoop, AFolderThatIsAnotherRunsMeanwhileStaysAsItIs) {
