@@ -607,9 +607,11 @@ class TrainingRun {
         }
         terminal_.print(line + format_string(" | %lld tokens, %.1f s", (long long)num_tokens, seconds_since(start)));
         if (config_.print_influence && attention_ == AttentionMode::lighthouse) {
-            if (const std::optional<Json> influence = print_influence()) {
-                json["influence"] = *influence;
+            const std::optional<Json> influence = print_influence();
+            if (!influence) {
+                return std::nullopt;  // the resumed run makes up for both
             }
+            json["influence"] = *influence;
         }
         log("validation", json);
         return loss;
@@ -800,7 +802,8 @@ class TrainingRun {
     }
 
     std::string resume_command() const {
-        return shell_quote(config_.program) + " --resume --output_dir " + shell_quote(config_.output_dir);
+        return shell_quote(config_.program) + " --resume --output_dir " + shell_quote(config_.output_dir) +
+               (config_.print_influence ? " --print_influence" : "");  // which is not saved with the run
     }
 
     // The step is finished: checkpoint and leave. A second signal ends the process meanwhile.

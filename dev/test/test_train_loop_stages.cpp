@@ -121,3 +121,21 @@ TEST_F(TrainLoop, InfluenceIsLoggedWithTheValidationLoss) {
     EXPECT_EQ(influence.value("tile_tokens", 0), 256) << influence;
     EXPECT_EQ(influence.value("next_token", Json::object()).value("loss", 0.0), 2.0) << "under Lighthouse attention";
 }
+
+TEST_F(TrainLoop, AnInfluenceThatASignalCutsShortIsMadeUpForWithItsValidationLoss) {
+    config_.attention = AttentionMode::lighthouse, config_.lighthouse.dense_layers.clear();
+    config_.seq_len = 512, config_.lighthouse.topk = 128, config_.lighthouse.levels = 2, config_.lighthouse.pool = 2;
+    config_.eval_every = 3, config_.print_influence = true;
+    FakeModel model(config_.model), after(config_.model);
+    model.on_token_losses = [] { std::raise(SIGINT); };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_TRUE(events("validation").empty());
+    EXPECT_NE(out_.find("--resume --output_dir " + config_.output_dir + " --print_influence\n"), std::string::npos)
+        << out_;
+    stop_signal::received = 0;
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    ASSERT_EQ(events("validation").size(), 3u);
+    for (const Json& validation : events("validation")) {
+        EXPECT_TRUE(validation.contains("influence")) << validation;
+    }
+}

@@ -69,6 +69,9 @@ class FakeModel : public TrainableModel {
         return attention == AttentionMode::dense ? validation_loss : 2.0;
     }
     void token_losses(float* losses, const int32_t*, const int32_t*, int B, int64_t T) override {
+        if (on_token_losses) {
+            on_token_losses();
+        }
         std::fill_n(losses, B * T, attention == AttentionMode::dense ? 1.0f : 2.0f);
     }
     void next_token_logits(const int32_t* tokens, int64_t T, float* logits) override {
@@ -105,7 +108,7 @@ class FakeModel : public TrainableModel {
 
     std::function<bool(int)> is_bad;  // whether update n (1 is the first) is not finite
     std::function<void(int)> on_update;
-    std::function<void()> on_evaluate, on_read_state;
+    std::function<void()> on_evaluate, on_token_losses, on_read_state;
     std::function<void(float*)> on_logits;  // makes others of them
     double validation_loss = 1.0;           // under dense attention
     float logit_of_y = 0.0f;                // that of 'x' is 50, those of all other tokens 0
