@@ -225,8 +225,8 @@ inline void warn_of_shape(const RunConfig& config) {
 
 // The rest of what is decided before a model exists: finds the checkpoint to start from and takes the model's shape
 // from it, checks all rules; with --fit data and output folder are not looked at. Writes nothing but the
-// lock's file: of --resume, and of a folder that holds a run. All ranks call it, and get the same. Throws Error for
-// anything that cannot be run as asked.
+// lock's file: of --resume, which also removes what an interrupted save has left, and of a folder that holds a run. All
+// ranks call it, and get the same. Throws Error for anything that cannot be run as asked.
 inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     RunConfig& config = parsed.config;
     config.data_parallel = ranks.mesh().data_parallel;
@@ -242,10 +242,15 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     }
     if (config.resume) {
         const auto find = [&](std::atomic<uint64_t>* progress) {
-            if (config.max_steps > 0 && !config.fit) {  // first: a run that is about to end may yet write a newer one
+            const bool may_train = config.max_steps > 0 && !config.fit;
+            if (may_train) {  // first: a run that is about to end may yet write a newer one
                 config.output_lock = lock_output(config);
             }
-            return find_checkpoint_to_resume(config, progress);
+            const std::string found = find_checkpoint_to_resume(config, progress);
+            if (may_train) {
+                checkpoint::remove_leftovers(config.output_dir);  // no save may come that would
+            }
+            return found;
         };
         config.checkpoint = ranks.first_decides_at_length(find, "choice of the checkpoint");
     } else {

@@ -300,6 +300,29 @@ TEST_F(TrainLoop, WhatAKilledRunLacksAtItsEndIsMadeUpFor) {
     EXPECT_NE(out_.find("nothing is left to train"), std::string::npos) << out_;
 }
 
+TEST_F(TrainLoop, WhatAnInterruptedSaveLeftGoesWhenTheRunIsResumed) {
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    const std::string left = config_.output_dir + "/.partial-step00000004";
+    const auto resume_with = [&](const char* max_steps) {
+        std::filesystem::create_directory(left);
+        const char* const words[] = {"train_gpt",   "--resume", "--output_dir", config_.output_dir.c_str(),
+                                     "--max_steps", max_steps};
+        resolve_run(parse_flags(6, words), RunRanks());
+        return std::filesystem::exists(left);
+    };
+    EXPECT_TRUE(resume_with("0")) << "an evaluation writes nothing";
+    EXPECT_FALSE(resume_with("8")) << "nor does a run that is over save again";
+    {
+        const OutputLock other(config_.output_dir);
+        EXPECT_THROW(resume_with("8"), Error);
+        EXPECT_TRUE(std::filesystem::exists(left)) << "of the one that has the lock";
+    }
+    std::filesystem::remove_all(config_.output_dir + "/step00000008");
+    EXPECT_THROW(resume_with("8"), Error);
+    EXPECT_TRUE(std::filesystem::exists(left)) << "where nothing else is, somebody may want that";
+}
+
 // ---- folders
 
 TEST_F(TrainLoop, AFolderThatIsAnotherRunsMeanwhileStaysAsItIs) {
