@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <map>
 #include <optional>
+#include <set>
 #include <string>
 #include <string_view>
 #include <system_error>
@@ -216,9 +217,9 @@ inline bool is_whole(const std::string& folder) {
 }
 
 // Removes the oldest checkpoints: `keep` stay, `newest` (just written) among them. Those that cannot be whole, by their
-// files' lengths, neither count nor go; nor do those of later steps, which a resumed run has passed over. One that
-// cannot be removed stays.
-inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
+// files' lengths or as steps of `damaged`, neither count nor go; nor do those of later steps, which a resumed run has
+// passed over. One that cannot be removed stays.
+inline void prune(const std::string& output_dir, int64_t newest, int64_t keep, const std::set<int64_t>& damaged = {}) {
     const std::map<int64_t, std::string> folders = list(output_dir);
     int64_t num_kept = 1;
     for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
@@ -226,7 +227,7 @@ inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
         if (step >= newest) {
             continue;
         }
-        if (is_whole(folder) && ++num_kept > keep) {
+        if (damaged.count(step) == 0 && is_whole(folder) && ++num_kept > keep) {
             const std::string partial = output_dir + "/" + PARTIAL + folder_name(step);
             try {
                 rename_folder(folder, partial);  // never half a checkpoint under its name
@@ -245,11 +246,11 @@ inline void prune(const std::string& output_dir, int64_t newest, int64_t keep) {
 // ---- what a run calls --------------------------------------------------------------------------
 
 // The newest checkpoint in `output_dir` that is whole: every file's hash is compared with its manifest, which reads it
-// once. No value when there is none. Newer ones that are damaged are passed over; `damaged` gets a sentence for each.
-// Throws Error for a newer one that cannot be read: it may be whole, and a run that went on from an older one would
-// prune it later. progress: as of digest_file.
+// once. No value when there is none. Newer ones that are damaged are passed over; `damaged` gets a sentence for each,
+// by its step. Throws Error for a newer one that cannot be read: it may be whole, and a run that went on from an older
+// one would prune it later. progress: as of digest_file.
 inline std::optional<std::string> find_newest_checkpoint(const std::string& output_dir,
-                                                         std::vector<std::string>* damaged = nullptr,
+                                                         std::map<int64_t, std::string>* damaged = nullptr,
                                                          std::atomic<uint64_t>* progress = nullptr) {
     const std::map<int64_t, std::string> folders = checkpoint::list(output_dir);
     for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
@@ -263,7 +264,7 @@ inline std::optional<std::string> find_newest_checkpoint(const std::string& outp
                 error.what());
         } catch (const Error& error) {
             if (damaged != nullptr) {
-                damaged->push_back(error.what());
+                (*damaged)[it->first] = error.what();
             }
         }
     }

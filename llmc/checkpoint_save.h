@@ -355,7 +355,7 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
         fail("%s%s", what.what(), advice());
     }
     if (config.keep_checkpoints > 0 && state.skipped_in_a_row == 0 && ranks.is_first()) {
-        checkpoint::prune(output_dir, state.step, config.keep_checkpoints);
+        checkpoint::prune(output_dir, state.step, config.keep_checkpoints, config.damaged_checkpoints);
     }
     return folder;
 }

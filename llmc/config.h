@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -98,6 +99,7 @@ struct RunConfig {
     std::string program = "train_gpt";        // as it was called
     std::string checkpoint;                   // folder the weights come from: of --init_from, or the newest of --resume
     std::shared_ptr<OutputLock> output_lock;  // of output_dir; null: not taken (yet), or by rank 0
+    std::set<int64_t> damaged_checkpoints;    // steps of those in output_dir that --resume passed over; rank 0's
     int data_parallel = 1;                    // groups of ranks with different sequences
     bool asks_for_sample = false;             // --max_steps 0 and a --sample_prompt: no data are needed
 

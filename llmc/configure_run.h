@@ -137,15 +137,16 @@ inline std::string make_output_dir() {
     return folder;
 }
 
-// The newest whole checkpoint in --output_dir. Damaged ones are passed over, with a line each on stderr; when there is
-// no other, that is the Error. progress: as of digest_file.
-inline std::string find_checkpoint_to_resume(const RunConfig& config, std::atomic<uint64_t>* progress) {
-    std::vector<std::string> damaged;
+// The newest whole checkpoint in --output_dir. Damaged ones are passed over, with a line each on stderr, and kept in
+// mind; when there is no other, that is the Error. progress: as of digest_file.
+inline std::string find_checkpoint_to_resume(RunConfig& config, std::atomic<uint64_t>* progress) {
+    std::map<int64_t, std::string> damaged;
     const std::optional<std::string> found = find_newest_checkpoint(config.output_dir, &damaged, progress);
     CHECK(found, "--resume: %s holds no whole checkpoint%s%s", config.output_dir.c_str(), damaged.empty() ? "" : ": ",
-          damaged.empty() ? "" : damaged[0].c_str());
-    for (const std::string& what : damaged) {
-        std::fprintf(stderr, "%s: passed over a damaged checkpoint: %s\n", config.program.c_str(), what.c_str());
+          damaged.empty() ? "" : damaged.rbegin()->second.c_str());
+    for (auto it = damaged.rbegin(); it != damaged.rend(); ++it) {
+        std::fprintf(stderr, "%s: passed over a damaged checkpoint: %s\n", config.program.c_str(), it->second.c_str());
+        config.damaged_checkpoints.insert(it->first);
     }
     return *found;
 }

@@ -757,6 +757,7 @@ class TrainingRun {
             config_.save_dtype == SaveDtype::bf16 || (config_.save_dtype == SaveDtype::automatic && device_.is_gpu);
         checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
                                       checkpoint::OPTIMIZER_SHARD_BYTES, ranks_, companions_ ? &*companions_ : nullptr);
+        config_.damaged_checkpoints.erase(state_.step);  // another is in its place
     }
     // Whether a save failed because someone removed or moved the folder meanwhile, or is about to: the lock's file may
     // go first. All ranks ask, as all have failed; where they cannot, what went wrong first is what to say.

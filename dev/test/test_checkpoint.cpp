@@ -204,7 +204,7 @@ TEST_F(Checkpoint, NewestIsByNumber) {
     fs::create_directory(run_ + "/step0200000000");
     fs::create_directory(run_ + "/step");
     write_bytes(run_ + "/step300000000", "a file");
-    std::vector<std::string> damaged;
+    std::map<int64_t, std::string> damaged;
     EXPECT_EQ(find_newest_checkpoint(run_, &damaged), run_ + "/step100000000") << "others are not checkpoints";
     EXPECT_TRUE(damaged.empty());
     EXPECT_THROW(find_newest_checkpoint(run_ + "/step300000000"), Error) << "a file";

@@ -242,10 +242,10 @@ TEST_F(Checkpoint, CutOffAtAnyByteIsPassedOver) {
         const size_t step = whole.size() > 4000 ? 211 : 13;
         for (size_t length = 0; length < whole.size(); length += length + 40 < whole.size() && length > 40 ? step : 1) {
             fs::resize_file(path, length);
-            std::vector<std::string> damaged;
+            std::map<int64_t, std::string> damaged;
             ASSERT_EQ(find_newest_checkpoint(run_, &damaged), run_ + "/step00000001") << name << " " << length;
             ASSERT_EQ(damaged.size(), 1u);
-            ASSERT_EQ(damaged[0].rfind(path, 0), 0u) << damaged[0];
+            ASSERT_EQ(damaged[2].rfind(path, 0), 0u) << damaged[2];
             write_bytes(path, whole);
         }
         fs::remove(path);

@@ -323,6 +323,38 @@ TEST_F(TrainLoop, WhatAnInterruptedSaveLeftGoesWhenTheRunIsResumed) {
     EXPECT_TRUE(std::filesystem::exists(left)) << "where nothing else is, somebody may want that";
 }
 
+// Of the right lengths, but known to be damaged: whole ones are not removed for it. What takes its place is whole.
+TEST_F(TrainLoop, ACheckpointThatWasPassedOverIsNoneOfThoseThatAreKept) {
+    config_.checkpoint_every = 2, config_.keep_checkpoints = 2, config_.max_steps = 4;
+    FakeModel model(config_.model), after(config_.model), again(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    const auto resume_with = [&](FakeModel& with, const char* max_steps, const char* every) {
+        const char* const words[] = {"train_gpt",   "--resume", "--output_dir",       config_.output_dir.c_str(),
+                                     "--max_steps", max_steps,  "--checkpoint_every", every};
+        testing::internal::CaptureStderr();
+        const RunConfig config = resolve_run(parse_flags(8, words), RunRanks());
+        EXPECT_NE(testing::internal::GetCapturedStderr().find("passed over a damaged checkpoint: "), std::string::npos);
+        EXPECT_EQ(run(with, config), 0);
+        std::vector<int64_t> steps;
+        for (const auto& [step, folder] : checkpoint::list(config_.output_dir)) {
+            steps.push_back(step);
+        }
+        return steps;
+    };
+    const auto damage = [&](int64_t step) {
+        const std::string path = config_.output_dir + "/" + checkpoint::folder_name(step) + "/model.safetensors";
+        std::fstream file(path, std::ios::in | std::ios::out | std::ios::binary);
+        file.seekp(-1, std::ios::end);
+        file.put('x');
+    };
+    damage(4);
+    EXPECT_EQ(resume_with(after, "5", "0"), (std::vector<int64_t>{2, 4, 5}));
+    EXPECT_EQ(after.num_updates, 3) << "from step 2 on";
+    damage(5);
+    damage(4);
+    EXPECT_EQ(resume_with(again, "6", "1"), (std::vector<int64_t>{5, 6})) << "3, 4 and 5 were written anew";
+}
+
 // ---- folders
 
 TEST_F(TrainLoop, AFolderThatIsAnotherRunsMeanwhileStaysAsItIs) {
