@@ -8,6 +8,7 @@
 #include <set>
 #include <string>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "config.h"    // what is filled
@@ -151,8 +152,26 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
         options[s.name] = option;
     }
     options["config"]->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);  // of several: refused below
+    std::set<std::pair<std::string, std::string>> attached;  // texts given as --name=VALUE, which is no mistake
+    Words words;                                             // the last first, as CLI11 takes them
+    for (int i = argc - 1; i > 0; --i) {
+        const std::string word = argv[i];
+        const size_t equals = word.find('=');
+        const std::string name = word.rfind("--", 0) == 0 && equals != word.npos ? word.substr(2, equals - 2) : "";
+        const Setting* const s = find_setting(settings, name);
+        const bool is_text = name == "config" || (s != nullptr && s->is_text);
+        if (is_text) {
+            attached.insert({name, word.substr(equals + 1)});
+        }
+        if (is_text && equals + 1 == word.size()) {
+            words.push_back("");  // or CLI11 would take the word behind it
+            words.push_back("--" + name);
+        } else {
+            words.push_back(word);
+        }
+    }
     try {
-        app.parse(argc, argv);
+        app.parse(std::move(words));
     } catch (const CLI::ArgumentMismatch& error) {  // "--seq_len: 1 required TEXT missing"
         const std::string what = error.what();
         fail("%s: its value is missing", what.substr(0, what.find(':')).c_str());
@@ -167,8 +186,8 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
         for (const std::string& word : option->results()) {
             // CLI11 gives a flag the next word, whatever it is: of `--output_dir --plain` the value is missing.
             const std::string other = word.rfind("--", 0) == 0 ? word.substr(2, word.find('=') - 2) : "";
-            CHECK(other != "help" && options.count(other) == 0, "--%s: its value is missing ('%s' is a flag)",
-                  name.c_str(), word.c_str());
+            CHECK((other != "help" && options.count(other) == 0) || attached.count({name, word}) > 0,
+                  "--%s: its value is missing ('%s' is a flag)", name.c_str(), word.c_str());
         }
     }
     CHECK(options["config"]->count() <= 1, "--config: there is one settings file, and it is given %zu times",

@@ -108,7 +108,7 @@ for flag in init_from output_dir config; do
     refused "empty --$flag" "--$flag '': must name" "${data[@]}" --$flag ""
 done
 refused "a flag in the place of a value" "--output_dir: its value is missing \('--plain'" "${data[@]}" --output_dir --plain
-refused "a flag in the place of a value, after =" "--sample_prompt: its value is missing" "${data[@]}" --sample_prompt= --plain
+refused "a flag in the place of a value, after =" "--seq_len: its value is missing" "${data[@]}" --seq_len= --plain
 refused "RoPE scaling without its factor" "--rope_low_freq_factor and --rope_scaling_factor 1" "${data[@]}" --rope_low_freq_factor 3
 refused "where a constant learning rate ends" "--final_learning_rate_fraction and --schedule constant" "${data[@]}" --schedule constant --final_learning_rate_fraction 0.5
 refused "dilation of another scorer" "--lighthouse_dilation and --lighthouse_scorer norm" "${data[@]}" --attention lighthouse --lighthouse_dilation 2

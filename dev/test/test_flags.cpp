@@ -57,6 +57,27 @@ TEST(Flags, DefaultsAreTheTinyPreset) {
     EXPECT_EQ(refusal({"--train_data", "x"}), "");
 }
 
+TEST(Flags, ATextBehindAnEqualsSignIsItsValueWhateverItIs) {
+    const auto prompt_of = [](std::vector<const char*> arguments) {
+        return parse_line(std::move(arguments)).config.sample_prompt;
+    };
+    EXPECT_EQ(prompt_of({"--sample_prompt=a", "--sample_prompt="}), "") << "the last one";
+    EXPECT_EQ(prompt_of({"--sample_prompt=", "--sample_prompt", "a"}), "a");
+    EXPECT_EQ(prompt_of({"--sample_prompt=--plain"}), "--plain");
+    EXPECT_EQ(prompt_of({"--sample_prompt=--help=x"}), "--help=x");
+    for (const char* text : {"--", "=", "[INST]", "a=b", " ", "-x"}) {
+        EXPECT_EQ(prompt_of({(std::string("--sample_prompt=") + text).c_str()}), text);
+    }
+    const ParsedFlags parsed = parse_line({"--sample_prompt=", "--plain"});
+    EXPECT_TRUE(parsed.config.plain) << "no value of the flag before it";
+    EXPECT_EQ(parsed.typed, (std::set<std::string>{"plain", "sample_prompt"}));
+    expect_refused({"--sample_prompt", "--plain"}, "--sample_prompt: its value is missing ('--plain' is a flag)");
+    expect_refused({"--train_data", "--sample_prompt="}, "--train_data: its value is missing");
+    expect_refused({"--output_dir="}, "--output_dir '': must name a folder");
+    expect_refused({"--config=", "--plain"}, "--config '': must name a file");
+    expect_refused({"--seq_len="}, "--seq_len");
+}
+
 TEST(Flags, EveryKindOfValue) {
     const RunConfig c = parse_line({"--seq_len=98304",
                                     "--learning_rate",
