@@ -261,6 +261,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         take_model_shape(parsed, load_hf_config(config.checkpoint), config.checkpoint);
         check_holds_model(config.checkpoint, config.model);  // before memory is taken for what only config.json knows
     }
+    fit_default_dense_layers(parsed);
     // Evaluation alone covers all validation data unless told otherwise.
     if (config.max_steps == 0 && parsed.given.count("eval_batches") == 0) {
         config.eval_batches = 0;

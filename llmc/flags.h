@@ -392,3 +392,13 @@ inline void take_model_shape(ParsedFlags& parsed, const ModelConfig& stored, con
     parsed.config.model = stored;
     parsed.config.model.max_positions = max_positions;
 }
+
+// Of the default list, the layers that the model has. One that was given is checked as it is.
+inline void fit_default_dense_layers(ParsedFlags& parsed) {
+    std::vector<int>& layers = parsed.config.lighthouse.dense_layers;
+    const int n = parsed.config.model.num_layers;
+    if (parsed.given.count("lighthouse_dense_layers") == 0 && layers == LighthouseConfig().dense_layers) {
+        layers.erase(std::remove_if(layers.begin(), layers.end(), [&](int layer) { return layer < -n || layer >= n; }),
+                     layers.end());
+    }
+}

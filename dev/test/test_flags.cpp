@@ -57,6 +57,19 @@ TEST(Flags, DefaultsAreTheTinyPreset) {
     EXPECT_EQ(refusal({"--train_data", "x"}), "");
 }
 
+TEST(Flags, TheDefaultDenseLayersAreThoseOfTheModel) {
+    const auto fitted = [](std::vector<const char*> arguments) {
+        ParsedFlags parsed = parse_line(std::move(arguments));
+        fit_default_dense_layers(parsed);
+        return parsed.config.lighthouse.dense_layers;
+    };
+    EXPECT_EQ(fitted({}), (std::vector<int>{0, 1, -2, -1}));
+    EXPECT_EQ(fitted({"--num_layers", "2"}), (std::vector<int>{0, 1, -2, -1}));
+    EXPECT_EQ(fitted({"--num_layers", "1"}), (std::vector<int>{0, -1}));
+    EXPECT_EQ(fitted({"--num_layers", "1", "--lighthouse_dense_layers", "0,1,-2,-1"}), (std::vector<int>{0, 1, -2, -1}))
+        << "which is refused";
+}
+
 TEST(Flags, ATextBehindAnEqualsSignIsItsValueWhateverItIs) {
     const auto prompt_of = [](std::vector<const char*> arguments) {
         return parse_line(std::move(arguments)).config.sample_prompt;
