@@ -26,14 +26,14 @@ static int train(int argc, char** argv) {
     }
     set_num_threads(*config);
     // The system would rather end this process than refuse it what it asks for.
-    const int64_t needed =
+    const double needed =
         reference::ReferenceModel<float>::planned_bytes(config->model, config->batch_size, config->seq_len);
     const uint64_t there = available_host_bytes();
     CHECK(
-        (uint64_t)needed <= there,
+        needed <= (double)there,
         "not enough memory: this run needs %.2f GiB and %.2f GiB are free: lower --batch_size or --seq_len, or take a "
         "smaller model",
-        (double)needed / (1 << 30), (double)there / (1 << 30));
+        needed / (1 << 30), (double)there / (1 << 30));
     DeviceInfo device;
     device.name = format_string("CPU, %d threads", omp_get_max_threads());
     reference::ReferenceModel<float> model(config->model, config->attention, config->lighthouse, config->batch_size,

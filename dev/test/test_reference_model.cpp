@@ -247,9 +247,14 @@ TEST(ReferenceModel, UpdateClipsAndDecaysMatricesOnly) {
 
 TEST(ReferenceModel, TakesTheMemoryThatIsPlanned) {
     for (const Case& c : cases()) {
-        EXPECT_EQ((double)reference::ReferenceModel<float>::planned_bytes(c.config, c.B, c.T) / (1 << 30),
+        EXPECT_EQ(reference::ReferenceModel<float>::planned_bytes(c.config, c.B, c.T) / (1 << 30),
                   reference::ReferenceModel<float>(c.config, AttentionMode::dense, {}, c.B, c.T).peak_memory_gib());
     }
+    ModelConfig largest = cases()[0].config;
+    largest.num_layers = largest.num_heads = largest.num_kv_heads = 1024, largest.head_dim = 256;
+    largest.width = 1 << 17, largest.ffn_width = 1 << 18;
+    validate(largest);
+    EXPECT_GT(reference::ReferenceModel<float>::planned_bytes(largest, 127, (int64_t)1 << 24), std::ldexp(1.0, 63));
 }
 
 // Three steps, of which the second is not clipped, by the formula of Loshchilov & Hutter 2019.

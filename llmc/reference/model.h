@@ -100,7 +100,8 @@ class ReferenceModel : public TrainableModel {
     void read_gradient(int tensor, float* out) override;
 
     // Bytes that a model for such batches takes, without what Lighthouse attention adds as it is first used.
-    static int64_t planned_bytes(const ModelConfig& config, int max_batch, int64_t max_T);
+    // What is allowed may need more than 2^63.
+    static double planned_bytes(const ModelConfig& config, int max_batch, int64_t max_T);
 
     // One tensor in full precision: for tests.
     Real* weight(int tensor) { return weights_.data() + offsets_[tensor]; }
@@ -206,14 +207,14 @@ ReferenceModel<Real>::ReferenceModel(const ModelConfig& config, AttentionMode at
 
 // As the constructor has it.
 template <class Real>
-int64_t ReferenceModel<Real>::planned_bytes(const ModelConfig& c, int max_batch, int64_t max_T) {
+double ReferenceModel<Real>::planned_bytes(const ModelConfig& c, int max_batch, int64_t max_T) {
     const int64_t rows = max_batch * max_T, C = c.width, F = c.ffn_width;
     const int64_t attention = c.qkv_width() + c.attention_width();
     const int64_t of_block = 4 * C + 2 + attention + c.num_heads + 3 * F, of_ends = 4 * C + 2 + attention + 3 * F;
     const int64_t num_elements = 4 * make_parameter_table(c).num_elements() +
                                  rows * (c.num_layers * of_block + of_ends) +
                                  chunk_rows(rows, c.vocab_size) * c.vocab_size;
-    return num_elements * (int64_t)sizeof(Real) + 2 * rows * (int64_t)sizeof(int32_t);
+    return (double)num_elements * sizeof(Real) + 2.0 * (double)rows * sizeof(int32_t);
 }
 
 template <class Real>
