@@ -124,6 +124,8 @@ TEST_F(TrainLoop, ACheckpointIsSampledWithoutData) {
     // Without the tokenizer of bytes its tokens are numbers.
     std::filesystem::remove(sampled.checkpoint + "/tokenizer.json");
     EXPECT_THROW(run(after, sampled), Error);
+    testing::internal::GetCapturedStdout();
+    testing::internal::GetCapturedStderr();
     sampled.sample_prompt = "97 98";
     ASSERT_EQ(run(after, sampled), 0) << err_;
     EXPECT_NE(out_.find("\n97 98 120 120 120\n"), std::string::npos) << out_;
