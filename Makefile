@@ -56,7 +56,6 @@ DEV_KERNELS := $(patsubst dev/cuda/%.cu,$(BUILD)/dev/%,$(wildcard dev/cuda/*.cu)
 MAKEFLAGS += --no-builtin-rules
 .DEFAULT_GOAL := all
 .PHONY: all help found cuda dev host_tests fuzzers test check gpu_check bench debug sanitize sass clean
-.SECONDARY:
 
 all: found train_gpt_cpu $(if $(NVCC),train_gpt test_gpt)  ## the trainers and test_gpt, as far as this machine can build them
 
@@ -128,7 +127,7 @@ sanitize:  ## unit tests of file formats, flags, training loop and sampling with
 SANITIZED_TESTS := $(filter test_tokens test_tokenizer test_train_loop% test_metrics test_safetensors test_hf_config test_checkpoint% test_flags test_sampler test_random,$(notdir $(HOST_TESTS)))
 
 sass: train_gpt  ## the machine code of the trainer's kernels, in build/train_gpt.sass (needs cuobjdump)
-	$(or $(shell command -v cuobjdump 2>/dev/null),$(dir $(NVCC))cuobjdump) --dump-sass train_gpt > $(BUILD)/train_gpt.sass && wc -l $(BUILD)/train_gpt.sass
+	$$(bash scripts/install_dependencies.sh cuobjdump) --dump-sass train_gpt > $(BUILD)/train_gpt.sass && wc -l $(BUILD)/train_gpt.sass
 
 clean:  ## remove everything that was built
 	rm -rf $(BUILD) train_gpt train_gpt_cpu test_gpt

@@ -39,7 +39,7 @@ struct RunConfig {
     int64_t seq_len = 256;     // T
     int batch_size = 8;        // B: sequences of one forward and backward pass
     int64_t global_batch = 0;  // sequences of one optimizer step; 0: batch_size times data-parallel ranks
-    int64_t max_steps = 400;   // 0: only evaluate
+    int64_t max_steps = 400;   // 0: only evaluate and sample
     uint64_t seed = 0;         // of initial weights and samples
     int64_t max_skipped = 10;  // steps in a row with a non-finite loss or gradient norm before the run stops
     Recompute recompute = Recompute::none;
@@ -178,8 +178,8 @@ inline void validate(const RunConfig& c) {
     CHECK(c.max_steps == 0 || !c.train_data.empty() || c.fit,
           "--train_data: name the files to train on, e.g. --train_data 'corpus/*.txt' (--help lists all flags)");
     CHECK(c.max_steps > 0 || c.has_validation_data() || c.asks_for_sample || c.fit,
-          "--max_steps 0 only evaluates and samples: name the data to evaluate with --val_data, or give a text to "
-          "continue with --sample_prompt");
+          "--max_steps 0 only evaluates and samples: name the data to evaluate with --val_data, or a text to "
+          "continue with --sample_prompt, on the command line");
     CHECK(!c.asks_for_sample || c.sample_tokens > 0, "--sample_prompt: with --sample_tokens 0 there is no sample");
     CHECK(c.shuffle_seed < (uint64_t)1 << 63 && c.seed < (uint64_t)1 << 63,
           "--seed and --shuffle_seed: at most 2^63 - 1");

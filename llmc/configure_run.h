@@ -203,10 +203,9 @@ inline void warn_of_files(const RunConfig& config, const RunData& data) {
             }
         }
     }
-    const bool cuts_off = config.val_data.empty() && config.val_fraction > 0.0;
     warn_of_each(config, "--train_data", twice, "is there more than once",
                  std::string("its text counts as often") +
-                     (cuts_off ? ", and --val_fraction may validate what is trained on" : ""));
+                     (config.splits_train_data() ? ", and --val_fraction may validate what is trained on" : ""));
     warn_of_each(config, "--val_data", validated, "is trained on too", "its loss says nothing of other text");
 }
 
@@ -225,9 +224,9 @@ inline void warn_of_shape(const RunConfig& config) {
 }
 
 // The rest of what is decided before a model exists: finds the checkpoint to start from and takes the model's shape
-// from it, checks all rules; with --fit data and output folder are not looked at. Writes nothing but the
-// lock's file: of --resume, which also removes what an interrupted save has left, and of a folder that holds a run. All
-// ranks call it, and get the same. Throws Error for anything that cannot be run as asked.
+// from it, checks all rules; with --fit data and output folder are not looked at. Writes nothing but a
+// lock's file, with --resume or where the folder holds a run; --resume also removes what an interrupted save has left.
+// All ranks call it, and get the same. Throws Error for anything that cannot be run as asked.
 inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     RunConfig& config = parsed.config;
     config.data_parallel = ranks.mesh().data_parallel;
@@ -267,6 +266,11 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         config.eval_batches = 0;
     }
     config.asks_for_sample = config.max_steps == 0 && parsed.typed.count("sample_prompt") > 0;
+    const auto is_given = [&](const char* name) { return parsed.given.count(name) > 0; };
+    if (config.asks_for_sample && !is_given("train_data") && !is_given("val_data") && !is_given("val_fraction") &&
+        !is_given("eval_batches")) {
+        config.train_data.clear(), config.val_data.clear();  // those of --resume's run, which evaluate it
+    }
     if (config.fit && parsed.given.count("seq_len") == 0) {  // the default may not be a legal one
         const ContextPartition partition{config.context_parallel, 0, 0};
         config.seq_len = config.attention == AttentionMode::lighthouse

@@ -152,18 +152,18 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
         options[s.name] = option;
     }
     options["config"]->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);  // of several: refused below
-    std::set<std::pair<std::string, std::string>> attached;  // texts given as --name=VALUE, which is no mistake
-    Words words;                                             // the last first, as CLI11 takes them
+    std::multiset<std::pair<std::string, std::string>> attached;  // given as --name=VALUE, which is no mistake
+    Words words;                                                  // the last first, as CLI11 takes them
     for (int i = argc - 1; i > 0; --i) {
         const std::string word = argv[i];
         const size_t equals = word.find('=');
         const std::string name = word.rfind("--", 0) == 0 && equals != word.npos ? word.substr(2, equals - 2) : "";
         const Setting* const s = find_setting(settings, name);
-        const bool is_text = name == "config" || (s != nullptr && s->is_text);
-        if (is_text) {
+        const bool has_value = name == "config" || (s != nullptr && !s->is_toggle);
+        if (has_value) {
             attached.insert({name, word.substr(equals + 1)});
         }
-        if (is_text && equals + 1 == word.size()) {
+        if (has_value && equals + 1 == word.size()) {
             words.push_back("");  // or CLI11 would take the word behind it
             words.push_back("--" + name);
         } else {
@@ -186,7 +186,9 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
         for (const std::string& word : option->results()) {
             // CLI11 gives a flag the next word, whatever it is: of `--output_dir --plain` the value is missing.
             const std::string other = word.rfind("--", 0) == 0 ? word.substr(2, word.find('=') - 2) : "";
-            CHECK((other != "help" && options.count(other) == 0) || attached.count({name, word}) > 0,
+            const std::vector<std::string>& all = option->results();
+            const bool is_attached = (size_t)std::count(all.begin(), all.end(), word) <= attached.count({name, word});
+            CHECK((other != "help" && options.count(other) == 0) || is_attached,
                   "--%s: its value is missing ('%s' is a flag)", name.c_str(), word.c_str());
         }
     }

@@ -26,6 +26,7 @@
 struct MetricsLine {
     std::string event;
     int64_t step;
+    bool is_finite;  // its loss, if it has one
 };
 inline std::optional<MetricsLine> parse_metrics_line(const std::string& line) {
     const Json object = parse_or_discard(line);
@@ -33,7 +34,8 @@ inline std::optional<MetricsLine> parse_metrics_line(const std::string& line) {
         return std::nullopt;
     }
     const Json event = object.value("event", Json());
-    return MetricsLine{event.is_string() ? event.get<std::string>() : "", object["step"].get<int64_t>()};
+    return MetricsLine{event.is_string() ? event.get<std::string>() : "", object["step"].get<int64_t>(),
+                       !object.contains("loss") || !object["loss"].is_null()};
 }
 
 // The file, to be read; not open where there is none. Throws Error when it cannot be read.
@@ -48,13 +50,14 @@ inline std::ifstream open_metrics(const std::string& path) {
     return file;
 }
 
-// The events of `step` in a file of metrics, which stays as it is. Throws Error when it cannot be read.
+// The events of `step` in a file of metrics, which stays as it is; not those whose loss is not finite: to go on from
+// there is to meet it again. Throws Error when it cannot be read.
 inline std::set<std::string> events_of_step(const std::string& path, int64_t step) {
     std::set<std::string> events;
     std::ifstream file = open_metrics(path);
     for (std::string line; std::getline(file, line);) {
         const std::optional<MetricsLine> parsed = parse_metrics_line(line);
-        if (parsed && parsed->step == step) {
+        if (parsed && parsed->step == step && parsed->is_finite) {
             events.insert(parsed->event);
         }
     }

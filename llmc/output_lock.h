@@ -69,7 +69,7 @@ class OutputLock {
     bool is_of(const std::string& output_dir) const { return is_at(output_dir, folder_); }
     // Whether another process that wants it comes upon this lock: not where its file has been removed.
     bool holds(const std::string& output_dir) const {
-        return is_of(output_dir) && is_at(lock_path(output_dir), locked_);
+        return file_ >= 0 && is_of(output_dir) && is_at(lock_path(output_dir), locked_);
     }
     // A sentence for the user when there is no lock after all; empty when there is.
     const std::string& warning() const { return warning_; }

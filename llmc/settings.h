@@ -20,7 +20,6 @@ struct Setting {
     bool is_list = false;    // takes several values
     bool goes_on = false;    // words that follow, and the flag again, add to the list; numbers come with commas
     bool is_toggle = false;  // the value may be left out: true
-    bool is_text = false;    // any value is one
     bool saved = true;       // false: what to do now, rather than how the run is set up
     bool gpu_only = false;   // the trainer on the CPU has nothing of the kind
     std::function<void(const Words&)> set;
@@ -39,7 +38,6 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
         s.goes_on = std::is_same_v<Value, std::vector<std::string>>;
         s.is_list = s.goes_on || std::is_same_v<Value, std::vector<int>>;
         s.is_toggle = std::is_same_v<Value, bool>;
-        s.is_text = std::is_same_v<Value, std::string>;
         s.set = [&field](const Words& words) { parse(words, field); };
         s.get = [&field] { return text(field); };
         settings.push_back(std::move(s));

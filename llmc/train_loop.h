@@ -140,7 +140,7 @@ class TrainingRun {
             prompt_ = tokenizer_->encode_prompt(config_.sample_prompt);
         }
     }
-    // Of the data; without any, of the bytes that a checkpoint was trained on, if it has their tokenizer.
+    // Of the data; without any, of bytes, if the checkpoint has their tokenizer, else of numbers.
     Tokenizer make_tokenizer() const {
         const std::optional<SequenceSet>& data = data_.train ? data_.train : data_.validation;
         if (data) {
@@ -156,6 +156,7 @@ class TrainingRun {
     void load_or_initialize() {
         if (config_.resume) {
             state_ = load_checkpoint(model_, config_.checkpoint, ranks_, true);  // read when it was found
+            skipped_at_start_ = state_.skipped_in_a_row;
             if (state_.skipped_in_a_row >= config_.max_skipped) {
                 state_.skipped_in_a_row = 0;  // that ended the run before; this one may try as often
             }
@@ -301,9 +302,9 @@ class TrainingRun {
                           100.0 * g.dense_work_fraction(), flops.dense_equivalent / flops.work));
         if (lighthouse_layers == 0) {
             warn(format_string(
-                "--attention lighthouse: --lighthouse_dense_layers keeps all %d layers dense, so nothing is different "
+                "--attention lighthouse: all layers are dense (--lighthouse_dense_layers %s), so nothing is different "
                 "from --attention dense",
-                all_layers));
+                text(config_.lighthouse.dense_layers).c_str()));
         }
     }
 
@@ -386,9 +387,10 @@ class TrainingRun {
         const int missing = ranks_.is_first() && events_at_start_.count(event) == 0;
         return (ranks_.size() == 1 ? missing : ranks_.largest(missing, "whether metrics lack an event")) != 0;
     }
-    // Whether a run that has trained all its steps was ended before what is due after the last.
+    // Whether a run that has trained all its steps was ended before what is due after the last. After one that was
+    // skipped nothing may have been due.
     bool lacks_its_end() const {
-        return state_.step == config_.max_steps &&
+        return state_.step == config_.max_steps && skipped_at_start_ == 0 &&
                ((data_.validation && is_missing("validation")) || (config_.sample_tokens > 0 && is_missing("sample")));
     }
 
@@ -707,6 +709,8 @@ class TrainingRun {
             const std::optional<int32_t> token =
                 sample_token(logits.data(), config_.model.vocab_size, config_.temperature, config_.top_p,
                              random.uniform((uint64_t)i));
+            CHECK(token || !config_.asks_for_sample,
+                  "the sample ends after %lld tokens: a logit is not finite: these weights are bad", (long long)i);
             if (!token) {
                 terminal_.print("the sample ends early: a logit is not finite");
                 break;
@@ -914,14 +918,14 @@ class TrainingRun {
     std::string checkpoint_;                            // the newest this run has written
     int64_t saved_step_ = -1;                           // its step
     int64_t first_step_ = 0, first_adam_step_ = 0;      // of this process
+    int64_t skipped_at_start_ = 0;                      // steps in a row, of the checkpoint it goes on from
     int stop_signal_ = 0;                               // what asked to stop, once all ranks know
     Clock::time_point second_step_start_;
 };
 
-// Trains, evaluates or both, as `config` (from configure_run) says. Returns the status for main: 0 when the run ended
-// or was stopped by a signal, 1 when too many steps in a row were skipped, or all, or the last validation loss is not
-// finite. Throws Error.
-// All ranks call it.
+// Trains, evaluates or samples, as `config` (from configure_run) says. Returns the status for main: 0 when the run
+// ended or a signal stopped its training, 1 when a signal stopped an evaluation, too many steps in a row were skipped,
+// or all, or the last validation loss is not finite. Throws Error. All ranks call it.
 inline int run_training(TrainableModel& model, const RunConfig& config, const DeviceInfo& device,
                         const RunRanks& ranks = RunRanks()) {
     return TrainingRun(model, config, device, ranks).run();

@@ -5,7 +5,7 @@
 # on all GPUs. Ends with 'N passed, N failed', and ', N left' where it was ended early, and records GPU, date, every
 # program's result and a hash in dev/gpu_check.txt: of the kernels, of the programs that check them, of the reference that
 # they are compared with, and of the headers that say how a sequence, the optimizer's state and a model are cut up; other
-# host code is not watched.
+# host code, and the scripts that test it, are not watched.
 #   scripts/gpu_check.sh              build, check, record
 #   scripts/gpu_check.sh --no_build   check the programs that are already built, which must be of these sources
 #   scripts/gpu_check.sh --part checks|sanitizer   only the checks, or only those under compute-sanitizer; the record keeps
@@ -29,7 +29,7 @@ source_hash() {
     find llmc dev/cuda dev/test train_gpt.cu test_gpt.cu -type f \
         \( -name '*.cuh' -o -name '*.cu' -o -name 'lighthouse_*.h' -o -name 'context_pa*.h' -o -name 'zero_layout.h' \
         -o -name 'model_config.h' -o -name 'parameters.h' -o -name 'bf16_model.h' -o -path 'llmc/reference/*.h' \
-        -o -name 'golden_lighthouse.h' -o -name 'random_runs.py' -o -name 'e2e_train.sh' -o -name 'e2e_bad_input.sh' \) |
+        -o -name 'golden_lighthouse.h' -o -name 'random_runs.py' \) |
         LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1
 }
 recorded_hash() { sed -n 's/^kernel_sources: //p' "$record" 2>/dev/null; }

@@ -14,7 +14,7 @@ want=${1:-train}
 case $want in
 train | test | fuzz | cuobjdump) ;;
 -h | --help) usage; exit 0 ;;
-*) echo "install_dependencies: '$want': there are" >&2; usage >&2; exit 2 ;;
+*) echo "install_dependencies: '$want' is unknown; there are:" >&2; usage >&2; exit 2 ;;
 esac
 if [ "$want" = cuobjdump ]; then
     tools=$(dirname "$0")/../build/tools

@@ -41,7 +41,6 @@ check() {
         tail -40 "$log/out" | sed 's/^/     /'
     fi
 }
-has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L >/dev/null 2>&1; }
 old_bash="scripts/spawn_ranks.sh needs bash 5.1, this is $BASH_VERSION"
 spawns_ranks() { [ $((BASH_VERSINFO[0] * 100 + BASH_VERSINFO[1])) -ge 501 ]; }
 # skip NAME REASON
@@ -132,13 +131,13 @@ else
     fi
     check fit bash dev/test/fit.sh
     # The programs start without a GPU, and say in one sentence that they need one.
-    if has_gpu; then
+    if nvidia-smi -L >/dev/null 2>&1; then
         skip train_gpt_without_gpu "there is a GPU here"
     else
         check train_gpt_without_gpu bash dev/test/no_gpu.sh
     fi
 fi
-if has_gpu; then
+if scripts/has_gpu.sh; then
     check gpu_check scripts/gpu_check.sh
     if spawns_ranks; then check e2e_ranks bash dev/test/e2e_ranks.sh; else skip e2e_ranks "$old_bash"; fi
 else

@@ -108,7 +108,7 @@ for flag in init_from output_dir config; do
     refused "empty --$flag" "--$flag '': must name" "${data[@]}" --$flag ""
 done
 refused "a flag in the place of a value" "--output_dir: its value is missing \('--plain'" "${data[@]}" --output_dir --plain
-refused "a flag in the place of a value, after =" "--seq_len: its value is missing" "${data[@]}" --seq_len= --plain
+refused "no value after =" "--seq_len '': must be a whole number" "${data[@]}" --seq_len= --plain
 refused "RoPE scaling without its factor" "--rope_low_freq_factor and --rope_scaling_factor 1" "${data[@]}" --rope_low_freq_factor 3
 refused "where a constant learning rate ends" "--final_learning_rate_fraction and --schedule constant" "${data[@]}" --schedule constant --final_learning_rate_fraction 0.5
 refused "dilation of another scorer" "--lighthouse_dilation and --lighthouse_scorer norm" "${data[@]}" --attention lighthouse --lighthouse_dilation 2
@@ -146,7 +146,7 @@ script_refused "a sweep that never becomes dense" "SWITCH 9: must be below STEPS
 script_refused "a sweep's length as a flag" "--seq_len: set SEQ_LEN in the environment" "${sweep[@]}" scripts/sweep.sh pool --seq_len 64
 script_refused "what a sweep varies as a flag" "--lighthouse_pool=2: it is what this sweep varies" "${sweep[@]}" scripts/sweep.sh pool --lighthouse_pool=2
 script_refused "a corpus in place of a folder" "is no file that could be replaced" scripts/make_corpus.sh "$work/sweep" 1
-script_refused "dependencies of what there is not" "'gpu': there are" scripts/install_dependencies.sh gpu
+script_refused "dependencies of what there is not" "'gpu' is unknown; there are" scripts/install_dependencies.sh gpu
 script_refused "a grace that is no number" "SPAWN_GRACE 'x'" env SPAWN_GRACE=x scripts/spawn_ranks.sh 2 true
 
 refused "a batch that no memory holds" "not enough (GPU )?memory: this run needs [0-9.]+ GiB" "${data[@]}" "${shape[@]}" --seq_len 2047 --batch_size 1048576 --output_dir "$work/a"

@@ -220,6 +220,9 @@ expect "evaluation prints 6 digits" grep -Eq 'validation loss [0-9]+\.[0-9]{6}' 
 expect "sample a checkpoint, without data" bash -c "'$trainer' --max_steps 0 --init_from '$(newest whole)' --sample_prompt '#inc' --sample_tokens 5 --temperature 0 >'$work/sample.out' 2>'$work/sample.err'"
 expect "which goes on from the prompt" grep -Eq '^#inc' "$work/sample.out"
 expect "and says nothing else" test ! -s "$work/sample.err"
+expect "sample the newest of a run, and no more" bash -c "'$trainer' --max_steps 0 --resume --output_dir '$work/whole' --sample_prompt '#inc' --sample_tokens 5 --temperature 0 >'$work/sample2.out'"
+expect "from the same weights the same" cmp <(grep -A1 ' | sample, ' "$work/sample.out" | tail -1) <(grep -A1 ' | sample, ' "$work/sample2.out" | tail -1)
+expect "without a loss" bash -c "! grep -q 'validation loss' '$work/sample2.out'"
 expect "evaluate the newest of a run" bash -c "'$trainer' --max_steps 0 --resume --output_dir '$work/whole' --val_data '$work/val.txt' >'$work/eval2.out'"
 expect "both print the same loss" test "$(grep -o 'validation loss [0-9.]*' "$work/eval.out")" = "$(grep -o 'validation loss [0-9.]*' "$work/eval2.out")"
 expect "evaluate random weights" bash -c "'$trainer' --max_steps 0 --output_dir '$work/whole' --val_data '$work/val.txt' --seq_len 64 --seed 7 >'$work/eval3.out' 2>'$work/eval3.err'"

@@ -176,6 +176,9 @@ TEST_F(TrainLoop, ARunOfNothingButSkipsFails) {
     EXPECT_NE(err_.find("from sequence 0 on"), std::string::npos) << err_;
     EXPECT_EQ(std::count(err_.begin(), err_.end(), '\n'), 1) << err_;
     EXPECT_EQ(events("stop").at(0)["skipped_in_a_row"], 8);
+    EXPECT_EQ(run(good, resumed(config_)), 0);
+    EXPECT_NE(out_.find("nothing is left to train"), std::string::npos) << "and nothing was due: " << out_;
+    EXPECT_EQ(events("validation").size(), 0u);
     RunConfig longer = resumed(config_);
     longer.max_steps = 10;
     EXPECT_EQ(run(good, longer), 0);
@@ -196,8 +199,6 @@ TEST_F(TrainLoop, WhatIsTrainedIsSavedBeforeWhatMayFail) {
     config_.val_data = config_.train_data;
     model.on_evaluate = [] { fail("the validation data are bad"); };
     EXPECT_THROW(run(model, config_), Error);
-    testing::internal::GetCapturedStdout();
-    testing::internal::GetCapturedStderr();
     EXPECT_NE(find_newest_checkpoint(config_.output_dir).value().find("step00000008"), std::string::npos);
 }
 
@@ -207,8 +208,6 @@ TEST_F(TrainLoop, ValidationDataThatProveBadCostNoSteps) {
     config_.data_format = DataFormat::shards, config_.eval_every = 3;
     FakeModel model(config_.model);
     EXPECT_THROW(run(model, config_), Error);
-    testing::internal::GetCapturedStdout();
-    testing::internal::GetCapturedStderr();
     EXPECT_EQ(model.num_updates, 3);
     EXPECT_NE(find_newest_checkpoint(config_.output_dir).value().find("step00000003"), std::string::npos);
 }
@@ -218,8 +217,6 @@ TEST_F(TrainLoop, TrainingDataThatProveBadCostNoSteps) {
     config_.data_format = DataFormat::shards, config_.max_steps = 59;  // all 118 sequences of 16
     FakeModel model(config_.model);
     EXPECT_THROW(run(model, config_), Error);
-    testing::internal::GetCapturedStdout();
-    testing::internal::GetCapturedStderr();
     EXPECT_GT(model.num_updates, 0);
     EXPECT_EQ(find_newest_checkpoint(config_.output_dir).value_or("no checkpoint"),
               config_.output_dir + "/" + checkpoint::folder_name(model.num_updates));
@@ -318,8 +315,6 @@ TEST_F(TrainLoop, AnEvaluationOfBadWeightsFails) {
     FakeModel model(config_.model);
     model.validation_loss = NAN;
     EXPECT_THROW(run(model, config_), Error);
-    testing::internal::GetCapturedStdout();
-    testing::internal::GetCapturedStderr();
 }
 
 TEST_F(TrainLoop, ARunWhoseLastValidationLossIsNotFiniteFails) {
@@ -329,6 +324,8 @@ TEST_F(TrainLoop, ARunWhoseLastValidationLossIsNotFiniteFails) {
     EXPECT_EQ(run(bad, config_), 1);
     EXPECT_NE(err_.find("the last validation loss is not finite"), std::string::npos) << err_;
     EXPECT_NE(err_.find(config_.output_dir + "/step00000008"), std::string::npos) << "it is saved, and named: " << err_;
+    EXPECT_EQ(run(bad, resumed(config_)), 1) << "to go on is not to get over it";
+    EXPECT_NE(err_.find("the last validation loss is not finite"), std::string::npos) << err_;
     config_.output_dir += "_in_between";
     bad_in_between.on_evaluate = [&] { bad_in_between.validation_loss = bad_in_between.num_updates == 4 ? NAN : 1.0; };
     EXPECT_EQ(run(bad_in_between, config_), 0) << err_;

@@ -476,8 +476,6 @@ TEST_F(TrainLoop, ALockWhoseFileIsRemovedIsTakenAgain) {
         }
     };
     EXPECT_THROW(run(other, longer), Error);
-    testing::internal::GetCapturedStdout();
-    testing::internal::GetCapturedStderr();
     EXPECT_EQ(checkpoint::list(config_.output_dir).size(), 2u);
 }
 
@@ -499,8 +497,6 @@ TEST_F(TrainLoop, TwoAtOnceInOneFolderAreRefused) {
             run(model, config);
             FAIL() << "was accepted";
         } catch (const Error& error) {
-            testing::internal::GetCapturedStdout();
-            testing::internal::GetCapturedStderr();
             EXPECT_NE(std::string(error.what()).find(words), std::string::npos) << error.what();
         }
         EXPECT_EQ(model.num_updates, 0);

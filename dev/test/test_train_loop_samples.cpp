@@ -121,11 +121,13 @@ TEST_F(TrainLoop, ACheckpointIsSampledWithoutData) {
     EXPECT_EQ(after.contexts_of_samples.at(0), (std::vector<int32_t>{BEGIN_MARKER, 'a', 'b'}));
     EXPECT_EQ(after.attention_of_evaluations.size(), 0u);
 
+    after.on_logits = [](float* logits) { logits['x'] = NAN; };
+    EXPECT_THROW(run(after, sampled), Error) << "these weights are bad";
+    after.on_logits = nullptr;
+
     // Without the tokenizer of bytes its tokens are numbers.
     std::filesystem::remove(sampled.checkpoint + "/tokenizer.json");
     EXPECT_THROW(run(after, sampled), Error);
-    testing::internal::GetCapturedStdout();
-    testing::internal::GetCapturedStderr();
     sampled.sample_prompt = "97 98";
     ASSERT_EQ(run(after, sampled), 0) << err_;
     EXPECT_NE(out_.find("\n97 98 120 120 120\n"), std::string::npos) << out_;

@@ -149,9 +149,18 @@ class TrainLoop : public testing::Test {
         validate(config);
         testing::internal::CaptureStdout();
         testing::internal::CaptureStderr();
-        const int status = run_training(model, config, device_);
-        out_ = testing::internal::GetCapturedStdout();
-        err_ = testing::internal::GetCapturedStderr();
+        const auto end_capture = [&] {
+            out_ = testing::internal::GetCapturedStdout();
+            err_ = testing::internal::GetCapturedStderr();
+        };
+        int status;
+        try {
+            status = run_training(model, config, device_);
+        } catch (...) {
+            end_capture();
+            throw;
+        }
+        end_capture();
         return status;
     }
     RunConfig resumed(RunConfig config) const {
