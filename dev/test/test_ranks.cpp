@@ -461,6 +461,41 @@ TEST_F(Ranks, AFailedSaveFailsEverywhereAndLosesNothing) {
     }
 }
 
+// All ranks ask whether the folder is gone, whichever of them has failed, and all write once more.
+TEST_F(Ranks, AFolderThatIsMovedDuringASaveCostsNoStep) {
+    for (const int mover : {0, 2}) {
+        const std::string name = "moved" + std::to_string(mover), folder = folder_ + "/" + name;
+        const std::vector<int> statuses =
+            run(name, {4, 2, 2}, 4, {"--checkpoint_every", "2"}, [&](ShardedModel& model, int rank) {
+                if (rank == mover) {
+                    model.on_read = [folder, has_moved = false]() mutable {
+                        if (!has_moved) {
+                            std::filesystem::rename(folder, folder + "_away");
+                        }
+                        has_moved = true;
+                    };
+                }
+            });
+        EXPECT_EQ(statuses, std::vector<int>(4, 0)) << said(0);
+        EXPECT_TRUE(has_step(name, 2) && has_step(name, 4));
+        expect_run(name, {2, 1, 2}, 5, {"--resume"});
+    }
+}
+
+TEST_F(Ranks, WhatWasDueAfterTheLastStepIsMadeUpForByAll) {
+    expect_run("ended", {4, 2, 2}, 4);
+    const std::vector<std::string> whole = losses("ended");
+    const std::string path = folder_ + "/ended/metrics.jsonl", text = read_text_file(path);
+    ASSERT_EQ(whole.back().rfind("validation 4 ", 0), 0u) << whole.back();
+    std::filesystem::resize_file(path, text.rfind("{", text.rfind("\"validation\"")));
+    EXPECT_NE(losses("ended"), whole);
+    expect_run("ended", {4, 2, 2}, 4, {"--resume"});
+    EXPECT_EQ(losses("ended"), whole);
+    expect_run("ended", {4, 2, 2}, 4, {"--resume"});
+    EXPECT_NE(said(0).find("nothing is left to train"), std::string::npos) << said(0);
+    EXPECT_EQ(losses("ended"), whole);
+}
+
 TEST_F(Ranks, AKilledRankEndsAllAndLosesNothing) {
     expect_run("whole", ONE, 5);
     for (const int killed : {0, 3}) {
