@@ -14,9 +14,7 @@ BUILD     ?= build
 BIN       ?=
 
 # ---- what this machine has -------------------------------------------------------------------------------------------
-# Those that the kernels can run on. Where nvidia-smi finds no GPU it says so on standard output, in words.
-GPU_ARCH  := $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | grep -xE '[0-9]+\.[0-9]+' | \
-             awk '$$1 >= 8' | sort -u | tr -d . | sed 's/^90$$/90a/')
+GPU_ARCH  := $(shell bash scripts/gpu_capabilities.sh | sort -u | tr -d . | sed 's/^90$$/90a/')
 ARCH      ?= $(or $(GPU_ARCH),80 90a)
 # Between processes on several GPUs; MPI=no or NCCL=no leaves one out. PyTorch's copy of NCCL: NCCL=FOLDER with include
 # and lib in it.

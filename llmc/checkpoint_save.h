@@ -295,7 +295,7 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
     const std::string partial_path = output_dir + "/" + checkpoint::PARTIAL + name;
     std::optional<checkpoint::Companions> companions_now;
     std::optional<checkpoint::PartialFolder> partial;
-    const auto make_folder = [&]() -> std::string {
+    const auto make_folder = [&] {
         checkpoint::remove_leftovers(output_dir);
         if (companions == nullptr) {
             const int64_t V = model.config().vocab_size;
@@ -303,7 +303,6 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
                                                          config, model.config(), V == 256 || V == END_MARKER + 1);
         }
         partial.emplace(partial_path);
-        return "";
     };
     const auto advice = [&] {
         try {
@@ -315,7 +314,7 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
         }
     };
     try {
-        ranks.first_decides(make_folder, "a new checkpoint");
+        ranks.first_does(make_folder, "a new checkpoint");
         if (!ranks.is_first()) {
             partial.emplace(partial_path, checkpoint::PartialFolder::joins);
         }
@@ -344,13 +343,12 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
                 partial->add(file, digest);
             }
         }
-        const auto publish_folder = [&]() -> std::string {
+        const auto publish_folder = [&] {
             partial->write_text(checkpoint::STATE, checkpoint::state_text(state, config));
             partial->write_manifest();
             checkpoint::publish(*partial, folder, output_dir);
-            return "";
         };
-        ranks.first_decides(publish_folder, "publication of the checkpoint");
+        ranks.first_does(publish_folder, "publication of the checkpoint");
     } catch (const Error& what) {
         fail("%s%s", what.what(), advice());
     }

@@ -261,17 +261,17 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         check_holds_model(config.checkpoint, config.model);  // before memory is taken for what only config.json knows
     }
     fit_default_dense_layers(parsed);
+    const auto is_given = [&](const char* name) { return parsed.given.count(name) > 0; };
     // Evaluation alone covers all validation data unless told otherwise.
-    if (config.max_steps == 0 && parsed.given.count("eval_batches") == 0) {
+    if (config.max_steps == 0 && !is_given("eval_batches")) {
         config.eval_batches = 0;
     }
     config.asks_for_sample = config.max_steps == 0 && parsed.typed.count("sample_prompt") > 0;
-    const auto is_given = [&](const char* name) { return parsed.given.count(name) > 0; };
     if (config.asks_for_sample && !is_given("train_data") && !is_given("val_data") && !is_given("val_fraction") &&
         !is_given("eval_batches")) {
         config.train_data.clear(), config.val_data.clear();  // those of --resume's run, which evaluate it
     }
-    if (config.fit && parsed.given.count("seq_len") == 0) {  // the default may not be a legal one
+    if (config.fit && !is_given("seq_len")) {  // the default may not be a legal one
         const ContextPartition partition{config.context_parallel, 0, 0};
         config.seq_len = config.attention == AttentionMode::lighthouse
                              ? std::min(shortest_lighthouse_length(config.lighthouse), MAX_SEQ_LEN)
@@ -290,7 +290,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     }
     if (ranks.is_first() && config.max_steps > 0) {
         warn_of_shape(config);
-        if (config.warmup_steps >= config.max_steps && parsed.given.count("warmup_steps") > 0) {
+        if (config.warmup_steps >= config.max_steps && is_given("warmup_steps")) {
             print_warning(config, format_string("--warmup_steps %lld: the run ends before them, at --max_steps %lld",
                                                 (long long)config.warmup_steps, (long long)config.max_steps));
         }

@@ -36,8 +36,16 @@ class RunRanks {
         }
         return answer_of(world_.broadcast_text(is_first() ? outcome_of(decide) : "", 0, operation));
     }
-    // The same for what may take longer than the time-out of the ranks that wait, such as reading a large checkpoint:
-    // `decide` counts in its argument (may be null) what it has done; see at_length.
+    // The same where there is nothing to find, but to do.
+    void first_does(const std::function<void()>& work, const std::string& operation) const {
+        const auto decide = [&] {
+            work();
+            return std::string();
+        };
+        first_decides(decide, operation);
+    }
+    // As first_decides, for what may take longer than the time-out of the ranks that wait, such as reading a large
+    // checkpoint: `decide` counts in its argument (may be null) what it has done; see at_length.
     std::string first_decides_at_length(const std::function<std::string(std::atomic<uint64_t>* progress)>& decide,
                                         const std::string& operation) const {
         if (size() == 1) {

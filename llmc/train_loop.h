@@ -11,6 +11,7 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <sstream>
 #include <string>
 #include <vector>
 
@@ -373,20 +374,20 @@ class TrainingRun {
     }
 
     void read_events_at_start() {
-        const auto read = [&]() -> std::string {
-            events_at_start_ = events_of_step(metrics_path(), state_.step);
-            return "";
+        const auto read = [&] {
+            std::string events;
+            for (const std::string& event : events_of_step(metrics_path(), state_.step)) {
+                events += event + "\n";
+            }
+            return events;
         };
-        ranks_.first_decides(read, "look at the metrics");
+        std::istringstream events(ranks_.first_decides(read, "look at the metrics"));
+        for (std::string event; std::getline(events, event);) {
+            events_at_start_.insert(event);
+        }
     }
     // Whether the metrics lack an event of this step that is logged once.
-    bool is_missing(const char* event) const {
-        if (state_.step > first_step_) {
-            return true;
-        }
-        const int missing = ranks_.is_first() && events_at_start_.count(event) == 0;
-        return (ranks_.size() == 1 ? missing : ranks_.largest(missing, "whether metrics lack an event")) != 0;
-    }
+    bool is_missing(const char* event) const { return state_.step > first_step_ || events_at_start_.count(event) == 0; }
     // Whether a run that has trained all its steps was ended before what is due after the last. After one that was
     // skipped nothing may have been due.
     bool lacks_its_end() const {
@@ -752,11 +753,7 @@ class TrainingRun {
     }
 
     void write_checkpoint() {
-        const auto hold = [&]() -> std::string {
-            hold_output_folder();
-            return "";
-        };
-        ranks_.first_decides(hold, "look at the output folder");
+        ranks_.first_does([&] { hold_output_folder(); }, "look at the output folder");
         const bool weights_bf16 =
             config_.save_dtype == SaveDtype::bf16 || (config_.save_dtype == SaveDtype::automatic && device_.is_gpu);
         checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
@@ -908,7 +905,7 @@ class TrainingRun {
     std::vector<int32_t> prompt_;              // of samples
     std::shared_ptr<OutputLock> output_lock_;  // rank 0's
     std::optional<MetricsLog> metrics_;
-    std::set<std::string> events_at_start_;             // rank 0's, of the step that this process began with
+    std::set<std::string> events_at_start_;             // of the step that this process began with
     TrainingState state_;                               // what a checkpoint restores, beside the model's
     AttentionMode attention_ = AttentionMode::dense;    // of the next step
     std::vector<int32_t> tokens_;                       // [B, T + 1], the batch at hand

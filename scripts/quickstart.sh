@@ -14,7 +14,7 @@ scripts/install_dependencies.sh train
 # Threads that wait sleep: spinning, they would take the cores from whatever else runs here.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
 
-if scripts/has_gpu.sh && { command -v nvcc || [ -x /usr/local/cuda/bin/nvcc ]; } >/dev/null; then
+if scripts/gpu_capabilities.sh >/dev/null && { command -v nvcc || [ -x /usr/local/cuda/bin/nvcc ]; } >/dev/null; then
     trainer=train_gpt
     settings=(--num_layers 6 --width 384 --num_heads 6 --num_kv_heads 6 --head_dim 64 --ffn_width 1024
         --seq_len 1024 --batch_size 16 --max_steps 1000 --learning_rate 1e-3 --warmup_steps 50 --sample_every 500)

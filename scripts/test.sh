@@ -137,7 +137,7 @@ else
         check train_gpt_without_gpu bash dev/test/no_gpu.sh
     fi
 fi
-if scripts/has_gpu.sh; then
+if scripts/gpu_capabilities.sh >/dev/null; then
     check gpu_check scripts/gpu_check.sh
     if spawns_ranks; then check e2e_ranks bash dev/test/e2e_ranks.sh; else skip e2e_ranks "$old_bash"; fi
 else

@@ -405,7 +405,7 @@ TEST_F(TrainLoop, AFolderThatIsMovedIsLetGo) {
 }
 
 TEST_F(TrainLoop, AFolderThatIsRemovedIsMadeAndLockedAgain) {
-    FakeModel model(config_.model), after(config_.model);
+    FakeModel model(config_.model);
     model.on_update = [&](int n) {
         if (n == 3) {
             std::filesystem::remove_all(config_.output_dir);
@@ -416,10 +416,7 @@ TEST_F(TrainLoop, AFolderThatIsRemovedIsMadeAndLockedAgain) {
     EXPECT_NE(err_.find("has been removed or moved"), std::string::npos) << err_;
     EXPECT_TRUE(std::filesystem::exists(saved_settings_path(config_.output_dir)));
     EXPECT_EQ(events("checkpoint").size(), 1u);
-    RunConfig longer = resumed(config_);
-    longer.max_steps += 2;
-    EXPECT_EQ(run(after, longer), 0);
-    EXPECT_EQ(after.num_updates, 2);
+    expect_two_more_steps();
 }
 
 // As where that is done between two saves: nothing of what was trained is lost.
@@ -431,7 +428,7 @@ TEST_F(TrainLoop, AFolderThatIsMovedWhileACheckpointIsWrittenIsMadeAndLockedAgai
     for (const int at : {1, reads / 2, reads}) {
         std::filesystem::remove_all(config_.output_dir);
         const std::string moved = folder_ + "/moved" + std::to_string(at);
-        FakeModel model(config_.model), after(config_.model);
+        FakeModel model(config_.model);
         int n = 0;
         model.on_read_state = [&] { ++n == at ? std::filesystem::rename(config_.output_dir, moved) : void(); };
         model.on_evaluate = [&] { EXPECT_THROW(OutputLock other(config_.output_dir), Error) << "behind it"; };
@@ -439,10 +436,7 @@ TEST_F(TrainLoop, AFolderThatIsMovedWhileACheckpointIsWrittenIsMadeAndLockedAgai
         EXPECT_NE(err_.find("has been removed or moved"), std::string::npos) << err_;
         EXPECT_LE(n, 2 * reads) << "once more, and no more";
         EXPECT_TRUE(checkpoint::list(moved).empty());
-        RunConfig longer = resumed(config_);
-        longer.max_steps += 2;
-        EXPECT_EQ(run(after, longer), 0);
-        EXPECT_EQ(after.num_updates, 2);
+        expect_two_more_steps();
     }
 }
 

@@ -169,6 +169,14 @@ class TrainLoop : public testing::Test {
         EXPECT_FALSE(config.checkpoint.empty());
         return config;
     }
+    // A new process goes on from the output folder.
+    void expect_two_more_steps() {
+        FakeModel model(config_.model);
+        RunConfig longer = resumed(config_);
+        longer.max_steps += 2;
+        EXPECT_EQ(run(model, longer), 0);
+        EXPECT_EQ(model.num_updates, 2);
+    }
     // The lines of metrics.jsonl with this event.
     std::vector<Json> events(const std::string& event) const {
         std::vector<Json> found;
