@@ -47,6 +47,7 @@ while [ "$left" -gt 0 ]; do
         echo "spawn_ranks: a rank ended with status $ended; ending the others" >&2
         sleep 1 # for their own words about it
         send TERM
+        send CONT # or one that is stopped would take it when it is killed
         for ((i = 0; i < 10 * 10#$grace; ++i)); do
             [ -n "$(jobs -rp)" ] || break
             sleep 0.1

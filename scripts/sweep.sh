@@ -21,8 +21,10 @@ for name in seq_len steps switch; do
     [[ ${!name} =~ ^[1-9][0-9]{0,8}$ ]] || { echo "sweep: ${name^^} '${!name}': must be a whole number above 0" >&2; exit 2; }
 done
 [ "$switch" -lt "$steps" ] || { echo "sweep: SWITCH $switch: must be below STEPS $steps, or no step is dense" >&2; exit 2; }
+# nearest_topk N: seq_len / N as --lighthouse_topk may be, a multiple of 128.
+nearest_topk() { echo $(((seq_len / $1 + 127) / 128 * 128)); }
 case $axis in
-topk) values=$((seq_len / 128)),$((seq_len / 64)),$((seq_len / 32)) ;;
+topk) values=$(nearest_topk 128),$(nearest_topk 64),$(nearest_topk 32) ;;
 pool) values=2,4,8 ;;
 levels) values=2,3,4 ;;
 scorer) values=norm,dilated ;;
@@ -49,6 +51,7 @@ output=${OUTPUT_DIR:-runs/sweep_$axis}
 for made in table.md ${values//,/ }; do
     [ ! -e "$output/$made" ] || { echo "sweep: $output/$made is there already: move it away, or name another folder with OUTPUT_DIR" >&2; exit 1; }
 done
+values=$(tr , '\n' <<<"$values" | awk '!seen[$0]++' | paste -sd,) # short sequences have one for several
 [ "$trainer" != ./train_gpt ] || make -s train_gpt || exit 1
 mkdir -p "$output"
 
@@ -63,11 +66,10 @@ rows="" failed=0
 for value in ${values//,/ }; do
     run=$output/$value
     echo "== --lighthouse_$axis $value"
-    topk=$((seq_len / 64))
     if ! "$trainer" --num_layers 8 --width 512 --num_heads 8 --num_kv_heads 8 --head_dim 64 --ffn_width 1408 \
         --train_data "$TRAIN_DATA" --seq_len "$seq_len" --batch_size 1 --max_steps "$steps" --warmup_steps $((steps / 20)) \
         --learning_rate 1.5e-3 --eval_every "$switch" --eval_batches 8 --sample_tokens 0 --attention lighthouse \
-        --lighthouse_levels 3 --lighthouse_pool 4 --lighthouse_topk $topk --lighthouse_dense_layers 0,-1 \
+        --lighthouse_levels 3 --lighthouse_pool 4 --lighthouse_topk "$(nearest_topk 64)" --lighthouse_dense_layers 0,-1 \
         --lighthouse_steps "$switch" "--lighthouse_$axis" "$value" --output_dir "$run" --plain "$@" >"$run.log" 2>&1; then
         failed=$((failed + 1))
         rows+="| $value | $(tail -1 "$run.log") |"$'\n'
@@ -87,6 +89,10 @@ for value in ${values//,/ }; do
     echo "$row"
 done
 
+if [ $failed -gt 0 ] && ! grep -q '"event":"step"' "$output"/*/metrics.jsonl 2>/dev/null; then
+    echo "sweep: no run trained: there is no table" >&2
+    exit 1
+fi
 {
     echo "Sweep of --lighthouse_$axis at T=$seq_len: $switch steps under Lighthouse attention, $((steps - switch)) under dense."
     echo

@@ -18,6 +18,7 @@ vocabularies up to 65536, else uint32 (magic 20240801, version 7). --tokenizer n
 import argparse
 import array
 import glob
+import importlib
 import os
 import sys
 
@@ -25,16 +26,28 @@ UINT16 = (20240520, 1, "H")
 UINT32 = (20240801, 7, "I")
 
 
+def package(name, flag):
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        sys.exit(f"{flag}: needs the Python package {name}: pip install {name} ({error})")
+
+
 def documents(arguments):
     """Yields one string a document: a file each, or a row each of the dataset."""
     for path in arguments.files:
-        with open(path, "rb") as file:
-            if b"\0" in file.read(1 << 16):
-                sys.exit(f"{path}: is no text: it has bytes of 0 (packed files, Parquet, NumPy: write the texts out first)")
-        with open(path, encoding="utf-8", errors="replace") as file:
-            yield file.read()
+        try:
+            with open(path, "rb") as file:
+                if b"\0" in file.read(1 << 16):
+                    sys.exit(f"{path}: is no text: it has bytes of 0 (packed files, Parquet, NumPy: write the texts out "
+                             "first)")
+            with open(path, encoding="utf-8", errors="replace") as file:
+                text = file.read()
+        except OSError as error:
+            sys.exit(f"{path}: cannot be read: {error.strerror}")
+        yield text
     if arguments.dataset:
-        from datasets import load_dataset
+        load_dataset = package("datasets", "--dataset").load_dataset
         name, _, config = arguments.dataset.partition(":")
         for row in load_dataset(name, config or None, split="train", streaming=True):
             yield row[arguments.column]
@@ -87,10 +100,10 @@ class TextWriter:
 def make_writer(tokenizer_name):
     if tokenizer_name is None:
         return TextWriter()
-    from transformers import AutoTokenizer
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    tokenizer = package("transformers", "--tokenizer").AutoTokenizer.from_pretrained(tokenizer_name)
     if tokenizer.eos_token_id is None:
         sys.exit(f"--tokenizer {tokenizer_name}: has no end-of-text token to separate documents with")
+    print(f"train_gpt --vocab_size {len(tokenizer)} trains on these shards")
     return ShardWriter(UINT16 if len(tokenizer) <= 2**16 else UINT32, tokenizer.eos_token_id,
                        lambda text: tokenizer.encode(text, add_special_tokens=False))
 
