@@ -10,6 +10,7 @@ struct AdamWSettings {
     double beta2 = 0.95;
     double eps = 1e-8;
     double weight_decay = 0.1;   // a model's: of tensors with ParameterTensor::decay
+    bool decay_all = false;      // and of the others
     double max_grad_norm = 1.0;  // clip by global norm; 0: off
     int64_t adam_step = 1;       // 1 for the first applied update: the bias correction's exponent
 
@@ -18,7 +19,7 @@ struct AdamWSettings {
     // The same step for tensors that do not decay, or that do.
     AdamWSettings with_decay(bool decays) const {
         AdamWSettings settings = *this;
-        settings.weight_decay = decays ? weight_decay : 0.0;
+        settings.weight_decay = decays || decay_all ? weight_decay : 0.0;
         return settings;
     }
 };

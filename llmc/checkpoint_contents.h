@@ -7,13 +7,14 @@
 #include <string_view>
 #include <vector>
 
-#include "config.h"           // settings of the run
-#include "durable_file.h"     // a hash
-#include "json.h"             // state.json
-#include "parameters.h"       // tensors, their parts in Hugging Face's names
-#include "settings.h"         // the settings by name
-#include "tokens.h"           // training data
-#include "trainable_model.h"  // kinds of state, pieces of a tensor
+#include "checkpoint_folder.h"  // state.json's name
+#include "config.h"             // settings of the run
+#include "durable_file.h"       // a hash
+#include "json.h"               // state.json
+#include "parameters.h"         // tensors, their parts in Hugging Face's names
+#include "settings.h"           // the settings by name
+#include "tokens.h"             // training data
+#include "trainable_model.h"    // kinds of state, pieces of a tensor
 
 // What a run needs beside the model's tensors to go on where it stopped. Random numbers depend on seeds and positions
 // alone, so these are the state of all generators too.
@@ -28,6 +29,7 @@ struct TrainingState {
     std::string data;                        // data_identity of what was trained on; empty: not known
     std::optional<AttentionMode> attention;  // of the checkpoint's last step; no value: not known, or it has none
     std::optional<uint64_t> shuffle_seed;    // that its data came in the order of; no value: not known
+    int64_t sequences_per_step = 0;          // 0: not known
 };
 
 namespace checkpoint {
@@ -86,6 +88,7 @@ inline std::string state_text(const TrainingState& state, const RunConfig& confi
                        {"step", state.step},
                        {"adam_step", state.adam_step},
                        {"data_position", state.data_position},
+                       {"sequences_per_step", config.sequences_per_step()},
                        {"skipped", state.skipped},
                        {"skipped_in_a_row", state.skipped_in_a_row},
                        {"data", state.data},
@@ -131,6 +134,9 @@ inline std::optional<RunConfig> saved_schedule(const JsonObject& settings) {
     return run;
 }
 
+// Half of what numbers an epoch's order (RandomStream), so that no run gets there.
+constexpr int64_t MAX_DATA_POSITION = (int64_t)1 << 55;
+
 // Throws Error, naming `path`, for text that is not a training state.
 inline TrainingState parse_state(std::string_view text, const std::string& path) {
     const JsonValue json = parse_json(text, path);
@@ -140,7 +146,8 @@ inline TrainingState parse_state(std::string_view text, const std::string& path)
     TrainingState state;
     state.step = object.integer("step", 0, INT64_MAX);
     state.adam_step = object.integer("adam_step", 0, state.step);
-    state.data_position = object.integer("data_position", 0, INT64_MAX);
+    state.data_position = object.integer("data_position", 0, MAX_DATA_POSITION);
+    state.sequences_per_step = object.integer_or(0, "sequences_per_step", 1, INT64_MAX);
     if (object.has("settings")) {
         const JsonObject settings = object.object("settings");
         state.seq_len = settings.integer_or(0, "seq_len", 1, INT64_MAX);
@@ -154,6 +161,17 @@ inline TrainingState parse_state(std::string_view text, const std::string& path)
         state.shuffle_seed = (uint64_t)object.integer("shuffle_seed", 0, INT64_MAX);
     }
     return state;
+}
+
+// Where training stood in a folder with weights; no value where its state.json does not say, as it need not be one of
+// ours.
+inline std::optional<TrainingState> find_state(const std::string& folder) {
+    const std::string path = folder + "/" + STATE;
+    try {
+        return parse_state(read_text_file(path), path);
+    } catch (const Error&) {
+        return std::nullopt;
+    }
 }
 
 }  // namespace checkpoint

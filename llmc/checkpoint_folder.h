@@ -216,6 +216,19 @@ inline bool is_whole(const std::string& folder) {
     return true;
 }
 
+// Never half a checkpoint under its name. One that cannot be removed stays.
+inline void remove_checkpoint(const std::string& output_dir, int64_t step, const std::string& folder) {
+    const std::string partial = output_dir + "/" + PARTIAL + folder_name(step);
+    try {
+        rename_folder(folder, partial);
+        if (!remove_if_possible(partial) && is_whole(partial)) {
+            rename_folder(partial, folder);
+        }
+    } catch (const Error& error) {
+        std::fprintf(stderr, "%s; it stays\n", error.what());
+    }
+}
+
 // Removes the oldest checkpoints: `keep` stay, `newest` (just written) among them. Those that cannot be whole, by their
 // files' lengths or as steps of `damaged`, neither count nor go; nor do those of later steps, which a resumed run has
 // passed over. One that cannot be removed stays.
@@ -228,15 +241,7 @@ inline void prune(const std::string& output_dir, int64_t newest, int64_t keep, c
             continue;
         }
         if (damaged.count(step) == 0 && is_whole(folder) && ++num_kept > keep) {
-            const std::string partial = output_dir + "/" + PARTIAL + folder_name(step);
-            try {
-                rename_folder(folder, partial);  // never half a checkpoint under its name
-                if (!remove_if_possible(partial) && is_whole(partial)) {
-                    rename_folder(partial, folder);
-                }
-            } catch (const Error& error) {
-                std::fprintf(stderr, "%s; it stays\n", error.what());
-            }
+            remove_checkpoint(output_dir, step, folder);
         }
     }
 }

@@ -217,12 +217,15 @@ inline void check_shared_classifier(const TensorSet& set, const std::string& fol
           folder.c_str());
 }
 
-// Throws Error unless config.json describes the model and the weights are its tensors, all and only, in these shapes.
+// Throws Error unless config.json describes the model, but for how positions are rotated, which a run may change, and
+// the weights are its tensors, all and only, in these shapes.
 // Allowed beside them: the table of RoPE frequencies in old folders, which transformers does not read, and the
 // classifier of a model that shares it with the embedding (check_shared_classifier).
 inline void check_weights(const TensorSet& set, const ModelConfig& model, const ParameterTable& parameters,
                           const std::string& folder) {
-    const std::string difference = first_difference(load_hf_config(folder), model);
+    ModelConfig stored = load_hf_config(folder);
+    stored.rope_theta = model.rope_theta, stored.rope_scaling = model.rope_scaling;
+    const std::string difference = first_difference(stored, model);
     CHECK(difference.empty(), "%s/config.json: does not fit this model: %s", folder.c_str(), difference.c_str());
     std::set<std::string> names;
     for (const ParameterTensor& tensor : parameters.tensors) {

@@ -275,13 +275,24 @@ struct OptimizerFiles {
     }
 };
 
+// Of checkpoints of the same updates, all but the one of `newest`, in which steps were being skipped: a run that is
+// started again and again on bad weights leaves one.
+inline void prune_skipped(const std::string& output_dir, const TrainingState& newest) {
+    for (const auto& [step, folder] : list(output_dir)) {
+        const std::optional<TrainingState> state = step < newest.step ? find_state(folder) : std::nullopt;
+        if (state && state->adam_step == newest.adam_step && state->skipped_in_a_row > 0) {
+            remove_checkpoint(output_dir, step, folder);
+        }
+    }
+}
+
 }  // namespace checkpoint
 
 // ---- what a run calls --------------------------------------------------------------------------
 
 // Writes a checkpoint of `state.step` into `output_dir`, which exists (one that is not there any more is not made anew:
 // its lock and settings would be missing), and returns its folder; then removes those that --keep_checkpoints does not
-// keep, unless steps are being skipped: then these weights may be what is wrong.
+// keep, unless steps are being skipped: then these weights may be what is wrong, and only those go that have the same.
 // weights_bf16: model.safetensors in bfloat16, the float32 master beside it.
 // Holds one tensor at a time. All ranks call it: each writes its part of the optimizer's state, rank 0 the rest. Throws
 // Error, on all ranks, when anything fails on any: what was there before then still is. companions: what lies beside
@@ -352,8 +363,12 @@ inline std::string save_checkpoint(TrainableModel& model, const TrainingState& s
     } catch (const Error& what) {
         fail("%s%s", what.what(), advice());
     }
-    if (config.keep_checkpoints > 0 && state.skipped_in_a_row == 0 && ranks.is_first()) {
-        checkpoint::prune(output_dir, state.step, config.keep_checkpoints, config.damaged_checkpoints);
+    if (config.keep_checkpoints > 0 && ranks.is_first()) {
+        if (state.skipped_in_a_row == 0) {
+            checkpoint::prune(output_dir, state.step, config.keep_checkpoints, config.damaged_checkpoints);
+        } else {
+            checkpoint::prune_skipped(output_dir, state);
+        }
     }
     return folder;
 }

@@ -56,10 +56,11 @@ struct RunConfig {
     double beta2 = 0.95;
     double adam_eps = 1e-8;
     double weight_decay = 0.1;
+    bool decay_all = false;      // of norms and embeddings too
     double max_grad_norm = 1.0;  // 0: no clipping
 
     // ---- checkpoints
-    std::string init_from;         // a Hugging Face Llama directory: weights and shape
+    std::string init_from;         // a Hugging Face Llama directory: weights and shape; with resume: where it began
     bool resume = false;           // from the newest whole checkpoint in output_dir
     std::string output_dir;        // empty: a new folder runs/DATE-TIME
     int64_t checkpoint_every = 0;  // steps; 0: only at the end
@@ -180,13 +181,9 @@ inline void validate(const RunConfig& c) {
     CHECK(c.max_steps > 0 || c.has_validation_data() || c.asks_for_sample || c.fit,
           "--max_steps 0 only evaluates and samples: name the data to evaluate with --val_data, or a text to "
           "continue with --sample_prompt, on the command line");
-    CHECK(!c.asks_for_sample || c.sample_tokens > 0, "--sample_prompt: with --sample_tokens 0 there is no sample");
     CHECK(c.shuffle_seed < (uint64_t)1 << 63 && c.seed < (uint64_t)1 << 63,
           "--seed and --shuffle_seed: at most 2^63 - 1");
 
-    CHECK(c.init_from.empty() || !c.resume,
-          "--resume and --init_from contradict each other: --resume takes the weights from the newest checkpoint in "
-          "--output_dir; leave one out");
     CHECK(!c.resume || !c.output_dir.empty(), "--resume: say with --output_dir which run to continue");
     at_least("checkpoint_every", c.checkpoint_every, 0);
     at_least("keep_checkpoints", c.keep_checkpoints, 0);

@@ -10,6 +10,7 @@
 #include <filesystem>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <omp.h>
 #include <optional>
 #include <set>
@@ -19,16 +20,17 @@
 #include <utility>
 #include <vector>
 
-#include "checkpoint_folder.h"  // the checkpoint to go on from
-#include "checkpoint_load.h"    // whether it holds what its config.json says
-#include "config.h"             // every setting
-#include "flags.h"              // settings from the command line
-#include "hf_config.h"          // the model's shape in a checkpoint
-#include "output_lock.h"        // one process at a time
-#include "ranks.h"              // processes that train together
-#include "settings.h"           // their file in the output folder
-#include "standard_files.h"     // where messages go
-#include "tokens.h"             // whether the data can be read
+#include "checkpoint_contents.h"  // where training stood in it
+#include "checkpoint_folder.h"    // the checkpoint to go on from
+#include "checkpoint_load.h"      // whether it holds what its config.json says
+#include "config.h"               // every setting
+#include "flags.h"                // settings from the command line
+#include "hf_config.h"            // the model's shape in a checkpoint
+#include "output_lock.h"          // one process at a time
+#include "ranks.h"                // processes that train together
+#include "settings.h"             // their file in the output folder
+#include "standard_files.h"       // where messages go
+#include "tokens.h"               // whether the data can be read
 
 // Whether a folder holds what a run writes: starting another run there would mix the two.
 inline bool holds_a_run(const std::string& output_dir) {
@@ -142,7 +144,8 @@ inline std::string make_output_dir() {
 inline std::string find_checkpoint_to_resume(RunConfig& config, std::atomic<uint64_t>* progress) {
     std::map<int64_t, std::string> damaged;
     const std::optional<std::string> found = find_newest_checkpoint(config.output_dir, &damaged, progress);
-    CHECK(found, "--resume: %s holds no whole checkpoint%s%s", config.output_dir.c_str(), damaged.empty() ? "" : ": ",
+    CHECK(found, "--resume: %s holds no whole checkpoint%s%s", config.output_dir.c_str(),
+          damaged.empty() ? ", one is written at the end and every --checkpoint_every steps: begin anew" : ": ",
           damaged.empty() ? "" : damaged.rbegin()->second.c_str());
     for (auto it = damaged.rbegin(); it != damaged.rend(); ++it) {
         std::fprintf(stderr, "%s: passed over a damaged checkpoint: %s\n", config.program.c_str(), it->second.c_str());
@@ -223,6 +226,52 @@ inline void warn_of_shape(const RunConfig& config) {
     }
 }
 
+// Says where the model will meet positions that it was not trained on.
+inline void warn_of_positions(const RunConfig& config, const ModelConfig& stored, const std::string& rotated) {
+    if (!rotated.empty()) {
+        print_warning(config, format_string("%s: not as in %s, given in brackets: positions are rotated otherwise from "
+                                            "here on",
+                                            rotated.c_str(), config.checkpoint.c_str()));
+    } else if (config.max_steps > 0 && stored.max_positions > 0 && config.seq_len > stored.max_positions) {
+        print_warning(config, format_string("--seq_len %lld: %s is for up to %lld positions, the others are new to it "
+                                            "(--rope_theta and --rope_scaling_factor change how they are rotated)",
+                                            (long long)config.seq_len, config.checkpoint.c_str(),
+                                            (long long)stored.max_positions));
+    }
+}
+
+// Without --seq_len a checkpoint is evaluated at the length that it was trained at, if its state says. A sample alone,
+// which is made under dense attention, needs no more than its prompt and its tokens on each rank.
+inline void take_length_to_look_at(ParsedFlags& parsed) {
+    RunConfig& config = parsed.config;
+    const std::optional<TrainingState> state = checkpoint::find_state(config.checkpoint);
+    const int64_t trained = state ? state->seq_len : 0;
+    if (trained > 0 && !config.resume) {  // which has it among the run's settings
+        config.seq_len = trained;
+    }
+    if (config.asks_for_sample && !config.has_validation_data() && parsed.given.count("attention") == 0) {
+        config.attention = AttentionMode::dense;
+        const int64_t chunks = ContextPartition{config.context_parallel, 0, 0}.num_chunks();
+        const int64_t longest = std::max({config.seq_len, trained, config.model.max_positions});
+        const int64_t needed = (int64_t)config.sample_prompt.size() + 1 + config.sample_tokens;
+        config.seq_len =
+            std::max(chunks, std::min(round_up(needed * config.context_parallel, chunks), longest / chunks * chunks));
+    }
+}
+
+// Of the settings saved with a run that goes on on other ranks: as many of them share a sequence as both allow.
+// Returns a sentence about it; empty: as it was.
+inline std::string fit_context_parallel(ParsedFlags& parsed, int num_ranks) {
+    int& W = parsed.config.context_parallel;
+    const int saved = W, fits = W >= 1 ? std::gcd(W, num_ranks) : W;
+    if (parsed.saved.count("context_parallel") == 0 || fits == saved) {
+        return "";
+    }
+    W = fits;
+    return format_string("--context_parallel %d, saved with the run, does not divide the %d ranks of now: it is %d",
+                         saved, num_ranks, fits);
+}
+
 // The rest of what is decided before a model exists: finds the checkpoint to start from and takes the model's shape
 // from it, checks all rules; with --fit data and output folder are not looked at. Writes nothing but a
 // lock's file, with --resume or where the folder holds a run; --resume also removes what an interrupted save has left.
@@ -230,7 +279,7 @@ inline void warn_of_shape(const RunConfig& config) {
 inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     RunConfig& config = parsed.config;
     config.data_parallel = ranks.mesh().data_parallel;
-    if (!config.init_from.empty()) {
+    if (!config.init_from.empty() && !config.resume) {
         check_names_folder("--init_from", config.init_from, false);
         check_holds_weights(config.init_from);
     }
@@ -256,12 +305,16 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     } else {
         config.checkpoint = config.init_from;
     }
+    const auto is_given = [&](const char* name) { return parsed.given.count(name) > 0; };
     if (!config.checkpoint.empty()) {
-        take_model_shape(parsed, load_hf_config(config.checkpoint), config.checkpoint);
+        const ModelConfig stored = load_hf_config(config.checkpoint);
+        const std::string rotated = take_model_shape(parsed, stored, config.checkpoint);
         check_holds_model(config.checkpoint, config.model);  // before memory is taken for what only config.json knows
+        if (ranks.is_first()) {
+            warn_of_positions(config, stored, rotated);
+        }
     }
     fit_default_dense_layers(parsed);
-    const auto is_given = [&](const char* name) { return parsed.given.count(name) > 0; };
     // Evaluation alone covers all validation data unless told otherwise.
     if (config.max_steps == 0 && !is_given("eval_batches")) {
         config.eval_batches = 0;
@@ -270,6 +323,9 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (config.asks_for_sample && !is_given("train_data") && !is_given("val_data") && !is_given("val_fraction") &&
         !is_given("eval_batches")) {
         config.train_data.clear(), config.val_data.clear();  // those of --resume's run, which evaluate it
+    }
+    if (!config.checkpoint.empty() && config.max_steps == 0 && !config.fit && !is_given("seq_len")) {
+        take_length_to_look_at(parsed);
     }
     if (config.fit && !is_given("seq_len")) {  // the default may not be a legal one
         const ContextPartition partition{config.context_parallel, 0, 0};
@@ -305,7 +361,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
 
 // Both, for the trainer on the CPU, which is one process.
 inline std::optional<RunConfig> configure_run(int argc, const char* const* argv) {
-    const std::optional<ParsedFlags> parsed = read_command_line(argc, argv);
+    std::optional<ParsedFlags> parsed = read_command_line(argc, argv);
     if (!parsed) {
         return std::nullopt;
     }
@@ -313,6 +369,6 @@ inline std::optional<RunConfig> configure_run(int argc, const char* const* argv)
     if (!without_effect.empty()) {
         print_warning(parsed->config, without_effect);
     }
-    make_parallel_mesh(1, 0, parsed->config.context_parallel);  // throws for anything but 1
+    parsed->config.context_parallel = 1;
     return resolve_run(*parsed, RunRanks());
 }

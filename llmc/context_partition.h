@@ -53,8 +53,8 @@ inline ParallelMesh make_parallel_mesh(int num_ranks, int rank, int context_para
                 divisors += (divisors.empty() ? "" : ", ") + std::to_string(i);
             }
         }
-        fail("--context_parallel %d: must divide the number of ranks, %d; what does: %s", context_parallel, num_ranks,
-             divisors.c_str());
+        fail("--context_parallel %d: must divide the number of ranks, %d; what does: %s%s", context_parallel, num_ranks,
+             divisors.c_str(), num_ranks == 1 ? " (scripts/spawn_ranks.sh and mpirun_train.sh start several)" : "");
     }
     return {num_ranks / context_parallel, context_parallel, rank};
 }

@@ -124,6 +124,7 @@ struct ParsedFlags {
     std::set<std::string> given;   // names set on the command line or in the --config file
     std::set<std::string> typed;   // of these, on the command line
     std::set<std::string> others;  // of those, with --resume: with other values than the run has saved
+    std::set<std::string> saved;   // with --resume, of those not given: what the run has saved
     bool help = false;             // --help was given: print help_text() and end
 };
 
@@ -257,9 +258,7 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
             if (found == layer->values.end() || (layer != &command_line && shape_is_typed && s.group == model.group)) {
                 continue;
             }
-            if (layer != &saved) {
-                parsed.given.insert(s.name);
-            }
+            (layer == &saved ? parsed.saved : parsed.given).insert(s.name);
             const auto set_from = [&](const SettingsLayer& from) {
                 const Words& words = from.values.at(s.name);
                 try {
@@ -298,20 +297,33 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
 
 // ---- contradictions ------------------------------------------------------------------------------
 
+// `name`, which nothing reads because of the value of `other`: whether that is a mistake.
+inline bool is_given_in_vain(const ParsedFlags& parsed, const char* name, const char* other) {
+    RunConfig of_run = parsed.config, of_default;
+    const std::vector<Setting> values = list_settings(of_run), defaults = list_settings(of_default);
+    const bool typed = parsed.typed.count(name) > 0, given = parsed.given.count(name) > 0;
+    const bool decided = parsed.given.count(other) > 0;
+    const bool is_default = find_setting(values, name)->get() == find_setting(defaults, name)->get();
+    return typed || (given && !decided && !is_default);
+}
+
+// Throws Error for how frequencies are scaled when they are not.
+inline void check_rope_scaling(const ParsedFlags& parsed) {
+    if (parsed.config.model.rope_scaling.factor != 1.0) {
+        return;
+    }
+    for (const char* name : {"rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_positions"}) {
+        CHECK(!is_given_in_vain(parsed, name, "rope_scaling_factor"),
+              "--%s and --rope_scaling_factor 1 contradict each other: give the factor, or leave it out", name);
+    }
+}
+
 // Throws Error when flags that were given contradict each other whatever their values: a setting that nothing would
 // read. In a file that is a mistake only where the one that decides about it is left out: settings.toml of a run, which
 // may have been resumed under another decision, has them all.
 inline void check_given_flags(const ParsedFlags& parsed) {
     const RunConfig& c = parsed.config;
-    RunConfig of_run = c, of_default;
-    const std::vector<Setting> values = list_settings(of_run), defaults = list_settings(of_default);
-    // `name`, which nothing reads because of the value of `other`.
-    auto contradicts = [&](const char* name, const char* other) {
-        const bool typed = parsed.typed.count(name) > 0, given = parsed.given.count(name) > 0;
-        const bool decided = parsed.given.count(other) > 0;
-        const bool is_default = find_setting(values, name)->get() == find_setting(defaults, name)->get();
-        return typed || (given && !decided && !is_default);
-    };
+    const auto contradicts = [&](const char* name, const char* other) { return is_given_in_vain(parsed, name, other); };
     // A Lighthouse run may be resumed under dense attention with its other flags as they were saved.
     if (c.attention == AttentionMode::dense) {
         for (const char* name : {"lighthouse_levels", "lighthouse_pool", "lighthouse_topk", "lighthouse_scorer",
@@ -321,6 +333,11 @@ inline void check_given_flags(const ParsedFlags& parsed) {
                   name);
         }
     }
+    // The same where the run began, so that the line that started it goes on with --resume alone added.
+    CHECK(!c.resume || parsed.others.count("init_from") == 0,
+          "--resume and --init_from %s contradict each other: the run in %s began elsewhere, and goes on from its "
+          "newest checkpoint; leave one out",
+          c.init_from.c_str(), c.output_dir.c_str());
     CHECK(!contradicts("val_fraction", "val_data") || c.val_fraction == 0.0 || c.val_data.empty(),
           "--val_fraction and --val_data contradict each other: validation data comes from one place; leave one out");
     CHECK(
@@ -329,6 +346,17 @@ inline void check_given_flags(const ParsedFlags& parsed) {
         (long long)c.eval_every);
     CHECK(!contradicts("sample_every", "sample_tokens") || c.sample_every == 0 || c.sample_tokens > 0,
           "--sample_every %lld and --sample_tokens 0 contradict each other", (long long)c.sample_every);
+    for (const char* name : {"sample_prompt", "temperature", "top_p"}) {
+        CHECK(
+            !contradicts(name, "sample_tokens") || c.sample_tokens > 0,
+            "--%s and --sample_tokens 0%s contradict each other: there is no sample; give --sample_tokens, or leave it "
+            "out",
+            name, c.resume && parsed.given.count("sample_tokens") == 0 ? ", saved with the run," : "");
+    }
+    CHECK(!contradicts("top_p", "temperature") || c.temperature > 0.0,
+          "--top_p and --temperature 0 contradict each other: the likeliest token needs no choice");
+    CHECK(!contradicts("decay_all", "weight_decay") || c.weight_decay > 0.0 || !c.decay_all,
+          "--decay_all and --weight_decay 0 contradict each other");
     CHECK(!contradicts("decay_steps", "schedule") || c.decay_steps == 0 || c.schedule != ScheduleKind::constant,
           "--decay_steps and --schedule constant contradict each other: a constant learning rate does not decay");
     CHECK(!contradicts("final_learning_rate_fraction", "schedule") || c.schedule != ScheduleKind::constant,
@@ -338,12 +366,8 @@ inline void check_given_flags(const ParsedFlags& parsed) {
               c.lighthouse.scorer == LighthouseScorer::dilated,
           "--lighthouse_dilation and --lighthouse_scorer norm contradict each other: add --lighthouse_scorer dilated, "
           "or leave it out");
-    const bool makes_model = c.init_from.empty() && !c.resume;
-    if (makes_model && c.model.rope_scaling.factor == 1.0) {
-        for (const char* name : {"rope_low_freq_factor", "rope_high_freq_factor", "rope_original_max_positions"}) {
-            CHECK(!contradicts(name, "rope_scaling_factor"),
-                  "--%s and --rope_scaling_factor 1 contradict each other: give the factor, or leave it out", name);
-        }
+    if (c.init_from.empty() && !c.resume) {  // otherwise the checkpoint may have the factor (take_model_shape)
+        check_rope_scaling(parsed);
     }
 }
 
@@ -372,27 +396,38 @@ inline std::string check_cpu_flags(const ParsedFlags& parsed) {
 
 // Takes the model's shape from a checkpoint, `stored` as `where`/config.json has it. Throws Error when a flag that was
 // given says otherwise. --init_std (nothing is initialised) and --max_positions (weights do not depend on it) may
-// differ.
-inline void take_model_shape(ParsedFlags& parsed, const ModelConfig& stored, const std::string& where) {
+// differ, and so may how positions are rotated (--rope_...), which extends a model's context: returns, for a warning,
+// what of it differs; empty: nothing.
+inline std::string take_model_shape(ParsedFlags& parsed, const ModelConfig& stored, const std::string& where) {
     RunConfig as_stored = parsed.config;
     as_stored.model = stored;
     const std::vector<Setting> asked = list_settings(parsed.config), has = list_settings(as_stored);
+    std::string rotated;
     for (size_t i = 0; i < asked.size(); ++i) {
-        const std::string& name = asked[i].name;
+        const std::string &name = asked[i].name, ours = asked[i].get(), theirs = has[i].get();
         const bool is_shape =
             asked[i].group == asked[0].group && name != "model" && name != "init_std" && name != "max_positions";
-        const bool asked_for = parsed.given.count(name) > 0 || parsed.given.count("model") > 0;
-        CHECK(
-            !is_shape || !asked_for || asked[i].get() == has[i].get(),
-            "--%s %s contradicts the checkpoint %s, which has %s: leave the model's flags out, its shape is read from "
-            "there",
-            name.c_str(), asked[i].get().c_str(), where.c_str(), has[i].get().c_str());
+        const bool is_given = parsed.given.count(name) > 0;
+        if (!is_shape || ours == theirs) {
+            continue;
+        }
+        if (name.rfind("rope_", 0) == 0 && (is_given || parsed.saved.count(name) > 0)) {
+            has[i].set({ours});
+            rotated += (rotated.empty() ? "--" : ", --") + name + " " + ours + " (" + theirs + ")";
+            continue;
+        }
+        CHECK(!is_given && parsed.given.count("model") == 0,
+              "--%s %s contradicts the checkpoint %s, which has %s: leave the model's flags out, its shape is read "
+              "from there",
+              name.c_str(), ours.c_str(), where.c_str(), theirs.c_str());
     }
     const int64_t max_positions = parsed.given.count("max_positions") > 0
                                       ? parsed.config.model.max_positions
                                       : std::max(stored.max_positions, parsed.config.seq_len);
-    parsed.config.model = stored;
+    parsed.config.model = as_stored.model;
     parsed.config.model.max_positions = max_positions;
+    check_rope_scaling(parsed);
+    return rotated;
 }
 
 // Of the default list, the layers that the model has. One that was given is checked as it is.

@@ -62,7 +62,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("head_dim", c.model.head_dim, "channels of a head; a multiple of 8 up to 256, on the GPU 64 and 128 are fast");
     add("ffn_width", c.model.ffn_width, "channels inside the feed-forward (SwiGLU) layer; a multiple of 8");
     add("tied_embeddings", c.model.tied_embeddings, "the classifier shares the embedding's weight");
-    add("rope_theta", c.model.rope_theta, "base of the rotary position frequencies");
+    add("rope_theta", c.model.rope_theta, "base of the rotary position frequencies; it and its scaling may change");
     add("rope_scaling_factor", c.model.rope_scaling.factor, "Llama-3 frequency scaling; 1: off");
     add("rope_low_freq_factor", c.model.rope_scaling.low_freq_factor, "of Llama-3 frequency scaling");
     add("rope_high_freq_factor", c.model.rope_scaling.high_freq_factor, "of Llama-3 frequency scaling");
@@ -103,7 +103,8 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("seed", c.seed, "of initial weights and samples");
     add("max_skipped", c.max_skipped, "steps in a row with a non-finite loss or gradient norm that stop the run");
     add_of_gpu("recompute", c.recompute, "of a block in the backward; norms_and_gate costs no product");
-    add_of_gpu("offload", c.offload, "in host memory: inputs of blocks, AdamW's 12 bytes a parameter, or both");
+    add_of_gpu("offload", c.offload,
+               "in host memory: inputs of blocks, what does not fit of AdamW's 12 bytes a parameter");
     add("deterministic", c.deterministic, "every step repeats bit for bit (GPU; the CPU always does)");
 
     group = "Optimizer (AdamW)";
@@ -116,10 +117,11 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("beta2", c.beta2, "decay of the running mean of squared gradients");
     add("adam_eps", c.adam_eps, "added to the root of the mean square");
     add("weight_decay", c.weight_decay, "a step, times the learning rate; not on norms and embeddings");
+    add("decay_all", c.decay_all, "weight decay on these too");
     add("max_grad_norm", c.max_grad_norm, "clip the global gradient norm to this; 0: off");
 
     group = "Checkpoints";
-    add_unsaved("init_from", c.init_from, "start from the weights in this Hugging Face Llama folder", "FOLDER");
+    add("init_from", c.init_from, "start from the weights in this Hugging Face Llama folder", "FOLDER");
     add_unsaved("resume", c.resume, "go on from the newest checkpoint in --output_dir, with that run's settings");
     add("output_dir", c.output_dir, "checkpoints, metrics.jsonl, settings.toml [runs/DATE-TIME]", "FOLDER");
     add("checkpoint_every", c.checkpoint_every, "steps between checkpoints; 0: only at the end");
@@ -136,7 +138,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("top_p", c.top_p, "samples take the likeliest tokens that together have this probability");
 
     group = "Many GPUs (one process each: scripts/mpirun_train.sh, slurm_train.sh, spawn_ranks.sh)";
-    add("context_parallel", c.context_parallel, "processes that share each sequence; must divide their number");
+    add_of_gpu("context_parallel", c.context_parallel, "processes that share each sequence; must divide their number");
     add_of_gpu("context_exchange", c.context_exchange,
                "how attention reaches over them; auto: ring or gather, by the costs");
     add_of_gpu("comm_transport", c.comm_transport, "auto: copy engines in a host, else nccl; host: slow, for tests");

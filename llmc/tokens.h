@@ -78,11 +78,15 @@ struct TokenFile {
         if (largest >= vocab_size) {
             const int64_t at =
                 std::find_if(out, out + count, [&](int32_t t) { return (uint32_t)t >= vocab_size; }) - out;
-            fail("%s: token %u at position %lld is outside the vocabulary: --vocab_size is %lld", path.c_str(),
-                 (uint32_t)out[at], (long long)(begin + at), (long long)vocab_size);
+            fail(
+                "%s: token %u at position %lld is outside the vocabulary: --vocab_size is %lld (that of the tokenizer "
+                "which made the shard: GPT-2's has 50257 tokens, Llama 3's 128256)",
+                path.c_str(), (uint32_t)out[at], (long long)(begin + at), (long long)vocab_size);
         }
     }
 };
+
+constexpr const char* TOKEN_SHARD = "token shard";  // in descriptions of data, state.json's among them
 
 // The two kinds of shards.
 struct ShardKind {
@@ -263,7 +267,7 @@ class TokenStream {
     // "3 token shards"
     std::string description() const {
         const size_t n = files_.size();
-        return format_string("%zu %s%s", n, is_bytes() ? "file" : "token shard", n == 1 ? "" : "s") +
+        return format_string("%zu %s%s", n, is_bytes() ? "file" : TOKEN_SHARD, n == 1 ? "" : "s") +
                (is_bytes() ? " of bytes" : "");
     }
 

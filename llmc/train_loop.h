@@ -8,6 +8,8 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <iterator>
+#include <map>
 #include <memory>
 #include <optional>
 #include <set>
@@ -63,9 +65,10 @@ class TrainingRun {
             return evaluate_and_sample();
         }
         if (is_trained) {
-            terminal_.print(format_string(
-                "already at step %lld of --max_steps %lld: %s", (long long)state_.step, (long long)config_.max_steps,
-                is_over ? "nothing is left to train" : "what was due after the last step is made up for"));
+            terminal_.print(format_string("already at step %lld of --max_steps %lld: %s", (long long)state_.step,
+                                          (long long)config_.max_steps,
+                                          is_over ? "nothing is left to train; with a larger one the run goes on"
+                                                  : "what was due after the last step is made up for"));
         }
         if (is_over) {
             return 0;
@@ -139,6 +142,11 @@ class TrainingRun {
         if (data_.train || config_.asks_for_sample) {
             tokenizer_ = make_tokenizer();
             prompt_ = tokenizer_->encode_prompt(config_.sample_prompt);
+            const int64_t longest = model_.max_sequence_length();
+            if ((int64_t)prompt_.size() > longest) {
+                warn(format_string("--sample_prompt has %zu tokens: samples continue its last %lld (--seq_len)",
+                                   prompt_.size(), (long long)longest));
+            }
         }
     }
     // Of the data; without any, of bytes, if the checkpoint has their tokenizer, else of numbers.
@@ -172,6 +180,7 @@ class TrainingRun {
                 state_.data_position = (int64_t)ceil_div<uint64_t>(tokens, (uint64_t)config_.seq_len);
             }
             state_.seq_len = config_.seq_len;
+            note_batch();
             checkpoint_ = config_.checkpoint, saved_step_ = state_.step;
             note_data();
             return;
@@ -200,6 +209,18 @@ class TrainingRun {
                 "the decay of the learning rate ends at step %lld, and that of %s at %lld: the next "
                 "step's is %.3g, and would have been %.3g (--decay_steps says when it ends)",
                 (long long)config_.decay_end(), config_.checkpoint.c_str(), (long long)before.decay_end(), now, then));
+        }
+    }
+
+    // A step may have another number of sequences without anyone having asked for it: with --global_batch 0 it goes by
+    // the number of ranks.
+    void note_batch() const {
+        const int64_t before = state_.sequences_per_step, now = config_.sequences_per_step();
+        if (config_.max_steps > 0 && before > 0 && before != now) {
+            warn(
+                format_string("a step has %lld sequences from here on, and had %lld in %s (--global_batch %lld goes on "
+                              "with as many)",
+                              (long long)now, (long long)before, config_.checkpoint.c_str(), (long long)before));
         }
     }
 
@@ -296,17 +317,28 @@ class TrainingRun {
         const int lighthouse_layers = config_.lighthouse.num_lighthouse_layers(all_layers);
         const SequenceFlops flops =
             sequence_flops(config_.model, config_.seq_len, AttentionMode::lighthouse, config_.lighthouse);
-        terminal_.print(
-            format_string("lighthouse  T %lld, S %lld, %lld tiles; %d of %d layers; their attention does %.2f %% of "
-                          "the dense work; expected speed-up of a step %.2fx",
-                          (long long)g.T, (long long)g.S, (long long)g.tiles, lighthouse_layers, all_layers,
-                          100.0 * g.dense_work_fraction(), flops.dense_equivalent / flops.work));
+        terminal_.print(format_string(
+            "lighthouse  T %lld, S %lld, %lld tiles; %d of %d layers; their attention does %.2f %% of "
+            "the dense work; expected speed-up of a step %.2fx%s",
+            (long long)g.T, (long long)g.S, (long long)g.tiles, lighthouse_layers, all_layers,
+            100.0 * g.dense_work_fraction(), flops.dense_equivalent / flops.work, lighthouse_span().c_str()));
         if (lighthouse_layers == 0) {
             warn(format_string(
                 "--attention lighthouse: all layers are dense (--lighthouse_dense_layers %s), so nothing is different "
                 "from --attention dense",
                 text(config_.lighthouse.dense_layers).c_str()));
         }
+    }
+
+    // Until which step the layers are not dense.
+    std::string lighthouse_span() const {
+        if (config_.max_steps == 0 || config_.lighthouse_steps < 0) {
+            return "";
+        }
+        const long long end = config_.lighthouse_steps;
+        return attention_ == AttentionMode::dense
+                   ? format_string("; dense since step %lld (--lighthouse_steps; -1: never)", end)
+                   : format_string("; dense from step %lld on", end);
     }
 
     void open_output() {
@@ -344,13 +376,22 @@ class TrainingRun {
         return config_.output_dir;
     }
 
-    // Raw text for a model that was trained on other tokens than bytes.
+    // Raw text for a model that was trained on other tokens than bytes, as far as its folder says.
     void warn_of_tokenizer(const checkpoint::Companions& companions, const SequenceSet& data, const char* flag) const {
-        if (data.stream().is_bytes() && !checkpoint::reads_bytes(companions)) {
+        if (!data.stream().is_bytes() || config_.checkpoint.empty()) {
+            return;
+        }
+        const std::optional<TrainingState> state = checkpoint::find_state(config_.checkpoint);
+        const std::string why =
+            !checkpoint::reads_bytes(companions)                          ? "has a tokenizer of its own"
+            : state && state->data.find(TOKEN_SHARD) != std::string::npos ? "was trained on token shards"
+            : !state && companions.files.count("tokenizer.json") == 0 ? "says of no tokenizer which it was trained with"
+                                                                      : "";
+        if (!why.empty()) {
             warn(
-                format_string("%s has a tokenizer of its own, but %s are raw text: its bytes are taken as token "
-                              "numbers, which mean something else there (dev/data/prepare.py makes shards)",
-                              config_.checkpoint.c_str(), flag));
+                format_string("%s %s, but %s are raw text: its bytes are taken as token numbers, which mean something "
+                              "else there (dev/data/prepare.py makes shards)",
+                              config_.checkpoint.c_str(), why.c_str(), flag));
         }
     }
 
@@ -498,7 +539,8 @@ class TrainingRun {
         AdamWSettings s;
         s.learning_rate = learning_rate_at(config_, state_.step);
         s.beta1 = config_.beta1, s.beta2 = config_.beta2, s.eps = config_.adam_eps;
-        s.weight_decay = config_.weight_decay, s.max_grad_norm = config_.max_grad_norm;
+        s.weight_decay = config_.weight_decay, s.decay_all = config_.decay_all;
+        s.max_grad_norm = config_.max_grad_norm;
         s.adam_step = state_.adam_step + 1;
         return s;
     }
@@ -850,6 +892,14 @@ class TrainingRun {
     int64_t position_before(int64_t num_steps) const {
         return state_.data_position - num_steps * config_.sequences_per_step();
     }
+    // From weights that may be bad. save_checkpoint has left one checkpoint of them.
+    std::string way_back() const {
+        const std::map<int64_t, std::string> checkpoints = checkpoint::list(config_.output_dir);
+        const auto newer = checkpoints.lower_bound(state_.step);
+        return newer == checkpoints.begin()
+                   ? "begin anew: there is no checkpoint before it"
+                   : "remove that folder to go on from the one before, " + std::prev(newer)->second;
+    }
     int stop_after_skips(const StepResult& result) {
         return stop_because(result, [&] {
             return format_string(
@@ -857,9 +907,7 @@ class TrainingRun {
                 "--max_skipped after writing %s; look at the data from sequence %lld on, or lower --learning_rate; if "
                 "these weights are bad already, %s",
                 (long long)state_.skipped_in_a_row, result.first_bad_tensor.c_str(), checkpoint_.c_str(),
-                (long long)position_before(state_.skipped_in_a_row),
-                checkpoint::list(config_.output_dir).size() > 1 ? "remove that folder to go on from the one before"
-                                                                : "begin anew: there is no checkpoint before it");
+                (long long)position_before(state_.skipped_in_a_row), way_back().c_str());
         });
     }
     // All steps of this process were skipped, if fewer in a row than --max_skipped: whoever waits for a trained model

@@ -384,6 +384,8 @@ TEST_F(Checkpoint, StatesThatCannotBeAreRefused) {
     refused("step", (uint64_t)1 << 63, "s: \"step\" is 9223372036854775808");
     refused("adam_step", 401, "s: \"adam_step\" is 401, must be a whole number from 0 to 400");
     refused("data_position", "x", "\"data_position\"");
+    refused("data_position", INT64_MAX, "\"data_position\" is 9223372036854775807");
+    refused("sequences_per_step", 0, "\"sequences_per_step\" is 0");
     refused("skipped", 401, "\"skipped\"");
     refused("skipped_in_a_row", 4, "\"skipped_in_a_row\" is 4");
     refused("version", 2, "not a training state of version 1");

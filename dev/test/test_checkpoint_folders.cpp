@@ -17,7 +17,11 @@ TEST_F(Checkpoint, AnotherModelIsRefused) {
     refused([](ModelConfig& m) { m.num_layers = 3; }, "num_hidden_layers is 2 and not 3");
     refused([](ModelConfig& m) { m.vocab_size = 12; }, "vocab_size is 11 and not 12");
     refused([](ModelConfig& m) { m.tied_embeddings = true; }, "tie_word_embeddings is 0 and not 1");
-    refused([](ModelConfig& m) { m.rope_theta = 5e5; }, "rope_theta is 10000 and not 500000");
+    refused([](ModelConfig& m) { m.norm_eps = 1e-6; }, "rms_norm_eps is 1e-05 and not 1e-06");
+    ModelConfig rotated = small_model(false);
+    rotated.rope_theta = 5e5, rotated.rope_scaling.factor = 8.0;
+    StateModel extended(rotated, 0);
+    EXPECT_NO_THROW(load_checkpoint(extended, folder)) << "a model's context may be extended";
 
     // A config.json that tells of another model than the tensors are.
     StateModel loaded(small_model(false), 0);

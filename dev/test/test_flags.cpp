@@ -229,9 +229,26 @@ TEST(Flags, Contradictions) {
     EXPECT_EQ(refusal({"--config", lighthouse.c_str(), "--attention", "dense"}), "");
     const std::string unused = folder.write("unused.toml", "train_data = ['x']\nlighthouse_topk = 128\n");
     expect_refused({"--config", unused.c_str()}, "--attention lighthouse");
-    RunConfig both;
-    both.train_data = {"x"}, both.init_from = "y", both.resume = true, both.output_dir = "z";
-    EXPECT_THROW(validate(both), Error);
+    for (const char* flag : {"--sample_prompt", "--temperature", "--top_p"}) {
+        expect_refused({"--train_data", "x", "--sample_tokens", "0", flag, "0.5"}, "and --sample_tokens 0 contradict");
+    }
+    expect_refused({"--train_data", "x", "--temperature", "0", "--top_p", "0.5"}, "--top_p and --temperature 0");
+    expect_refused({"--train_data", "x", "--weight_decay", "0", "--decay_all"}, "--decay_all and --weight_decay 0");
+    EXPECT_EQ(refusal({"--train_data", "x", "--sample_tokens", "8", "--temperature", "0.5", "--top_p", "0.5"}), "");
+}
+
+TEST(Flags, ARunGoesOnWithTheLineThatStartedIt) {
+    const TemporaryFolder folder;
+    std::vector<const char*> line = {"--train_data", "x", "--init_from", "hf", "--output_dir", folder.path.c_str()};
+    folder.write("settings.toml", settings_toml(parse_line(line).config));
+    line.push_back("--resume");
+    EXPECT_EQ(refusal(line), "");
+    EXPECT_EQ(parse_line({"--resume", "--output_dir", folder.path.c_str()}).config.init_from, "hf");
+    line[3] = "another";
+    expect_refused(line, "--resume and --init_from another contradict each other");
+    folder.write("settings.toml", "train_data = ['x']\nsample_tokens = 0\n");
+    expect_refused({"--resume", "--output_dir", folder.path.c_str(), "--sample_prompt", "a"},
+                   "--sample_prompt and --sample_tokens 0, saved with the run, contradict");
 }
 
 TEST(Flags, TheCpuRefusesWhatOnlyAGpuHas) {
@@ -547,7 +564,7 @@ TEST(Flags, ModelShapeComesFromTheCheckpoint) {
     parsed = parse_line({"--train_data", "x", "--width", "192"});
     EXPECT_NO_THROW(take_model_shape(parsed, stored, "hf"));
     for (const std::vector<const char*>& contradiction :
-         {std::vector<const char*>{"--width", "128"}, {"--model", "tiny"}, {"--rope_theta", "500000"}}) {
+         {std::vector<const char*>{"--width", "128"}, {"--model", "tiny"}, {"--norm_eps", "1e-6"}}) {
         parsed = parse_line(contradiction);
         try {
             take_model_shape(parsed, stored, "hf");
@@ -557,6 +574,34 @@ TEST(Flags, ModelShapeComesFromTheCheckpoint) {
                 << error.what();
         }
     }
+}
+
+TEST(Flags, PositionsOfACheckpointMayBeRotatedOtherwise) {
+    ModelConfig stored = model_preset("tiny");
+    stored.rope_theta = 5e5;
+    ParsedFlags parsed = parse_line({"--train_data", "x"});
+    EXPECT_EQ(take_model_shape(parsed, stored, "hf"), "");
+    EXPECT_EQ(parsed.config.model.rope_theta, 5e5);
+
+    const TemporaryFolder folder;
+    const std::vector<const char*> line = {"--train_data",          "x", "--rope_theta", "1000000",
+                                           "--rope_scaling_factor", "4"};
+    folder.write("settings.toml", settings_toml(parse_line(line).config));
+    for (const std::vector<const char*>& words :
+         {line, std::vector<const char*>{"--resume", "--output_dir", folder.path.c_str()}}) {
+        parsed = parse_line(words);  // typed, or saved by a run that has not written a checkpoint since
+        EXPECT_EQ(take_model_shape(parsed, stored, "hf"), "--rope_theta 1000000 (500000), --rope_scaling_factor 4 (1)");
+        EXPECT_EQ(parsed.config.model.rope_theta, 1e6);
+        EXPECT_EQ(parsed.config.model.rope_scaling.factor, 4.0);
+    }
+    const auto factors = [&](double factor) {
+        stored.rope_scaling.factor = factor;
+        parsed = parse_line({"--train_data", "x", "--init_from", "hf", "--rope_low_freq_factor", "2"});
+        check_given_flags(parsed);
+        return take_model_shape(parsed, stored, "hf");
+    };
+    EXPECT_EQ(factors(8.0), "--rope_low_freq_factor 2 (1)");
+    EXPECT_THROW(factors(1.0), Error) << "nothing reads it";
 }
 
 TEST(Memory, OffloadIsOneOfFour) {

@@ -150,6 +150,24 @@ TEST_F(TrainLoop, AnotherShuffleSeedIsSaid) {
     EXPECT_EQ(err_, "") << "it is saved with the run";
 }
 
+TEST_F(TrainLoop, AnotherNumberOfSequencesAStepIsSaid) {
+    config_.max_steps = 2, config_.decay_steps = 100;
+    FakeModel model(config_.model), after(config_.model), same(config_.model);
+    run(model, config_);
+    RunConfig other = resumed(config_);
+    other.max_steps = 4, other.global_batch = 6;
+    EXPECT_EQ(run(after, other), 0);
+    EXPECT_NE(err_.find("a step has 6 sequences from here on, and had 2 in " + config_.output_dir +
+                        "/step00000002 "
+                        "(--global_batch 2 goes on with as many)"),
+              std::string::npos)
+        << err_;
+    RunConfig third = resumed(other);
+    third.max_steps = 6;
+    EXPECT_EQ(run(same, third), 0);
+    EXPECT_EQ(err_, "");
+}
+
 TEST_F(TrainLoop, RawTextForAModelWithATokenizerOfItsOwnIsSaid) {
     FakeModel model(config_.model), after(config_.model), again(config_.model);
     config_.max_steps = 1;
@@ -210,6 +228,9 @@ TEST_F(TrainLoop, GoingOnAfterTooManySkipsCostsNoCheckpoint) {
         EXPECT_EQ(run(bad, longer), 1);
         EXPECT_EQ(bad.num_updates, 2);
         EXPECT_TRUE(std::filesystem::exists(last_good)) << attempt;
+        EXPECT_EQ(checkpoint::list(config_.output_dir).size(), 2u) << attempt << ": of these weights one is enough";
+        EXPECT_NE(err_.find("remove that folder to go on from the one before, " + last_good), std::string::npos)
+            << err_;
     }
 }
 

@@ -91,6 +91,13 @@ TEST_F(TrainLoop, SamplesGoOnFromAsMuchAsTheModelTakes) {
             {256, 'a', 'b', 'c'}, {256, 'a', 'b', 'c', 'x'}, {'a', 'b', 'c', 'x', 'x'}, {'b', 'c', 'x', 'x', 'x'}}))
         << "256 marks the beginning";
     EXPECT_EQ(events("sample").at(0)["text"], "abcxxxx");
+    EXPECT_EQ(err_, "");
+    config_.sample_prompt = "abcdef", config_.output_dir += "2";
+    FakeModel again(config_.model);
+    again.longest_context = 5;
+    EXPECT_EQ(run(again, config_), 0);
+    EXPECT_EQ(again.contexts_of_samples.at(0), (std::vector<int32_t>{'b', 'c', 'd', 'e', 'f'}));
+    EXPECT_NE(err_.find("--sample_prompt has 7 tokens: samples continue its last 5"), std::string::npos) << err_;
 }
 
 TEST_F(TrainLoop, SamplesAndNoStepsOfStageOneAreUnderDenseAttention) {

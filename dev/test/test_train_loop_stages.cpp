@@ -57,6 +57,12 @@ TEST_F(TrainLoop, SwitchesToDenseAttention) {
     EXPECT_EQ(validations[1]["loss"], 1.0);
     // S = T / 2 + 2 x 128
     EXPECT_NE(out_.find("\nlighthouse  T 256, S 384, 1 tiles; 1 of 1 layers; "), std::string::npos) << out_;
+    EXPECT_NE(out_.find("x; dense from step 3 on\n"), std::string::npos) << out_;
+    RunConfig longer = resumed(config_);
+    longer.max_steps = 6;
+    FakeModel after(config_.model);
+    EXPECT_EQ(run(after, longer), 0);
+    EXPECT_NE(out_.find("x; dense since step 3 (--lighthouse_steps; -1: never)\n"), std::string::npos) << out_;
 }
 
 // A signal at the step of the switch: its evaluation is made up for by a process whose steps are all dense.
