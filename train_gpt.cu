@@ -18,7 +18,7 @@ static void print_memory(const RunConfig& config, const GpuModelSettings& settin
 }
 
 // --fit asks for this machine's GPU, or for one with --gpu_memory: then there need not be one here.
-static void print_fit(const RunConfig& config, const GpuModelSettings& settings, int device) {
+static void print_fit(const RunConfig& config, GpuModelSettings settings, int device) {
     FreeMemory free = {settings.gpu_memory, settings.host_memory};
     if (!has_gpu()) {
         CHECK(settings.gpu_memory > 0,
@@ -32,6 +32,7 @@ static void print_fit(const RunConfig& config, const GpuModelSettings& settings,
     if (settings.host_memory == 0) {
         free.host = free_memory(settings, 0).host;
     }
+    settings.resident_state_elements = resident_state_that_fits(config.model, settings, free);
     print_memory(config, settings, free);
 }
 
@@ -46,7 +47,7 @@ static std::string used_memory(const GpuModel& model, const GpuDevice& gpu) {
 }
 
 static int train(int argc, char** argv) {
-    const std::optional<ParsedFlags> parsed = read_command_line(argc, argv);
+    std::optional<ParsedFlags> parsed = read_command_line(argc, argv);
     if (!parsed) {
         return 0;  // --help
     }
@@ -57,7 +58,11 @@ static int train(int argc, char** argv) {
           "--device is for one process, and there are %d ranks, which take the GPUs of their machine in turn: leave it "
           "out (CUDA_VISIBLE_DEVICES says which GPUs there are)",
           host->size());
+    const std::string other_mesh = fit_context_parallel(*parsed, host->size());
     const RunRanks ranks(*host, parsed->config.context_parallel);
+    if (ranks.is_first() && !other_mesh.empty()) {
+        print_warning(parsed->config, other_mesh);
+    }
     const RunConfig config = resolve_run(*parsed, ranks);
     set_num_threads(config);
     GpuModelSettings settings = gpu_model_settings(config, ranks.mesh());
@@ -71,8 +76,10 @@ static int train(int argc, char** argv) {
         return 0;
     }
     const GpuDevice gpu = open_device(alone ? config.device : choose_device(*host));
+    const FreeMemory free = free_memory(settings, gpu.free_bytes);
+    settings.resident_state_elements = resident_state_that_fits(config.model, settings, free);
     if (config.print_memory && ranks.is_first()) {
-        print_memory(config, settings, free_memory(settings, gpu.free_bytes));
+        print_memory(config, settings, free);
     }
     std::optional<Communicators> comms;
     if (!alone) {

@@ -324,6 +324,9 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         !is_given("eval_batches")) {
         config.train_data.clear(), config.val_data.clear();  // those of --resume's run, which evaluate it
     }
+    if (config.checkpoint.empty() && config.model.max_positions > 0 && !is_given("max_positions")) {
+        config.model.max_positions = std::max(config.model.max_positions, config.seq_len);  // the preset's
+    }
     if (!config.checkpoint.empty() && config.max_steps == 0 && !config.fit && !is_given("seq_len")) {
         take_length_to_look_at(parsed);
     }

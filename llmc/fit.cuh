@@ -31,6 +31,18 @@ inline FreeMemory free_memory(const GpuModelSettings& settings, size_t gpu_bytes
             limited(available_host_bytes() / settings.ranks_on_host, settings.host_memory)};
 }
 
+// With --offload of the optimizer: how many elements of its state there is room for on the GPU beside all else. They
+// stay there, and need not travel in every step.
+inline int64_t resident_state_that_fits(const ModelConfig& config, GpuModelSettings settings, const FreeMemory& free) {
+    settings.resident_state_elements = 0;
+    const size_t needed = planned_memory(config, settings).num_bytes();
+    if (!offloads_optimizer(settings.offload) || needed >= free.usable_gpu()) {
+        return 0;
+    }
+    constexpr size_t unit = BUFFER_ALIGNMENT / sizeof(float);  // of elements, so that no array is padded
+    return (int64_t)((free.usable_gpu() - needed) / (3 * sizeof(float)) / unit * unit);
+}
+
 // What --seq_len must be a multiple of, and the shortest there is; max_seq_len is legal.
 struct LegalLengths {
     int64_t unit, shortest;
@@ -122,7 +134,7 @@ inline std::string fit_table(const ModelConfig& config, const GpuModelSettings& 
         text += format_string("\n%-28s", format_string("--recompute %s", word).c_str());
         for (const auto& way : ways) {
             GpuModelSettings other = settings;
-            other.recompute = recompute, other.offload = way.second;
+            other.recompute = recompute, other.offload = way.second, other.resident_state_elements = 0;
             const int64_t longest = longest_seq_len(config, other, free);
             text += format_string(" %21s", longest == 0 ? "-" : std::to_string(longest).c_str());
         }
@@ -156,6 +168,7 @@ inline void check_fits(const MemoryPlan& plan, const FreeMemory& free, const Mod
         }
     };
     GpuModelSettings other = settings;
+    other.resident_state_elements = 0;
     suggest_modes(other);
     while (advice.empty() && other.max_batch_size > 1) {
         other.max_batch_size /= 2;

@@ -140,8 +140,14 @@ class GpuModel : public TrainableModel {
     }
     bf16* weight(int tensor) const { return buffers_.weights + layout_.offsets[tensor]; }
     float* gradient(int tensor) const { return buffers_.gradients + layout_.offsets[tensor]; }
-    float* state_arena(StateKind kind) const;
-    float* state(StateKind kind, int tensor, int64_t begin) const;
+    // What of a tensor's piece of the state lies in one place.
+    struct StatePart {
+        float* at;
+        bool on_host;
+        int64_t begin, num_elements;  // in the piece
+    };
+    std::vector<StatePart> state_parts(StateKind kind, int tensor, const StatePiece& piece) const;
+    int64_t state_offset(int tensor, int64_t begin) const;
     void wait();
     void read_floats(float* out, const float* device, int64_t num_elements);
 
@@ -150,6 +156,7 @@ class GpuModel : public TrainableModel {
     int device_ = 0;  // the GPU that all of this is on
     ParameterTable table_;
     ParameterLayout layout_;
+    int64_t num_resident_;  // elements of the optimizer's state that are on the GPU, the first; all but with --offload
     RopeFrequencies rope_;
     CudaStream stream_;
     ModelBuffers buffers_;
@@ -184,6 +191,7 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
       settings_(settings),
       table_(make_parameter_table(config)),
       layout_(make_parameter_layout(table_, settings.mesh.size())),
+      num_resident_(resident_state_elements(layout_, settings)),
       rope_(make_rope_frequencies(config)),
       comms_(comms) {
     CHECK((settings.mesh.size() > 1) == (comms != nullptr), "a model on %d ranks: communicators are %s",
@@ -205,10 +213,10 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     if (offloads_inputs(settings.offload)) {
         inputs_ = std::make_unique<InputOffload>(buffers_.input_slots, buffers_.host_inputs);
     }
-    if (offloads_optimizer(settings.offload)) {
-        host_optimizer_ = std::make_unique<OptimizerOffload>(buffers_.master, buffers_.exp_avg, buffers_.exp_avg_sq,
-                                                             buffers_.optimizer_chunks, layout_.num_elements,
-                                                             settings.optimizer_chunk_elements);
+    if (num_resident_ < layout_.state_elements()) {
+        host_optimizer_ =
+            std::make_unique<OptimizerOffload>(buffers_.host_state, num_resident_, layout_.num_elements,
+                                               buffers_.optimizer_chunks, settings.optimizer_chunk_elements);
     }
     for (TokenStage& stage : stages_) {
         stage.tokens = PinnedMemory<int32_t>(2 * settings.max_rows());
@@ -332,19 +340,22 @@ inline void GpuModel::update_parameters(const AdamWSettings& settings) {
     const ModelBuffers& m = buffers_;
     const float *const loss = m.step_results, *const norm = m.step_results + 1;
     if (zero_) {
-        zero_->update(m.weights, m.master, m.exp_avg, m.exp_avg_sq, m.gradients, norm, loss, settings, stream_);
-        return;
-    }
-    if (host_optimizer_) {
-        host_optimizer_->update(m.weights, m.gradients, norm, loss, settings, layout_.num_decayed, stream_);
+        zero_->update(m.weights, m.state.master, m.state.exp_avg, m.state.exp_avg_sq, m.gradients, norm, loss, settings,
+                      stream_);
         return;
     }
     auto update_range = [&](int64_t begin, int64_t end, bool decays) {
-        adamw_update(m.master + begin, m.exp_avg + begin, m.exp_avg_sq + begin, m.weights + begin, m.gradients + begin,
-                     norm, loss, end - begin, settings.with_decay(decays), stream_);
+        if (begin < end) {
+            adamw_update(m.state.master + begin, m.state.exp_avg + begin, m.state.exp_avg_sq + begin, m.weights + begin,
+                         m.gradients + begin, norm, loss, end - begin, settings.with_decay(decays), stream_);
+        }
     };
-    update_range(0, layout_.num_decayed, true);
-    update_range(layout_.num_decayed, layout_.num_elements, false);
+    const int64_t num_decayed = std::min(layout_.num_decayed, num_resident_);
+    update_range(0, num_decayed, true);
+    update_range(num_decayed, num_resident_, false);
+    if (host_optimizer_) {
+        host_optimizer_->update(m.weights, m.gradients, norm, loss, settings, layout_.num_decayed, stream_);
+    }
 }
 
 // ---- forward -----------------------------------------------------------------------------------
@@ -430,8 +441,7 @@ inline void GpuModel::recompute_block(int l, const Batch& batch) {
         gemm_->forward(block.residual_mid, block.attention, weight(p.attention_out), block.residual_in, rows, C,
                        config_.attention_width(), stream_);
         stage("norms");
-        rmsnorm_forward(block.ffn_norm_out, block.ffn_rstd, block.residual_mid, weight(p.ffn_norm), rows, C,
-                        (float)config_.norm_eps, stream_);
+        rmsnorm_recompute(block.ffn_norm_out, block.residual_mid, weight(p.ffn_norm), block.ffn_rstd, rows, C, stream_);
         stage("gate and up product, gate");
         gated_product(block.gate_up, block.swiglu, block.ffn_norm_out, weight(p.gate_up), rows, F, C, *gemm_, stream_);
     }
@@ -714,23 +724,31 @@ inline void GpuModel::next_token_logits(const int32_t* tokens, int64_t T, float*
 }
 
 // ---- state -------------------------------------------------------------------------------------
-inline float* GpuModel::state_arena(StateKind kind) const {
-    const ModelBuffers& m = buffers_;
-    return kind == StateKind::master ? m.master : kind == StateKind::exp_avg ? m.exp_avg : m.exp_avg_sq;
-}
-// Of the piece of a tensor that begins there.
-inline float* GpuModel::state(StateKind kind, int tensor, int64_t begin) const {
-    float* const arena = state_arena(kind);
+// Where, in the optimizer's arrays, the piece of a tensor is that begins there.
+inline int64_t GpuModel::state_offset(int tensor, int64_t begin) const {
     if (!zero_) {
-        return arena + layout_.offsets[tensor] + begin;
+        return layout_.offsets[tensor] + begin;
     }
     for (const ZeroPiece& piece : layout_.zero->pieces(tensor, settings_.mesh.rank)) {
         if (piece.tensor_begin == begin) {
-            return arena + piece.shard_begin;
+            return piece.shard_begin;
         }
     }
     fail("rank %d holds no state of tensor %s from element %lld on", settings_.mesh.rank,
          table_.tensors[tensor].name.c_str(), (long long)begin);
+}
+inline std::vector<GpuModel::StatePart> GpuModel::state_parts(StateKind kind, int tensor,
+                                                              const StatePiece& piece) const {
+    const int64_t begin = state_offset(tensor, piece.begin), end = begin + piece.num_elements;
+    const int64_t border = std::clamp(num_resident_, begin, end);
+    std::vector<StatePart> parts;
+    if (begin < border) {
+        parts.push_back({buffers_.state.of(kind) + begin, false, 0, border - begin});
+    }
+    if (border < end) {
+        parts.push_back({buffers_.host_state.of(kind) + (border - num_resident_), true, border - begin, end - border});
+    }
+    return parts;
 }
 inline std::vector<StatePiece> GpuModel::state_pieces(int tensor) const {
     const int64_t num_elements = table_.tensors[tensor].num_elements();
@@ -761,7 +779,7 @@ inline void GpuModel::read_floats(float* out, const float* device, int64_t num_e
 
 inline void GpuModel::gather_state(StateKind kind) {
     if (zero_) {
-        zero_->gather_state(buffers_.gradients, state_arena(kind), stream_);
+        zero_->gather_state(buffers_.gradients, buffers_.state.of(kind), stream_);
         gathered_ = kind;
     }
 }
@@ -775,12 +793,13 @@ inline void GpuModel::read_state(StateKind kind, int tensor, float* out) {
     }
 }
 inline void GpuModel::read_state_piece(StateKind kind, int tensor, const StatePiece& piece, float* out) {
-    const float* const from = state(kind, tensor, piece.begin);
-    if (host_optimizer_) {
-        host_optimizer_->wait();
-        std::copy(from, from + piece.num_elements, out);
-    } else {
-        read_floats(out, from, piece.num_elements);
+    for (const StatePart& part : state_parts(kind, tensor, piece)) {
+        if (part.on_host) {
+            host_optimizer_->wait();
+            std::copy_n(part.at, part.num_elements, out + part.begin);
+        } else {
+            read_floats(out + part.begin, part.at, part.num_elements);
+        }
     }
 }
 inline void GpuModel::read_gradient(int tensor, float* out) {
@@ -793,16 +812,19 @@ inline void GpuModel::read_gradient(int tensor, float* out) {
 }
 inline void GpuModel::write_state_piece(StateKind kind, int tensor, const StatePiece& piece, const float* in) {
     const int64_t num_elements = piece.num_elements;
-    float* const to = state(kind, tensor, piece.begin);
-    if (host_optimizer_) {
-        host_optimizer_->wait();
+    for (const StatePart& part : state_parts(kind, tensor, piece)) {
+        const float* const from = in + part.begin;
+        if (part.on_host) {
+            host_optimizer_->wait();
 #pragma omp parallel for schedule(static)
-        for (int64_t i = 0; i < num_elements; ++i) {
-            to[i] = in[i];
+            for (int64_t i = 0; i < part.num_elements; ++i) {
+                part.at[i] = from[i];
+            }
+        } else {
+            CUDA_CHECK(
+                cudaMemcpyAsync(part.at, from, part.num_elements * sizeof(float), cudaMemcpyHostToDevice, stream_));
+            CUDA_CHECK(cudaStreamSynchronize(stream_));
         }
-    } else {
-        CUDA_CHECK(cudaMemcpyAsync(to, in, num_elements * sizeof(float), cudaMemcpyHostToDevice, stream_));
-        CUDA_CHECK(cudaStreamSynchronize(stream_));
     }
     if (kind == StateKind::master) {
         write_weights(weight(tensor) + piece.begin, in, num_elements);

@@ -33,7 +33,9 @@ struct GpuModelSettings {
     int64_t max_seq_len = 1024;  // T
     Recompute recompute = Recompute::none;
     Offload offload = Offload::none;
-    int64_t optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;  // of AdamW's state offloaded, at a time on the GPU
+    // Of AdamW's state offloaded: elements that are on the GPU all the same (resident_state_that_fits), a multiple of
+    // 64, and at a time of the others.
+    int64_t resident_state_elements = 0, optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;
     bool deterministic = false;
     bool cuda_graphs = false;           // replay what a micro-batch enqueues, where that is always the same
     bool profile = false;               // time the stages of training steps
@@ -176,7 +178,7 @@ struct BlockActivations {
 struct ModelBuffers {
     // live across steps: one element each of ParameterLayout
     bf16* weights;
-    float *master, *exp_avg, *exp_avg_sq;  // with --offload in host memory
+    OptimizerArrays state, host_state;  // with --offload the last elements are in host memory
     float* gradients;
     // --offload: of the GPU the places where blocks' inputs are in turn, [rows, C] each, and the inputs of the first
     // blocks in host memory; AdamW's state on its way, [2, 3, chunk]
@@ -288,6 +290,12 @@ struct BlockActivation {
 template <class Member>
 BlockActivation(Member, const char*, const char*, int64_t) -> BlockActivation<Member>;
 
+// How many elements of AdamW's state, from the first on, are on the GPU.
+inline int64_t resident_state_elements(const ParameterLayout& layout, const GpuModelSettings& settings) {
+    const int64_t all = layout.state_elements();
+    return offloads_optimizer(settings.offload) ? std::min(settings.resident_state_elements, all) : all;
+}
+
 // Adds every buffer of a model to the plan.
 inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& config, const ParameterLayout& layout,
                          const GpuModelSettings& settings) {
@@ -318,12 +326,17 @@ inline void plan_buffers(MemoryPlan& plan, ModelBuffers& m, const ModelConfig& c
         lighthouse_backward_size = lighthouse_backward_scratch_bytes(*lighthouse, settings.deterministic);
     }
     plan.add(&m.weights, MemoryUse::weights, "weights", "[parameters] bf16", num_parameters);
-    const MemoryUse state_use = offloads_optimizer(settings.offload) ? MemoryUse::host_optimizer : MemoryUse::optimizer;
-    plan.add(&m.master, state_use, "master weights", optimizer_shape, layout.state_elements());
-    plan.add(&m.exp_avg, state_use, "exp_avg", optimizer_shape, layout.state_elements());
-    plan.add(&m.exp_avg_sq, state_use, "exp_avg_sq", optimizer_shape, layout.state_elements());
+    const int64_t on_host = layout.state_elements() - resident_state_elements(layout, settings);
+    const auto add_state = [&](OptimizerArrays& arrays, MemoryUse use, const char* shape, int64_t num_elements) {
+        plan.add(&arrays.master, use, "master weights", shape, num_elements);
+        plan.add(&arrays.exp_avg, use, "exp_avg", shape, num_elements);
+        plan.add(&arrays.exp_avg_sq, use, "exp_avg_sq", shape, num_elements);
+    };
+    add_state(m.state, MemoryUse::optimizer, on_host == 0 ? optimizer_shape : "[first parameters] float32",
+              layout.state_elements() - on_host);
+    add_state(m.host_state, MemoryUse::host_optimizer, "[other parameters] float32", on_host);
     plan.add(&m.optimizer_chunks, MemoryUse::optimizer, "optimizer state on its way", "[2, 3, chunk] float32",
-             offloads_optimizer(settings.offload) ? optimizer_offload_elements(settings.optimizer_chunk_elements) : 0);
+             on_host > 0 ? optimizer_offload_elements(settings.optimizer_chunk_elements) : 0);
     plan.add(&m.gradients, MemoryUse::gradients, "gradients", "[parameters] float32", num_parameters);
 
     // Activations of the blocks.

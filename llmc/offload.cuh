@@ -6,8 +6,9 @@
 // host while the next blocks run, and comes back in the backward one block ahead. The last blocks' are still there when
 // the backward begins.
 //
-// OptimizerOffload: master weights and AdamW's two means. They stream through the GPU in chunks, in, updated, out: the
-// first come while the backward still runs, and both directions of the bus are busy at once.
+// OptimizerOffload: master weights and AdamW's two means, as far as the GPU has no room for them. They stream through
+// it in chunks, in, updated, out: the first come while the backward still runs, and both directions of the bus are busy
+// at once.
 //
 // Bound: the bus. At 50 GB/s an input of 2^20 tokens of 1024 channels takes 43 ms either way, less than its block; a
 // step of AdamW 0.24 ms a million parameters.
@@ -17,8 +18,9 @@
 #include <cstring>
 #include <vector>
 
-#include "adamw.cuh"   // the update
-#include "memory.cuh"  // streams, events
+#include "adamw.cuh"          // the update
+#include "memory.cuh"         // streams, events
+#include "trainable_model.h"  // kinds of state
 
 // ---- inputs of blocks ----------------------------------------------------------------------------
 constexpr int INPUT_SLOTS = 2;  // one is read and written by kernels while the other is copied
@@ -85,15 +87,24 @@ constexpr int64_t OPTIMIZER_CHUNK_ELEMENTS = (int64_t)1
 // Of all slots' arrays together.
 inline int64_t optimizer_offload_elements(int64_t chunk_elements) { return OPTIMIZER_SLOTS * 3 * chunk_elements; }
 
+// One float32 each an element of the parameters' layout.
+struct OptimizerArrays {
+    float *master = nullptr, *exp_avg = nullptr, *exp_avg_sq = nullptr;
+
+    float* of(StateKind kind) const {
+        return kind == StateKind::master ? master : kind == StateKind::exp_avg ? exp_avg : exp_avg_sq;
+    }
+};
+
 class OptimizerOffload {
   public:
-    // master, exp_avg, exp_avg_sq: host [num_elements]; chunks: device [optimizer_offload_elements(chunk_elements)].
-    // chunk_elements: a multiple of 64. All outlive this.
-    OptimizerOffload(float* master, float* exp_avg, float* exp_avg_sq, float* chunks, int64_t num_elements,
-                     int64_t chunk_elements)
-        : host_{master, exp_avg, exp_avg_sq}, num_elements_(num_elements), chunk_elements_(chunk_elements) {
-        CHECK(chunk_elements >= 64 && chunk_elements % 64 == 0,
-              "offload of the optimizer: chunks of %lld elements: must be a multiple of 64", (long long)chunk_elements);
+    // Of elements [first, end) of a model's, both multiples of 64: host [end - first]; chunks: device
+    // [optimizer_offload_elements(chunk_elements)]. chunk_elements: a multiple of 64. All outlive this.
+    OptimizerOffload(const OptimizerArrays& host, int64_t first, int64_t end, float* chunks, int64_t chunk_elements)
+        : host_{host.master, host.exp_avg, host.exp_avg_sq}, first_(first), end_(end), chunk_elements_(chunk_elements) {
+        CHECK(chunk_elements >= 64 && chunk_elements % 64 == 0 && first % 64 == 0,
+              "offload of the optimizer: chunks of %lld elements from %lld on: both must be multiples of 64",
+              (long long)chunk_elements, (long long)first);
         for (Slot& slot : slots_) {
             for (float*& array : slot.arrays) {
                 array = chunks;
@@ -106,15 +117,16 @@ class OptimizerOffload {
     OptimizerOffload& operator=(const OptimizerOffload&) = delete;
     ~OptimizerOffload() { cudaStreamSynchronize(out_); }
 
-    // One AdamW step: weights (=) [num_elements] bf16, the host's state in place; gradients [num_elements], norm and
-    // loss device [1], as adamw_update takes them. The settings' weight_decay: of elements [0, num_decayed).
+    // One AdamW step of these elements: weights (=), bf16, and gradients: all of the model's, from its first on; the
+    // host's state in place; norm and loss device [1], as adamw_update takes them. The settings' weight_decay: of
+    // elements [0, num_decayed).
     void update(bf16* weights, const float* gradients, const float* norm, const float* loss,
                 const AdamWSettings& settings, int64_t num_decayed, cudaStream_t stream) {
         NVTX_RANGE();
         // Counted from 0 in every step, so that a chunk's way in follows its way out in the step before.
         int64_t chunk = 0;
-        for (int64_t begin = 0; begin < num_elements_; ++chunk) {
-            const int64_t range_end = begin < num_decayed ? num_decayed : num_elements_;
+        for (int64_t begin = first_; begin < end_; ++chunk) {
+            const int64_t range_end = begin < num_decayed ? num_decayed : end_;
             const int64_t n = std::min(chunk_elements_, range_end - begin);
             Slot& slot = slots_[chunk % OPTIMIZER_SLOTS];
             CUDA_CHECK(cudaStreamWaitEvent(in_, slot.left));
@@ -139,14 +151,14 @@ class OptimizerOffload {
     };
     void copy_arrays(const Slot& slot, int64_t begin, int64_t n, cudaMemcpyKind kind, cudaStream_t stream) {
         for (size_t i = 0; i < host_.size(); ++i) {
-            float *const host = host_[i] + begin, *const device = slot.arrays[i];
+            float *const host = host_[i] + (begin - first_), *const device = slot.arrays[i];
             const bool in = kind == cudaMemcpyHostToDevice;
             CUDA_CHECK(cudaMemcpyAsync(in ? device : host, in ? host : device, n * sizeof(float), kind, stream));
         }
     }
 
     std::array<float*, 3> host_;
-    int64_t num_elements_, chunk_elements_;
+    int64_t first_, end_, chunk_elements_;
     std::array<Slot, OPTIMIZER_SLOTS> slots_;
     CudaStream in_, out_;
 };
