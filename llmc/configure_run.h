@@ -242,7 +242,7 @@ inline void warn_of_positions(const RunConfig& config, const ModelConfig& stored
 
 // Without --seq_len a checkpoint is evaluated at the length that it was trained at, if its state says. A sample alone,
 // which is made under dense attention, needs no more than its prompt and its tokens on each rank.
-inline void take_length_to_look_at(ParsedFlags& parsed) {
+inline void take_length_to_look_at(ParsedFlags& parsed, const ModelConfig& stored) {
     RunConfig& config = parsed.config;
     const std::optional<TrainingState> state = checkpoint::find_state(config.checkpoint);
     const int64_t trained = state ? state->seq_len : 0;
@@ -252,7 +252,8 @@ inline void take_length_to_look_at(ParsedFlags& parsed) {
     if (config.asks_for_sample && !config.has_validation_data() && parsed.given.count("attention") == 0) {
         config.attention = AttentionMode::dense;
         const int64_t chunks = ContextPartition{config.context_parallel, 0, 0}.num_chunks();
-        const int64_t longest = std::max({config.seq_len, trained, config.model.max_positions});
+        const bool is_known = config.resume || trained > 0 || stored.max_positions == 0;
+        const int64_t longest = is_known ? config.seq_len : stored.max_positions;
         const int64_t needed = (int64_t)config.sample_prompt.size() + 1 + config.sample_tokens;
         config.seq_len =
             std::max(chunks, std::min(round_up(needed * config.context_parallel, chunks), longest / chunks * chunks));
@@ -306,15 +307,6 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         config.checkpoint = config.init_from;
     }
     const auto is_given = [&](const char* name) { return parsed.given.count(name) > 0; };
-    if (!config.checkpoint.empty()) {
-        const ModelConfig stored = load_hf_config(config.checkpoint);
-        const std::string rotated = take_model_shape(parsed, stored, config.checkpoint);
-        check_holds_model(config.checkpoint, config.model);  // before memory is taken for what only config.json knows
-        if (ranks.is_first()) {
-            warn_of_positions(config, stored, rotated);
-        }
-    }
-    fit_default_dense_layers(parsed);
     // Evaluation alone covers all validation data unless told otherwise.
     if (config.max_steps == 0 && !is_given("eval_batches")) {
         config.eval_batches = 0;
@@ -324,11 +316,20 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         !is_given("eval_batches")) {
         config.train_data.clear(), config.val_data.clear();  // those of --resume's run, which evaluate it
     }
+    if (!config.checkpoint.empty()) {
+        const ModelConfig stored = load_hf_config(config.checkpoint);
+        if (config.max_steps == 0 && !config.fit && !is_given("seq_len")) {
+            take_length_to_look_at(parsed, stored);
+        }
+        const std::string rotated = take_model_shape(parsed, stored, config.checkpoint);
+        check_holds_model(config.checkpoint, config.model);  // before memory is taken for what only config.json knows
+        if (ranks.is_first()) {
+            warn_of_positions(config, stored, rotated);
+        }
+    }
+    fit_default_dense_layers(parsed);
     if (config.checkpoint.empty() && config.model.max_positions > 0 && !is_given("max_positions")) {
         config.model.max_positions = std::max(config.model.max_positions, config.seq_len);  // the preset's
-    }
-    if (!config.checkpoint.empty() && config.max_steps == 0 && !config.fit && !is_given("seq_len")) {
-        take_length_to_look_at(parsed);
     }
     if (config.fit && !is_given("seq_len")) {  // the default may not be a legal one
         const ContextPartition partition{config.context_parallel, 0, 0};

@@ -103,8 +103,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("seed", c.seed, "of initial weights and samples");
     add("max_skipped", c.max_skipped, "steps in a row with a non-finite loss or gradient norm that stop the run");
     add_of_gpu("recompute", c.recompute, "of a block in the backward; norms_and_gate costs no product");
-    add_of_gpu("offload", c.offload,
-               "in host memory: inputs of blocks, what does not fit of AdamW's 12 bytes a parameter");
+    add_of_gpu("offload", c.offload, "in host memory: inputs of blocks, what does not fit of AdamW's state, both");
     add("deterministic", c.deterministic, "every step repeats bit for bit (GPU; the CPU always does)");
 
     group = "Optimizer (AdamW)";
