@@ -20,7 +20,7 @@
 #include <utility>
 #include <vector>
 
-#include "checkpoint_contents.h"  // where training stood in it
+#include "checkpoint_contents.h"  // where training stood in it, what tells data from others
 #include "checkpoint_folder.h"    // the checkpoint to go on from
 #include "checkpoint_load.h"      // whether it holds what its config.json says
 #include "config.h"               // every setting
@@ -357,7 +357,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     }
     std::string common = settings_toml(config) + config.checkpoint;
     for (const std::optional<SequenceSet>* set : {&data.train, &data.validation}) {
-        common += *set ? format_string("\n%lld tokens", (long long)(*set)->num_tokens()) : "";
+        common += *set ? "\n" + checkpoint::data_identity(**set) : "";
     }
     ranks.check_equal(common, "settings or data");
     return config;

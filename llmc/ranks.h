@@ -90,6 +90,24 @@ class RunRanks {
         CHECK(size() == 1 || world_.all_equal(text, std::string("comparison of ") + what),
               "the ranks differ in %s: start all of them with the same flags and files", what);
     }
+    // Throws Error on all ranks when those of a context group, which compute on one sequence together, have read others
+    // than each other by `flag`. hash: of the tokens that this rank has read.
+    void check_share_sequences(uint64_t hash, const char* flag) const {
+        if (mesh_.context_parallel == 1) {
+            return;
+        }
+        std::vector<uint64_t> all(size());
+        world_.all_gather(all.data(), &hash, sizeof hash, "comparison of sequences");
+        for (int rank = 0; rank < size(); ++rank) {
+            const int first = rank - rank % mesh_.context_parallel;
+            CHECK(
+                all[rank] == all[first],
+                "%s: ranks %d (%s) and %d (%s) compute on the same sequences and have read different tokens: files of "
+                "these names and lengths do not hold the same on all machines",
+                flag, first, world_.comm().identity().host_of(first).c_str(), rank,
+                world_.comm().identity().host_of(rank).c_str());
+        }
+    }
     // The largest value of any rank.
     int largest(int value, const std::string& operation) const {
         std::vector<int> all(size());

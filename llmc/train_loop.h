@@ -481,6 +481,9 @@ class TrainingRun {
             const int64_t begin =
                 position + i * config_.sequences_at_once() + ranks_.mesh().data_rank() * config_.batch_size;
             read_training_batch(begin);
+            if (state_.step == first_step_) {  // names and lengths of files say nothing of what is in them
+                ranks_.check_share_sequences(hash_of_batch(config_.batch_size), "--train_data");
+            }
             model_.accumulate_gradients(tokens_.data(), config_.batch_size, config_.seq_len,
                                         1.0 / (double)num_micro_batches);
             read_ahead(begin + config_.sequences_at_once());  // while a GPU computes what it was given
@@ -533,6 +536,13 @@ class TrainingRun {
         for (int b = 0; b < B; ++b) {
             set.read(position + b, tokens_.data() + b * row);
         }
+    }
+
+    // Of the B sequences in tokens_.
+    uint64_t hash_of_batch(int B) const {
+        Xxh3Stream hash;
+        hash.update(tokens_.data(), (uint64_t)B * (config_.seq_len + 1) * sizeof(int32_t));
+        return hash.digest().xxh3;
     }
 
     AdamWSettings optimizer_settings() const {
@@ -609,6 +619,12 @@ class TrainingRun {
             const int B = (int)std::min<int64_t>(config_.batch_size, num_sequences - begin);
             if (B > 0) {
                 keep_if_bad([&] { read_batch(*data_.validation, begin, B); });
+            }
+            if (at == 0) {
+                ranks_.check_share_sequences(B > 0 ? hash_of_batch(B) : 0,
+                                             config_.val_data.empty() ? "--train_data" : "--val_data");
+            }
+            if (B > 0) {
                 sum += B * model_.evaluate(tokens_.data(), B, config_.seq_len);
             }
             complete = !stop_requested();

@@ -406,8 +406,34 @@ TEST_F(Ranks, RanksWithOtherDataAreRefused) {
         *(std::find(words.begin(), words.end(), "--train_data") + 1) = "data.txt";
         ASSERT_EQ(chdir((folder_ + (rank == 1 ? "/rank1" : "")).c_str()), 0);
     };
-    EXPECT_EQ(run("other_data", {2, 1, 2}, 3), (std::vector<int>{1, 1}));
-    EXPECT_NE(said(0).find("the ranks differ in settings or data"), std::string::npos) << said(0);
+    const auto expect_refusal = [&](const char* what, const Mesh& mesh, const std::vector<std::string>& more = {}) {
+        EXPECT_EQ(run("other_data", mesh, 3, more), std::vector<int>(mesh.ranks, 1));
+        for (int rank = 0; rank < mesh.ranks; ++rank) {
+            EXPECT_NE(said(rank).find(what), std::string::npos) << said(rank);
+            EXPECT_EQ(said(rank).find("step 1/3"), std::string::npos) << said(rank);
+        }
+        std::filesystem::remove_all(folder_ + "/other_data");
+    };
+    expect_refusal("the ranks differ in settings or data", {2, 1, 2});
+    // As long in all, in other files.
+    const auto write = [&](const char* name, size_t size, char fill) {
+        std::ofstream(folder_ + "/rank1/" + name) << std::string(size, fill);
+    };
+    std::ofstream(folder_ + "/more.txt") << std::string(9000, 'x');
+    write("data.txt", 19000, 'x');
+    write("more.txt", 10000, 'x');
+    expect_refusal("the ranks differ in settings or data", {2, 1, 2}, {"--train_data", "more.txt"});
+    // What only reading tells.
+    write("data.txt", 20000, 'x');
+    const char* const differ = "compute on the same sequences and have read different tokens";
+    expect_refusal(differ, {2, 2, 2});
+    EXPECT_EQ(said(1).rfind("--train_data: ranks 0 (", 0), 0u) << said(1);
+    expect_refusal(differ, {4, 2, 2});
+    write("more.txt", 9000, 'y');
+    std::filesystem::copy_file(folder_ + "/data.txt", folder_ + "/rank1/data.txt",
+                               std::filesystem::copy_options::overwrite_existing);
+    EXPECT_EQ(run("other_validation", {2, 2, 2}, 3, {"--val_data", "more.txt"}), (std::vector<int>{1, 1}));
+    EXPECT_EQ(said(1).rfind("--val_data: ranks 0 (", 0), 0u) << said(1);
 }
 
 TEST_F(Ranks, SpeedIsOfAllRanksAndUtilisationOfAllDevices) {
