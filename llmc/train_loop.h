@@ -30,6 +30,7 @@
 #include "sampler.h"          // next token from logits
 #include "schedule.h"         // learning rate
 #include "settings.h"         // as text, for the terminal and settings.toml
+#include "shared_folder.h"    // one output folder for all ranks
 #include "signals.h"          // stopping from outside
 #include "tokenizer.h"        // text to tokens and back
 #include "tokens.h"           // files to sequences of tokens
@@ -342,15 +343,17 @@ class TrainingRun {
     }
 
     void open_output() {
-        config_.output_dir = ranks_.first_decides([&] { return prepare_output(); }, "preparation of the output folder");
+        config_.output_dir = ranks_.first_decides([&] { return take_output(); }, "choice of the output folder");
+        check_all_share(config_.output_dir, ranks_);  // while it can be taken again: it holds no run yet
+        ranks_.first_does([&] { begin_run(); }, "preparation of the output folder");
         if (state_.attention && *state_.attention != attention_) {  // the checkpoint's last step was under the other
             report_switch();
         }
     }
 
-    // The output folder, locked, with the settings of the run and the metrics file. Rank 0 alone calls it. Without
-    // --output_dir the folder is named here: what is refused before has left none. Returns its name.
-    std::string prepare_output() {
+    // The output folder, locked. Rank 0 alone calls it. Without --output_dir the folder is named here: what is refused
+    // before has left none. Returns its name.
+    std::string take_output() {
         // Now: a file that cannot be read is not to be found out by the first checkpoint.
         companions_ = checkpoint::read_companions(checkpoint::companion_source(config_.checkpoint, config_.output_dir),
                                                   config_, model_.config(), data_.train->stream().is_bytes());
@@ -365,6 +368,10 @@ class TrainingRun {
         }
         output_lock_ = config_.output_lock ? config_.output_lock : lock_output(config_);  // of --resume, long since
         check_holds_no_run(config_, false);  // again: another may have been there since the settings were checked
+        return config_.output_dir;
+    }
+    // The settings of the run and its metrics file. Rank 0 alone calls it.
+    void begin_run() {
         begin_run_files();
         metrics_->write("start", state_.step,
                         {{"program", config_.program},
@@ -373,7 +380,6 @@ class TrainingRun {
                          {"parameters", model_.parameters().num_elements()},
                          {"data_parallel", ranks_.mesh().data_parallel},
                          {"settings", settings_toml(config_)}});
-        return config_.output_dir;
     }
 
     // Raw text for a model that was trained on other tokens than bytes, as far as its folder says.

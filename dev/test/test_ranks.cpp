@@ -2,6 +2,7 @@
 // checkpoints and end whatever the mesh, checkpoints that go on on any other number of ranks, and failures that lose
 // nothing.
 #include <gtest/gtest.h>
+#include <sys/resource.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -10,6 +11,7 @@
 #include <csignal>
 #include <functional>
 #include <set>
+#include <thread>
 
 #include "llmc/comm_launch.h"
 #include "llmc/train_loop.h"
@@ -434,6 +436,55 @@ TEST_F(Ranks, RanksWithOtherDataAreRefused) {
                                std::filesystem::copy_options::overwrite_existing);
     EXPECT_EQ(run("other_validation", {2, 2, 2}, 3, {"--val_data", "more.txt"}), (std::vector<int>{1, 1}));
     EXPECT_EQ(said(1).rfind("--val_data: ranks 0 (", 0), 0u) << said(1);
+}
+
+// Machines whose folders have the same name, and no more in common.
+TEST_F(Ranks, AnOutputFolderThatIsNotSharedIsRefusedAtTheStart) {
+    std::filesystem::create_directory(folder_ + "/machine1");
+    std::filesystem::copy(folder_ + "/data.txt", folder_ + "/machine1/data.txt");
+    const auto take_own = [](std::vector<std::string>& words, const std::string& folder) {
+        *(std::find(words.begin(), words.end(), "--train_data") + 1) = "data.txt";
+        *(std::find(words.begin(), words.end(), "--output_dir") + 1) = "out";
+        ASSERT_EQ(chdir(folder.c_str()), 0);
+    };
+    const auto expect_refusal = [&](const std::string& what) {
+        EXPECT_EQ(run("out", {4, 2, 2}, 4), std::vector<int>(4, 1));
+        EXPECT_NE(said(0).find(what), std::string::npos) << said(0);
+        EXPECT_EQ(said(0).find("step 1/4"), std::string::npos) << said(0);
+        EXPECT_EQ(checkpoint::names_in(folder_ + "/out"), std::vector<std::string>{".lock"});
+    };
+    vary_ = [&](std::vector<std::string>& words, int rank) {
+        take_own(words, rank >= 2 ? folder_ + "/machine1" : folder_);
+    };
+    expect_refusal("rank 2 (" + host_name() + ") does not see what rank 0 (" + host_name() +
+                   ") wrote into --output_dir out: it must be a folder that all machines share");
+    EXPECT_NE(said(3).find("rank 2 ("), std::string::npos) << said(3);
+    EXPECT_FALSE(checkpoint::exists(folder_ + "/machine1/out"));
+    std::filesystem::create_directory(folder_ + "/machine1/out");
+    expect_refusal("rank 2 (" + host_name() + ") does not see");
+    EXPECT_TRUE(checkpoint::names_in(folder_ + "/machine1/out").empty());
+    vary_ = [&](std::vector<std::string>& words, int rank) {
+        take_own(words, folder_);
+        const rlimit none = {0, 0};  // bytes of a file
+        ASSERT_TRUE(rank != 3 || (std::signal(SIGXFSZ, SIG_IGN) != SIG_ERR && setrlimit(RLIMIT_FSIZE, &none) == 0));
+    };
+    expect_refusal("rank 3 (" + host_name() + ") cannot write into --output_dir out");
+    // One that a network file system shows late.
+    std::filesystem::remove(folder_ + "/machine1/out");
+    vary_ = [&](std::vector<std::string>& words, int rank) {
+        take_own(words, rank >= 2 ? folder_ + "/machine1" : folder_);
+        if (rank == 2) {
+            std::thread([] {
+                std::this_thread::sleep_for(std::chrono::milliseconds(500));
+                std::filesystem::create_directory_symlink("../out", "out");
+            }).detach();
+        }
+    };
+    expect_run("out", {4, 2, 2}, 2);
+    EXPECT_TRUE(has_step("out", 2));
+    for (const std::string& name : checkpoint::names_in(folder_ + "/out")) {
+        EXPECT_NE(name.rfind(".shared", 0), 0u) << name;
+    }
 }
 
 TEST_F(Ranks, SpeedIsOfAllRanksAndUtilisationOfAllDevices) {
