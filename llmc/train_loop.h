@@ -621,18 +621,17 @@ class TrainingRun {
         double sum = 0.0;
         bool complete = true;
         for (int64_t at = 0; at < num_sequences && complete; at += config_.sequences_at_once()) {
-            const int64_t begin = at + mesh.data_rank() * config_.batch_size;
+            // A group for which none is left evaluates the first of this turn, for nothing: it would wait for the
+            // others all the same, and, should they need longer than --comm_timeout, take them for gone.
+            const int64_t own = at + mesh.data_rank() * config_.batch_size, begin = own < num_sequences ? own : at;
             const int B = (int)std::min<int64_t>(config_.batch_size, num_sequences - begin);
-            if (B > 0) {
-                keep_if_bad([&] { read_batch(*data_.validation, begin, B); });
-            }
+            keep_if_bad([&] { read_batch(*data_.validation, begin, B); });
             if (at == 0) {
-                ranks_.check_share_sequences(B > 0 ? hash_of_batch(B) : 0,
+                ranks_.check_share_sequences(hash_of_batch(B),
                                              config_.val_data.empty() ? "--train_data" : "--val_data");
             }
-            if (B > 0) {
-                sum += B * model_.evaluate(tokens_.data(), B, config_.seq_len);
-            }
+            const double loss = model_.evaluate(tokens_.data(), B, config_.seq_len);
+            sum += begin == own ? B * loss : 0.0;
             complete = !stop_requested();
         }
         if (ranks_.size() > 1) {

@@ -67,6 +67,9 @@ class ShardedModel : public TrainableModel {
         return result;
     }
     double evaluate(const int32_t* tokens, int B, int64_t T) override {
+        if (on_evaluate) {
+            on_evaluate();
+        }
         // All ranks of a sequence take part.
         double mean = mean_loss(tokens, B, T) / ranks_.mesh().context_parallel;
         HostGroup(ranks_.world().comm(), ranks_.mesh().context_group()).all_reduce_sum(&mean, 1, "evaluation");
@@ -117,7 +120,7 @@ class ShardedModel : public TrainableModel {
     void read_gradient(int, float*) override {}
     double peak_memory_gib() const override { return 0.0; }
 
-    std::function<void()> on_update, on_read;
+    std::function<void()> on_update, on_evaluate, on_read;
 
   private:
     // The weights of the forward pass are bfloat16.
@@ -499,6 +502,20 @@ TEST_F(Ranks, SpeedIsOfAllRanksAndUtilisationOfAllDevices) {
     const double expected = flops_of_step("one", ONE);
     EXPECT_NEAR(flops_of_step("two", {2, 1, 2}), expected, 1e-6 * expected);
     EXPECT_NEAR(flops_of_step("two_that_share", {2, 2, 2}), expected, 1e-6 * expected);
+}
+
+// What it evaluates meanwhile does not count.
+TEST_F(Ranks, AGroupWithoutAValidationBatchIsAsBusyAsTheOthers) {
+    const std::vector<std::string> one_batch = {"--eval_batches", "1"};
+    expect_run("one", ONE, 2, one_batch);
+    const Prepare count = [](ShardedModel& model, int) {
+        model.on_evaluate = [n = 0]() mutable { std::printf("evaluates %d times\n", ++n); };
+    };
+    EXPECT_EQ(run("four", {4, 2, 2}, 2, one_batch, count), std::vector<int>(4, 0)) << said(0);
+    for (int rank = 0; rank < 4; ++rank) {
+        EXPECT_NE(said(rank).find("evaluates 1 times"), std::string::npos) << said(rank);
+    }
+    EXPECT_EQ(losses("four"), losses("one"));
 }
 
 TEST_F(Ranks, WithoutAnOutputFolderAllTakeTheSameNewOne) {
