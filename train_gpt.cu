@@ -94,7 +94,12 @@ static int train(int argc, char** argv) {
         device.is_gpu = true;
         device.peak_tflops = gpu_peak_tflops(gpu.name);
         device.transfers = alone ? "" : comms->description();
-        status = run_training(model, config, device, ranks);
+        try {
+            status = run_training(model, config, device, ranks);
+        } catch (const std::exception& error) {
+            end.abandon(error.what());
+            throw;
+        }
         if (ranks.is_first()) {
             std::printf("%s", model.profile_table().c_str());
             if (config.profile || config.print_memory) {

@@ -283,11 +283,12 @@ class Communicators {
         }
 #endif
     }
-    // This rank has failed: lets go what waits for others here, which would keep memory from being freed.
-    void abandon() {
+    // This rank has failed, for this reason: lets go what waits for others here, which would keep memory from being
+    // freed.
+    void abandon([[maybe_unused]] const std::string& reason) {
 #ifdef LLMC_NCCL
         if (nccl_) {
-            nccl_->abandon();
+            nccl_->abandon(reason);
         }
 #endif
     }
@@ -321,9 +322,13 @@ class CommunicatorsEnd {
     explicit CommunicatorsEnd(Communicators* comms) : comms_(comms) {}
     CommunicatorsEnd(const CommunicatorsEnd&) = delete;
     CommunicatorsEnd& operator=(const CommunicatorsEnd&) = delete;
-    ~CommunicatorsEnd() {
+    ~CommunicatorsEnd() { abandon("this rank has failed, and does not end"); }
+    // With the text of the error that is on its way, while it can be told: the process may be ended before main is
+    // reached.
+    void abandon(const std::string& reason) {
         if (comms_ != nullptr) {
-            comms_->abandon();
+            comms_->abandon(reason);
+            comms_ = nullptr;
         }
     }
     void finish() {
@@ -334,5 +339,5 @@ class CommunicatorsEnd {
     }
 
   private:
-    Communicators* comms_;  // null: one rank, or finished
+    Communicators* comms_;  // null: one rank, or over
 };

@@ -103,11 +103,12 @@ class NcclJob {
         copies_.erase(std::find(copies_.begin(), copies_.end(), &copies));
     }
 
-    // This rank has failed, elsewhere, and will leave the others in the lurch: what waits for them here is let go.
-    void abandon() {
+    // This rank has failed, elsewhere, and will leave the others in the lurch: what waits for them here is let go. The
+    // reason is what is printed should the process not end by itself, as where its GPU has much to do yet.
+    void abandon(const std::string& reason) {
         const Lock lock(mutex_);
         if (error_.empty()) {
-            fail_with("this rank has failed, and does not end");
+            fail_with(reason);
         }
     }
 
