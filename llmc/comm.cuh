@@ -216,14 +216,19 @@ inline void check_devices_differ(HostComm& host, int device) {
 }
 
 // ---- a job's communicators ---------------------------------------------------------------------
-// All ranks, and those that share this rank's sequence. The current device must be this rank's.
+// All ranks, and those that share this rank's sequence, where others do. These are a communicator of their own also
+// where they are all ranks: of one communicator calls follow one another, and attention's would wait behind the sums of
+// gradients that go on beside the backward. The current device must be this rank's.
 class Communicators {
   public:
     Communicators(HostComm& host, const ParallelMesh& mesh, CommTransport transport)
         : host_(host), mesh_(mesh), transport_(transport) {
+        const bool shares_sequences = mesh.context_parallel > 1;
         if (transport == CommTransport::host) {
             world_ = std::make_unique<HostStagedComm>(HostGroup(host));
-            context_ = std::make_unique<HostStagedComm>(HostGroup(host, mesh.context_group()));
+            if (shares_sequences) {
+                context_ = std::make_unique<HostStagedComm>(HostGroup(host, mesh.context_group()));
+            }
             return;
         }
 #ifdef LLMC_NCCL
@@ -232,7 +237,9 @@ class Communicators {
         check_devices_differ(host, device);
         nccl_ = std::make_unique<NcclJob>(host);
         world_ = nccl_->open_world();
-        context_ = nccl_->split(mesh.data_rank(), mesh.context_rank());
+        if (shares_sequences) {
+            context_ = nccl_->split(mesh.data_rank(), mesh.context_rank());
+        }
 #else
         fail(
             "several ranks, but built without NCCL: install it (Debian, Ubuntu: libnccl-dev) and build again, or use "
@@ -241,7 +248,10 @@ class Communicators {
     }
 
     Comm& world() const { return *world_; }
-    Comm& context() const { return *context_; }
+    Comm& context() const {
+        CHECK(context_, "communicators: no other rank has this one's sequences");
+        return *context_;
+    }
     // With `auto`: what comes into these ranges of device memory from now on may be copied there by the other GPUs of
     // the host. landing: one of them, or a part, for parts of the world's sums that are on their way. All ranks call
     // it, once; the memory must live until finish() or abandon().
@@ -249,9 +259,11 @@ class Communicators {
 #ifdef LLMC_NCCL
         if (transport_ == CommTransport::automatic) {
             CHECK(!peers_, "communicators: memory is shared once");
-            peers_ = std::make_unique<PeerMemory>(host_, ranges, 2);
+            peers_ = std::make_unique<PeerMemory>(host_, ranges, context_ ? 2 : 1);
             static_cast<NcclComm&>(*world_).share(*peers_, HostGroup(host_), 0, landing);
-            static_cast<NcclComm&>(*context_).share(*peers_, HostGroup(host_, mesh_.context_group()), 1, {});
+            if (context_) {
+                static_cast<NcclComm&>(*context_).share(*peers_, HostGroup(host_, mesh_.context_group()), 1, {});
+            }
         }
 #endif
     }
@@ -312,7 +324,7 @@ class Communicators {
     std::unique_ptr<PeerMemory> peers_;  // outlives the communicators' copies
     std::unique_ptr<NcclJob> nccl_;      // and this its communicators
 #endif
-    std::unique_ptr<Comm> world_, context_;
+    std::unique_ptr<Comm> world_, context_;  // context_ null: no other rank has this one's sequences
 };
 
 // Declared after what owns shared memory: where finish() is not reached, abandons the communicators before that memory
