@@ -20,17 +20,15 @@ struct ContextCase {
         return config;
     }
 };
-// Four and eight chunks of one and of two tiles, half of the coarsest entries selected, grouped queries, levels whose
-// windows reach far over a border.
+// Four, six and eight chunks of one and of two tiles, half of the coarsest entries selected, grouped queries, levels
+// whose windows reach far over a border.
 static std::vector<ContextCase> context_cases(bool small) {
     if (small) {
         return {{2, {1, 2048, 2, 2, 512, 1, 1, 8}}, {2, {1, 2048, 2, 2, 512, 2, 2, 8}}};
     }
-    return {{2, {1, 2048, 2, 2, 512, 1, 1, 8}},
-            {2, {2, 16384, 3, 4, 512, 4, 2, 64}},
-            {2, {1, 16384, 4, 2, 1024, 3, 3, 80}},
-            {4, {1, 4096, 2, 2, 1024, 2, 1, 128}},
-            {4, {2, 16384, 3, 2, 1024, 4, 4, 64}}};
+    return {{2, {1, 2048, 2, 2, 512, 1, 1, 8}},    {2, {2, 16384, 3, 4, 512, 4, 2, 64}},
+            {2, {1, 16384, 4, 2, 1024, 3, 3, 80}}, {3, {1, 6144, 2, 2, 768, 2, 1, 128}},
+            {4, {1, 4096, 2, 2, 1024, 2, 1, 128}}, {4, {2, 16384, 3, 2, 1024, 4, 4, 64}}};
 }
 
 // By which dq and dk come out turned back; positions: of all rows or of a rank's two chunks.

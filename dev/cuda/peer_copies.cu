@@ -366,7 +366,8 @@ static bool wait_for(const OtherProcess& other) {
 }
 
 int main(int argc, char** argv) {
-    static const std::vector<Variant<Launcher>> VARIANTS = {{1, "two ranks", 2}, {2, "four ranks", 4}};
+    static const std::vector<Variant<Launcher>> VARIANTS = {
+        {1, "two ranks", 2}, {2, "four ranks", 4}, {3, "three ranks", 3}};
     try {
         const std::string rendezvous = format_string("/tmp/llmc_peer_copies.%d", (int)getpid());
         std::vector<OtherProcess> others;

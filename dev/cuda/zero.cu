@@ -210,6 +210,6 @@ static void measure(Harness&, const Variant<Launcher>&) {}
 
 int main(int argc, char** argv) {
     static const std::vector<Variant<Launcher>> VARIANTS = {
-        {1, "one rank (llmc/zero.cuh)", 1}, {2, "two ranks", 2}, {4, "four ranks", 4}};
+        {1, "one rank (llmc/zero.cuh)", 1}, {2, "two ranks", 2}, {3, "three ranks", 3}, {4, "four ranks", 4}};
     return run_variants(argc, argv, "zero", VARIANTS, check, measure);
 }
