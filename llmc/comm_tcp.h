@@ -45,7 +45,7 @@ class Socket {
     int descriptor_ = -1;
 };
 
-// Where a rank listens. The address is as another rank sees it.
+// Where a rank listens: its machine's name, or the address that it has for another rank.
 struct TcpAddress {
     std::string host;
     uint16_t port = 0;
@@ -80,12 +80,17 @@ inline Socket listen_on(uint16_t& port) {
 
 // One try; an invalid socket when nobody listens there (yet).
 inline Socket try_connect(const TcpAddress& to) {
+    // A machine, a container above all, need not know its own name; and another one may have the same.
+    if (to.host == host_name()) {
+        Socket connection = try_connect({"127.0.0.1", to.port});
+        if (connection >= 0) {
+            return connection;
+        }
+    }
     addrinfo hints{}, *found = nullptr;
     hints.ai_family = AF_INET;
     hints.ai_socktype = SOCK_STREAM;
-    // A machine, a container above all, need not know its own name.
-    const std::string host = to.host == host_name() ? "127.0.0.1" : to.host;
-    if (getaddrinfo(host.c_str(), std::to_string(to.port).c_str(), &hints, &found) != 0) {
+    if (getaddrinfo(to.host.c_str(), std::to_string(to.port).c_str(), &hints, &found) != 0) {
         return Socket();
     }
     Socket connection(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
@@ -270,10 +275,9 @@ class TcpComm : public HostComm {
     struct Hello {
         uint64_t magic = 0x6c6c6d632d746370;  // "llmc-tcp"
         int32_t size = 0, rank = 0;
-        uint32_t port = 0;  // where it listens
-        char host[256] = {};
+        uint32_t port = 0;                // where it listens
+        char host[INET_ADDRSTRLEN] = {};  // its address for rank 0, which enters it; empty: that of rank 0 itself
     };
-    static constexpr size_t HOST_WIDTH = sizeof(Hello::host);
 
     // Blocking, within what is left of the time-out.
     void send_all(const Socket& to, const void* data, size_t num_bytes) const {
@@ -312,8 +316,7 @@ class TcpComm : public HostComm {
     }
 
     // Takes connections until every rank of [begin, size) has come. Whoever is not one of us is turned away.
-    std::vector<Hello> accept_ranks(const Socket& listener, int begin, const std::string& own_host,
-                                    const std::string& rendezvous) {
+    std::vector<Hello> accept_ranks(const Socket& listener, int begin, const std::string& rendezvous) {
         std::vector<Hello> hellos(size());
         for (int missing = size() - begin; missing > 0;) {
             std::string absent;
@@ -338,11 +341,8 @@ class TcpComm : public HostComm {
                   rendezvous.c_str(), rank(), size(), h.rank, h.size);
             CHECK(h.rank >= begin && h.rank < size() && connections_[h.rank] < 0,
                   "rendezvous at %s: two processes say that they are rank %d", rendezvous.c_str(), h.rank);
-            std::string host = tcp::peer_host(connection);
-            if (host.rfind("127.", 0) == 0) {  // on this machine, which others know by another name
-                host = own_host;
-            }
-            std::memcpy(h.host, host.c_str(), std::min(host.size(), HOST_WIDTH - 1));
+            const std::string host = tcp::peer_host(connection);
+            std::strcpy(h.host, host.rfind("127.", 0) == 0 ? "" : host.c_str());
             hellos[h.rank] = h;
             connections_[h.rank] = std::move(connection);
             --missing;
@@ -379,7 +379,7 @@ class TcpComm : public HostComm {
             if (by_file) {
                 write_rendezvous_file(rendezvous, port);
             }
-            hellos = accept_ranks(listener, 1, by_file ? host_name() : given.host, rendezvous);
+            hellos = accept_ranks(listener, 1, rendezvous);
             for (int i = 1; i < size(); ++i) {
                 send_all(connections_[i], hellos.data(), hellos.size() * sizeof(Hello));
             }
@@ -396,13 +396,17 @@ class TcpComm : public HostComm {
         CHECK(receive_all(connections_[0], hellos.data(), hellos.size() * sizeof(Hello), seconds_left()),
               "%s at %s: rank 0 has ended, or the others did not come within %g s (--comm_timeout)",
               identity().where("rendezvous").c_str(), rendezvous.c_str(), identity().timeout_seconds);
+        // By addresses: names of machines need not differ, nor be known to others. Those who share rank 0's are where
+        // this rank has found rank 0.
+        const std::string first_host = tcp::peer_host(connections_[0]);
         for (int i = 1; i < rank(); ++i) {
-            const TcpAddress address{hellos[i].host, (uint16_t)hellos[i].port};
+            const std::string host = hellos[i].host;
+            const TcpAddress address{host.empty() ? first_host : host, (uint16_t)hellos[i].port};
             connections_[i] =
                 connect_within_timeout([&] { return address; }, "rank " + std::to_string(i) + " at " + address.host);
             send_all(connections_[i], &own, sizeof own);
         }
-        accept_ranks(listener, rank() + 1, host_name(), rendezvous);
+        accept_ranks(listener, rank() + 1, rendezvous);
     }
 
     // Complete under another name first: nobody reads half a line.

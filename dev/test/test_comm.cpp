@@ -1,6 +1,7 @@
 // test_comm.cpp: ranks without MPI, each a process of its own: how they meet, exchange and add, and how they fail.
 #include <gtest/gtest.h>
 #include <sys/syscall.h>
+#include <sys/utsname.h>
 #include <sys/wait.h>
 
 #include <csignal>
@@ -14,6 +15,7 @@
 namespace {
 
 bool connects_from_its_goal = false;
+std::string other_name;  // of this machine, unless it is empty
 
 }  // namespace
 
@@ -24,6 +26,14 @@ extern "C" int connect(int socket, const sockaddr* to, socklen_t size) {
         EXPECT_EQ(bind(socket, to, size), 0);
     }
     return (int)syscall(SYS_connect, socket, to, size);
+}
+extern "C" int gethostname(char* name, size_t size) noexcept {
+    utsname system;
+    if (uname(&system) != 0) {
+        return -1;
+    }
+    std::snprintf(name, size, "%s", other_name.empty() ? system.nodename : other_name.c_str());
+    return 0;
 }
 
 namespace {
@@ -191,6 +201,23 @@ TEST(TcpComm, ARankIsNotConnectedToItself) {
     connects_from_its_goal = true;
     EXPECT_LT((int)tcp::try_connect({"127.0.0.1", free_port()}), 0);
     connects_from_its_goal = false;
+}
+
+// At the address that its name stands for, and not at this machine's own.
+TEST(TcpComm, FindsAMachineOfTheSameName) {
+    const Socket listener(socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_in address{};
+    address.sin_family = AF_INET;
+    address.sin_addr.s_addr = htonl(0x7f000002);
+    socklen_t size = sizeof address;
+    ASSERT_EQ(bind(listener, reinterpret_cast<sockaddr*>(&address), size), 0);
+    ASSERT_EQ(listen(listener, 8), 0);
+    ASSERT_EQ(getsockname(listener, reinterpret_cast<sockaddr*>(&address), &size), 0);
+    const uint16_t port = ntohs(address.sin_port);
+    EXPECT_LT((int)tcp::try_connect({"127.0.0.1", port}), 0);
+    other_name = "127.0.0.2";
+    EXPECT_GE((int)tcp::try_connect({host_name(), port}), 0);
+    other_name.clear();
 }
 
 // Something that looks for open ports, before a rank comes.
