@@ -26,6 +26,13 @@ struct HeadView {
     }
 };
 
+// The heads of a tensor from `head` on.
+template <class Element>
+__host__ __device__ HeadView<Element> heads_from(HeadView<Element> view, int head) {
+    view.data = view.row(0, 0, head);
+    return view;
+}
+
 // Where the gradient of k or of v goes: rounded to bf16, or in float32 where it is a part of a sum that is rounded
 // later (ring attention). One of the two has no data. dk and dv of a call are of one kind.
 struct KeyGradientView {

@@ -52,8 +52,6 @@ class Comm {
     // data (=) [count], the sum over ranks. For few elements.
     virtual void all_reduce_sum(float* data, int64_t count, const char* operation, cudaStream_t stream) = 0;
     virtual void all_reduce_sum(double* data, int64_t count, const char* operation, cudaStream_t stream) = 0;
-    // data (=) [num_bytes], root's.
-    virtual void broadcast(void* data, size_t num_bytes, int root, const char* operation, cudaStream_t stream) = 0;
 
   protected:
     Comm(int rank, int size) : rank_(rank), size_(size) {}
@@ -141,15 +139,6 @@ class HostStagedComm : public Comm {
     }
     void all_reduce_sum(double* data, int64_t count, const char* operation, cudaStream_t stream) override {
         reduce(data, count, operation, stream);
-    }
-
-    void broadcast(void* data, size_t num_bytes, int root, const char* operation, cudaStream_t stream) override {
-        std::byte* const staged = stage(num_bytes);
-        copy(staged, data, num_bytes, stream);
-        CUDA_CHECK(cudaStreamSynchronize(stream));
-        group_.broadcast(staged, num_bytes, root, operation);
-        copy(data, staged, num_bytes, stream);
-        CUDA_CHECK(cudaStreamSynchronize(stream));
     }
 
   private:

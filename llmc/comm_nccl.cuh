@@ -344,10 +344,6 @@ class NcclComm : public Comm {
         job_.run(comm_, operation, stream,
                  [&] { NCCL_CHECK(comm_, ncclAllReduce(data, data, count, ncclDouble, ncclSum, comm_, stream)); });
     }
-    void broadcast(void* data, size_t num_bytes, int root, const char* operation, cudaStream_t stream) override {
-        job_.run(comm_, operation, stream,
-                 [&] { NCCL_CHECK(comm_, ncclBroadcast(data, data, num_bytes, ncclUint8, root, comm_, stream)); });
-    }
 
     // From now on copies go into what ranks share. landing: of this rank's memory, for parts of sums on their way;
     // without it sums are NCCL's.

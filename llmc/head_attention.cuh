@@ -271,14 +271,10 @@ class HeadAttention : public ContextAttention, private HeadAttentionPlan {
     HeadTensor<Element> of_keys(HeadView<Element> view, const Part& part, const AttentionShape& local) const {
         return {part.keys(view), local.Hkv / W_, part.shape.Hkv};
     }
-    // Rows [B, T, heads, D], and those heads of them from `head` on.
+    // Rows [B, T, heads, D].
     static HeadView<bf16> whole_view(bf16* rows, const AttentionShape& part, int heads) {
         const int64_t row = (int64_t)heads * part.D;
         return {rows, part.Tk * row, row, part.D};
-    }
-    static HeadView<bf16> heads_from(HeadView<bf16> view, int head) {
-        view.data = view.row(0, 0, head);
-        return view;
     }
 
     ContextPartition partition(const AttentionShape& part) const { return {W_, rank_, part.Tk}; }

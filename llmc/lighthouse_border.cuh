@@ -19,7 +19,7 @@ struct LighthouseBorderArguments {
     LighthouseShape shape;
 };
 
-// The row of the sub-sequence that holds the last entry of `level`, or of any entry by its index; -1: absent.
+// The row of the sub-sequence that holds entry `index` of `level`; -1: absent.
 __device__ inline int32_t lighthouse_border_row(const LighthouseBorderArguments& a, int64_t b, int head, int level,
                                                 int64_t index) {
     const LighthouseGeometry& g = a.shape.geometry;
@@ -147,8 +147,7 @@ inline void lighthouse_border_scatter_backward(HeadView<bf16> dx, HeadView<const
 
 // ---- the exchange ------------------------------------------------------------------------------
 // in (=) what the neighbours of the local chunks have in their `out`; zero where there is none. Both [B sequences,
-// 2 halves, ...], row_elements for each chunk. neighbour: chunk_before and its opposite chunk_after forward, the other
-// way round backward.
+// 2 halves, chunk_elements]. from, to: chunk_before and its opposite chunk_after forward, the other way round backward.
 using ChunkNeighbour = std::optional<ChunkPlace> (*)(const ContextPartition&, int half);
 template <class Element>
 void exchange_borders(Comm& context, Element* in, const Element* out, int64_t chunk_elements, int B,

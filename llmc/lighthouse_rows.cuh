@@ -26,22 +26,16 @@ struct LighthouseShape {
     __host__ __device__ int64_t num_selections() const { return (int64_t)B * Hkv; }
 };
 
-// One head as a tensor of one head.
-template <class Element>
-__host__ __device__ HeadView<Element> head_of(HeadView<Element> view, int head) {
-    view.data = view.row(0, 0, head);
-    return view;
-}
-
 // q [B, *, H, D], k and v [B, *, Hkv, D] as one list of H + 2 Hkv heads, in this order.
 template <class Element>
 struct QkvHeads {
     HeadView<Element> q, k, v;
 
+    // As a tensor of one head.
     __device__ HeadView<Element> head(const LighthouseShape& shape, int head) const {
-        return head < shape.H               ? head_of(q, head)
-               : head < shape.H + shape.Hkv ? head_of(k, head - shape.H)
-                                            : head_of(v, head - shape.H - shape.Hkv);
+        return head < shape.H               ? heads_from(q, head)
+               : head < shape.H + shape.Hkv ? heads_from(k, head - shape.H)
+                                            : heads_from(v, head - shape.H - shape.Hkv);
     }
 };
 // The key/value head whose selection a head of that list follows.

@@ -126,19 +126,6 @@ class LoopbackComm : public Comm {
     void all_reduce_sum(double* data, int64_t count, const char* operation, cudaStream_t stream) override {
         sum_in_order(data, data, 0, count, operation, stream);
     }
-    void broadcast(void* data, size_t num_bytes, int root, const char* operation, cudaStream_t stream) override {
-        std::vector<DeviceSend> sends;
-        std::vector<DeviceReceive> receives;
-        for (int i = 0; rank() == root && i < size(); ++i) {
-            if (i != root) {
-                sends.push_back({i, data, num_bytes});
-            }
-        }
-        if (rank() != root) {
-            receives.push_back({root, data, num_bytes});
-        }
-        exchange(sends, receives, operation, stream);
-    }
 
   private:
     // out (=) [count]: the sum, in the order of ranks, of what all of them have for this one; this one has in + i *
