@@ -8,11 +8,39 @@
 #include <functional>
 #include <future>
 #include <memory>
+#include <set>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "comm.h"               // processes on the host
 #include "context_partition.h"  // the mesh
+
+// What the user is to know where ranks that share sequences lie on more machines than they would had each machine's
+// ranks successive numbers: nothing where they do not. machines: of every rank.
+inline std::string placement_warning(const std::vector<std::string>& machines, int context_parallel) {
+    std::vector<std::string> in_blocks;
+    for (const std::string& machine : machines) {
+        if (std::find(in_blocks.begin(), in_blocks.end(), machine) == in_blocks.end()) {
+            in_blocks.insert(in_blocks.end(), std::count(machines.begin(), machines.end(), machine), machine);
+        }
+    }
+    const auto mean_of_groups = [&](const std::vector<std::string>& of_ranks) {
+        size_t sum = 0;
+        for (auto first = of_ranks.begin(); first != of_ranks.end(); first += context_parallel) {
+            sum += std::set<std::string>(first, first + context_parallel).size();
+        }
+        return (double)sum * context_parallel / (double)of_ranks.size();
+    };
+    const double now = mean_of_groups(machines), in_order = mean_of_groups(in_blocks);
+    return now <= in_order
+               ? ""
+               : format_string(
+                     "--context_parallel %d: the ranks that share a sequence lie on %.3g machines (the mean of all "
+                     "groups), and on %.3g if those of a machine had successive numbers; what they exchange in every "
+                     "layer goes over the network: start them with mpirun --map-by slot or srun --distribution=block",
+                     context_parallel, now, in_order);
+}
 
 class RunRanks {
   public:

@@ -290,6 +290,11 @@ class TrainingRun {
             terminal_.print(format_string("ranks       %d: data parallel %d x context parallel %d%s%s", mesh.size(),
                                           mesh.data_parallel, mesh.context_parallel,
                                           device_.transfers.empty() ? "" : ", transfers ", device_.transfers.c_str()));
+            const std::string placement =
+                placement_warning(ranks_.world().comm().identity().machines, mesh.context_parallel);
+            if (!placement.empty()) {
+                warn(placement);
+            }
         }
         terminal_.print(format_string("model       %.1f M parameters, %.2f GiB on the device",
                                       (double)model_.parameters().num_elements() / 1e6, model_.peak_memory_gib()));

@@ -272,6 +272,19 @@ TEST(TcpComm, NamesARankThatHangs) {
     EXPECT_TRUE(contains(ended[0].error, "1 s (--comm_timeout)")) << ended[0].error;
 }
 
+TEST(RunRanks, KnowWhenTheyLieOnMoreMachinesThanTheyMust) {
+    EXPECT_EQ(placement_warning({"b", "b", "a", "a"}, 2), "");
+    EXPECT_EQ(placement_warning({"b", "b", "a", "a"}, 4), "");
+    EXPECT_EQ(placement_warning({"a", "b", "a", "b"}, 1), "");
+    EXPECT_EQ(placement_warning({"a", "b", "a", "b"}, 4), "");  // both, in whatever order
+    EXPECT_TRUE(contains(placement_warning({"a", "b", "a", "b"}, 2),
+                         "lie on 2 machines (the mean of all groups), and on 1 if"));
+    // Two machines of three ranks each, by twos: one pair has to lie on both.
+    EXPECT_EQ(placement_warning({"a", "a", "a", "b", "b", "b"}, 2), "");
+    EXPECT_TRUE(contains(placement_warning({"a", "b", "a", "b", "a", "b"}, 2), "lie on 2 machines"));
+    EXPECT_TRUE(contains(placement_warning({"a", "b", "a", "b", "a", "b"}, 2), "and on 1.33 if"));
+}
+
 // A checkpoint that takes longer to read than the time-out is, beside one whose disk stands still.
 TEST(RunRanks, WaitForALongDecisionThatGoesOn) {
     std::string path = rendezvous_path();
