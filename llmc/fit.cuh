@@ -14,9 +14,13 @@
 // Bytes that are there to be taken.
 struct FreeMemory {
     size_t gpu = 0, host = 0;
+    size_t gpu_for_nccl = 0;  // of gpu, what communicators that are not open yet will take
 
     // Some of both is kept: by the GPU for the driver, by the host for checkpoints on their way and all else that runs.
-    size_t usable_gpu() const { return gpu > DEVICE_MEMORY_RESERVE ? gpu - DEVICE_MEMORY_RESERVE : 0; }
+    size_t usable_gpu() const {
+        const size_t kept = DEVICE_MEMORY_RESERVE + gpu_for_nccl;
+        return gpu > kept ? gpu - kept : 0;
+    }
     size_t usable_host() const { return host > HOST_MEMORY_RESERVE ? host - HOST_MEMORY_RESERVE : 0; }
     bool holds(const MemoryPlan& plan) const {
         return plan.num_bytes() <= usable_gpu() &&
@@ -119,13 +123,19 @@ inline std::vector<std::pair<const char*, Offload>> offload_choices(const Parall
     return ways;
 }
 
-// The table of --fit: the longest sequence for each way to save memory, all else as in `settings`.
-inline std::string fit_table(const ModelConfig& config, const GpuModelSettings& settings, const FreeMemory& free) {
+// The table of --fit: the longest sequence for each way to save memory, all else as in `settings`. free: before any
+// communicator is open.
+inline std::string fit_table(const ModelConfig& config, const GpuModelSettings& settings, FreeMemory free) {
+    free.gpu_for_nccl = settings.by_nccl ? NCCL_MEMORY_ESTIMATE : 0;
     std::string text = format_string(
         "the longest --seq_len with --batch_size %d in %.2f GiB of GPU memory and, for --offload, %.2f GiB of the "
-        "host's (of these %.2f and %.2f GiB stay free)\n%-28s",
+        "host's (of these %.2f and %.2f GiB stay free%s)\n%-28s",
         settings.max_batch_size, free.gpu / BYTES_PER_GIB, free.host / BYTES_PER_GIB,
-        (free.gpu - free.usable_gpu()) / BYTES_PER_GIB, (free.host - free.usable_host()) / BYTES_PER_GIB, "");
+        (free.gpu - free.usable_gpu()) / BYTES_PER_GIB, (free.host - free.usable_host()) / BYTES_PER_GIB,
+        settings.by_nccl
+            ? format_string(", %.2f of the first for NCCL, an estimate", NCCL_MEMORY_ESTIMATE / BYTES_PER_GIB).c_str()
+            : "",
+        "");
     const auto ways = offload_choices(settings.mesh);
     for (const auto& way : ways) {
         text += format_string(" %21s", format_string("--offload %s", way.first).c_str());

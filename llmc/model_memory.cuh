@@ -47,6 +47,7 @@ struct GpuModelSettings {
     // Several GPUs: this rank's place among them, and how attention reaches over the ranks that share a sequence.
     ParallelMesh mesh;
     ContextExchange context_exchange = ContextExchange::automatic;
+    bool by_nccl = false;      // several ranks, which take memory for it
     bool peer_copies = false;  // large transfers go into memory that GPUs of a host share
     // Bytes of GPU and host that this rank may use, of what is free; 0: all. Ranks of one host divide what it has.
     size_t gpu_memory = 0, host_memory = 0;
@@ -61,6 +62,7 @@ inline GpuModelSettings gpu_model_settings(const RunConfig& c, const ParallelMes
     GpuModelSettings settings;
     settings.mesh = mesh;
     settings.context_exchange = c.context_exchange;
+    settings.by_nccl = mesh.size() > 1 && c.comm_transport != CommTransport::host;
     settings.peer_copies = mesh.size() > 1 && c.comm_transport == CommTransport::automatic;
     settings.max_batch_size = c.batch_size;
     settings.max_seq_len = c.seq_len;
