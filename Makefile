@@ -109,7 +109,7 @@ test:  ## everything this machine can test (scripts/test.sh)
 
 check: test  ## the same
 
-gpu_check:  ## everything that needs a GPU (scripts/gpu_check.sh)
+gpu_check:  ## all that needs one GPU but dev/test/e2e_ranks.sh (scripts/gpu_check.sh)
 	bash scripts/gpu_check.sh
 
 bench: train_gpt dev  ## compare with PyTorch on this machine's GPU (needs Python with torch); tables and plots in build/bench

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Everything that needs one GPU, in one command: the whole model against the CPU reference (test_gpt), the trainer against
-# the CPU's on random models (dev/test/random_runs.py), from end to end and on bad input, every kernel variant of dev/cuda
-# against its reference, and compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Programs run side by side,
-# on all GPUs. Ends with 'N passed, N failed', and ', N left' where it was ended early, and records GPU, date, every
-# program's result and a hash in dev/gpu_check.txt: of the kernels, of the programs that check them, of the reference that
-# they are compared with, and of the headers that say how a sequence, the optimizer's state and a model are cut up; other
-# host code, and the scripts that test it, are not watched.
+# What needs one GPU, in one command, but for several ranks, which dev/test/e2e_ranks.sh trains: the whole model
+# against the CPU reference (test_gpt), the trainer against the CPU's on random models (dev/test/random_runs.py), from
+# end to end and on bad input, every kernel variant of dev/cuda against its reference, and compute-sanitizer
+# (memcheck, racecheck, initcheck) on small sizes. Programs run side by side, on all GPUs. Ends with 'N passed, N
+# failed', and ', N left' where it was ended early, and records GPU, date, every program's result and a hash in
+# dev/gpu_check.txt: of the kernels, of the programs that check them, of the reference that they are compared with,
+# and of the headers that say how a sequence, the optimizer's state and a model are cut up; other host code, and the
+# scripts that test it, are not watched.
 #   scripts/gpu_check.sh              build, check, record
 #   scripts/gpu_check.sh --no_build   check the programs that are already built, which must be of these sources
 #   scripts/gpu_check.sh --part checks|sanitizer   only the checks, or only those under compute-sanitizer; the record keeps
