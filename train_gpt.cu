@@ -67,6 +67,7 @@ static int train(int argc, char** argv) {
     set_num_threads(config);
     GpuModelSettings settings = gpu_model_settings(config, ranks.mesh());
     settings.ranks_on_host = num_ranks_on_machine(host->identity());
+    settings.in_memory_groups = host->identity().in_memory_groups;
     if (config.fit) {
         if (ranks.is_first()) {
             print_fit(config, settings, config.device);

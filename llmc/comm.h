@@ -16,20 +16,23 @@
 #include <map>
 #include <memory>
 #include <numeric>
+#include <sstream>
 #include <string>
 #include <vector>
 
 #include "check.h"
+#include "host_memory.h"
 
 // ---- who takes part ----------------------------------------------------------------------------
 // What error messages say of this process; shared by everything that communicates.
 struct CommIdentity {
     int rank = 0;
     int size = 1;
-    std::vector<std::string> hosts;     // names, of every rank, once they are known
-    std::vector<std::string> machines;  // and which machines those are: machine_id()
-    double timeout_seconds = 600.0;     // --comm_timeout: no progress for so long is a failure
-    std::atomic<int64_t> step{-1};      // the training step; -1: before the first
+    std::vector<std::string> hosts;               // names, of every rank, once they are known
+    std::vector<std::string> machines;            // and which machines those are: machine_id()
+    std::map<std::string, int> in_memory_groups;  // how many ranks of this machine are in each (MemoryLimit)
+    double timeout_seconds = 600.0;               // --comm_timeout: no progress for so long is a failure
+    std::atomic<int64_t> step{-1};                // the training step; -1: before the first
 
     std::string host_of(int of_rank) const {
         return of_rank < (int)hosts.size() ? hosts[of_rank] : std::string("unknown host");
@@ -270,6 +273,18 @@ inline void exchange_hosts(HostComm& comm) {
     const HostGroup all(comm);
     comm.identity().hosts = all.gather_texts(host_name(), "exchange of host names");
     comm.identity().machines = all.gather_texts(machine_id(), "exchange of machines");
+    std::string groups;
+    for (const MemoryLimit& limit : memory_limits()) {
+        groups += limit.group + "\n";
+    }
+    const std::vector<std::string> of_ranks = all.gather_texts(groups, "exchange of memory limits");
+    const std::vector<std::string>& machines = comm.identity().machines;
+    for (int rank = 0; rank < comm.size(); ++rank) {
+        std::istringstream lines(machines[rank] == machines[comm.rank()] ? of_ranks[rank] : "");
+        for (std::string group; std::getline(lines, group);) {
+            ++comm.identity().in_memory_groups[group];
+        }
+    }
 }
 
 // Which of the GPUs that it sees each rank takes. seen: of every rank, the names of those, name_bytes each. One after

@@ -32,7 +32,7 @@ struct FreeMemory {
 inline FreeMemory free_memory(const GpuModelSettings& settings, size_t gpu_bytes) {
     auto limited = [](size_t bytes, size_t limit) { return limit > 0 ? std::min(bytes, limit) : bytes; };
     return {limited(gpu_bytes, settings.gpu_memory),
-            limited(available_host_bytes() / settings.ranks_on_host, settings.host_memory)};
+            limited(available_host_bytes("", settings.ranks_on_host, settings.in_memory_groups), settings.host_memory)};
 }
 
 // With --offload of the optimizer: how many elements of its state there is room for on the GPU beside all else. They

@@ -4,9 +4,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <fstream>
+#include <map>
 #include <optional>
 #include <sstream>
 #include <string>
+#include <sys/stat.h>
+#include <vector>
 
 #include "check.h"
 
@@ -45,20 +48,26 @@ inline std::optional<uint64_t> left_in_group(const std::string& folder, const ch
 }
 }  // namespace host_memory_detail
 
-// Bytes: the least of what Linux calls available and of what the limits of this process's control groups (of containers
-// and job schedulers; version 1 and 2, every group above it too) leave. `root` is put before every path, for tests.
-// Throws Error where there is no /proc/meminfo.
-inline uint64_t available_host_bytes(const std::string& root = "") {
+// What the limit of a control group leaves to all that are in it. group: the same for all processes of a machine that
+// are, also where containers give it other names.
+struct MemoryLimit {
+    std::string group;
+    uint64_t left = 0;
+};
+
+// Those of this process's control groups (of containers and job schedulers; version 1 and 2, every group above it too)
+// that limit its memory. `root` is put before every path, for tests.
+inline std::vector<MemoryLimit> memory_limits(const std::string& root = "") {
     using namespace host_memory_detail;
-    const std::optional<uint64_t> kib = read_number(root + "/proc/meminfo", "MemAvailable");
-    CHECK(kib, "%s/proc/meminfo: says nothing of MemAvailable, so it is not known how much host memory is left",
-          root.c_str());
-    uint64_t available = *kib * 1024;
+    std::vector<MemoryLimit> limits;
     auto consider = [&](const std::string& hierarchy, const std::string& group, const char* limit_name,
                         const char* used_name, const char* prefix) {
         for (std::string folder = group;; folder.erase(folder.rfind('/'))) {
             const auto left = left_in_group(hierarchy + folder, limit_name, used_name, prefix);
-            available = std::min(available, left.value_or(available));
+            struct stat status;
+            if (left && stat((hierarchy + folder).c_str(), &status) == 0) {
+                limits.push_back({limit_name + (" " + std::to_string(status.st_ino)), *left});
+            }
             if (folder.empty()) {
                 return;
             }
@@ -82,6 +91,22 @@ inline uint64_t available_host_bytes(const std::string& root = "") {
         } else if (controllers.find(",memory,") != std::string::npos) {
             consider(mount + "/memory", path, "memory.limit_in_bytes", "memory.usage_in_bytes", "total_");
         }
+    }
+    return limits;
+}
+
+// Bytes: the least of what Linux calls available and of what the limits of this process's control groups leave, each
+// divided by the processes of a run that share it: on_machine, and of a group that in_groups does not name as many.
+// Throws Error where there is no /proc/meminfo.
+inline uint64_t available_host_bytes(const std::string& root = "", int on_machine = 1,
+                                     const std::map<std::string, int>& in_groups = {}) {
+    const std::optional<uint64_t> kib = host_memory_detail::read_number(root + "/proc/meminfo", "MemAvailable");
+    CHECK(kib, "%s/proc/meminfo: says nothing of MemAvailable, so it is not known how much host memory is left",
+          root.c_str());
+    uint64_t available = *kib * 1024 / on_machine;
+    for (const MemoryLimit& limit : memory_limits(root)) {
+        const auto found = in_groups.find(limit.group);
+        available = std::min(available, limit.left / (found == in_groups.end() ? on_machine : found->second));
     }
     return available;
 }

@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -52,6 +53,7 @@ struct GpuModelSettings {
     // Bytes of GPU and host that this rank may use, of what is free; 0: all. Ranks of one host divide what it has.
     size_t gpu_memory = 0, host_memory = 0;
     int ranks_on_host = 1;
+    std::map<std::string, int> in_memory_groups;  // of these ranks, those that share a limit (available_host_bytes)
 
     // Gradients are summed so only where all ranks share a host.
     bool sums_by_copies() const { return peer_copies && ranks_on_host == mesh.size(); }

@@ -161,6 +161,9 @@ TEST(TcpComm, CollectivesInTheOrderOfRanks) {
                   "different texts are equal");
             CHECK(num_ranks_on_machine(comm.identity()) == size, "ranks on this machine");
             CHECK(comm.identity().host_of(size - 1) == host_name(), "names of hosts");
+            for (const MemoryLimit& limit : memory_limits()) {
+                CHECK(comm.identity().in_memory_groups.at(limit.group) == size, "ranks under a limit of memory");
+            }
             comm.finish();
         }));
         EXPECT_FALSE(std::filesystem::exists(path));

@@ -77,6 +77,28 @@ TEST(HostMemory, VersionOne) {
     EXPECT_EQ(available_host_bytes(root.path), 750 * MIB);
 }
 
+// Four ranks on a machine of 8000 MiB, two of them in this one's container.
+TEST(HostMemory, RanksDivideWhatTheyShare) {
+    const FakeRoot root;
+    root.write("/proc/self/cgroup", "0::/job/box\n");
+    root.limit("/job", 6000 * MIB, 0);
+    root.limit("/job/box", 2600 * MIB, 0);
+    const std::vector<MemoryLimit> limits = memory_limits(root.path);
+    ASSERT_EQ(limits.size(), 2u);
+    EXPECT_EQ(limits[0].left, 2600 * MIB);
+    EXPECT_NE(limits[0].group, limits[1].group);
+    EXPECT_EQ(available_host_bytes(root.path, 4, {{limits[0].group, 2}, {limits[1].group, 4}}), 1300 * MIB);
+    EXPECT_EQ(available_host_bytes(root.path, 4, {{limits[0].group, 1}, {limits[1].group, 4}}), 1500 * MIB);
+    EXPECT_EQ(available_host_bytes(root.path, 4, {{limits[0].group, 1}, {limits[1].group, 1}}), 2000 * MIB);
+    EXPECT_EQ(available_host_bytes(root.path, 4), 650 * MIB);  // it is not known who is in it
+    const FakeRoot inside;                                     // the same group as its container sees it
+    inside.write("/proc/self/cgroup", "0::/\n");
+    std::filesystem::create_directories(inside.path + "/sys/fs");
+    std::filesystem::create_directory_symlink(root.path + "/sys/fs/cgroup/job/box", inside.path + "/sys/fs/cgroup");
+    ASSERT_EQ(memory_limits(inside.path).size(), 1u);
+    EXPECT_EQ(memory_limits(inside.path)[0].group, limits[0].group);
+}
+
 TEST(HostMemory, NoProcIsAnError) {
     const FakeRoot root;
     std::filesystem::remove(root.path + "/proc/meminfo");
