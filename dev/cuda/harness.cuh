@@ -186,6 +186,9 @@ Difference difference(const std::vector<Element>& actual, const std::vector<doub
     }
     return d;
 }
+// Whether these refuse anything. Where an expectation or the plain result that a limit comes from is not finite, limit
+// or floor are not either, and no error is beyond them.
+inline bool can_refuse(double limit, double floor) { return std::isfinite(limit) && std::isfinite(floor); }
 
 // The limit of a result of Element: twice the error of a plain float implementation, rounded to Element.
 template <class Element>
@@ -239,8 +242,8 @@ class Harness {
     }
 
     // Compares an output with float64. limit bounds the error that Difference defines; floor < 0: the expected values'
-    // root mean square. dims: the output's shape, to print an index. Stray writes fail. Checks itself, once for each
-    // name, with an error planted just beyond the limit, which must be found.
+    // root mean square. dims: the output's shape, to print an index. Stray writes fail, and a limit or floor that is
+    // not finite. Checks itself, once for each name, with an error planted just beyond the limit, which must be found.
     template <class Element>
     bool compare(const std::string& name, const std::string& label, const DeviceBuffer<Element>& actual,
                  const std::vector<double>& expected, double limit, const std::vector<int64_t>& dims = {},
@@ -259,17 +262,20 @@ class Harness {
             floor = root_mean_square(expected);
         }
         const Difference d = difference(actual, expected, floor, limit);
-        const bool passed = d.num_beyond == 0;
-        expect(passed, name, label,
-               format_string("max_err %.2e mean_err %.1e limit %.2e", d.max_error, d.mean_error, limit));
-        if (!passed) {
+        const bool passed = d.num_beyond == 0 && can_refuse(limit, floor);
+        std::string detail = format_string("max_err %.2e mean_err %.1e limit %.2e", d.max_error, d.mean_error, limit);
+        if (!can_refuse(limit, floor)) {
+            detail += format_string(" floor %.2e: not finite, so nothing is refused", floor);
+        }
+        expect(passed, name, label, detail);
+        if (!passed && !actual.empty()) {
             std::printf(
                 "     at %s got %g, expected %g; %.4g %% of %zu wrong; rerun: %s --variant %d --check_only --seed "
                 "%llu\n",
                 index_text(d.worst, dims).c_str(), to_double(std::vector<Element>{actual[d.worst]})[0],
                 expected[d.worst], 100.0 * (double)d.num_beyond / (double)actual.size(), actual.size(),
                 program_.c_str(), variant_, (unsigned long long)seed);
-        } else if (limit < INFINITY && !actual.empty() && planted_.emplace(name, true).second) {
+        } else if (!actual.empty() && planted_.emplace(name, true).second) {
             check_planted(name, label, actual, expected, limit, floor);
         }
         return passed;
@@ -386,9 +392,17 @@ class Harness {
         const bool intact_before = buffer.guards_intact();
         CUDA_CHECK(cudaMemcpy(buffer + 1000, &nan, sizeof nan, cudaMemcpyHostToDevice));
         const bool finds_stray = intact_before && !buffer.guards_intact();
-        expect(finds_unwritten && passes_correct && finds_nan && finds_stray, "harness", "planted faults",
-               format_string("found: unwritten %d, NaN %d, stray write %d; correct passes %d", finds_unwritten,
-                             finds_nan, finds_stray, passes_correct));
+        // What a plain result that overflows and an expectation that is not finite make of limit and floor.
+        std::vector<float> plain = convert<float>(expected);
+        plain[0] = INFINITY;
+        const double no_limit = twice_plain_error<float>(plain, expected);
+        expected[0] = INFINITY;
+        const double no_floor = root_mean_square(expected);
+        const bool finds_no_limit = can_refuse(1e-3, 1.0) && !can_refuse(no_limit, 1.0) && !can_refuse(1e-3, no_floor);
+        expect(finds_unwritten && passes_correct && finds_nan && finds_stray && finds_no_limit, "harness",
+               "planted faults",
+               format_string("found: unwritten %d, NaN %d, stray write %d, no limit %d; correct passes %d",
+                             finds_unwritten, finds_nan, finds_stray, finds_no_limit, passes_correct));
     }
 
   private:
