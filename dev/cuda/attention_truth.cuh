@@ -1,6 +1,7 @@
 // attention_truth.cuh: attention forward and backward in float64 on the GPU, for checking kernels at sizes where a CPU
 // loop would take minutes. Naive: the whole score matrix is kept, a thread an output. Itself checked against
-// llmc/reference/attention.h at small sizes (dev/cuda/flash_attention_hopper_backward.cu).
+// llmc/reference/attention.h at small sizes, first of all in flash_attention_forward.cu and flash_attention_backward.cu
+// (check_attention_truth in flash_attention_cases.cuh).
 //
 // With `rounded`, P and dS are rounded to bf16 before they are multiplied and out to bf16 before delta, as any
 // attention with bf16 operands does: the distance of this result from the exact one is the error that the format itself

@@ -503,6 +503,9 @@ static std::vector<RopePositions> backward_positions(int64_t T) {
 }
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
+    if (variant.number == VARIANTS.front().number) {
+        check_attention_truth(h);
+    }
     if (h.small && !variant.launch.when_small) {
         return;
     }

@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "attention_truth.cuh"
+#include "llmc/reference/attention.h"
 
 enum class Scores { ordinary, large, dominant };  // dominant: one key that every query that sees it attends to
 
@@ -180,6 +181,61 @@ inline const std::vector<PreparedCase>& prepared_cases(const Harness& h) {
         return prepared;
     }();
     return cases;
+}
+
+// ---- the truth ---------------------------------------------------------------------------------
+// attention_truth against the CPU reference in double: all that kernels are compared with rests on it. Small enough for
+// --small.
+//
+// Both round to double, in other orders. Partial sums of D products of numbers of variance one grow to sqrt(D), and D
+// roundings of them, each of up to u = 2^-53, add up to about u D: so much an element of dP and delta are off. A
+// gradient is off by that times scale, as the P that it is weighted with adds up to one, and counts relative to at
+// least gradient_floor's sqrt(D) scale / 256: 256 u sqrt(D). What P is off by is less: a score of size one by u
+// sqrt(D). 32 times that, for two sides, sums over the queries of a group, and the worst of some ten thousand elements.
+// A float anywhere costs 2^-24, thousands of times the limit.
+inline void check_attention_truth(Harness& h) {
+    for (const AttentionCase& c :
+         {attention_case(1, 129, 300, 4, 2, 64, true, 171),  // more keys than a block of the truth has threads
+          attention_case(1, 170, 33, 2, 1, 40, true, -150),  // rows that see nothing
+          attention_case(1, 20, 33, 2, 2, 64, true, -1000),  // nobody sees anything
+          attention_case(2, 77, 50, 2, 1, 128, false), attention_case(1, 65, 65, 8, 1, 128),
+          attention_case(2, 1, 1, 2, 1, 64)}) {
+        const PreparedCase prepared = prepare_case(c, h.seed);
+        const AttentionShape& s = c.shape;
+        const std::vector<double> qkv = to_double(prepared.qkv->download()),
+                                  dout = to_double(prepared.dout->download());
+        // The same place in the copy.
+        auto copied = [](const std::vector<double>& rows, const bf16* data, HeadView<const bf16> view) {
+            return reference::View<const double>(rows.data() + (view.data - data), view.stride_b, view.stride_t,
+                                                 view.stride_h);
+        };
+        const PackedViews in = prepared.operands();
+        const auto q = copied(qkv, *prepared.qkv, in.q), k = copied(qkv, *prepared.qkv, in.k),
+                   v = copied(qkv, *prepared.qkv, in.v), dout_view = copied(dout, *prepared.dout, prepared.dout_view());
+        auto contiguous = [&](std::vector<double>& rows, int64_t T, int heads) {
+            rows.assign(s.B * T * heads * s.D, NAN);
+            return reference::View<double>(rows.data(), T * heads * s.D, (int64_t)heads * s.D, s.D);
+        };
+        AttentionTruth expected;
+        const auto out = contiguous(expected.out, s.Tq, s.H), dq = contiguous(expected.dq, s.Tq, s.H),
+                   dk = contiguous(expected.dk, s.Tk, s.Hkv), dv = contiguous(expected.dv, s.Tk, s.Hkv);
+        expected.lse.assign(s.B * s.H * s.Tq, NAN);
+        const reference::AttentionShape shape{s.B, s.H, s.Hkv, s.D, s.Tq, s.Tk, s.scale, s.causal, s.causal_offset};
+        reference::attention_forward<double>(out, expected.lse.data(), q, k, v, shape);
+        reference::attention_backward<double>(dq, dk, dv, dout_view, q, k, v, out, expected.lse.data(), shape);
+
+        const double limit = 0x1p-40 * std::sqrt((double)s.D);
+        const AttentionTruth& truth = prepared.exact;
+        h.compare("truth out", c.label(), truth.out, expected.out, limit, {s.B, s.Tq, s.H, s.D});
+        h.compare("truth lse", c.label(), truth.lse, expected.lse, limit, {s.B, s.H, s.Tq}, 1.0);
+        auto compare_gradient = [&](const char* name, const std::vector<double>& actual,
+                                    const std::vector<double>& right, int64_t T, int heads) {
+            h.compare(name, c.label(), actual, right, limit, {s.B, T, heads, s.D}, prepared.gradient_floor(right));
+        };
+        compare_gradient("truth dq", truth.dq, expected.dq, s.Tq, s.H);
+        compare_gradient("truth dk", truth.dk, expected.dk, s.Tk, s.Hkv);
+        compare_gradient("truth dv", truth.dv, expected.dv, s.Tk, s.Hkv);
+    }
 }
 
 // ---- timing ------------------------------------------------------------------------------------

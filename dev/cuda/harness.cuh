@@ -415,7 +415,7 @@ class Harness {
         }
         const double size = std::abs(expected[at]) + floor;
         const double off = (2.0 * limit + 4.0 * unit_roundoff<Element>()) * size + 1e-30;
-        values[at] = (Element)(float)(expected[at] + (expected[at] > 0 ? off : -off));
+        values[at] = convert<Element>(std::vector<double>{expected[at] + (expected[at] > 0 ? off : -off)})[0];
         const bool found = difference(values, expected, floor, limit).num_beyond >= 1;
         expect(found, name, label, found ? "planted error found" : "an error planted beyond the limit was not found");
     }
