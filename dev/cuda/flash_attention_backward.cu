@@ -417,6 +417,65 @@ static const std::vector<PreparedCase>& backward_cases(const Harness& h) {
     return small_cases;
 }
 
+// One of dq, dk and dv: what a first launch left of it, and what it should be.
+struct Gradient {
+    const char* name;
+    HeadView<bf16> view;
+    int64_t T;
+    int heads;
+    std::vector<double> expected;
+    double floor, limit;
+    bool repeats;
+    std::vector<bf16> values = {};
+};
+
+// More launches, for races: each must give the bits of the first or, where sums are added in an order that varies, what
+// is within the limit again, of which only elements that are not the first's need a look.
+static void check_repeats(Harness& h, const std::string& label, DeviceBuffer<bf16>& gradients,
+                          const std::vector<Gradient>& parts, const AttentionShape& s,
+                          const std::function<void()>& launch, int repeats) {
+    std::vector<std::string> wrong(parts.size());
+    std::vector<double> max_error(parts.size(), 0.0);
+    for (int i = 1; i <= repeats; ++i) {
+        gradients.poison();
+        launch();
+        CUDA_CHECK(cudaStreamSynchronize(h.stream));
+        const std::vector<bf16> buffer = gradients.download();
+        std::vector<char> read(buffer.size(), 0);
+        for (size_t p = 0; p < parts.size(); ++p) {
+            const Gradient& part = parts[p];
+            const std::vector<bf16> values =
+                read_view(buffer, gradients, part.view, s.B, part.T, part.heads, s.D, &read);
+            std::vector<bf16> others;
+            std::vector<double> expected;
+            for (size_t e = 0; e < values.size(); ++e) {
+                if (std::memcmp(&values[e], &part.values[e], sizeof(bf16)) != 0) {
+                    others.push_back(values[e]);
+                    expected.push_back(part.expected[e]);
+                }
+            }
+            const Difference d = difference(others, expected, part.floor, part.limit);
+            max_error[p] = std::max(max_error[p], d.max_error);
+            if (part.repeats ? !others.empty() : d.num_beyond > 0) {
+                wrong[p] =
+                    format_string("repeat %d: %zu elements differ from the first launch, max_err %.2e limit %.2e", i,
+                                  others.size(), d.max_error, part.limit);
+            }
+        }
+    }
+    for (size_t p = 0; p < parts.size(); ++p) {
+        const std::string right =
+            parts[p].repeats
+                ? format_string("%d repeats give the same bits", repeats)
+                : format_string("%d repeats: what differs from the first launch has max_err %.2e limit %.2e", repeats,
+                                max_error[p], parts[p].limit);
+        h.expect(wrong[p].empty(), parts[p].name, label, wrong[p].empty() ? right : wrong[p]);
+    }
+    if (!gradients.guards_intact()) {
+        h.expect(false, "dq dk dv", label, "stray write");
+    }
+}
+
 // positions: of the rows of q and k, where dq and dk are turned back; else nullptr.
 static void check_case(Harness& h, const Variant<Launcher>& variant, const PreparedCase& c,
                        const RopePositions* positions) {
@@ -444,12 +503,6 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, const Prepa
     CUDA_CHECK(cudaStreamSynchronize(h.stream));
     const std::vector<bf16> buffer = gradients.download();
     std::vector<char> read(buffer.size(), 0);
-    auto compare = [&](const char* name, HeadView<bf16> view, int64_t T, int heads, const std::vector<double>& expected,
-                       const std::vector<double>& plain) {
-        const double floor = c.gradient_floor(expected);
-        h.compare(name, label, read_view(buffer, gradients, view, s.B, T, heads, s.D, &read), expected,
-                  c.limit(expected, plain, floor), {s.B, T, heads, s.D}, floor);
-    };
     // dq or dk as it should come out; of the plain result what a pass after attention makes, which rounds once more.
     auto turned = [&](std::vector<double> rows, int heads) {
         if (positions != nullptr) {
@@ -458,9 +511,19 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, const Prepa
         return rows;
     };
     auto rounded = [](const std::vector<double>& rows) { return to_double(convert<bf16>(convert<float>(rows))); };
-    compare("dq", d.q, s.Tq, s.H, turned(c.exact.dq, s.H), turned(rounded(c.rounded.dq), s.H));
-    compare("dk", d.k, s.Tk, s.Hkv, turned(c.exact.dk, s.Hkv), turned(rounded(c.rounded.dk), s.Hkv));
-    compare("dv", d.v, s.Tk, s.Hkv, c.exact.dv, c.rounded.dv);
+    std::vector<Gradient> parts;
+    auto add_part = [&](const char* name, HeadView<bf16> view, int64_t T, int heads,
+                        const std::vector<double>& expected, const std::vector<double>& plain, bool repeats) {
+        const double floor = c.gradient_floor(expected);
+        parts.push_back({name, view, T, heads, expected, floor, c.limit(expected, plain, floor), repeats});
+        parts.back().values = read_view(buffer, gradients, view, s.B, T, heads, s.D, &read);
+        h.compare(name, label, parts.back().values, expected, parts.back().limit, {s.B, T, heads, s.D}, floor);
+    };
+    add_part("dq", d.q, s.Tq, s.H, turned(c.exact.dq, s.H), turned(rounded(c.rounded.dq), s.H),
+             variant.launch.dq_repeats);
+    add_part("dk", d.k, s.Tk, s.Hkv, turned(c.exact.dk, s.Hkv), turned(rounded(c.rounded.dk), s.Hkv),
+             variant.launch.dk_dv_repeat);
+    add_part("dv", d.v, s.Tk, s.Hkv, c.exact.dv, c.rounded.dv, variant.launch.dk_dv_repeat);
     if (!gradients.guards_intact() || !scratch.guards_intact() || !rest_untouched(buffer, read)) {
         h.expect(false, "dq dk dv", label, "stray write");
     }
@@ -475,9 +538,8 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, const Prepa
         CUDA_CHECK(cudaStreamSynchronize(h.stream));
         const std::vector<float> sums = whole.download();
         const std::vector<bf16> rounded = convert<bf16>(sums);
-        std::vector<bf16> expected = read_view(buffer, gradients, d.k, s.B, s.Tk, s.Hkv, s.D, &read);
-        const std::vector<bf16> dv = read_view(buffer, gradients, d.v, s.B, s.Tk, s.Hkv, s.D, &read);
-        expected.insert(expected.end(), dv.begin(), dv.end());
+        std::vector<bf16> expected = parts[1].values;
+        expected.insert(expected.end(), parts[2].values.begin(), parts[2].values.end());
         const bool same = std::memcmp(rounded.data(), expected.data(), expected.size() * sizeof(bf16)) == 0;
         h.expect((same || !variant.launch.dk_dv_repeat) && whole.guards_intact(), "dk dv float32", label,
                  same ? "rounded, the bits of dk and dv" : "rounded, other bits than dk and dv");
@@ -492,8 +554,11 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, const Prepa
             compare_whole("dv float32", sums.data() + num_elements, c.exact.dv, c.rounded.dv);
         }
     }
-    if (variant.launch.dq_repeats) {
-        h.compare_repeats("dq dk dv", label, gradients, launch, h.small ? 1 : s.Tk == 1000 ? 50 : 2);
+    const int repeats = h.small ? 1 : s.Tk == 1000 ? 50 : 2;
+    if (variant.launch.dq_repeats && variant.launch.dk_dv_repeat) {
+        h.compare_repeats("dq dk dv", label, gradients, launch, repeats);
+    } else {
+        check_repeats(h, label, gradients, parts, s, launch, repeats);
     }
 }
 

@@ -201,8 +201,12 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             h.expect(found.ranks_agree, "ranks", label, found.ranks_agree ? "agree" : "disagree");
             h.expect(found.guards_intact, "guards", label, found.guards_intact ? "intact" : "stray write");
             const Run late = run_ranks(layout, num_layers, h.seed, poison_one, 100000);
-            h.expect(same(late.weights, found.weights) && same(late.state[0], found.state[0]), "repeats", label,
-                     "slow transfers, the same bits");
+            bool repeats = same(late.gradients, found.gradients) && same(late.weights, found.weights) &&
+                           late.norm == found.norm && late.loss == found.loss;
+            for (int i = 0; i < 3; ++i) {
+                repeats = repeats && same(late.state[i], found.state[i]);
+            }
+            h.expect(repeats, "repeats", label, "slow transfers, the same bits");
         }
     }
 }
