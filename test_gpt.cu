@@ -229,20 +229,14 @@ static int64_t middle_of_largest_tensor(const Case& c) {
     return (layout.offsets[largest] + layout.sizes[largest] / 2) / 64 * 64;
 }
 
-// What lies in host memory between its uses must be the same bits as what stays. Small: of the modes only the one in
-// which most is computed again and offloaded.
-static void test_offload(Checks& checks, const Case& c, bool small) {
+// What lies in host memory between its uses must be the same bits as what stays.
+static void test_offload(Checks& checks, const Case& c, const std::vector<Recompute>& recomputes,
+                         const std::vector<Offload>& offloads) {
     const auto weights = random_weights(c, checks.seed);
-    for (const auto& [recompute_name, recompute] : choices(Recompute())) {
-        if (small && recompute != Recompute::block) {
-            continue;
-        }
+    for (const Recompute recompute : recomputes) {
         const auto model = make_model(c, recompute, true, weights);
         const auto [numbers, tensors] = three_steps(*model, c, checks.seed);
-        for (const auto& [name, offload] : choices(Offload())) {
-            if (offload == Offload::none || (small && offload != Offload::all)) {
-                continue;
-            }
+        for (const Offload offload : offloads) {
             // All of the optimizer's state in host memory; and as much as does not fit, from the middle of a tensor on.
             for (const int64_t resident : {(int64_t)0, middle_of_largest_tensor(c)}) {
                 if (resident > 0 && !offloads_optimizer(offload)) {
@@ -250,8 +244,9 @@ static void test_offload(Checks& checks, const Case& c, bool small) {
                 }
                 GpuModelSettings settings = c.settings(recompute, true, offload);
                 settings.resident_state_elements = resident;
-                const std::string what = format_string("--offload %s --recompute %s, %lld elements stay", name,
-                                                       recompute_name, (long long)resident);
+                const std::string what =
+                    format_string("--offload %s --recompute %s, %lld elements stay", choice_name(offload),
+                                  choice_name(recompute), (long long)resident);
                 const auto other = make_model(c, settings, weights);
                 const auto [other_numbers, other_tensors] = three_steps(*other, c, checks.seed);
                 checks.expect(other_numbers == numbers, what + ", losses and norms", c.name,
@@ -260,6 +255,22 @@ static void test_offload(Checks& checks, const Case& c, bool small) {
             }
         }
     }
+}
+// Small: of the modes only the one in which most is computed again and offloaded.
+static void test_offload_modes(Checks& checks, const Case& c, bool small) {
+    std::vector<Recompute> recomputes;
+    std::vector<Offload> offloads;
+    for (const auto& [name, recompute] : choices(Recompute())) {
+        if (!small || recompute == Recompute::block) {
+            recomputes.push_back(recompute);
+        }
+    }
+    for (const auto& [name, offload] : choices(Offload())) {
+        if (offload == Offload::all || (!small && offload != Offload::none)) {
+            offloads.push_back(offload);
+        }
+    }
+    test_offload(checks, c, recomputes, offloads);
 }
 
 // AdamW, tensor by tensor, against the reference on the gradients that the GPU found; and where the steps lead, against
@@ -514,10 +525,13 @@ static void run_tests(Checks& checks, bool small) {
     for (const Case& c : selecting_cases(small)) {
         test_bits(checks, c, small);
         if (!small) {  // small: Lighthouse attention meets offload in test_resume
-            test_offload(checks, c, small);
+            test_offload_modes(checks, c, small);
         }
     }
-    test_offload(checks, many_blocks_case(small), small);
+    test_offload_modes(checks, many_blocks_case(small), small);
+    if (!small) {
+        test_offload(checks, slow_copies_case(), {Recompute::block}, {Offload::activations, Offload::all});
+    }
     const std::vector<Case> cases = compared_cases(small);
     for (size_t i = small ? 1 : 0; i < cases.size(); i += 3) {  // small: the one with Lighthouse
         test_steps(checks, cases[i], small);
