@@ -25,7 +25,8 @@
 #include "llmc/device.cuh"          // the GPU
 
 // ---- tests -------------------------------------------------------------------------------------
-// Small: one of the two modes, so that each is run by one of the compared cases.
+// Deterministic; and as training is by default: with a search of algorithms, launches replayed. Small: one of the two
+// modes, so that each is run by one of the compared cases, and without graphs, whose kernels are the same.
 static void test_gradients(Checks& checks, const Case& c, bool small) {
     const auto weights = random_weights(c, checks.seed);
     const auto batches = random_batches(c, checks.seed);
@@ -33,12 +34,17 @@ static void test_gradients(Checks& checks, const Case& c, bool small) {
     Plain plain(c, weights);
     truth.accumulate(c, batches);
     plain.accumulate(c, batches);
-    for (const bool deterministic : {true, false}) {  // false: with a search of algorithms
+    for (const bool deterministic : {true, false}) {
         if (small && deterministic == c.lighthouse.has_value()) {
             continue;
         }
-        const auto model = make_model(c, Recompute::none, deterministic, weights);
-        accumulate(*model, c, batches);
+        GpuModelSettings settings = c.settings(Recompute::none, deterministic);
+        settings.cuda_graphs = !deterministic && !small;
+        const auto model = make_model(c, settings, weights);
+        // With graphs the same step three times: the first launches, the second is captured, the third only replays.
+        for (int i = 0; i < (settings.cuda_graphs ? 3 : 1); ++i) {
+            accumulate(*model, c, batches);
+        }
         const Tensors gradients = gradients_of(*model);
         const std::string label = c.name + (deterministic ? ", deterministic" : "");
         for (size_t i = 0; i < gradients.size(); ++i) {
@@ -50,6 +56,9 @@ static void test_gradients(Checks& checks, const Case& c, bool small) {
             const double rms = root_mean_square(gradient);
             squares += rms * rms * (double)gradient.size();
         }
+        const int64_t num_replays = model->num_graph_replays();
+        checks.expect((num_replays > 0) == (settings.cuda_graphs && MicroBatchGraph::captures_launches()),
+                      "launches are replayed", label, format_string("%lld times", (long long)num_replays));
         const StepResult result = model->update(adamw_settings(1));
         compare_loss(checks, "loss", c, result.loss, truth.loss, std::abs(plain.loss - truth.loss));
         checks.expect(std::abs(result.grad_norm - std::sqrt(squares)) <= 1e-6 * std::sqrt(squares) && !result.skipped,
