@@ -176,15 +176,16 @@ static void check_bad_rows(Harness& h, const Variant<Launcher>& variant, Gemm& g
 
 // Offsets beyond 2^31: rows of zeros, which give dweight nothing, before those of a case.
 static void check_last_rows(Harness& h, const Variant<Launcher>& variant, Gemm& gemm) {
-    const Case tail = {{50, 40, 1032, 50}, 0.25f};
-    const int64_t rows = (1 << 21) + 5, V = tail.shape.V, C = tail.shape.C, first = rows - tail.shape.rows;
+    const Case tail = {{LAST_ROWS, 40, MANY_ROWS_WIDTH, LAST_ROWS}, 0.25f};
+    const int64_t rows = MANY_ROWS, V = tail.shape.V, C = tail.shape.C, first = rows - LAST_ROWS;
     const ClassifierShape shape = {rows, V, (int)C, 1 << 19};
     const CaseData data = case_data(tail, h.seed);
-    const float dloss = 1.0f / 50.0f;
-    std::vector<double> losses(50), dhidden(50 * C), dweight = to_double(data.dweight), logits(50 * V);
+    const float dloss = 1.0f / (float)LAST_ROWS;
+    std::vector<double> losses(LAST_ROWS), dhidden(LAST_ROWS * C), logits(LAST_ROWS * V);
+    std::vector<double> dweight = to_double(data.dweight);
     reference::classifier_forward_backward<double>(losses.data(), dhidden.data(), dweight.data(), logits.data(),
                                                    to_double(data.hidden).data(), to_double(data.weight).data(),
-                                                   data.targets.data(), 50, V, C, 50, dloss);
+                                                   data.targets.data(), LAST_ROWS, V, C, LAST_ROWS, dloss);
     std::vector<int32_t> targets(rows, 7);
     std::copy(data.targets.begin(), data.targets.end(), targets.begin() + first);
     DeviceBuffer<bf16> hidden(rows * C), weight(data.weight), dhidden_device(rows * C),
@@ -205,9 +206,9 @@ static void check_last_rows(Harness& h, const Variant<Launcher>& variant, Gemm& 
         format_string("rows%lld V%lld C%lld last rows", (long long)rows, (long long)V, (long long)C);
     const double loss_limit = 0x1p-18 + 256.0 * 0.25 * 0x1p-22,
                  rounding = 3.0 * unit_roundoff<bf16>() + 2.0 * loss_limit;
-    h.compare("losses", label, losses_device.download(first, 50), losses, loss_limit, {50}, 1.0);
-    h.compare("dhidden", label, dhidden_device.download(first * C, 50 * C), dhidden, rounding + C / 16 * 0x1p-23,
-              {50, C});
+    h.compare("losses", label, losses_device.download(first, LAST_ROWS), losses, loss_limit, {LAST_ROWS}, 1.0);
+    h.compare("dhidden", label, dhidden_device.download(first * C, LAST_ROWS * C), dhidden, rounding + C / 16 * 0x1p-23,
+              {LAST_ROWS, C});
     h.compare("dweight", label, dweight_device, dweight, 6.0 * rounding, {shape.padded_vocab(), C}, dloss);
 }
 

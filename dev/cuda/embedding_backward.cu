@@ -97,9 +97,9 @@ static const char* mix_name(TokenMix mix) {
 // Offsets beyond 2^31, of dout and of dweight: tokens that occur once, in the last rows or with the highest numbers,
 // have dout itself as their sum.
 static void check_last_rows(Harness& h, const Variant<Launcher>& variant) {
-    const int64_t many = (1 << 21) + 5, tail = 50;
-    const int C = 1032;
-    for (const auto& [rows, V] : {std::pair(many, (int64_t)1000), std::pair(tail, many)}) {
+    const int64_t tail = LAST_ROWS;
+    const int C = MANY_ROWS_WIDTH;
+    for (const auto& [rows, V] : {std::pair(MANY_ROWS, (int64_t)1000), std::pair(tail, MANY_ROWS)}) {
         std::vector<int32_t> tokens(rows, 3);
         std::iota(tokens.end() - tail, tokens.end(), (int32_t)(V - tail));
         DeviceBuffer<int32_t> tokens_device(tokens);

@@ -71,8 +71,8 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         return;
     }
     // Offsets beyond 2^31: the last rows are looked at.
-    const int64_t rows = (1 << 21) + 5, V = 300, tail = 50;
-    const int C = 1032;
+    const int64_t rows = MANY_ROWS, V = 300, tail = LAST_ROWS;
+    const int C = MANY_ROWS_WIDTH;
     const std::vector<int32_t> tokens = random_indices(rows, h.seed, V);
     DeviceBuffer<int32_t> tokens_device(tokens);
     DeviceBuffer<bf16> weight(V * C), out(rows * C);
@@ -86,7 +86,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     h.compare("out", format_string("rows%lld C%d last rows", (long long)rows, C),
               out.download((rows - tail) * C, tail * C), expected, 0.0, {tail, C});
 
-    const int64_t long_V = (1 << 21) + 5;  // and of the table
+    const int64_t long_V = MANY_ROWS;  // and of the table
     DeviceBuffer<bf16> long_weight(long_V * C), last(tail * C);
     std::vector<int32_t> last_tokens(tail);
     std::iota(last_tokens.begin(), last_tokens.end(), (int32_t)(long_V - tail));

@@ -64,8 +64,8 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             h.compare_repeats("norm", label, norm, launch);
         }
     }
-    if (variant.number == VARIANTS.back().number &&
-        !h.small) {  // offsets beyond 2^31: nothing but the last ones counts
+    if (variant.number == VARIANTS.back().number && !h.small) {
+        // Offsets beyond 2^31: nothing but the last elements counts.
         const int64_t n = ((int64_t)1 << 31) + 4099, tail = 1001;
         const std::vector<float> last = random_vector<float>(tail, h.seed);
         DeviceBuffer<float> grads_device(n);

@@ -77,6 +77,14 @@ std::vector<double> to_double(const std::vector<Element>& from) {
     return convert<double>(from);
 }
 
+// ---- sizes -------------------------------------------------------------------------------------
+// Rows of which the last few, those a check then looks at, lie beyond 2^31 elements, where a 32-bit offset ends; and a
+// width that is no power of two.
+constexpr int64_t MANY_ROWS = (1 << 21) + 5, LAST_ROWS = 50;
+constexpr int MANY_ROWS_WIDTH = 1032;
+static_assert((MANY_ROWS - LAST_ROWS) * MANY_ROWS_WIDTH > (int64_t)1 << 31,
+              "the last rows must lie beyond 2^31 elements");
+
 // ---- device buffers ----------------------------------------------------------------------------
 // num_elements on the device between two guards that a stray write destroys; filled with NaN (int: -1) until written.
 // Whatever fills it is complete on return: the harness's stream does not wait for the default stream, and a copy from

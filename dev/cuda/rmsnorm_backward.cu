@@ -115,8 +115,8 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
 
 // Offsets beyond 2^31: dx of the last rows.
 static void check_last_rows(Harness& h, const Variant<Launcher>& variant) {
-    const int64_t rows = (1 << 21) + 5, tail = 50, first = rows - tail;
-    const int C = 1032;
+    const int64_t rows = MANY_ROWS, tail = LAST_ROWS, first = rows - tail;
+    const int C = MANY_ROWS_WIDTH;
     DeviceBuffer<bf16> x(rows * C), dout(rows * C), dx(rows * C), weight(C);
     DeviceBuffer<float> rstd(rows), dweight(std::vector<float>(C, 0.0f));
     DeviceBuffer<unsigned char> scratch(rmsnorm_backward_scratch_bytes(rows, C));

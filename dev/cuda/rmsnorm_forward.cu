@@ -95,8 +95,8 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         return;
     }
     // Offsets beyond 2^31: the last rows are looked at.
-    const int64_t rows = (1 << 21) + 5, tail = 50;
-    const int C = 1032;
+    const int64_t rows = MANY_ROWS, tail = LAST_ROWS;
+    const int C = MANY_ROWS_WIDTH;
     DeviceBuffer<bf16> x(rows * C), weight(C), out(rows * C);
     DeviceBuffer<float> rstd(rows);
     x.fill_random(h.seed);

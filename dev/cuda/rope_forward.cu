@@ -90,7 +90,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         return;
     }
     // Offsets beyond 2^31: the last rows are looked at.
-    const int64_t T = (1 << 21) + 5, tail = 50;
+    const int64_t T = MANY_ROWS, tail = LAST_ROWS;
     const int H = 8, D = 64;
     const ModelConfig config = rope_config(H, H, D);
     const int width = config.qkv_width();
