@@ -25,20 +25,8 @@ constexpr int MEAN_LOSS_THREADS = 512;
 constexpr int MEAN_LOSS_BLOCKS = 128;
 
 // ---- mean of the losses ------------------------------------------------------------------------
-__device__ inline double mean_loss_block_sum(double value) {
-    __shared__ double values[MEAN_LOSS_THREADS];
-    __syncthreads();  // thread 0 has read an earlier call's
-    values[threadIdx.x] = value;
-    for (int half = MEAN_LOSS_THREADS / 2; half > 0; half /= 2) {
-        __syncthreads();
-        if (threadIdx.x < half) {
-            values[threadIdx.x] += values[threadIdx.x + half];
-        }
-    }
-    return values[0];  // valid in thread 0
-}
-
-// Launch: MEAN_LOSS_BLOCKS blocks; block b sums losses b * threads + thread, + blocks * threads, ...
+// Launch: MEAN_LOSS_BLOCKS blocks; block b sums losses b * threads + thread, + blocks * threads, ... Bound:
+// latency; a thread has 16 losses where there are a million.
 __global__ void __launch_bounds__(MEAN_LOSS_THREADS)
     mean_loss_partial_kernel(double* partials, const float* losses, int64_t rows) {
     double sum = 0.0;
@@ -46,16 +34,16 @@ __global__ void __launch_bounds__(MEAN_LOSS_THREADS)
          i += (int64_t)MEAN_LOSS_BLOCKS * MEAN_LOSS_THREADS) {
         sum += losses[i];
     }
-    sum = mean_loss_block_sum(sum);
+    sum = block_sum_double(sum);
     if (threadIdx.x == 0) {
         partials[blockIdx.x] = sum;
     }
 }
 
-// Launch: one block.
+// Launch: one block. Bound: latency.
 __global__ void __launch_bounds__(MEAN_LOSS_THREADS)
     mean_loss_kernel(float* out, const double* partials, int64_t rows, float weight) {
-    const double sum = mean_loss_block_sum(threadIdx.x < MEAN_LOSS_BLOCKS ? partials[threadIdx.x] : 0.0);
+    const double sum = block_sum_double(threadIdx.x < MEAN_LOSS_BLOCKS ? partials[threadIdx.x] : 0.0);
     if (threadIdx.x == 0) {
         *out += (float)(weight * (sum / (double)rows));
     }

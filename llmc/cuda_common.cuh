@@ -120,19 +120,22 @@ __device__ inline float warp_max(float value) {
     }
     return value;
 }
-// The same over a block of at most 1024 threads, a multiple of 32; result in every thread. Two __syncthreads.
-template <float (*warp_reduce)(float)>
-__device__ inline float block_reduce(float value, float identity) {
-    __shared__ float warp_results[WARP_SIZE];
-    const int lane = threadIdx.x % WARP_SIZE, warp = threadIdx.x / WARP_SIZE;
-    const int num_warps = blockDim.x / WARP_SIZE;
-    value = warp_reduce(value);
-    __syncthreads();  // the previous use of warp_results is over
-    if (lane == 0) {
-        warp_results[warp] = value;
+// The sum over a block of at most 1024 threads, a multiple of 32; valid in thread 0. The order of additions is fixed.
+__device__ inline double block_sum_double(double value) {
+    __shared__ double warp_sums[WARP_SIZE];
+#pragma unroll
+    for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) {
+        value += __shfl_xor_sync(FULL_WARP, value, offset);
+    }
+    __syncthreads();  // thread 0 has read an earlier call's
+    if (threadIdx.x % WARP_SIZE == 0) {
+        warp_sums[threadIdx.x / WARP_SIZE] = value;
     }
     __syncthreads();
-    return warp_reduce(lane < num_warps ? warp_results[lane] : identity);
+    if (threadIdx.x == 0) {
+        for (int warp = 1; warp < (int)blockDim.x / WARP_SIZE; ++warp) {
+            value += warp_sums[warp];
+        }
+    }
+    return value;
 }
-__device__ inline float block_sum(float value) { return block_reduce<warp_sum>(value, 0.0f); }
-__device__ inline float block_max(float value) { return block_reduce<warp_max>(value, -INFINITY); }

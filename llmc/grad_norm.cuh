@@ -12,26 +12,6 @@ constexpr int GRAD_NORM_BLOCKS = 1056;  // fixed, so that the result does not de
 constexpr int GRAD_NORM_PACKS = 4;      // 16-byte packs in flight a thread
 
 // ---- kernels -----------------------------------------------------------------------------------
-// The sum over the block, valid in thread 0; fixed order.
-__device__ inline double grad_norm_block_sum(double value) {
-    __shared__ double warp_sums[WARP_SIZE];
-#pragma unroll
-    for (int offset = WARP_SIZE / 2; offset > 0; offset /= 2) {
-        value += __shfl_xor_sync(FULL_WARP, value, offset);
-    }
-    __syncthreads();  // thread 0 has read an earlier call's
-    if (threadIdx.x % WARP_SIZE == 0) {
-        warp_sums[threadIdx.x / WARP_SIZE] = value;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (int warp = 1; warp < (int)blockDim.x / WARP_SIZE; ++warp) {
-            value += warp_sums[warp];
-        }
-    }
-    return value;
-}
-
 // Launch: GRAD_NORM_BLOCKS blocks; each takes every GRAD_NORM_BLOCKS-th tile of threads * packs * 4 elements, and the
 // first the up to 3 elements behind the last pack. partials (=) [GRAD_NORM_BLOCKS]. Bound: bandwidth.
 __global__ void __launch_bounds__(GRAD_NORM_THREADS)
@@ -59,19 +39,19 @@ __global__ void __launch_bounds__(GRAD_NORM_THREADS)
         const double value = grads[num_packs * 4 + threadIdx.x];
         sum += value * value;
     }
-    sum = grad_norm_block_sum(sum);
+    sum = block_sum_double(sum);
     if (threadIdx.x == 0) {
         partials[blockIdx.x] = sum;
     }
 }
 
-// Launch: one block. norm (=) the square root of the sum of partials [GRAD_NORM_BLOCKS].
+// Launch: one block. norm (=) the square root of the sum of partials [GRAD_NORM_BLOCKS]. Bound: latency.
 __global__ void __launch_bounds__(GRAD_NORM_THREADS) grad_norm_kernel(float* norm, const double* partials) {
     double sum = 0.0;
     for (int i = threadIdx.x; i < GRAD_NORM_BLOCKS; i += GRAD_NORM_THREADS) {
         sum += partials[i];
     }
-    sum = grad_norm_block_sum(sum);
+    sum = block_sum_double(sum);
     if (threadIdx.x == 0) {
         *norm = (float)sqrt(sum);
     }

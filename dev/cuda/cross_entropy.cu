@@ -1,5 +1,6 @@
 // cross_entropy.cu: losses and, in place, the gradient of the logits. Bound: bandwidth, V elements of
 // bf16 read and written a row (4V bytes).
+#include "dev/cuda/block_reduce.cuh"
 #include "dev/cuda/harness.cuh"
 #include "llmc/classifier.cuh"  // the padded vocabulary
 #include "llmc/reference/classifier.h"

@@ -11,7 +11,7 @@ __global__ void grad_norm_kernel1(float* norm, const float* grads, int64_t num_e
     for (int64_t i = threadIdx.x; i < num_elements; i += blockDim.x) {
         sum += (double)grads[i] * grads[i];
     }
-    sum = grad_norm_block_sum(sum);
+    sum = block_sum_double(sum);
     if (threadIdx.x == 0) {
         *norm = (float)sqrt(sum);
     }
@@ -28,7 +28,7 @@ __global__ void grad_norm_kernel2(double* partials, const float* grads, int64_t 
          i += (int64_t)gridDim.x * blockDim.x) {
         sum += (double)grads[i] * grads[i];
     }
-    sum = grad_norm_block_sum(sum);
+    sum = block_sum_double(sum);
     if (threadIdx.x == 0) {
         partials[blockIdx.x] = sum;
     }

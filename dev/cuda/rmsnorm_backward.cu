@@ -1,6 +1,7 @@
 // rmsnorm_backward.cu: dx = dresidual + rstd * (g - n * mean(g * n)), dweight += sum(dout * n), with g = dout * weight
 // and n = x * rstd; and, where wanted, norm_out = n * weight again. Bound: bandwidth, 4C elements a row (8C bytes), 3C
 // without dresidual, C more with norm_out.
+#include "dev/cuda/block_reduce.cuh"
 #include "dev/cuda/harness.cuh"
 #include "llmc/reference/rmsnorm.h"
 #include "llmc/rmsnorm.cuh"

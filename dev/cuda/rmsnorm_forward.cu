@@ -1,4 +1,5 @@
 // rmsnorm_forward.cu: out = x * rstd * weight. Bound: bandwidth, 2C elements a row (4C bytes).
+#include "dev/cuda/block_reduce.cuh"
 #include "dev/cuda/harness.cuh"
 #include "llmc/reference/rmsnorm.h"
 #include "llmc/rmsnorm.cuh"
