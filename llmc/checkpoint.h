@@ -1,8 +1,9 @@
 // checkpoint.h: folders of weights. Any Hugging Face Llama folder is loaded; what is saved is one too, with what a
 // resumed run needs beside the model:
 //
-//   config.json, model.safetensors   as transformers, vLLM and llama.cpp read them; weights float32 or bfloat16
-//   generation_config.json, tokenizer files   of the folder the run started from, or of bytes
+//   config.json, model.safetensors   as transformers reads them; weights float32 or bfloat16
+//   generation_config.json, tokenizer files   of the folder the run started from, or of bytes; with those of bytes
+//                                    llama.cpp's convert_hf_to_gguf.py takes the folder too
 //   optimizer-00001-of-00002.safetensors ...   float32: "layer0.qkv.exp_avg", ".exp_avg_sq" and, with bfloat16 weights,
 //                                    ".master"; names as in parameters.h. A tensor is whole, in whichever file; or,
 //                                    of a run on several ranks, in pieces: "layer0.qkv.exp_avg[4096:8192]" are

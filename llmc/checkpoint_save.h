@@ -18,7 +18,7 @@
 #include "config.h"               // settings of the run
 #include "durable_file.h"         // files that are on the disk
 #include "hf_config.h"            // config.json
-#include "hf_tokenizer.h"         // tokenizer.json of bytes
+#include "hf_tokenizer.h"         // tokenizer.json and tokenizer.model of bytes
 #include "ranks.h"                // processes that save together
 #include "safetensors.h"          // tensors
 #include "trainable_model.h"      // where they come from
@@ -98,10 +98,12 @@ inline void publish(PartialFolder& partial, const std::string& folder, const std
 // ---- files beside the weights ------------------------------------------------------------------
 
 // Files beside the weights that say how to use them: of the folder a run started from, they belong to its checkpoints.
+constexpr const char* TOKENIZER = "tokenizer.json";
 constexpr const char* TOKENIZER_CONFIG = "tokenizer_config.json";
-constexpr const char* COMPANIONS[] = {
-    "generation_config.json", "tokenizer.json", TOKENIZER_CONFIG, "tokenizer.model",    "special_tokens_map.json",
-    "added_tokens.json",      "vocab.json",     "merges.txt",     "chat_template.jinja"};
+constexpr const char* SENTENCEPIECE = "tokenizer.model";
+constexpr const char* COMPANIONS[] = {"generation_config.json",  TOKENIZER,           TOKENIZER_CONFIG, SENTENCEPIECE,
+                                      "special_tokens_map.json", "added_tokens.json", "vocab.json",     "merges.txt",
+                                      "chat_template.jinja"};
 
 // The folder whose tokenizer and special tokens a run's checkpoints carry on: the one it started from or, when that is
 // gone, an earlier checkpoint of this run. Empty when there is none.
@@ -163,8 +165,9 @@ inline Companions read_companions(const std::string& source, const RunConfig& co
     } else if (is_bytes) {
         const bool markers = config.byte_markers && m.vocab_size > END_MARKER;
         const auto add = [&](const char* name, const Json& json) { companions.files[name] = json_text(json); };
-        add("tokenizer.json", byte_tokenizer_json(markers));
+        add(TOKENIZER, byte_tokenizer_json(markers));
         add(TOKENIZER_CONFIG, byte_tokenizer_config_json(markers, max_positions_of(config, m)));
+        companions.files[SENTENCEPIECE] = byte_sentencepiece_model(markers);
         if (markers) {
             companions.tokens.begin = BEGIN_MARKER, companions.tokens.end = END_MARKER;
             add("generation_config.json", {{"bos_token_id", BEGIN_MARKER}, {"eos_token_id", END_MARKER}});
@@ -172,14 +175,16 @@ inline Companions read_companions(const std::string& source, const RunConfig& co
     }
     return companions;
 }
-// Whether their tokenizer, if they have one, takes bytes as they are.
+// Whether their tokenizer, if they have one, takes bytes as they are: in each file that could hold one, as tools differ
+// in which they read. A folder of before there was a tokenizer.model has a tokenizer.json alone.
 inline bool reads_bytes(const Companions& companions) {
-    const auto found = companions.files.find("tokenizer.json");
-    if (found == companions.files.end()) {
-        return companions.files.count("tokenizer.model") == 0 && companions.files.count("vocab.json") == 0;
-    }
-    return found->second == json_text(byte_tokenizer_json(true)) ||
-           found->second == json_text(byte_tokenizer_json(false));
+    const auto holds_no_other = [&](const char* name, const std::string& marked, const std::string& unmarked) {
+        const auto found = companions.files.find(name);
+        return found == companions.files.end() || found->second == marked || found->second == unmarked;
+    };
+    return holds_no_other(TOKENIZER, json_text(byte_tokenizer_json(true)), json_text(byte_tokenizer_json(false))) &&
+           holds_no_other(SENTENCEPIECE, byte_sentencepiece_model(true), byte_sentencepiece_model(false)) &&
+           companions.files.count("vocab.json") == 0;
 }
 inline void write_companions(PartialFolder& folder, const Companions& companions, const RunConfig& config,
                              const ModelConfig& m, bool weights_bf16) {

@@ -1,9 +1,12 @@
-// hf_tokenizer.h: the tokenizer of byte vocabularies as Hugging Face's tokenizer.json: a byte is the token of its
-// number, 256 and 257 begin and end a text. So tools that sample from a checkpoint need nothing beside it.
+// hf_tokenizer.h: the tokenizer of byte vocabularies as Hugging Face's tokenizer.json, and as the tokenizer.model that
+// llama.cpp's converter wants: a byte is the token of its number, 256 and 257 begin and end a text. So tools that
+// sample from a checkpoint need nothing beside it.
 #pragma once
+#include <cstdint>
 #include <string>
 #include <utility>
 
+#include "check.h"
 #include "json.h"
 #include "tokens.h"  // the markers
 
@@ -28,6 +31,22 @@ inline std::string byte_character(int byte) {
         return std::string(1, (char)code);
     }
     return {(char)(0xc0 | code >> 6), (char)(0x80 | (code & 0x3f))};
+}
+
+// Protocol buffers on the wire (protobuf.dev/programming-guides/encoding): a message is its fields one after another; a
+// field is the varint of 8 x its number + its kind, then the value. Kind 0 is a varint: 7 bits a byte, the lowest
+// first, the top bit set in all but the last; negative numbers as 64 bits. Kind 2 is a length and as many bytes: text,
+// or a message.
+inline std::string varint(uint64_t value) {
+    std::string bytes;
+    for (; value >= 0x80; value >>= 7) {
+        bytes += (char)(value | 0x80);
+    }
+    return bytes + (char)value;
+}
+inline std::string number_field(int field, int64_t value) { return varint(field << 3) + varint((uint64_t)value); }
+inline std::string bytes_field(int field, const std::string& value) {
+    return varint(field << 3 | 2) + varint(value.size()) + value;
 }
 
 }  // namespace hf_tokenizer
@@ -84,9 +103,70 @@ inline Json byte_tokenizer_json(bool markers) {
               {"merges", Json::array()}}}};
 }
 
-// The tokenizer_config.json beside it. max_positions: tokens.
+// tokenizer.model: the same tokens as a SentencePiece model without merges; the numbers of fields and types are those
+// of its sentencepiece_model.proto. It is for llama.cpp, whose converter knows a tokenizer.json only by a hash of what
+// it makes of one text, but takes any tokenizer.model; transformers prefers tokenizer.json.
+//
+// SentencePiece and llama.cpp write a space as U+2581 before they look it up, so that is the piece of token 32 (a
+// U+2581 in a text becomes a space, then). But SentencePiece also wants a piece for each of the 256 bytes and one for
+// what is unknown: no text leads to these last two, so they stand behind the tokens, where the converter leaves them
+// out. Without markers llama.cpp ends a text by its default, token 2, which no file here can take away.
+inline std::string byte_sentencepiece_model(bool markers) {
+    using namespace hf_tokenizer;
+    enum ModelField { PIECES = 1, TRAINER_SPEC = 2, NORMALIZER_SPEC = 3 };
+    enum PieceField { PIECE = 1, TYPE = 3 };
+    enum PieceType { NORMAL = 1, UNKNOWN = 2, CONTROL = 3, BYTE = 6 };
+    enum TrainerField {
+        MODEL_TYPE = 3,
+        VOCAB_SIZE = 4,
+        BYTE_FALLBACK = 35,
+        UNK_ID = 40,
+        BOS_ID = 41,
+        EOS_ID = 42,
+        BOS_PIECE = 46,
+        EOS_PIECE = 47
+    };
+    enum NormalizerField { NAME = 1, ADD_DUMMY_PREFIX = 3, REMOVE_EXTRA_WHITESPACES = 4 };
+    constexpr int BPE = 2, NONE = -1;
+    std::string pieces;
+    int num_pieces = 0;
+    const auto add_piece = [&](const std::string& text, PieceType type) {
+        pieces += bytes_field(PIECES, bytes_field(PIECE, text) + number_field(TYPE, type));
+        ++num_pieces;
+    };
+    const auto byte_text = [](int byte) { return format_string("<0x%02X>", byte); };
+    for (int byte = 0; byte < 256; ++byte) {
+        if (byte == ' ') {
+            add_piece("\xe2\x96\x81", NORMAL);
+        } else {
+            add_piece(byte_text(byte), BYTE);
+        }
+    }
+    if (markers) {
+        add_piece(BEGIN_TEXT, CONTROL);
+        add_piece(END_TEXT, CONTROL);
+    }
+    add_piece(byte_text(' '), BYTE);
+    add_piece("<unk>", UNKNOWN);
+
+    std::string trainer = number_field(MODEL_TYPE, BPE) + number_field(VOCAB_SIZE, num_pieces) +
+                          number_field(BYTE_FALLBACK, true) + number_field(UNK_ID, num_pieces - 1) +
+                          number_field(BOS_ID, markers ? BEGIN_MARKER : NONE) +
+                          number_field(EOS_ID, markers ? END_MARKER : NONE);
+    if (markers) {
+        trainer += bytes_field(BOS_PIECE, BEGIN_TEXT) + bytes_field(EOS_PIECE, END_TEXT);
+    }
+    const std::string normalizer = bytes_field(NAME, "identity") + number_field(ADD_DUMMY_PREFIX, false) +
+                                   number_field(REMOVE_EXTRA_WHITESPACES, false);
+    return pieces + bytes_field(TRAINER_SPEC, trainer) + bytes_field(NORMALIZER_SPEC, normalizer);
+}
+
+// The tokenizer_config.json beside them. max_positions: tokens. add_prefix_space and add_bos_token are for llama.cpp,
+// which otherwise begins every text with a space and, where nothing names a first token, with token 1.
 inline Json byte_tokenizer_config_json(bool markers, int64_t max_positions) {
     Json config = {{"tokenizer_class", "PreTrainedTokenizerFast"},
+                   {"add_prefix_space", false},
+                   {"add_bos_token", markers},
                    {"clean_up_tokenization_spaces", false},
                    {"model_input_names", Json::array({Json("input_ids"), Json("attention_mask")})},
                    {"model_max_length", max_positions}};

@@ -23,6 +23,10 @@ try:
 except ImportError as error:
     print(f"skip check_transformers: {error}")
     sys.exit(0)
+try:
+    import sentencepiece
+except ImportError:
+    sentencepiece = None
 transformers.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 
@@ -93,6 +97,14 @@ def written_here(work):
     expected = [256] + [token for part in text.split("<|end|>") for token in [*part.encode(), 257]][:-1]
     report("written here: the tokenizer makes bytes", tokens == expected)
     report("written here: and bytes make the text", tokenizer.decode(tokens) == "<|begin|>" + text)
+    if sentencepiece:
+        piece_model = sentencepiece.SentencePieceProcessor(model_file=newest(f"{work}/here3") + "/tokenizer.model")
+        tokens = piece_model.encode(text)
+        report("written here: tokenizer.model makes bytes too", tokens == list(text.encode()))
+        report("written here: and makes the text of them", piece_model.decode(tokens) == text)
+        report("written here: and knows the markers", (piece_model.bos_id(), piece_model.eos_id()) == (256, 257))
+    else:
+        print("skip written here: tokenizer.model: sentencepiece is not installed")
     inputs = tokenizer("int main", return_tensors="pt")
     continued = stored.generate(**inputs, max_new_tokens=5, do_sample=False)
     report("written here: transformers samples from it",

@@ -110,14 +110,19 @@ TEST_F(Checkpoint, ByteVocabularyHasItsTokenizer) {
     EXPECT_EQ(tokenizer["model"]["vocab"]["\u010a"], '\n');
     EXPECT_EQ(tokenizer["model"]["vocab"]["\u0143"], 173);
     EXPECT_EQ(tokenizer["model"]["vocab"]["\u00ff"], 255);
+    EXPECT_EQ(read_bytes(folder + "/tokenizer.model"), byte_sentencepiece_model(true));
+    EXPECT_EQ(read_json(folder + "/tokenizer_config.json")["add_bos_token"], true);
 
     config_.byte_markers = false;
     folder = save_checkpoint(model, state_, config_, false, make_folder("unmarked"));
     EXPECT_TRUE(read_json(folder + "/config.json")["bos_token_id"].is_null());
     EXPECT_TRUE(read_json(folder + "/tokenizer.json")["post_processor"].is_null());
+    EXPECT_EQ(read_bytes(folder + "/tokenizer.model"), byte_sentencepiece_model(false));
+    EXPECT_EQ(read_json(folder + "/tokenizer_config.json")["add_bos_token"], false);
     folder = save_checkpoint(other, state_, config_, false, make_folder("other"));
     EXPECT_TRUE(read_json(folder + "/config.json")["eos_token_id"].is_null());
     EXPECT_FALSE(fs::exists(folder + "/tokenizer.json")) << "which tokenizer is not known";
+    EXPECT_FALSE(fs::exists(folder + "/tokenizer.model"));
 }
 
 // What text is, not the size of the vocabulary, says whether the tokenizer is that of bytes.
@@ -132,6 +137,36 @@ TEST_F(Checkpoint, CompanionsFollowTheData) {
     EXPECT_NE(of_shards.tokens.begin, BEGIN_MARKER);
     bytes.vocab_size = 256;
     EXPECT_NE(checkpoint::read_companions("", config_, bytes, true).tokens.begin, BEGIN_MARKER);
+}
+
+// Of the two files that can hold the tokenizer of bytes one may be missing; neither may be another's.
+TEST_F(Checkpoint, EveryTokenizerFileMustBeThatOfBytes) {
+    ModelConfig bytes = small_model(true);
+    bytes.vocab_size = 258;
+    StateModel model(bytes, 1);
+    for (const bool markers : {false, true}) {
+        config_.byte_markers = markers;
+        const std::string folder =
+            save_checkpoint(model, state_, config_, false, make_folder(markers ? "marked" : "unmarked"));
+        using checkpoint::reads_bytes;
+        const checkpoint::Companions again = checkpoint::read_companions(folder, config_, bytes, false);
+        EXPECT_EQ(again.files, checkpoint::read_companions("", config_, bytes, true).files);
+        EXPECT_TRUE(reads_bytes(again));
+        checkpoint::Companions without_model = again, without_json = again;
+        without_model.files.erase("tokenizer.model"), without_json.files.erase("tokenizer.json");
+        EXPECT_TRUE(reads_bytes(without_model)) << "of before it was written";
+        EXPECT_TRUE(reads_bytes(without_json));
+        for (checkpoint::Companions companions : {again, without_json}) {
+            companions.files["tokenizer.model"].pop_back();
+            EXPECT_FALSE(reads_bytes(companions));
+        }
+        for (const char* name : {"tokenizer.json", "tokenizer.model", "vocab.json"}) {
+            checkpoint::Companions companions = again;
+            companions.files[name] = "of others";
+            EXPECT_FALSE(reads_bytes(companions)) << name;
+        }
+    }
+    EXPECT_TRUE(checkpoint::reads_bytes(checkpoint::Companions())) << "no tokenizer at all";
 }
 
 // A model that is extended takes longer texts than its tokenizer's settings say; all else in them stays.

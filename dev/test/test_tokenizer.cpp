@@ -1,9 +1,11 @@
-// test_tokenizer.cpp: prompts to tokens and tokens to text, for bytes and for shards; what reaches the terminal.
+// test_tokenizer.cpp: prompts to tokens and tokens to text, for bytes and for shards; the tokenizer.model of bytes;
+// what reaches the terminal.
 #include <gtest/gtest.h>
 
 #include <cstdlib>
 #include <fstream>
 
+#include "llmc/hf_tokenizer.h"
 #include "llmc/json.h"
 #include "llmc/tokenizer.h"
 
@@ -31,6 +33,43 @@ class TokenizerTest : public testing::Test {
 };
 
 using Ids = std::vector<int32_t>;
+
+// A field of a protocol buffer: a number, or bytes.
+struct Field {
+    int id;
+    int64_t number;
+    std::string bytes;
+    bool operator==(const Field& other) const {
+        return id == other.id && number == other.number && bytes == other.bytes;
+    }
+};
+std::vector<Field> parse_message(const std::string& message) {
+    size_t at = 0;
+    const auto varint = [&] {
+        uint64_t value = 0;
+        for (int shift = 0; shift < 64; shift += 7) {
+            const unsigned char byte = message.at(at++);
+            value |= (uint64_t)(byte & 0x7f) << shift;
+            if (byte < 0x80) {
+                break;
+            }
+        }
+        return value;
+    };
+    std::vector<Field> fields;
+    while (at < message.size()) {
+        const uint64_t tag = varint(), value = varint();
+        EXPECT_TRUE(tag % 8 == 0 || tag % 8 == 2) << tag;
+        if (tag % 8 == 0) {
+            fields.push_back({(int)(tag / 8), (int64_t)value, ""});
+        } else {
+            EXPECT_LE(value, message.size() - at);
+            fields.push_back({(int)(tag / 8), 0, message.substr(at, value)});
+            at += value;
+        }
+    }
+    return fields;
+}
 
 }  // namespace
 
@@ -66,6 +105,43 @@ TEST_F(TokenizerTest, ShardsAreNumbers) {
     EXPECT_FALSE(t.ends_text(257));
     for (const char* prompt : {"The", "1 x", "-1", "50257", "99999999999999999999", "1.5", "7x"}) {
         EXPECT_THROW(t.encode_prompt(prompt), Error) << prompt;
+    }
+}
+
+// As sentencepiece_model.proto numbers them.
+TEST_F(TokenizerTest, SentencePieceModelOfBytes) {
+    constexpr int NORMAL = 1, UNKNOWN = 2, CONTROL = 3, BYTE = 6;
+    for (const bool markers : {false, true}) {
+        const std::string model = byte_sentencepiece_model(markers);
+        EXPECT_EQ(model.substr(0, 12), "\x0a\x0a\x0a\x06<0x00>\x18\x06") << "a piece, byte by byte";
+        const std::vector<Field> fields = parse_message(model);
+        const int V = markers ? 258 : 256;
+        ASSERT_EQ(fields.size(), V + 4u) << "two pieces more than tokens, and two messages";
+        const auto expect_piece = [&](int id, const std::string& text, int kind) {
+            EXPECT_EQ(fields[id].id, 1);
+            EXPECT_EQ(parse_message(fields[id].bytes), (std::vector<Field>{{1, 0, text}, {3, kind, ""}})) << id;
+        };
+        for (int byte = 0; byte < 256; ++byte) {
+            expect_piece(byte, byte == ' ' ? "\u2581" : format_string("<0x%02X>", byte), byte == ' ' ? NORMAL : BYTE);
+        }
+        if (markers) {
+            expect_piece(256, "<|begin|>", CONTROL);
+            expect_piece(257, "<|end|>", CONTROL);
+        }
+        expect_piece(V, "<0x20>", BYTE);
+        expect_piece(V + 1, "<unk>", UNKNOWN);
+
+        EXPECT_EQ(fields[V + 2].id, 2);
+        std::vector<Field> trainer = {{3, 2, ""},      {4, V + 2, ""}, {35, 1, ""},
+                                      {40, V + 1, ""}, {41, -1, ""},   {42, -1, ""}};
+        if (markers) {
+            trainer[4].number = 256, trainer[5].number = 257;
+            trainer.push_back({46, 0, "<|begin|>"}), trainer.push_back({47, 0, "<|end|>"});
+        }
+        EXPECT_EQ(parse_message(fields[V + 2].bytes), trainer);
+        EXPECT_EQ(fields[V + 3].id, 3);
+        EXPECT_EQ(parse_message(fields[V + 3].bytes), (std::vector<Field>{{1, 0, "identity"}, {3, 0, ""}, {4, 0, ""}}))
+            << "no space is added or removed";
     }
 }
 
