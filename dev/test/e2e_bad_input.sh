@@ -193,7 +193,7 @@ mv "$first" "$work/run/step00000077"
 resume_refused "a checkpoint under another step's name" "is the checkpoint of step .* by its state.json: name the folder $(basename "$first") again" --output_dir "$work/run" --max_steps 99
 mv "$work/run/step00000077" "$first"
 refused "a folder that already holds a run" "already holds a run" "${data[@]}" "${shape[@]}" --output_dir "$work/run"
-resume_refused "resume and init_from" "--init_from contradict" --init_from "$checkpoint" --output_dir "$work/run"
+resume_refused "resume and init_from" "--init_from .* contradict each other" --init_from "$checkpoint" --output_dir "$work/run"
 unchanged "its checkpoints are as they were" "$work/run" "$before"
 
 mkdir "$work/own_settings"
