@@ -229,7 +229,6 @@ class Communicators {
         if (shares_sequences) {
             context_ = nccl_->split(mesh.data_rank(), mesh.context_rank());
         }
-        connect();
 #else
         fail(
             "several ranks, but built without NCCL: install it (Debian, Ubuntu: libnccl-dev) and build again, or use "
@@ -307,49 +306,6 @@ class Communicators {
     }
 
   private:
-#ifdef LLMC_NCCL
-    // NCCL takes memory of the GPU when ranks first meet in a call of a kind, some hundred MiB each. Here they meet in
-    // all that a run uses, so that what is free from here on is the model's.
-    void connect() {
-        constexpr int64_t COUNT = 4;
-        constexpr size_t NUM_BYTES = COUNT * sizeof(float);
-        constexpr const char* OPERATION = "opening of connections";
-        const size_t all_bytes = world_->size() * NUM_BYTES;
-        const DeviceMemory memory(2 * all_bytes);
-        float* const out = reinterpret_cast<float*>(memory.data());
-        float* const in = reinterpret_cast<float*>(memory.data() + all_bytes);
-        const CudaStream stream;
-        CUDA_CHECK(cudaMemsetAsync(out, 0, 2 * all_bytes, stream));
-        world_->reduce_scatter_sum(out, in, COUNT, OPERATION, stream);
-        world_->all_gather(out, in, NUM_BYTES, OPERATION, stream);
-        world_->all_reduce_sum(out, 1, OPERATION, stream);
-        world_->all_reduce_sum(reinterpret_cast<double*>(out), 1, OPERATION, stream);
-        if (context_) {
-            std::vector<DeviceSend> sends;
-            std::vector<DeviceReceive> receives;
-            for (int peer = 0; peer < context_->size(); ++peer) {
-                if (sends_by_nccl(peer)) {
-                    sends.push_back({peer, in, NUM_BYTES});
-                    receives.push_back({peer, out + peer * COUNT, NUM_BYTES});
-                }
-            }
-            context_->exchange(sends, receives, OPERATION, stream);
-            context_->all_reduce_sum(out, 1, OPERATION, stream);
-        }
-        CUDA_CHECK(cudaStreamSynchronize(stream));
-        check();
-    }
-    // Whether this rank and another of its sequence send to each other by NCCL. With `auto` GPUs of a machine leave it
-    // the few rows at the borders of chunks, for neighbours.
-    bool sends_by_nccl(int peer) const {
-        const std::vector<std::string>& machines = host_.identity().machines;
-        const int distance = std::abs(peer - mesh_.context_rank());
-        const bool by_copies =
-            transport_ == CommTransport::automatic && machines[mesh_.context_group()[peer]] == machines[mesh_.rank];
-        return distance == 1 || (distance > 1 && !by_copies);
-    }
-#endif
-
     HostComm& host_;
     ParallelMesh mesh_;
     CommTransport transport_;

@@ -14,7 +14,7 @@
 // Bytes that are there to be taken.
 struct FreeMemory {
     size_t gpu = 0, host = 0;
-    size_t gpu_for_nccl = 0;  // of gpu, what communicators that are not open yet will take
+    size_t gpu_for_nccl = 0;  // of gpu, what communicators will take
 
     // Some of both is kept: by the GPU for the driver, by the host for checkpoints on their way and all else that runs.
     size_t usable_gpu() const {
@@ -32,7 +32,8 @@ struct FreeMemory {
 inline FreeMemory free_memory(const GpuModelSettings& settings, size_t gpu_bytes) {
     auto limited = [](size_t bytes, size_t limit) { return limit > 0 ? std::min(bytes, limit) : bytes; };
     return {limited(gpu_bytes, settings.gpu_memory),
-            limited(available_host_bytes("", settings.ranks_on_host, settings.in_memory_groups), settings.host_memory)};
+            limited(available_host_bytes("", settings.ranks_on_host, settings.in_memory_groups), settings.host_memory),
+            settings.by_nccl ? NCCL_MEMORY_ESTIMATE : 0};
 }
 
 // With --offload of the optimizer: how many elements of its state there is room for on the GPU beside all else. They
@@ -123,8 +124,7 @@ inline std::vector<std::pair<const char*, Offload>> offload_choices(const Parall
     return ways;
 }
 
-// The table of --fit: the longest sequence for each way to save memory, all else as in `settings`. free: before any
-// communicator is open.
+// The table of --fit: the longest sequence for each way to save memory, all else as in `settings`.
 inline std::string fit_table(const ModelConfig& config, const GpuModelSettings& settings, FreeMemory free) {
     free.gpu_for_nccl = settings.by_nccl ? NCCL_MEMORY_ESTIMATE : 0;
     std::string text = format_string(
@@ -200,5 +200,8 @@ inline void check_fits(const MemoryPlan& plan, const FreeMemory& free, const Mod
         "--print_memory shows what needs how much, --fit what would fit",
         host ? "host" : "GPU", host ? format_string(" for --offload %s", choice_name(settings.offload)).c_str() : "",
         needed / BYTES_PER_GIB, there / BYTES_PER_GIB, (there - usable) / BYTES_PER_GIB,
-        host ? "other uses" : "the driver", advice.c_str());
+        host               ? "other uses"
+        : settings.by_nccl ? "the driver and NCCL"
+                           : "the driver",
+        advice.c_str());
 }

@@ -2,8 +2,8 @@
 // address; it prints as a table, is held against what device and host have free before anything is allocated, and then
 // becomes one allocation a use. Nothing else here calls cudaMalloc, and no device memory is allocated after start-up.
 // (Outside the plan: page-locked places for tokens on their way, 16 bytes a row, and for --comm_transport host what is
-// on its way. NCCL allocates by itself, before the plan is held against what is free: Communicators.) Pointers and
-// views never own; the owners (device and pinned memory, stream, event) are below.
+// on its way. NCCL allocates by itself, some of it when ranks first meet in a call of a kind: NCCL_MEMORY_ESTIMATE.)
+// Pointers and views never own; the owners (device and pinned memory, stream, event) are below.
 #pragma once
 #include <array>
 #include <climits>
@@ -126,8 +126,9 @@ inline bool lives_across_steps(MemoryUse use) {
 constexpr size_t BUFFER_ALIGNMENT = 256;
 // Left free on the device: kernels are loaded when first launched, cuBLASLt and the driver keep memory of their own.
 constexpr size_t DEVICE_MEMORY_RESERVE = (size_t)512 << 20;
-// What NCCL is taken to need with several ranks, until it has taken it: two H200 had 1.2 to 1.8 GiB more in use than
-// was planned (dev/RESULTS.md). More ranks on a machine, and more machines, may need more.
+// What NCCL is taken to need with several ranks, part of it before the plan is held against what is free: two H200
+// had 1.2 to 1.8 GiB more in use than was planned (dev/RESULTS.md). More ranks on a machine, and more machines, may
+// need more.
 constexpr size_t NCCL_MEMORY_ESTIMATE = (size_t)1792 << 20;
 // Left to the host: a checkpoint's tensor on its way to the disk, and whatever else runs.
 constexpr size_t HOST_MEMORY_RESERVE = (size_t)2 << 30;

@@ -376,7 +376,7 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {16,
      "the same, turning dq and dk back",
      {flash_attention_backward_in_memory, hopper_scratch<KeySums::IN_MEMORY, true>, false, true, 131072, true, false,
-      true, true}},
+      true, true, false}},
 #endif
     {20,
      "what this GPU gets (llmc/flash_attention.cuh); Hopper: 14, at D = 64 variant 11 with delta in dP's product",
