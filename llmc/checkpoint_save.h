@@ -175,6 +175,9 @@ inline Companions read_companions(const std::string& source, const RunConfig& co
     }
     return companions;
 }
+inline bool has_tokenizer(const Companions& companions) {
+    return companions.files.count(TOKENIZER) > 0 || companions.files.count(SENTENCEPIECE) > 0;
+}
 // Whether their tokenizer, if they have one, takes bytes as they are: in each file that could hold one, as tools differ
 // in which they read. A folder of before there was a tokenizer.model has a tokenizer.json alone.
 inline bool reads_bytes(const Companions& companions) {

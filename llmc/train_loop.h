@@ -158,7 +158,7 @@ class TrainingRun {
         }
         const checkpoint::Companions companions =
             checkpoint::read_companions(config_.checkpoint, config_, model_.config(), true);
-        const bool is_bytes = companions.files.count("tokenizer.json") > 0 && checkpoint::reads_bytes(companions);
+        const bool is_bytes = checkpoint::has_tokenizer(companions) && checkpoint::reads_bytes(companions);
         return Tokenizer(is_bytes, companions.tokens.begin == BEGIN_MARKER, config_.model.vocab_size);
     }
 
@@ -396,8 +396,8 @@ class TrainingRun {
         const std::string why =
             !checkpoint::reads_bytes(companions)                          ? "has a tokenizer of its own"
             : state && state->data.find(TOKEN_SHARD) != std::string::npos ? "was trained on token shards"
-            : !state && companions.files.count("tokenizer.json") == 0 ? "says of no tokenizer which it was trained with"
-                                                                      : "";
+            : !state && !checkpoint::has_tokenizer(companions) ? "says of no tokenizer which it was trained with"
+                                                               : "";
         if (!why.empty()) {
             warn(
                 format_string("%s %s, but %s are raw text: its bytes are taken as token numbers, which mean something "

@@ -197,6 +197,22 @@ TEST_F(TrainLoop, RawTextForAModelWithATokenizerOfItsOwnIsSaid) {
         EXPECT_NE(err_.find("but the validation data are raw text"), std::string::npos) << name << ": " << err_;
         std::filesystem::remove(foreign + "/" + name);
     }
+    // Without a tokenizer, what the state says of the data.
+    int run_number = 0;
+    const auto said = [&] {
+        from.output_dir = folder_ + "/untold" + std::to_string(++run_number);
+        FakeModel untold(config_.model);
+        EXPECT_EQ(run(untold, from), 0);
+        return err_;
+    };
+    EXPECT_EQ(said(), "") << "it was trained on bytes";
+    std::string state = read_text_file(foreign + "/state.json");
+    const size_t at = state.find("1 file of bytes");
+    ASSERT_NE(at, std::string::npos) << state;
+    std::ofstream(foreign + "/state.json") << state.replace(at, 15, "3 token shards");
+    EXPECT_NE(said().find(foreign + " was trained on token shards, but --train_data are raw text"), std::string::npos);
+    std::filesystem::remove(foreign + "/state.json");
+    EXPECT_NE(said().find("says of no tokenizer which it was trained with"), std::string::npos);
 }
 
 // ---- what was left undone
