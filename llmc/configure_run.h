@@ -254,7 +254,8 @@ inline void take_length_to_look_at(ParsedFlags& parsed, const ModelConfig& store
         const int64_t chunks = ContextPartition{config.context_parallel, 0, 0}.num_chunks();
         const bool is_known = config.resume || trained > 0 || stored.max_positions == 0;
         const int64_t longest = is_known ? config.seq_len : stored.max_positions;
-        const int64_t needed = (int64_t)config.sample_prompt.size() + 1 + config.sample_tokens;
+        const int64_t needed =
+            std::min((int64_t)config.sample_prompt.size() + 1 + std::min(config.sample_tokens, longest), longest);
         config.seq_len =
             std::max(chunks, std::min(round_up(needed * config.context_parallel, chunks), longest / chunks * chunks));
     }

@@ -128,106 +128,124 @@ struct ParsedFlags {
     bool help = false;             // --help was given: print help_text() and end
 };
 
-// Reads the command line. A setting's value comes from, the first that has it: the command line, the --config file,
-// with --resume the settings saved with the run, the --model preset, the defaults. Throws Error for an unknown flag
-// (naming the nearest) and a missing or unreadable value.
-inline ParsedFlags parse_flags(int argc, const char* const* argv) {
-    ParsedFlags parsed;
-    const std::vector<Setting> settings = list_settings(parsed.config);
-
-    CLI::App app;
-    app.set_help_flag();
-    app.allow_extras();
-    bool help = false;
-    app.add_flag("--help,-h", help);
-    std::string config_file;
-    std::map<std::string, CLI::Option*> options;
-    std::map<std::string, Words> sink;  // CLI11 wants a variable for each option; the values are read from the options
-    options["config"] = app.add_option("--config", config_file)->expected(1)->allow_extra_args(false);
-    for (const Setting& s : settings) {
-        CLI::Option* option = app.add_option("--" + s.name, sink[s.name]);
-        option->expected(s.is_toggle ? 0 : 1, s.goes_on ? 1 << 20 : 1);
-        option->allow_extra_args(false);  // or "[INST]" would lose its brackets, which CLI11 takes for a list's
-        // Scripts append flags to override theirs.
-        option->multi_option_policy(s.goes_on ? CLI::MultiOptionPolicy::TakeAll : CLI::MultiOptionPolicy::TakeLast);
-        options[s.name] = option;
-    }
-    options["config"]->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);  // of several: refused below
-    std::multiset<std::pair<std::string, std::string>> attached;  // given as --name=VALUE, which is no mistake
-    Words words;                                                  // the last first, as CLI11 takes them
-    for (int i = argc - 1; i > 0; --i) {
-        const std::string word = argv[i];
-        const size_t equals = word.find('=');
-        const std::string name = word.rfind("--", 0) == 0 && equals != word.npos ? word.substr(2, equals - 2) : "";
-        const Setting* const s = find_setting(settings, name);
-        const bool has_value = name == "config" || (s != nullptr && !s->is_toggle);
-        if (has_value) {
-            attached.insert({name, word.substr(equals + 1)});
+// The command line, word by word: CLI11 sorts the words to their flags, the values are read from its options.
+class CommandLine {
+  public:
+    explicit CommandLine(const std::vector<Setting>& settings) : settings_(settings) {
+        app_.set_help_flag();
+        app_.allow_extras();
+        app_.add_flag("--help,-h", help);
+        options_["config"] = app_.add_option("--config", config_file)->expected(1)->allow_extra_args(false);
+        for (const Setting& s : settings) {
+            CLI::Option* option = app_.add_option("--" + s.name, sink_[s.name]);
+            option->expected(s.is_toggle ? 0 : 1, s.goes_on ? 1 << 20 : 1);
+            option->allow_extra_args(false);  // or "[INST]" would lose its brackets, which CLI11 takes for a list's
+            // Scripts append flags to override theirs.
+            option->multi_option_policy(s.goes_on ? CLI::MultiOptionPolicy::TakeAll : CLI::MultiOptionPolicy::TakeLast);
+            options_[s.name] = option;
         }
-        if (has_value && equals + 1 == word.size()) {
-            words.push_back("");  // or CLI11 would take the word behind it
-            words.push_back("--" + name);
-        } else {
-            words.push_back(word);
-        }
-    }
-    try {
-        app.parse(std::move(words));
-    } catch (const CLI::ArgumentMismatch& error) {  // "--seq_len: 1 required TEXT missing"
-        const std::string what = error.what();
-        fail("%s: its value is missing", what.substr(0, what.find(':')).c_str());
-    } catch (const CLI::ParseError& error) {
-        fail("%s", error.what());
-    }
-    if (help) {
-        parsed.help = true;
-        return parsed;
-    }
-    for (const auto& [name, option] : options) {
-        for (const std::string& word : option->results()) {
-            // CLI11 gives a flag the next word, whatever it is: of `--output_dir --plain` the value is missing.
-            const std::string other = word.rfind("--", 0) == 0 ? word.substr(2, word.find('=') - 2) : "";
-            const std::vector<std::string>& all = option->results();
-            const bool is_attached = (size_t)std::count(all.begin(), all.end(), word) <= attached.count({name, word});
-            CHECK((other != "help" && options.count(other) == 0) || is_attached,
-                  "--%s: its value is missing ('%s' is a flag)", name.c_str(), word.c_str());
-        }
-    }
-    CHECK(options["config"]->count() <= 1, "--config: there is one settings file, and it is given %zu times",
-          options["config"]->count());
-    // Most likely of a variable that the shell did not know; without the flag the run would be another.
-    for (const char* name : {"config", "init_from", "output_dir"}) {
-        const CLI::Option& option = *options[name];
-        CHECK(option.count() == 0 || !option.results().back().empty(), "--%s '': must name a %s, or be left out", name,
-              name == std::string("config") ? "file" : "folder");
-    }
-    for (const std::string& extra : app.remaining()) {
-        CHECK(extra.size() > 1 && extra[0] == '-', "'%s': every value follows its flag, e.g. --train_data '%s'",
-              extra.c_str(), extra.c_str());
-        const std::string name = extra.substr(0, extra.find('='));
-        fail("%s: there is no such flag; the nearest is --%s (--help lists all)", name.c_str(),
-             nearest_setting(settings, name.substr(std::min(name.find_first_not_of('-'), name.size())), true).c_str());
+        options_["config"]->multi_option_policy(CLI::MultiOptionPolicy::TakeLast);  // of several: refused in check()
     }
 
-    SettingsLayer command_line;
-    for (const Setting& s : settings) {
-        if (options[s.name]->count() > 0) {
-            Words words = options[s.name]->results();  // of every time it was given
+    // Throws Error for a value that is missing.
+    void read(int argc, const char* const* argv) {
+        try {
+            app_.parse(split(argc, argv));
+        } catch (const CLI::ArgumentMismatch& error) {  // "--seq_len: 1 required TEXT missing"
+            const std::string what = error.what();
+            fail("%s: its value is missing", what.substr(0, what.find(':')).c_str());
+        } catch (const CLI::ParseError& error) {
+            fail("%s", error.what());
+        }
+    }
+
+    // Throws Error for a flag in the place of a value, and for one that does not exist (naming the nearest).
+    void check() const {
+        for (const auto& [name, option] : options_) {
+            const Words& all = option->results();
+            for (const std::string& word : all) {
+                // CLI11 gives a flag the next word, whatever it is: of `--output_dir --plain` the value is missing.
+                const std::string other = word.rfind("--", 0) == 0 ? word.substr(2, word.find('=') - 2) : "";
+                const bool is_attached =
+                    (size_t)std::count(all.begin(), all.end(), word) <= attached_.count({name, word});
+                CHECK((other != "help" && options_.count(other) == 0) || is_attached,
+                      "--%s: its value is missing ('%s' is a flag)", name.c_str(), word.c_str());
+            }
+        }
+        const size_t num_files = options_.at("config")->count();
+        CHECK(num_files <= 1, "--config: there is one settings file, and it is given %zu times", num_files);
+        // Most likely of a variable that the shell did not know; without the flag the run would be another.
+        for (const char* name : {"config", "init_from", "output_dir"}) {
+            const CLI::Option& option = *options_.at(name);
+            CHECK(option.count() == 0 || !option.results().back().empty(), "--%s '': must name a %s, or be left out",
+                  name, name == std::string("config") ? "file" : "folder");
+        }
+        for (const std::string& extra : app_.remaining()) {
+            CHECK(extra.size() > 1 && extra[0] == '-', "'%s': every value follows its flag, e.g. --train_data '%s'",
+                  extra.c_str(), extra.c_str());
+            const std::string name = extra.substr(0, extra.find('='));
+            const std::string bare = name.substr(std::min(name.find_first_not_of('-'), name.size()));
+            fail("%s: there is no such flag; the nearest is --%s (--help lists all)", name.c_str(),
+                 nearest_setting(settings_, bare, true).c_str());
+        }
+    }
+
+    SettingsLayer layer() const {
+        SettingsLayer layer;
+        for (const Setting& s : settings_) {
+            if (options_.at(s.name)->count() == 0) {
+                continue;
+            }
+            Words words = options_.at(s.name)->results();  // of every time it was given
             if (!s.goes_on) {
                 words = {words.back()};
             }
             if (s.is_toggle && words.back().empty()) {
                 words.back() = "true";
             }
-            command_line.values[s.name] = words;
-            command_line.origin[s.name] = "--" + s.name;
+            layer.values[s.name] = words;
+            layer.origin[s.name] = "--" + s.name;
         }
+        return layer;
     }
-    SettingsLayer file;
-    if (!config_file.empty()) {
-        file = layer_from_file(settings, config_file);
+
+    bool help = false;
+    std::string config_file;  // of --config; empty: none
+
+  private:
+    // The words as CLI11 takes them, the last first.
+    Words split(int argc, const char* const* argv) {
+        Words words;
+        for (int i = argc - 1; i > 0; --i) {
+            const std::string word = argv[i];
+            const size_t equals = word.find('=');
+            const std::string name = word.rfind("--", 0) == 0 && equals != word.npos ? word.substr(2, equals - 2) : "";
+            const Setting* const s = find_setting(settings_, name);
+            const bool has_value = name == "config" || (s != nullptr && !s->is_toggle);
+            if (has_value) {
+                attached_.insert({name, word.substr(equals + 1)});
+            }
+            if (has_value && equals + 1 == word.size()) {
+                words.push_back("");  // or CLI11 would take the word behind it
+                words.push_back("--" + name);
+            } else {
+                words.push_back(word);
+            }
+        }
+        return words;
     }
-    auto value_given = [&](const char* name) -> const Words* {
+
+    const std::vector<Setting>& settings_;
+    CLI::App app_;
+    std::map<std::string, CLI::Option*> options_;
+    std::map<std::string, Words> sink_;                            // CLI11 wants a variable for each option
+    std::multiset<std::pair<std::string, std::string>> attached_;  // given as --name=VALUE, which is no mistake
+};
+
+// The settings saved with the run that --resume continues; none without it.
+inline SettingsLayer layer_of_resumed_run(const std::vector<Setting>& settings, const SettingsLayer& command_line,
+                                          const SettingsLayer& file) {
+    const auto given = [&](const char* name) -> const Words* {
         for (const SettingsLayer* layer : {&command_line, &file}) {
             const auto found = layer->values.find(name);
             if (found != layer->values.end()) {
@@ -236,49 +254,68 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
         }
         return nullptr;
     };
-    SettingsLayer saved;
-    const Words* resume = value_given("resume");
-    if (resume != nullptr && resume->back() == "true") {
-        const Words* output_dir = value_given("output_dir");
-        CHECK(output_dir != nullptr, "--resume: say with --output_dir which run to continue");
-        const std::string path = saved_settings_path(output_dir->back());
-        std::error_code error;
-        CHECK(std::filesystem::exists(path, error) || error, "--resume: --output_dir %s holds no run: there is no %s",
-              output_dir->back().c_str(), path.c_str());
-        CHECK(std::filesystem::is_regular_file(path, error), "%s: is no file", path.c_str());
-        saved = layer_from_file(settings, path);
+    const Words* resume = given("resume");
+    if (resume == nullptr || resume->back() != "true") {
+        return {};
     }
+    const Words* output_dir = given("output_dir");
+    CHECK(output_dir != nullptr, "--resume: say with --output_dir which run to continue");
+    const std::string path = saved_settings_path(output_dir->back());
+    std::error_code error;
+    CHECK(std::filesystem::exists(path, error) || error, "--resume: --output_dir %s holds no run: there is no %s",
+          output_dir->back().c_str(), path.c_str());
+    CHECK(std::filesystem::is_regular_file(path, error), "%s: is no file", path.c_str());
+    return layer_from_file(settings, path);
+}
+
+// Sets a setting from a layer that has it, and returns its value as text.
+inline std::string set_from(const SettingsLayer& layer, const Setting& s) {
+    const Words& words = layer.values.at(s.name);
+    try {
+        s.set(words);
+    } catch (const Error& rule) {
+        fail("%s '%s': must be %s", layer.origin.at(s.name).c_str(), words.back().c_str(), rule.what());
+    }
+    return s.get();
+}
+
+// Reads the command line. A setting's value comes from, the first that has it: the command line, the --config file,
+// with --resume the settings saved with the run, the --model preset, the defaults. Throws Error for an unknown flag
+// (naming the nearest) and a missing or unreadable value.
+inline ParsedFlags parse_flags(int argc, const char* const* argv) {
+    ParsedFlags parsed;
+    const std::vector<Setting> settings = list_settings(parsed.config);
+    CommandLine words(settings);
+    words.read(argc, argv);
+    if (words.help) {
+        parsed.help = true;
+        return parsed;
+    }
+    words.check();
+    const SettingsLayer command_line = words.layer();
+    const SettingsLayer file =
+        words.config_file.empty() ? SettingsLayer() : layer_from_file(settings, words.config_file);
+    const SettingsLayer saved = layer_of_resumed_run(settings, command_line, file);
 
     // A preset on the command line stands for the whole shape, which settings.toml of a run has field by field.
     const Setting& model = *find_setting(settings, "model");
     const bool shape_is_typed = command_line.values.count(model.name) > 0;
-    auto apply = [&](const Setting& s) {
-        for (const SettingsLayer* layer : {&command_line, &file, &saved}) {
-            const auto found = layer->values.find(s.name);
-            if (found == layer->values.end() || (layer != &command_line && shape_is_typed && s.group == model.group)) {
-                continue;
+    const auto apply = [&](const Setting& s) {
+        const bool was_saved = saved.values.count(s.name) > 0;
+        if (command_line.values.count(s.name) > 0) {
+            parsed.given.insert(s.name), parsed.typed.insert(s.name);
+            const std::string before = was_saved ? set_from(saved, s) : "";
+            if (set_from(command_line, s) != before && was_saved) {
+                parsed.others.insert(s.name);
             }
-            (layer == &saved ? parsed.saved : parsed.given).insert(s.name);
-            const auto set_from = [&](const SettingsLayer& from) {
-                const Words& words = from.values.at(s.name);
-                try {
-                    s.set(words);
-                } catch (const Error& rule) {
-                    fail("%s '%s': must be %s", from.origin.at(s.name).c_str(), words.back().c_str(), rule.what());
-                }
-                return s.get();
-            };
-            if (layer == &command_line) {
-                parsed.typed.insert(s.name);
-                const bool was_saved = saved.values.count(s.name) > 0;
-                const std::string before = was_saved ? set_from(saved) : "";
-                if (set_from(command_line) != before && was_saved) {
-                    parsed.others.insert(s.name);
-                }
-                return;
-            }
-            set_from(*layer);
+        } else if (shape_is_typed && s.group == model.group) {
             return;
+        } else if (file.values.count(s.name) > 0) {
+            parsed.given.insert(s.name);
+            set_from(file, s);
+        } else if (was_saved) {
+            parsed.saved.insert(s.name);
+            set_from(saved, s);
         }
     };
     apply(model);
@@ -286,7 +323,7 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
     for (const Setting& s : settings) {
         apply(s);
     }
-    auto overrides_val_data = [&](const std::set<std::string>& names) {
+    const auto overrides_val_data = [&](const std::set<std::string>& names) {
         return parsed.config.val_fraction > 0.0 && names.count("val_fraction") > 0 && names.count("val_data") == 0;
     };
     if (overrides_val_data(parsed.typed) || overrides_val_data(parsed.given)) {

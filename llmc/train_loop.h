@@ -218,10 +218,12 @@ class TrainingRun {
     void note_batch() const {
         const int64_t before = state_.sequences_per_step, now = config_.sequences_per_step();
         if (config_.max_steps > 0 && before > 0 && before != now) {
-            warn(
-                format_string("a step has %lld sequences from here on, and had %lld in %s (--global_batch %lld goes on "
-                              "with as many)",
-                              (long long)now, (long long)before, config_.checkpoint.c_str(), (long long)before));
+            const bool can_go_on = before % config_.sequences_at_once() == 0;
+            warn(format_string(
+                "a step has %lld sequences from here on, and had %lld in %s%s", (long long)now, (long long)before,
+                config_.checkpoint.c_str(),
+                can_go_on ? format_string(" (--global_batch %lld goes on with as many)", (long long)before).c_str()
+                          : ""));
         }
     }
 

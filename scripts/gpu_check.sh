@@ -29,8 +29,8 @@ test_gpt=${BIN:-./}test_gpt
 source_hash() {
     find llmc dev/cuda dev/test train_gpt.cu test_gpt.cu -type f \
         \( -name '*.cuh' -o -name '*.cu' -o -name 'lighthouse_*.h' -o -name 'context_pa*.h' -o -name 'zero_layout.h' \
-        -o -name 'model_config.h' -o -name 'parameters.h' -o -name 'bf16_model.h' -o -path 'llmc/reference/*.h' \
-        -o -name 'golden_lighthouse.h' -o -name 'random_runs.py' \) |
+        -o -name 'model_config.h' -o -name 'parameters.h' -o -name 'adamw_settings.h' -o -name 'bf16_model.h' -o -path 'llmc/reference/*.h' \
+        -o -name 'golden_lighthouse.h' -o -name 'ring_emulation.h' -o -name 'random_runs.py' \) |
         LC_ALL=C sort | xargs sha256sum | sha256sum | cut -d' ' -f1
 }
 recorded_hash() { sed -n 's/^kernel_sources: //p' "$record" 2>/dev/null; }

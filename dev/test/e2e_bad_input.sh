@@ -61,7 +61,7 @@ data=(--train_data "$work/corpus.txt")
 refused "missing file" "no_such.txt" --train_data "$work/no_such.txt" --output_dir "$work/a"
 refused "pattern without a match" "no_such" --train_data "$work/no_such*.txt" --output_dir "$work/a"
 : >"$work/empty.txt"
-refused "empty file" "empty.txt|--train_data" --train_data "$work/empty.txt" --output_dir "$work/a"
+refused "empty file" "empty.txt" --train_data "$work/empty.txt" --output_dir "$work/a"
 mkdir "$work/folder"
 refused "folder as data" "$work/folder" --train_data "$work/folder" --output_dir "$work/a"
 printf 'short' >"$work/short.txt"
@@ -94,6 +94,7 @@ fi
 
 # ---- flags that cannot be
 if [[ $(basename "$trainer") = *cpu* ]]; then
+    LLMC_WORLD_SIZE=2 refused "one of several ranks" "started as one of 2 ranks" "${data[@]}" "${shape[@]}" --output_dir "$work/a"
     refused "what would fit a GPU, asked of the CPU" "--fit: .*train_gpt" --fit
     refused "the profile of a GPU, asked of the CPU" "--profile: is about a GPU" "${data[@]}" --profile --output_dir "$work/a"
     refused "another GPU, asked of the CPU" "--device, --print_memory, --gpu_memory: are about a GPU" "${data[@]}" --print_memory --gpu_memory 3 --device 4 --output_dir "$work/a"
@@ -318,9 +319,9 @@ if [ "$(id -u)" -ne 0 ]; then
 elif [ -d /proc/1 ]; then
     refused "output folder where nothing can be made" "/proc" "${data[@]}" "${shape[@]}" --output_dir /proc/run
 fi
-# A limit on the size of files stands for a full disk: weights do not fit, the metrics do.
+# A limit on the size of files stands for a full disk: weights do not fit, the metrics do. The signal that comes with it
+# must not end the trainer.
 full_disk() { (
-    trap '' XFSZ
     ulimit -f 40
     exec "$@"
 ); }

@@ -213,6 +213,17 @@ TEST_F(Checkpoint, TokenizerAndSpecialTokensAreCarriedOn) {
     EXPECT_EQ(find_newest_checkpoint(run_), folder) << "the manifest has them";
 }
 
+TEST_F(Checkpoint, CompanionsAreNotTakenFromADamagedCheckpoint) {
+    ModelConfig bytes = small_model(true);
+    bytes.vocab_size = 258;
+    StateModel model(bytes, 1);
+    const std::string before = save(model, 1), path = save(model, 2) + "/tokenizer.json";
+    std::string text = read_bytes(path);
+    text[text.size() / 2] ^= 1;
+    write_bytes(path, text);
+    EXPECT_EQ(checkpoint::companion_source(folder_ + "/gone", run_), before);
+}
+
 TEST_F(Checkpoint, VerificationCountsWhatItHasRead) {
     StateModel model(small_model(true), 1);
     const std::string folder = save(model, 1);

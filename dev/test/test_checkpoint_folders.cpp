@@ -187,6 +187,27 @@ TEST_F(Checkpoint, ForeignFoldersThatAreNotLlamasAreRefused) {
     refused(folder, false, "model-00003-of-00003.safetensors: ");
 }
 
+// Compared in parts of 2^20 elements.
+TEST_F(Checkpoint, AClassifierThatIsTheEmbeddingIsComparedToItsEnd) {
+    ModelConfig large = small_model(false), tied = small_model(true);
+    large.vocab_size = tied.vocab_size = ((int64_t)1 << 17) + 5;  // of 8 channels
+    StateModel model(large, 1);
+    const ParameterTable& table = model.parameters();
+    model.state[0][table.classifier] = model.state[0][table.embedding];
+    const auto message = [&] {
+        const std::string folder = folder_ + "/shared";
+        write_foreign_folder(folder, model, Dtype::BF16, 1);
+        write_bytes(folder + "/config.json", hf_config_json(tied, 64, false, {}).dump());
+        StateModel loaded(tied, 0);
+        const std::string said = message_of([&] { load_model(loaded, folder); });
+        fs::remove_all(folder);
+        return said;
+    };
+    EXPECT_EQ(message(), "(no error)");
+    model.state[0][table.classifier].back() += 1.0f;
+    EXPECT_NE(message().find("lm_head.weight is another than"), std::string::npos);
+}
+
 TEST_F(Checkpoint, ItsOwnWeightsAreVerifiedAsAStart) {
     StateModel model(small_model(true), 1), loaded(small_model(true), 0);
     const std::string folder = save(model, 1), path = folder + "/model.safetensors";

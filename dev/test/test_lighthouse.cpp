@@ -516,6 +516,25 @@ TEST(LighthouseLayer, GroupsOfHeadsSelectForThemselves) {
     }
 }
 
+TEST(LighthouseLayer, GroupsOfHeadsSelectForThemselvesByDilatedScores) {
+    LighthouseConfig config = make_config(3, 2, 128);
+    config.scorer = LighthouseScorer::dilated;
+    Layer layer(1032, config, 2, 4, 2, 4);
+    layer.forward();
+    const int64_t T = layer.g.T, S = layer.g.S;
+    std::vector<float> q(layer.B * 4 * T), k(q.size());  // both of each query head
+    reference::lighthouse_dilated_scores<double>(q.data(), k.data(), layer.q(), layer.k(), layer.v(), layer.B, T, 4, 2,
+                                                 layer.D, config.dilation, layer.scale());
+    for (int i = 0; i < 4; ++i) {  // (sequence, key/value head)
+        const auto group = [&](const std::vector<float>& x) {
+            return std::vector<float>(x.begin() + 2 * i * T, x.begin() + 2 * (i + 1) * T);
+        };
+        const std::vector<int32_t> entries(layer.state.entries.begin() + i * S,
+                                           layer.state.entries.begin() + (i + 1) * S);
+        EXPECT_EQ(entries, expected_entries(group(q), group(k), layer.g));
+    }
+}
+
 // The dilated scorer against attention written out.
 TEST(LighthouseLayer, DilatedScores) {
     const int64_t T = 24;

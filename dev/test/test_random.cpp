@@ -53,6 +53,16 @@ TEST(Random, UniformFillsTheUnitIntervalEvenly) {
     EXPECT_LT(chi_squared, 99 + 7 * 14.1);
 }
 
+TEST(Random, NumbersOfAPairAreTheTwoHalvesOfABlock) {
+    const RandomStream random = any_stream();
+    for (const uint64_t n : {0, 1, 5}) {
+        const RandomBlock b = random.block(n);
+        const auto unit = [](uint64_t high, uint64_t low) { return (double)((high << 32 | low) >> 11) * 0x1p-53; };
+        EXPECT_EQ(random.uniform(2 * n), unit(b[0], b[1]));
+        EXPECT_EQ(random.uniform(2 * n + 1), unit(b[2], b[3]));
+    }
+}
+
 TEST(Random, NormalHasTheMomentsOfANormalDistribution) {
     const int64_t n = 200001;  // odd: the last pair is cut
     std::vector<float> values(n, NAN);

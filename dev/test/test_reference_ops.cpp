@@ -93,9 +93,9 @@ TEST(Gemm, EqualsPlainLoops) {
 }
 
 TEST(Gemm, LargerThanThePackedPart) {
-    // Copies hold GEMM_PACKED_ROWS x GEMM_BLOCK_K of one operand: one more of each starts a second copy.
-    check_gemm<double>({reference::GEMM_PACKED_ROWS + 1, 17, reference::GEMM_BLOCK_K + 1}, true, 1e-13);
-    check_gemm<double>({5, reference::GEMM_PACKED_COLUMNS + 1, reference::GEMM_BLOCK_K + 1}, false, 1e-13);
+    // Copies hold GEMM_PACKED_ROWS x GEMM_PACKED_DEPTH of one operand: one more of each starts a second copy.
+    check_gemm<double>({reference::GEMM_PACKED_ROWS + 1, 17, reference::GEMM_PACKED_DEPTH + 1}, true, 1e-13);
+    check_gemm<double>({5, reference::GEMM_PACKED_COLUMNS + 1, reference::GEMM_PACKED_DEPTH + 1}, false, 1e-13);
 }
 
 TEST(Gemm, SameBitsForAnyThreads) {
@@ -570,6 +570,16 @@ TEST(AdamW, BetasNearOneKeepTheirDistanceFromIt) {
     EXPECT_NEAR(exp_avg, 2e-7f, 1e-12f);
     EXPECT_NEAR(exp_avg_sq, 4e-7f, 1e-12f);
     EXPECT_NEAR(master, 1.0f - 0.01f * (1.0f + 0.1f), 1e-6f);
+}
+
+TEST(AdamW, ALargeGradientLeavesAFiniteMeanOfSquares) {
+    AdamWSettings settings;
+    settings.learning_rate = 0.01, settings.max_grad_norm = 0.0;
+    const float grad = 1e30f;
+    float master = 1.0f, exp_avg = 0.0f, exp_avg_sq = 0.0f;
+    reference::adamw_update(&master, &exp_avg, &exp_avg_sq, &grad, 1e30, 1.0, 1, settings);
+    EXPECT_EQ(exp_avg_sq, std::numeric_limits<float>::max());
+    EXPECT_TRUE(std::isfinite(master));
 }
 
 TEST(AdamW, ChangesNothingWhenLossOrNormIsNotFinite) {

@@ -256,6 +256,19 @@ TEST_F(Safetensors, WhatIsWrittenIsReadBack) {
     EXPECT_THROW(file.at("none"), Error);
 }
 
+// Read in parts of 2^24 elements.
+TEST_F(Safetensors, ATensorOfMoreThanOnePart) {
+    const uint64_t n = ((uint64_t)1 << 24) + 3;
+    std::vector<float> values(n, 1.0f), read(n, NAN);
+    values[0] = 2.0f, values[n - 1] = 3.0f;
+    SafetensorsWriter writer(path_, {{"a", Dtype::BF16, {n}, 0, 0}}, {});
+    writer.write(values.data(), n);
+    writer.finish();
+    const SafetensorsFile file(path_);
+    file.read_floats(file.at("a"), read.data());
+    EXPECT_TRUE(read == values);
+}
+
 TEST_F(Safetensors, UnalignedElementsAreRead) {
     const std::string header = R"({"a":{"dtype":"U8","shape":[3],"data_offsets":[0,3]},)"
                                R"("b":{"dtype":"F32","shape":[2],"data_offsets":[3,11]},)"

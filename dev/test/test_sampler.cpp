@@ -47,6 +47,7 @@ TEST(Sampler, TopPKeepsTheSmallestSetThatReachesIt) {
         EXPECT_EQ(draw(logits, 1.0, 0.6, u), 2) << "5/8 reach 0.6 alone";
         EXPECT_EQ(draw(logits, 1.0, 1e-9, u), 2) << "one is always kept";
     }
+    EXPECT_EQ(draw({0, 0}, 1.0, 0.5, almost_one), 0) << "one of two reaches 1/2";
     // 5/8 + 2/8 reach 0.7: of the two the likeliest has 5/7
     EXPECT_EQ(draw(logits, 1.0, 0.7, 0.713), 2);
     EXPECT_EQ(draw(logits, 1.0, 0.7, 0.715), 1);

@@ -345,6 +345,17 @@ TEST_F(Tokens, ValidationIsTheEndOfTheTrainingData) {
     EXPECT_NE(what.find("--val_fraction 0.009"), std::string::npos) << what;
 }
 
+TEST_F(Tokens, DataOfAnotherVocabularyAreRefusedWhenTheyAreOpened) {
+    RunConfig c;
+    c.model.vocab_size = 100, c.seq_len = 4;
+    const std::string good = write_u16("good", std::vector<uint32_t>(50, 7));
+    const std::string bad = write_u16("bad", {7, 7, 300, 7, 7});  // of one sequence
+    c.train_data = {bad}, c.val_fraction = 0.0;
+    EXPECT_NE(error([&] { open_data(c); }).find("token 300 "), std::string::npos);
+    c.train_data = {good}, c.val_data = {bad};
+    EXPECT_NE(error([&] { open_data(c); }).find("token 300 "), std::string::npos);
+}
+
 TEST_F(Tokens, SeparateValidationDataAreReadInFileOrder) {
     RunConfig c;
     c.train_data = {write("train", std::string(100, 't'))};

@@ -31,13 +31,36 @@ TEST_F(TrainLoop, FreshRunInitializesFromTheSeed) {
             EXPECT_NEAR(sum / n, 0.0, 5 * std / std::sqrt(n)) << table.tensors[i].name;
             EXPECT_NEAR(std::sqrt(squares / n), std, 5 * std / std::sqrt(2 * n)) << table.tensors[i].name;
         }
-        for (const float x : model.state(StateKind::exp_avg_sq)[i]) {
-            ASSERT_EQ(x, 0.0f);
+        for (const StateKind kind : {StateKind::exp_avg, StateKind::exp_avg_sq}) {
+            for (const float x : model.state(kind)[i]) {
+                ASSERT_EQ(x, 0.0f) << state_kind_name(kind);
+            }
+        }
+        for (size_t other = 0; other < i; ++other) {  // a stream of random numbers each: not scaled copies
+            const float a = model.state(StateKind::master)[i][0], b = model.state(StateKind::master)[other][0];
+            if (std != 0.0 && table.tensors[other].init_std != 0.0) {
+                EXPECT_NE((float)(a / std), (float)(b / table.tensors[other].init_std));
+            }
         }
     }
     EXPECT_FALSE(std::filesystem::exists(config_.output_dir)) << "--max_steps 0 writes nothing";
     EXPECT_NE(out_.find("validation loss 1.000000"), std::string::npos) << out_;
     EXPECT_NE(err_.find("random initial weights of --seed"), std::string::npos) << err_;
+}
+
+TEST_F(TrainLoop, ARunFromWeightsBeginsWithAnEmptyOptimizer) {
+    FakeModel model(config_.model), after(config_.model);
+    config_.max_steps = 1;
+    EXPECT_EQ(run(model, config_), 0);
+    RunConfig from = config_;
+    from.init_from = from.checkpoint = *find_newest_checkpoint(config_.output_dir), from.max_steps = 0;
+    EXPECT_EQ(run(after, from), 0);
+    EXPECT_EQ(after.state(StateKind::master), model.state(StateKind::master));
+    for (const StateKind kind : {StateKind::exp_avg, StateKind::exp_avg_sq}) {
+        for (const std::vector<float>& tensor : after.state(kind)) {
+            EXPECT_EQ(tensor, std::vector<float>(tensor.size(), 0.0f)) << state_kind_name(kind);
+        }
+    }
 }
 
 TEST_F(TrainLoop, UpdatesGetTheSettingsAndTheLearningRateOfTheirStep) {

@@ -477,6 +477,17 @@ TEST_F(TrainLoop, AFolderThatIsMovedWhileACheckpointIsWrittenIsMadeAndLockedAgai
     }
 }
 
+// What a process leaves that is killed before its new settings and metrics have their names.
+TEST_F(TrainLoop, FilesThatAKilledRunWasWritingAreInNobodysWay) {
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    for (const char* name : {"/settings.toml.new", "/metrics.jsonl.new"}) {
+        std::ofstream(config_.output_dir + name) << "cut off";
+    }
+    expect_two_more_steps();
+    EXPECT_EQ(losses().size(), 10u);
+}
+
 TEST_F(TrainLoop, SettingsThatAreRemovedAreMadeAgain) {
     FakeModel model(config_.model);
     model.on_update = [&](int n) { n == 3 ? std::filesystem::remove(saved_settings_path(config_.output_dir)) : false; };

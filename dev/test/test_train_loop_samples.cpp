@@ -1,4 +1,6 @@
 // test_train_loop_samples.cpp: the texts that a run samples: from which tokens, by which random numbers, how they end.
+#include <csignal>
+
 #include "train_loop_testing.h"
 
 TEST_F(TrainLoop, SamplesAreLoggedAndReproducible) {
@@ -55,6 +57,18 @@ TEST_F(TrainLoop, ASampleEndsBeforeALogitThatIsNotFinite) {
     EXPECT_EQ(run(model, config_), 0);
     EXPECT_EQ(events("sample").at(0)["text"], "xx");
     EXPECT_NE(out_.find("the sample ends early: a logit is not finite"), std::string::npos) << out_;
+}
+
+TEST_F(TrainLoop, ASampleThatASignalCutsShortIsMadeUpFor) {
+    config_.sample_every = 3, config_.sample_tokens = 4;
+    FakeModel model(config_.model), after(config_.model);
+    model.on_logits = [&](float*) { model.contexts_of_samples.size() == 2 ? std::raise(SIGINT) : 0; };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_TRUE(events("sample").empty());
+    stop_signal::received = 0;
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    ASSERT_EQ(events("sample").size(), 3u) << "steps 3 and 6 and the end";
+    EXPECT_EQ(events("sample")[0]["text"], "xxxx");
 }
 
 TEST_F(TrainLoop, SamplesUseTemperatureAndTopP) {
@@ -134,6 +148,7 @@ TEST_F(TrainLoop, ACheckpointIsSampledWithoutData) {
 
     // Without the tokenizer of bytes its tokens are numbers.
     std::filesystem::remove(sampled.checkpoint + "/tokenizer.json");
+    std::filesystem::remove(sampled.checkpoint + "/tokenizer.model");
     EXPECT_THROW(run(after, sampled), Error);
     sampled.sample_prompt = "97 98";
     ASSERT_EQ(run(after, sampled), 0) << err_;

@@ -65,6 +65,16 @@ TEST_F(TrainLoop, SwitchesToDenseAttention) {
     EXPECT_NE(out_.find("x; dense since step 3 (--lighthouse_steps; -1: never)\n"), std::string::npos) << out_;
 }
 
+TEST_F(TrainLoop, ASwitchAtStepZeroIsBeforeTheFirstStep) {
+    config_.attention = AttentionMode::lighthouse, config_.lighthouse_steps = 0;
+    config_.lighthouse.levels = 2, config_.lighthouse.pool = 2, config_.lighthouse.topk = 128;
+    config_.lighthouse.dense_layers = {};
+    config_.seq_len = 256, config_.max_steps = 2;
+    FakeModel model(config_.model);
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_EQ(model.attention_of_steps, std::vector<AttentionMode>(2, AttentionMode::dense));
+}
+
 // A signal at the step of the switch: its evaluation is made up for by a process whose steps are all dense.
 TEST_F(TrainLoop, WhatIsMadeUpForAtASwitchIsOfTheAttentionBefore) {
     config_.attention = AttentionMode::lighthouse, config_.lighthouse_steps = 3;
