@@ -39,13 +39,23 @@ inline FreeMemory free_memory(const GpuModelSettings& settings, size_t gpu_bytes
 // With --offload of the optimizer: how many elements of its state there is room for on the GPU beside all else. They
 // stay there, and need not travel in every step.
 inline int64_t resident_state_that_fits(const ModelConfig& config, GpuModelSettings settings, const FreeMemory& free) {
+    if (!offloads_optimizer(settings.offload)) {
+        return 0;
+    }
     settings.resident_state_elements = 0;
     const size_t needed = planned_memory(config, settings).num_bytes();
-    if (!offloads_optimizer(settings.offload) || needed >= free.usable_gpu()) {
+    if (needed >= free.usable_gpu()) {
         return 0;
     }
     constexpr size_t unit = BUFFER_ALIGNMENT / sizeof(float);  // of elements, so that no array is padded
     return (int64_t)((free.usable_gpu() - needed) / (3 * sizeof(float)) / unit * unit);
+}
+
+// The plan of the rank that needs most, with as much of AdamW's state on the GPU as a run would keep there: what it
+// leaves to the host is the least.
+inline MemoryPlan plan_to_fit(const ModelConfig& config, GpuModelSettings settings, const FreeMemory& free) {
+    settings.resident_state_elements = resident_state_that_fits(config, settings, free);
+    return largest_planned_memory(config, settings);
 }
 
 // What --seq_len must be a multiple of, and the shortest there is; max_seq_len is legal.
@@ -74,11 +84,11 @@ inline int64_t longest_seq_len(const ModelConfig& config, const GpuModelSettings
         longer.max_seq_len = units * unit;
         return longer;
     };
-    auto fits = [&](int64_t units) { return free.holds(largest_planned_memory(config, with_length(units))); };
+    auto fits = [&](int64_t units) { return free.holds(plan_to_fit(config, with_length(units), free)); };
     auto fits_with_least_logits = [&](int64_t units) {
         GpuModelSettings least = with_length(units);
         least.classifier_chunk_rows = 1;
-        return free.holds(largest_planned_memory(config, least));
+        return free.holds(plan_to_fit(config, least, free));
     };
     auto pace = [&](int64_t units) { return attention_pace(config, with_length(units)); };
     auto num_chunks = [&](int64_t units) {
@@ -144,7 +154,7 @@ inline std::string fit_table(const ModelConfig& config, const GpuModelSettings& 
         text += format_string("\n%-28s", format_string("--recompute %s", word).c_str());
         for (const auto& way : ways) {
             GpuModelSettings other = settings;
-            other.recompute = recompute, other.offload = way.second, other.resident_state_elements = 0;
+            other.recompute = recompute, other.offload = way.second;
             const int64_t longest = longest_seq_len(config, other, free);
             text += format_string(" %21s", longest == 0 ? "-" : std::to_string(longest).c_str());
         }
@@ -160,7 +170,7 @@ inline void check_fits(const MemoryPlan& plan, const FreeMemory& free, const Mod
     }
     std::string advice;
     auto suggest = [&](const GpuModelSettings& other) {
-        const MemoryPlan needed = largest_planned_memory(config, other);
+        const MemoryPlan needed = plan_to_fit(config, other, free);
         if (advice.empty() && free.holds(needed)) {
             advice = format_string("; --recompute %s --offload %s --batch_size %d --seq_len %lld would need %.2f GiB",
                                    choice_name(other.recompute), choice_name(other.offload), other.max_batch_size,
@@ -178,7 +188,6 @@ inline void check_fits(const MemoryPlan& plan, const FreeMemory& free, const Mod
         }
     };
     GpuModelSettings other = settings;
-    other.resident_state_elements = 0;
     suggest_modes(other);
     while (advice.empty() && other.max_batch_size > 1) {
         other.max_batch_size /= 2;
