@@ -19,7 +19,7 @@ static void print_memory(const RunConfig& config, const GpuModelSettings& settin
 
 // --fit asks for this machine's GPU, or for one with --gpu_memory: then there need not be one here.
 static void print_fit(const RunConfig& config, GpuModelSettings settings, int device) {
-    FreeMemory free = {settings.gpu_memory, settings.host_memory};
+    size_t gpu_bytes = settings.gpu_memory;
     if (!has_gpu()) {
         CHECK(settings.gpu_memory > 0,
               "--fit: there is no NVIDIA GPU here; say with --gpu_memory how many GiB the GPU in question has free");
@@ -27,10 +27,11 @@ static void print_fit(const RunConfig& config, GpuModelSettings settings, int de
         std::printf("no GPU here: as for an H100\n");
     } else {
         const GpuDevice gpu = open_device(device);
-        free.gpu = settings.gpu_memory > 0 ? settings.gpu_memory : gpu.free_bytes;
+        gpu_bytes = gpu_bytes > 0 ? gpu_bytes : gpu.free_bytes;
     }
-    if (settings.host_memory == 0) {
-        free.host = free_memory(settings, 0).host;
+    FreeMemory free = free_memory(settings, gpu_bytes);
+    if (settings.host_memory > 0) {
+        free.host = settings.host_memory;  // also more than this machine has
     }
     settings.resident_state_elements = resident_state_that_fits(config.model, settings, free);
     print_memory(config, settings, free);

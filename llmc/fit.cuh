@@ -135,15 +135,14 @@ inline std::vector<std::pair<const char*, Offload>> offload_choices(const Parall
 }
 
 // The table of --fit: the longest sequence for each way to save memory, all else as in `settings`.
-inline std::string fit_table(const ModelConfig& config, const GpuModelSettings& settings, FreeMemory free) {
-    free.gpu_for_nccl = settings.by_nccl ? NCCL_MEMORY_ESTIMATE : 0;
+inline std::string fit_table(const ModelConfig& config, const GpuModelSettings& settings, const FreeMemory& free) {
     std::string text = format_string(
         "the longest --seq_len with --batch_size %d in %.2f GiB of GPU memory and, for --offload, %.2f GiB of the "
         "host's (of these %.2f and %.2f GiB stay free%s)\n%-28s",
         settings.max_batch_size, free.gpu / BYTES_PER_GIB, free.host / BYTES_PER_GIB,
         (free.gpu - free.usable_gpu()) / BYTES_PER_GIB, (free.host - free.usable_host()) / BYTES_PER_GIB,
-        settings.by_nccl
-            ? format_string(", %.2f of the first for NCCL, an estimate", NCCL_MEMORY_ESTIMATE / BYTES_PER_GIB).c_str()
+        free.gpu_for_nccl > 0
+            ? format_string(", %.2f of the first for NCCL, an estimate", free.gpu_for_nccl / BYTES_PER_GIB).c_str()
             : "",
         "");
     const auto ways = offload_choices(settings.mesh);
