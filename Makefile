@@ -2,8 +2,8 @@
 # GPU's architecture and libraries are found, and the first lines printed say what was found and what is left out.
 #   make ARCH="80 90a"      CUDA architectures other than this machine's GPU (without a GPU: 80 and 90a)
 #   make HOST_ARCH=x86-64-v3  host code that also runs on other machines than this one
-#   make train_gpt DEBUG=1  asserts in kernels, a wait after every launch, scratch memory poisoned with NaN (make debug
-#                           builds the same beside the usual programs)
+#   make train_gpt DEBUG=1  a wait after every launch, an error where a barrier of a kernel hangs, scratch memory poisoned
+#                           with NaN (make debug builds the same beside the usual programs)
 #   make STRICT=1           the compilers' warnings are errors, as in continuous integration
 # What is built already stays as it is when one of these changes: make clean first, or add -B.
 
@@ -115,7 +115,7 @@ gpu_check:  ## all that needs one GPU but dev/test/e2e_ranks.sh (scripts/gpu_che
 bench: train_gpt dev  ## compare with PyTorch on this machine's GPU (needs Python with torch); tables and plots in build/bench
 	for bench in attention lighthouse step; do python3 dev/bench/$$bench.py --out $(BUILD)/bench || exit 1; done
 
-debug:  ## trainers with kernel asserts, a wait after every launch and poisoned scratch memory, in build/debug
+debug:  ## trainers that wait after every launch, end a kernel that hangs and poison scratch memory, in build/debug
 	$(MAKE) DEBUG=1 BUILD=$(BUILD)/debug BIN=$(BUILD)/debug/ $(addprefix $(BUILD)/debug/,train_gpt_cpu $(if $(NVCC),train_gpt test_gpt))
 
 sanitize:  ## unit tests of file formats, flags, training loop and sampling with address and undefined-behaviour sanitizers

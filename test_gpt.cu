@@ -8,6 +8,7 @@
 // differs more, four times.
 //   test_gpt [--small] [--seed N]     --small: for compute-sanitizer: few models, all of D 16 with the norm scorer; the
 //                                     kernels of others are run by dev/cuda's programs with --small
+//   test_gpt --before_hopper          on a Hopper, with the kernels that GPUs from sm_80 on have
 //   test_gpt --memory                 the plan of memory alone; nothing else may use the GPU meanwhile
 #define LLMC_POISON  // activations and workspace start as NaN
 #include <cstdio>
@@ -564,12 +565,14 @@ int main(int argc, char** argv) {
             const std::string option = argv[i];
             if (option == "--small") {
                 small = true;
+            } else if (option == "--before_hopper") {
+                highest_compute_capability() = 80;
             } else if (option == "--memory") {
                 memory = true;
             } else if (option == "--seed" && i + 1 < argc) {
                 checks.seed = std::strtoull(argv[++i], nullptr, 10);
             } else {
-                fail("%s: no such option; there are --small, --memory and --seed N", option.c_str());
+                fail("%s: no such option; there are --small, --before_hopper, --memory and --seed N", option.c_str());
             }
         }
         const GpuDevice device = open_device(0);

@@ -62,7 +62,7 @@ static int train(int argc, char** argv) {
     const std::string other_mesh = fit_context_parallel(*parsed, host->size());
     const RunRanks ranks(*host, parsed->config.context_parallel);
     if (ranks.is_first() && !other_mesh.empty()) {
-        print_warning(parsed->config, other_mesh);
+        print_warning(parsed->config.program, other_mesh);
     }
     const RunConfig config = resolve_run(*parsed, ranks);
     set_num_threads(config);

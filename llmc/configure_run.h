@@ -3,13 +3,9 @@
 #pragma once
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cstdio>
-#include <cstring>
-#include <ctime>
 #include <filesystem>
 #include <map>
-#include <memory>
 #include <numeric>
 #include <omp.h>
 #include <optional>
@@ -26,41 +22,17 @@
 #include "config.h"               // every setting
 #include "flags.h"                // settings from the command line
 #include "hf_config.h"            // the model's shape in a checkpoint
-#include "output_lock.h"          // one process at a time
 #include "ranks.h"                // processes that train together
-#include "settings.h"             // their file in the output folder
+#include "run_folder.h"           // where a run may write
+#include "settings.h"             // as text, to compare
 #include "standard_files.h"       // where messages go
 #include "tokens.h"               // whether the data can be read
-
-// Whether a folder holds what a run writes: starting another run there would mix the two.
-inline bool holds_a_run(const std::string& output_dir) {
-    return checkpoint::exists(output_dir + "/metrics.jsonl") || !checkpoint::list(output_dir).empty();
-}
 
 // The CPU's threads of this process, by --num_threads.
 inline void set_num_threads(const RunConfig& config) {
     if (config.num_threads > 0) {
         omp_set_num_threads(config.num_threads);
     }
-}
-
-// For the user, who may have meant something else; the run goes on. One rank calls it.
-inline void print_warning(const RunConfig& config, const std::string& sentence) {
-    std::fprintf(stderr, "%s: warning: %s\n", config.program.c_str(), sentence.c_str());
-}
-
-// Throws Error when what was printed did not get where it goes: for those whose output is all they are run for.
-inline void check_printed() {
-    CHECK(std::fflush(stdout) == 0 && !std::ferror(stdout), "the output cannot be written: %s", std::strerror(errno));
-}
-
-// Throws Error when another process trains into --output_dir, which exists.
-inline std::shared_ptr<OutputLock> lock_output(const RunConfig& config) {
-    auto lock = std::make_shared<OutputLock>(config.output_dir);
-    if (!lock->warning().empty()) {
-        print_warning(config, lock->warning());
-    }
-    return lock;
 }
 
 // Throws Error when `flag` names what is no folder; with may_be_missing one that is not there yet is right.
@@ -74,69 +46,12 @@ inline void check_names_folder(const char* flag, const std::string& folder, bool
     CHECK(is_missing || std::filesystem::is_directory(status), "%s %s: is no folder", flag, folder.c_str());
 }
 
-// Throws Error when --output_dir is a checkpoint or lies in one, which goes as a whole when its run removes it.
-inline void check_is_in_no_checkpoint(const std::string& output_dir) {
-    std::error_code error;
-    std::filesystem::path folder = std::filesystem::absolute(output_dir.empty() ? "runs" : output_dir, error);
-    if (!error) {
-        folder = std::filesystem::weakly_canonical(folder, error);
-    }
-    for (; !error && folder.has_relative_path(); folder = folder.parent_path()) {
-        CHECK(!checkpoint::exists(folder / checkpoint::STATE) || !checkpoint::exists(folder / checkpoint::MANIFEST),
-              "--output_dir %s: would lie in %s, a checkpoint, which its own run may remove with all that is in it: "
-              "name a folder outside",
-              output_dir.empty() ? "runs/DATE" : output_dir.c_str(), folder.c_str());
-    }
-}
-
 // Throws Error when --init_from names the folder of a run, not of weights.
 inline void check_holds_weights(const std::string& folder) {
     const std::map<int64_t, std::string> checkpoints = checkpoint::list(folder);
     CHECK(checkpoints.empty() || checkpoint::exists(folder + "/config.json"),
           "--init_from %s: is the folder of a run; name one of its checkpoints, the newest is %s", folder.c_str(),
           checkpoints.rbegin()->second.c_str());
-}
-
-// Throws Error when a run that is not resumed would mix with another, or replace settings that someone has put there.
-// alone: no other rank asks at the same time.
-inline void check_holds_no_run(const RunConfig& config, bool alone) {
-    if (config.resume) {
-        return;
-    }
-    const bool holds = holds_a_run(config.output_dir);
-    if (holds && alone) {
-        lock_output(config);  // a run that is under way is not to be removed: that is said instead
-    }
-    const std::map<int64_t, std::string> checkpoints = checkpoint::list(config.output_dir);
-    const bool has_settings = checkpoint::exists(saved_settings_path(config.output_dir));
-    CHECK(checkpoints.empty() || has_settings,
-          "--output_dir %s holds checkpoints but no settings.toml, without which there is no --resume: name another "
-          "folder, and go on from the newest with --init_from %s",
-          config.output_dir.c_str(), checkpoints.rbegin()->second.c_str());
-    CHECK(!holds, "--output_dir %s already holds a run%s or name another folder", config.output_dir.c_str(),
-          checkpoints.empty() ? " that has written no checkpoint: remove it," : ": give --resume to go on with it,");
-    CHECK(!has_settings,
-          "--output_dir %s holds a settings.toml, which this run would replace: move it away (--config reads it from "
-          "anywhere), or name another folder",
-          config.output_dir.c_str());
-}
-
-// Makes runs/DATE-TIME, with a number behind it when that exists: of runs that start in the same second each gets one
-// of its own.
-inline std::string make_output_dir() {
-    const std::time_t now = std::time(nullptr);
-    char date_time[32];
-    std::strftime(date_time, sizeof date_time, "%Y%m%d-%H%M%S", std::localtime(&now));
-    const std::string base = std::string("runs/") + date_time;
-    std::string folder = base;
-    std::error_code ignored;  // mkdir says it too
-    std::filesystem::create_directories("runs", ignored);
-    for (int i = 2; mkdir(folder.c_str(), 0777) != 0; ++i) {
-        CHECK(errno == EEXIST, "%s: cannot make this folder: %s; name another with --output_dir", folder.c_str(),
-              std::strerror(errno));
-        folder = base + "-" + std::to_string(i);
-    }
-    return folder;
 }
 
 // The newest whole checkpoint in --output_dir. Damaged ones are passed over, with a line each on stderr, and kept in
@@ -176,7 +91,7 @@ inline void warn_of_each(const RunConfig& config, const char* flag, const std::v
         const std::string others = files.size() == 1   ? ""
                                    : files.size() == 2 ? " (so is another)"
                                                        : format_string(" (so are %zu others)", files.size() - 1);
-        print_warning(config, std::string(flag) + ": " + files[0] + " " + what + others + ": " + so);
+        print_warning(config.program, std::string(flag) + ": " + files[0] + " " + what + others + ": " + so);
     }
 }
 
@@ -216,27 +131,31 @@ inline void warn_of_files(const RunConfig& config, const RunData& data) {
 inline void warn_of_shape(const RunConfig& config) {
     const ModelConfig& m = config.model;
     if (m.width % m.num_heads != 0) {
-        print_warning(config, format_string("--width %d is no multiple of --num_heads %d: transformers refuses such a "
-                                            "config.json; other programs may, too",
-                                            m.width, m.num_heads));
+        print_warning(config.program,
+                      format_string("--width %d is no multiple of --num_heads %d: transformers refuses such a "
+                                    "config.json; other programs may, too",
+                                    m.width, m.num_heads));
     }
     if (m.init_std > 1.0) {
-        print_warning(config, format_string("--init_std %g: transformers refuses a config.json in which it is above 1",
-                                            m.init_std));
+        print_warning(
+            config.program,
+            format_string("--init_std %g: transformers refuses a config.json in which it is above 1", m.init_std));
     }
 }
 
 // Says where the model will meet positions that it was not trained on.
 inline void warn_of_positions(const RunConfig& config, const ModelConfig& stored, const std::string& rotated) {
     if (!rotated.empty()) {
-        print_warning(config, format_string("%s: not as in %s, given in brackets: positions are rotated otherwise from "
-                                            "here on",
-                                            rotated.c_str(), config.checkpoint.c_str()));
+        print_warning(config.program,
+                      format_string("%s: not as in %s, given in brackets: positions are rotated otherwise from "
+                                    "here on",
+                                    rotated.c_str(), config.checkpoint.c_str()));
     } else if (config.max_steps > 0 && stored.max_positions > 0 && config.seq_len > stored.max_positions) {
-        print_warning(config, format_string("--seq_len %lld: %s is for up to %lld positions, the others are new to it "
-                                            "(--rope_theta and --rope_scaling_factor change how they are rotated)",
-                                            (long long)config.seq_len, config.checkpoint.c_str(),
-                                            (long long)stored.max_positions));
+        print_warning(
+            config.program,
+            format_string("--seq_len %lld: %s is for up to %lld positions, the others are new to it "
+                          "(--rope_theta and --rope_scaling_factor change how they are rotated)",
+                          (long long)config.seq_len, config.checkpoint.c_str(), (long long)stored.max_positions));
     }
 }
 
@@ -352,8 +271,9 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (ranks.is_first() && config.max_steps > 0) {
         warn_of_shape(config);
         if (config.warmup_steps >= config.max_steps && is_given("warmup_steps")) {
-            print_warning(config, format_string("--warmup_steps %lld: the run ends before them, at --max_steps %lld",
-                                                (long long)config.warmup_steps, (long long)config.max_steps));
+            print_warning(config.program,
+                          format_string("--warmup_steps %lld: the run ends before them, at --max_steps %lld",
+                                        (long long)config.warmup_steps, (long long)config.max_steps));
         }
     }
     std::string common = settings_toml(config) + config.checkpoint;
@@ -372,7 +292,7 @@ inline std::optional<RunConfig> configure_run(int argc, const char* const* argv)
     }
     const std::string without_effect = check_cpu_flags(*parsed);
     if (!without_effect.empty()) {
-        print_warning(parsed->config, without_effect);
+        print_warning(parsed->config.program, without_effect);
     }
     parsed->config.context_parallel = 1;
     return resolve_run(*parsed, RunRanks());

@@ -1,6 +1,8 @@
 // gpu_properties.cuh: the properties of a GPU that choose kernels and sizes of scratch memory: of the current device
 // or, in a process that only plans and has none (--fit), of the GPU that is planned for.
 #pragma once
+#include <algorithm>
+#include <climits>
 #include <optional>
 #include <vector>
 
@@ -30,6 +32,12 @@ inline std::optional<GpuProperties>& assumed_gpu() {
     return properties;
 }
 
+// No GPU has more, as gpu_properties() says. Tests lower it: with 80 a Hopper runs the kernels of GPUs before it.
+inline int& highest_compute_capability() {
+    static int highest = INT_MAX;
+    return highest;
+}
+
 // Those of every GPU that this process sees, by index; asks the driver and creates no context.
 inline std::vector<GpuProperties> query_gpus() {
     int num_devices;
@@ -57,5 +65,7 @@ inline GpuProperties gpu_properties() {
     static const std::vector<GpuProperties> gpus = query_gpus();
     int device;
     CUDA_CHECK(cudaGetDevice(&device));
-    return gpus[device];
+    GpuProperties gpu = gpus[device];
+    gpu.compute_capability = std::min(gpu.compute_capability, highest_compute_capability());
+    return gpu;
 }

@@ -2,15 +2,12 @@
 // samples, checkpoints -> summary. The model is whatever implements TrainableModel.
 #pragma once
 #include <algorithm>
-#include <cerrno>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstdio>
-#include <cstring>
-#include <filesystem>
 #include <iterator>
 #include <map>
-#include <memory>
 #include <optional>
 #include <set>
 #include <sstream>
@@ -20,16 +17,15 @@
 #include "checkpoint.h"       // folders of weights, optimizer and training state
 #include "config.h"           // every setting
 #include "configure_run.h"    // settings from the command line
-#include "durable_file.h"     // settings.toml
 #include "influence.h"        // of later tokens on earlier losses
-#include "metrics.h"          // terminal and metrics.jsonl
+#include "metrics.h"          // terminal, and what is logged
 #include "mfu.h"              // FLOPs and peaks
-#include "output_lock.h"      // one process at a time
 #include "random.h"           // initial weights, samples
 #include "ranks.h"            // processes that train together
+#include "run_folder.h"       // settings.toml, metrics.jsonl
 #include "sampler.h"          // next token from logits
 #include "schedule.h"         // learning rate
-#include "settings.h"         // as text, for the terminal and settings.toml
+#include "settings.h"         // as text
 #include "shared_folder.h"    // one output folder for all ranks
 #include "signals.h"          // stopping from outside
 #include "tokenizer.h"        // text to tokens and back
@@ -43,6 +39,7 @@ class TrainingRun {
           config_(config),
           device_(device),
           ranks_(ranks),
+          folder_(config_),
           terminal_(config.plain, !ranks.is_first(), ranks.size() > 1) {}
 
     // Returns the status main ends with.
@@ -117,18 +114,17 @@ class TrainingRun {
     }
     void warn(const std::string& sentence) const {
         if (ranks_.is_first()) {
-            print_warning(config_, sentence);
+            print_warning(config_.program, sentence);
         }
     }
     // Into metrics.jsonl, which rank 0 writes. Where that cannot be, the disk may yet have room for a checkpoint.
     void log(const char* event, const Json& fields) {
-        if (!metrics_) {
+        if (!folder_.keeps_metrics()) {
             return;
         }
         try {
-            metrics_->write(event, state_.step, fields);
+            folder_.log(event, state_.step, fields);
         } catch (const Error&) {
-            metrics_.reset();
             if (ranks_.size() == 1 && state_.step > first_step_) {
                 save();
             }
@@ -365,28 +361,19 @@ class TrainingRun {
         companions_ = checkpoint::read_companions(checkpoint::companion_source(config_.checkpoint, config_.output_dir),
                                                   config_, model_.config(), data_.train->stream().is_bytes());
         warn_of_tokenizer(*companions_, *data_.train, "--train_data");
-        if (config_.output_dir.empty()) {
-            config_.output_dir = make_output_dir();
-        } else {
-            std::error_code error;
-            std::filesystem::create_directories(config_.output_dir, error);
-            CHECK(!error, "--output_dir %s: cannot make this folder: %s", config_.output_dir.c_str(),
-                  error.message().c_str());
-        }
-        output_lock_ = config_.output_lock ? config_.output_lock : lock_output(config_);  // of --resume, long since
-        check_holds_no_run(config_, false);  // again: another may have been there since the settings were checked
+        folder_.take();
         return config_.output_dir;
     }
     // The settings of the run and its metrics file. Rank 0 alone calls it.
     void begin_run() {
-        begin_run_files();
-        metrics_->write("start", state_.step,
-                        {{"program", config_.program},
-                         {"device", device_.name},
-                         {"checkpoint", config_.checkpoint},
-                         {"parameters", model_.parameters().num_elements()},
-                         {"data_parallel", ranks_.mesh().data_parallel},
-                         {"settings", settings_toml(config_)}});
+        folder_.begin_files(state_.step);
+        folder_.log("start", state_.step,
+                    {{"program", config_.program},
+                     {"device", device_.name},
+                     {"checkpoint", config_.checkpoint},
+                     {"parameters", model_.parameters().num_elements()},
+                     {"data_parallel", ranks_.mesh().data_parallel},
+                     {"settings", settings_toml(config_)}});
     }
 
     // Raw text for a model that was trained on other tokens than bytes, as far as its folder says.
@@ -408,29 +395,10 @@ class TrainingRun {
         }
     }
 
-    // What --resume and the reader of the metrics look for in the output folder.
-    void begin_run_files() {
-        write_settings();
-        metrics_.emplace(metrics_path(), state_.step);
-    }
-    std::string metrics_path() const { return config_.output_dir + "/metrics.jsonl"; }
-
-    // Complete under a temporary name first: a full disk leaves the old settings.
-    void write_settings() const {
-        const std::string path = saved_settings_path(config_.output_dir), temporary = path + ".new";
-        const std::string text = settings_toml(config_);
-        std::remove(temporary.c_str());  // of a run that was killed here
-        DurableFile file(temporary);
-        file.write(text.data(), text.size());
-        file.finish();
-        CHECK(std::rename(temporary.c_str(), path.c_str()) == 0, "%s: cannot write: %s", path.c_str(),
-              std::strerror(errno));
-    }
-
     void read_events_at_start() {
         const auto read = [&] {
             std::string events;
-            for (const std::string& event : events_of_step(metrics_path(), state_.step)) {
+            for (const std::string& event : events_of_step(metrics_path(config_.output_dir), state_.step)) {
                 events += event + "\n";
             }
             return events;
@@ -521,7 +489,7 @@ class TrainingRun {
         try {
             read();
         } catch (const Error&) {
-            if (ranks_.size() == 1 && metrics_ && state_.step > first_step_) {
+            if (ranks_.size() == 1 && folder_.keeps_metrics() && state_.step > first_step_) {
                 save();
             }
             throw;
@@ -823,53 +791,21 @@ class TrainingRun {
     }
 
     void write_checkpoint() {
-        ranks_.first_does([&] { hold_output_folder(); }, "look at the output folder");
+        ranks_.first_does([&] { folder_.hold(state_.step); }, "look at the output folder");
         const bool weights_bf16 =
             config_.save_dtype == SaveDtype::bf16 || (config_.save_dtype == SaveDtype::automatic && device_.is_gpu);
         checkpoint_ = save_checkpoint(model_, state_, config_, weights_bf16, config_.output_dir,
                                       checkpoint::OPTIMIZER_SHARD_BYTES, ranks_, companions_ ? &*companions_ : nullptr);
         config_.damaged_checkpoints.erase(state_.step);  // another is in its place
     }
-    // Whether a save failed because someone removed or moved the folder meanwhile, or is about to: the lock's file may
-    // go first. All ranks ask, as all have failed; where they cannot, what went wrong first is what to say.
+    // Whether a save failed because someone removed or moved the folder meanwhile. All ranks ask, as all have failed;
+    // where they cannot, what went wrong first is what to say.
     bool has_lost_folder() const {
         try {
-            const int lost = output_lock_ && !output_lock_->holds(config_.output_dir);
+            const int lost = folder_.is_lost();
             return (ranks_.size() == 1 ? lost : ranks_.largest(lost, "whether the output folder is there")) != 0;
         } catch (const Error&) {
             return false;
-        }
-    }
-
-    // Before a checkpoint is written into it. Where someone has removed or moved the folder, it is made again and
-    // locked like the first, unless it is another run's, whose checkpoints must not be pruned; and it gets again what
-    // --resume needs, as does one that lacks its settings or the lock's file alone. Rank 0 alone calls it.
-    void hold_output_folder() {
-        const std::string &folder = config_.output_dir, settings = saved_settings_path(folder);
-        std::error_code error;
-        if (output_lock_ && !output_lock_->holds(folder)) {
-            const bool is_same = output_lock_->is_of(folder);  // without the lock's file
-            std::filesystem::create_directories(folder, error);
-            CHECK(!error, "--output_dir %s: cannot make this folder: %s", folder.c_str(), error.message().c_str());
-            output_lock_->release();
-            output_lock_ = lock_output(config_);
-            CHECK(is_same || !holds_a_run(folder),
-                  "--output_dir %s has been removed or moved, and is another run's folder now: this run's next "
-                  "checkpoint has no place",
-                  folder.c_str());
-        }
-        if (!metrics_ || std::filesystem::exists(settings, error) || error) {
-            return;
-        }
-        if (checkpoint::exists(metrics_path())) {
-            warn(settings + " has been removed: it is made again");
-            write_settings();
-        } else {
-            warn(
-                format_string("--output_dir %s has been removed or moved: it is made again, and metrics.jsonl begins "
-                              "anew",
-                              folder.c_str()));
-            begin_run_files();
         }
     }
 
@@ -967,7 +903,8 @@ class TrainingRun {
         if (stop_requested()) {
             return stop_on_signal();
         }
-        terminal_.print(format_string("checkpoint  %s\nmetrics     %s", checkpoint_.c_str(), metrics_path().c_str()));
+        terminal_.print(format_string("checkpoint  %s\nmetrics     %s", checkpoint_.c_str(),
+                                      metrics_path(config_.output_dir).c_str()));
         return 0;
     }
 
@@ -975,12 +912,11 @@ class TrainingRun {
     RunConfig config_;
     const DeviceInfo device_;
     const RunRanks& ranks_;
+    RunFolder folder_;  // rank 0's
     Terminal terminal_;
     RunData data_;
-    std::optional<Tokenizer> tokenizer_;       // of the training data
-    std::vector<int32_t> prompt_;              // of samples
-    std::shared_ptr<OutputLock> output_lock_;  // rank 0's
-    std::optional<MetricsLog> metrics_;
+    std::optional<Tokenizer> tokenizer_;                // of the training data
+    std::vector<int32_t> prompt_;                       // of samples
     std::set<std::string> events_at_start_;             // of the step that this process began with
     TrainingState state_;                               // what a checkpoint restores, beside the model's
     AttentionMode attention_ = AttentionMode::dense;    // of the next step

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # What needs one GPU, in one command, but for several ranks, which dev/test/e2e_ranks.sh trains: the whole model
-# against the CPU reference (test_gpt), the trainer against the CPU's on random models (dev/test/random_runs.py), from
-# end to end and on bad input, every kernel variant of dev/cuda against its reference, and compute-sanitizer
-# (memcheck, racecheck, initcheck) on small sizes. Programs run side by side, on all GPUs. Ends with 'N passed, N
-# failed', and ', N left' where it was ended early, and records GPU, date, every program's result and a hash in
-# dev/gpu_check.txt: of the kernels, of the programs that check them, of the reference that they are compared with,
-# and of the headers that say how a sequence, the optimizer's state and a model are cut up; other host code, and the
-# scripts that test it, are not watched.
+# against the CPU reference (test_gpt; on a Hopper also with the kernels of GPUs before it), the trainer against the
+# CPU's on random models (dev/test/random_runs.py), from end to end and on bad input, every kernel variant of dev/cuda
+# against its reference, and compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Programs run side by
+# side, on all GPUs. Ends with 'N passed, N failed', and ', N left' where it was ended early, and records GPU, date,
+# every program's result and a hash in dev/gpu_check.txt: of the kernels, of the programs that check them, of the
+# reference that they are compared with, and of the headers that say how a sequence, the optimizer's state and a model
+# are cut up; other host code, and the scripts that test it, are not watched.
 #   scripts/gpu_check.sh              build, check, record
 #   scripts/gpu_check.sh --no_build   check the programs that are already built, which must be of these sources
 #   scripts/gpu_check.sh --part checks|sanitizer   only the checks, or only those under compute-sanitizer; the record keeps
@@ -162,6 +162,9 @@ for part in $parts; do
         start_check test_gpt_memory 100 "$test_gpt" --memory
         wait # it looks at what the whole GPU has free
         start_check test_gpt 500 "$test_gpt"
+        if [[ " $(scripts/gpu_capabilities.sh | tr '\n' ' ') " == *' 9.0 '* ]]; then
+            start_check test_gpt_before_hopper 500 "$test_gpt" --before_hopper
+        fi
         random_runs=(python3 dev/test/random_runs.py --gpu "${BIN:-./}train_gpt" --cpu "${BIN:-./}train_gpt_cpu" --jobs 4)
         start_check random_runs 600 "${random_runs[@]}" --runs 24
         start_check random_runs_planted 600 "${random_runs[@]}" --runs 8 --planted
