@@ -8,7 +8,7 @@
 // differs more, four times.
 //   test_gpt [--small] [--seed N]     --small: for compute-sanitizer: few models, all of D 16 with the norm scorer; the
 //                                     kernels of others are run by dev/cuda's programs with --small
-//   test_gpt --before_hopper          on a Hopper, with the kernels that GPUs from sm_80 on have
+//   test_gpt --as a100|a10            on a larger GPU: with the kernels and as much shared memory as such a one has
 //   test_gpt --memory                 the plan of memory alone; nothing else may use the GPU meanwhile
 #define LLMC_POISON  // activations and workspace start as NaN
 #include <cstdio>
@@ -523,6 +523,37 @@ static void test_memory(Checks& checks) {
     }
 }
 
+// AdamW's state on the host as far as the GPU has no room for it, on a GPU that another has filled: the plan made for
+// what is free before anything is loaded still fits when the model holds it against what is free then.
+static void test_resident_state(Checks& checks) {
+    Case c{"eight blocks, 1024 wide", model_config(32000, 8, 1024, 8, 8, 128, 1536, false), 1, 1024};
+    GpuModelSettings settings = c.settings(Recompute::none, false, Offload::optimizer);
+    settings.optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;
+    size_t at_start, total_bytes;
+    CUDA_CHECK(cudaMemGetInfo(&at_start, &total_bytes));
+    const size_t others = planned_memory(c.config, settings).num_bytes();
+    const int64_t num_elements = make_parameter_layout(make_parameter_table(c.config), 1).state_elements();
+    const size_t half_of_state = 3 * sizeof(float) * num_elements / 2;
+    const size_t left = DEVICE_MEMORY_RESERVE + others + half_of_state;
+    CHECK(at_start > left, "%zu bytes of GPU memory are free, and this test needs %zu", at_start, left);
+    constexpr size_t page = (size_t)2 << 20;  // that cudaMalloc takes at least
+    const size_t taken = (at_start - left) / page * page;
+    const DeviceMemory another(taken);
+    settings.resident_state_elements =
+        resident_state_that_fits(c.config, settings, free_memory(settings, at_start - taken));
+    const double share = (double)settings.resident_state_elements / (double)num_elements;
+    std::string message = "it fits";
+    try {
+        GpuModel model(c.config, settings);
+        accumulate(model, c, random_batches(c, checks.seed));
+        model.update(adamw_settings(1));
+    } catch (const Error& error) {
+        message = error.what();
+    }
+    checks.expect(message == "it fits" && share > 0.4 && share < 0.51, "state on a GPU that is nearly full", c.name,
+                  format_string("%.1f %% of it on the GPU: %s", 100.0 * share, message.c_str()));
+}
+
 static void run_tests(Checks& checks, bool small) {
     for (const Case& c : compared_cases(small)) {
         test_gradients(checks, c, small);
@@ -565,19 +596,22 @@ int main(int argc, char** argv) {
             const std::string option = argv[i];
             if (option == "--small") {
                 small = true;
-            } else if (option == "--before_hopper") {
-                highest_compute_capability() = 80;
+            } else if (option == "--as" && i + 1 < argc) {
+                const std::string gpu = argv[++i];
+                CHECK(gpu == "a100" || gpu == "a10", "--as %s: there are a100 and a10", gpu.c_str());
+                most_gpu_properties() = gpu == "a100" ? A100_PROPERTIES : A10_PROPERTIES;
             } else if (option == "--memory") {
                 memory = true;
             } else if (option == "--seed" && i + 1 < argc) {
                 checks.seed = std::strtoull(argv[++i], nullptr, 10);
             } else {
-                fail("%s: no such option; there are --small, --before_hopper, --memory and --seed N", option.c_str());
+                fail("%s: no such option; there are --small, --as GPU, --memory and --seed N", option.c_str());
             }
         }
         const GpuDevice device = open_device(0);
         std::printf("test_gpt on %s\n", device.name.c_str());
         if (memory) {
+            test_resident_state(checks);  // first: nothing is loaded yet
             test_memory(checks);
         } else {
             run_tests(checks, small);

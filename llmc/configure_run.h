@@ -150,7 +150,7 @@ inline void warn_of_positions(const RunConfig& config, const ModelConfig& stored
                       format_string("%s: not as in %s, given in brackets: positions are rotated otherwise from "
                                     "here on",
                                     rotated.c_str(), config.checkpoint.c_str()));
-    } else if (config.max_steps > 0 && stored.max_positions > 0 && config.seq_len > stored.max_positions) {
+    } else if (!config.fit && stored.max_positions > 0 && config.seq_len > stored.max_positions) {
         print_warning(
             config.program,
             format_string("--seq_len %lld: %s is for up to %lld positions, the others are new to it "
@@ -159,14 +159,16 @@ inline void warn_of_positions(const RunConfig& config, const ModelConfig& stored
     }
 }
 
-// Without --seq_len a checkpoint is evaluated at the length that it was trained at, if its state says. A sample alone,
-// which is made under dense attention, needs no more than its prompt and its tokens on each rank.
+// Without --seq_len a checkpoint is evaluated at the length that it was trained at, if its state says, else at no more
+// positions than it knows. A sample alone, which is made under dense attention, needs no more than its prompt and its
+// tokens on each rank.
 inline void take_length_to_look_at(ParsedFlags& parsed, const ModelConfig& stored) {
     RunConfig& config = parsed.config;
     const std::optional<TrainingState> state = checkpoint::find_state(config.checkpoint);
     const int64_t trained = state ? state->seq_len : 0;
-    if (trained > 0 && !config.resume) {  // which has it among the run's settings
-        config.seq_len = trained;
+    if (!config.resume) {  // which has it among the run's settings
+        const bool knows_fewer = stored.max_positions > 0 && stored.max_positions < config.seq_len;
+        config.seq_len = trained > 0 ? trained : knows_fewer ? stored.max_positions : config.seq_len;
     }
     if (config.asks_for_sample && !config.has_validation_data() && parsed.given.count("attention") == 0) {
         config.attention = AttentionMode::dense;

@@ -51,7 +51,7 @@ __device__ __forceinline__ bf16x8 cross_entropy_gradient(const bf16x8& logits, f
     for (int k = 0; k < 8; ++k) {
         gradients[k] = exp2_approx(__bfloat162float(logits[k]) * LOG2_E - lse_log2) * dloss;
     }
-    // Two packs of a row at most are special: that of the target, and the one in which the padding begins.
+    // Few packs of a row are special: that of the target, and those with padding.
     if (pack == cross_entropy_target_pack(target) || pack * 8 + 8 > V) {
 #pragma unroll
         for (int k = 0; k < 8; ++k) {
@@ -335,8 +335,7 @@ inline void launch_cross_entropy_long_rows(float* losses, bf16* logits, const in
     }
     const int slots = std::min(ceil_div(row_packs, threads), most_bytes / (threads * 16));
     const int shared_bytes = slots * threads * 16;
-    CUDA_CHECK(
-        cudaFuncSetAttribute(cross_entropy_long_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most_bytes));
+    allow_dynamic_shared_bytes(cross_entropy_long_rows_kernel, most_bytes);
     CUDA_CHECK(cudaFuncSetAttribute(cross_entropy_long_rows_kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                     cudaSharedmemCarveoutMaxShared));
     int blocks_per_sm;

@@ -604,7 +604,7 @@ inline void embedding_backward_by_ranges(float* dweight, const bf16* dout, const
     float* const partials = (float*)scratch;
     const int shared_bytes = (int)Tile::shared_bytes(plan.range_rows);
     auto* const kernel = embedding_backward_range_kernel<Tile>;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes));
+    allow_dynamic_shared_bytes(kernel, shared_bytes);
     // No more than the blocks of a wave need: loads in flight take the rest, the L1 cache.
     CUDA_CHECK(cudaFuncSetAttribute(
         kernel, cudaFuncAttributePreferredSharedMemoryCarveout,

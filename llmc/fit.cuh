@@ -36,6 +36,10 @@ inline FreeMemory free_memory(const GpuModelSettings& settings, size_t gpu_bytes
             settings.by_nccl ? NCCL_MEMORY_ESTIMATE : 0};
 }
 
+// What is free is read again when the plan is held against it, with streams and kernels that are there by then: 8 MiB
+// less (H200, CUDA 13.0).
+constexpr size_t DEVICE_MEMORY_DRIFT = (size_t)64 << 20;
+
 // With --offload of the optimizer: how many elements of its state there is room for on the GPU beside all else. They
 // stay there, and need not travel in every step.
 inline int64_t resident_state_that_fits(const ModelConfig& config, GpuModelSettings settings, const FreeMemory& free) {
@@ -43,7 +47,7 @@ inline int64_t resident_state_that_fits(const ModelConfig& config, GpuModelSetti
         return 0;
     }
     settings.resident_state_elements = 0;
-    const size_t needed = planned_memory(config, settings).num_bytes();
+    const size_t needed = planned_memory(config, settings).num_bytes() + DEVICE_MEMORY_DRIFT;
     if (needed >= free.usable_gpu()) {
         return 0;
     }

@@ -457,6 +457,17 @@ inline std::string take_model_shape(ParsedFlags& parsed, const ModelConfig& stor
               "--%s %s contradicts the checkpoint %s, which has %s: leave the model's flags out, its shape is read "
               "from there",
               name.c_str(), ours.c_str(), where.c_str(), theirs.c_str());
+        CHECK(parsed.saved.count(name) == 0,
+              "%s: says %s = %s, and the run's checkpoint %s has %s: a model that is trained keeps its shape",
+              saved_settings_path(parsed.config.output_dir).c_str(), name.c_str(), ours.c_str(), where.c_str(),
+              theirs.c_str());
+    }
+    // What is scaled are the positions that the weights know, unless another number was asked for.
+    RopeScaling& scaling = as_stored.model.rope_scaling;
+    if (scaling.enabled() && !stored.rope_scaling.enabled() && stored.max_positions > 0 &&
+        parsed.given.count("rope_original_max_positions") == 0 &&
+        scaling.original_max_positions == RopeScaling().original_max_positions) {
+        scaling.original_max_positions = stored.max_positions;
     }
     const int64_t max_positions = parsed.given.count("max_positions") > 0
                                       ? parsed.config.model.max_positions

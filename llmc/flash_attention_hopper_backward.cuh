@@ -17,8 +17,8 @@
 //
 // Deterministic calls fix that order: a query tile's sum takes the blocks of keys from the last that it sees to the
 // first, a writer waiting until the one before has said that its part is in memory. Blocks start in that order too:
-// causal, a block then reaches a query tile one tile later than the block of the keys after its own, and waits for
-// nobody once under way. The price: the longest items start last, and the end of the kernel is less even.
+// causal, a block then reaches a query tile a tile (D = 128: two) later than the block of the keys after its own, and
+// waits for nobody once under way. The price: the longest items start last, and the end of the kernel is less even.
 //
 // Products of a query tile, a warpgroup, D = 128 (64 queries) and D = 64 (128 queries):
 //   S^T  = k q^T     m64n64, 8 steps    m64n128, 4    both in shared memory, contraction along the rows' columns

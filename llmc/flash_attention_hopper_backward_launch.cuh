@@ -196,7 +196,7 @@ inline void hopper_launch_backward(const AttentionBackwardOperands& x, const Att
     const HopperBackwardArguments args = hopper_begin_backward<Tile>(x, shape, blocks, key_sums, stream);
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_hopper_backward_kernel<Tile>;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
+    allow_dynamic_shared_bytes(kernel, SHARED_BYTES);
     hopper_launch_kernel(kernel, true, args.num_blocks, Tile::THREADS, SHARED_BYTES, stream, args);
     hopper_finish_backward<Tile>(x, args, shape, stream);
 }

@@ -8,11 +8,12 @@
 // by TMA: a warp loads, a warp stores. Each of the others owns 64 rows, whose scores, softmax and output never leave
 // its registers:
 //   issue S' = q k'^T of the next key tile | issue out += P v of this one | softmax of S' while P v runs | S' becomes P
-// and the consumers take turns in issuing, so one's softmax runs under another's products. Blocks are persistent: each
-// has a fixed list of tiles (TileWalk). Nothing drains between two tiles: k' above is then the first of the next tile,
-// and the finished output leaves through shared memory while the other consumer's products run.
+// and the consumers take turns in issuing, so one's softmax runs under another's products. Blocks are persistent, below
+// FORWARD_DRIFT_KEYS keys: each has a fixed list of tiles (TileWalk). Nothing drains between two tiles: k' above is
+// then the first of the next tile, and the finished output leaves through shared memory while the other consumer's
+// products run.
 //
-// Bound: tensor cores at D = 128 (BLOCK_M x BLOCK_N x 2 D products against half as many clocks of exponentials and 88 %
+// Bound: tensor cores at D = 128 (BLOCK_M x BLOCK_N x 2 D products against half as many clocks of exponentials and 75 %
 // as many of shared memory); tensor cores and exponentials alike at D = 64. From 32K up the chip's power limit lowers
 // the clock, so work that is left out counts twice. 4 Tq Tk D H operations, half of them when causal.
 // Reference: reference/attention.h. Variants: dev/cuda/flash_attention_forward.cu.
@@ -27,7 +28,7 @@
 // The tiles of a block, without communication between blocks. Where there are as many blocks as tiles,
 // each has one, in TileOrder. Persistent blocks: in each group of heads the tiles lie from longest to shortest and are
 // dealt out in rounds of one a block, so that long and short ones add up; the next group starts where the last one
-// ended. Of causal attention with 132 blocks, the most a block has above the mean is 0.1 % from 64K up, 1.3 % at 18K.
+// ended. Of causal attention with 132 blocks, the most a block has above the mean is 0.1 % from 64K up, 1.2 % at 18K.
 struct TileWalk {
     int first_head = 0, round = 0, start = blockIdx.x;
 
@@ -126,8 +127,9 @@ struct HopperForwardTile {
     };
 
     static constexpr bool PING_PONG = CONSUMERS > 1;  // consumers issue products in turn
-    static constexpr bool LAZY = true;        // rescale only when a row's maximum moves by more than a threshold
-    static constexpr bool PERSISTENT = true;  // BLOCKS_PER_SM an SM unless the shape yields; otherwise one a tile
+    static constexpr bool LAZY = true;  // rescale only when a row's maximum moves by more than a threshold
+    // BLOCKS_PER_SM an SM, unless the shape yields or has FORWARD_DRIFT_KEYS keys; otherwise one a tile.
+    static constexpr bool PERSISTENT = true;
 };
 
 struct HopperForwardArguments {
@@ -806,7 +808,7 @@ inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const
     const HopperForwardArguments args = hopper_forward_arguments<Tile>(out, lse, q, k, v, shape);
     const auto kernel = flash_attention_hopper_forward_kernel<Tile>;
     constexpr int num_bytes = (int)sizeof(typename Tile::Shared);
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
+    allow_dynamic_shared_bytes(kernel, num_bytes);
     int num_blocks = args.order.num_tiles * args.order.num_heads;
     if (Tile::PERSISTENT && !shape.yields && shape.Tk < FORWARD_DRIFT_KEYS) {
         num_blocks = std::min(num_blocks, Tile::BLOCKS_PER_SM * gpu_properties().num_sms);

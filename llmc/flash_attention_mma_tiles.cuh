@@ -12,7 +12,6 @@
 template <int COLUMNS>
 struct SwizzledTile {
     static_assert(COLUMNS % 16 == 0, "ldmatrix takes 16 columns at a time");
-    static constexpr int NUM_CHUNKS = COLUMNS / 8;
     static constexpr int ROW_BYTES = 2 * COLUMNS;
     static constexpr int PERMUTED = COLUMNS % 64 == 0 ? 8 : COLUMNS % 32 == 0 ? 4 : 2;  // chunks, in aligned groups
 
@@ -245,7 +244,7 @@ __device__ __forceinline__ void mask_scores(float (&scores)[M_TILES][N_TILES][4]
 template <class Tile, class Arguments>
 inline void mma_launch(void (*kernel)(Arguments), const Arguments& args, int blocks_per_tile, cudaStream_t stream) {
     const int num_bytes = (int)sizeof(typename Tile::Shared);
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
+    allow_dynamic_shared_bytes(kernel, num_bytes);
     kernel<<<args.order.num_tiles * args.order.num_heads * blocks_per_tile, Tile::THREADS, num_bytes, stream>>>(args);
     CUDA_CHECK_LAUNCH();
 }

@@ -4,7 +4,7 @@
 //   input of the down product    dswiglu = dout [M, K] weight [K, F], dgate_up [M, 2F] and swiglu [M, F] of it
 // Which kernels run: on sm_90a one (gemm_hopper.cuh), for the rotation where D is 64 or 128 and rows come in whole
 // groups of 64 positions; elsewhere cuBLASLt (gemm.cuh), then rope.cuh or swiglu.cuh. The choice depends on the
-// GPU and the shape alone. Either way what follows works on the rounded product.
+// GPU, the shape and whether operands are aligned to 16 bytes. Either way what follows works on the rounded product.
 #pragma once
 #include "gemm.cuh"
 #include "gpu_properties.cuh"

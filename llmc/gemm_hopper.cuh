@@ -331,7 +331,7 @@ inline void hopper_launch_gemm(const bf16* in, const bf16* weight, int64_t weigh
     args.condition = condition;
     const auto kernel = gemm_hopper_kernel<Epilogue>;
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
+    allow_dynamic_shared_bytes(kernel, SHARED_BYTES);
     const int most = std::max(1, gpu_properties().num_sms / Tile::CLUSTER);
     const int num_clusters = (int)std::min<int64_t>(num_tiles, most);
     kernel<<<num_clusters * Tile::CLUSTER, Tile::THREADS, SHARED_BYTES, stream>>>(args);

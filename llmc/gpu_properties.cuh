@@ -24,6 +24,8 @@ struct GpuProperties {
     int shared_bytes_per_block() const { return shared_bytes_per_sm - RESERVED_SHARED_BYTES_PER_BLOCK; }
 };
 
+constexpr GpuProperties A100_PROPERTIES{80, 108, 164 * 1024};
+constexpr GpuProperties A10_PROPERTIES{86, 72, 100 * 1024};
 constexpr GpuProperties H100_PROPERTIES{90, 132, 228 * 1024};
 
 // Unset wherever kernels are launched.
@@ -32,10 +34,10 @@ inline std::optional<GpuProperties>& assumed_gpu() {
     return properties;
 }
 
-// No GPU has more, as gpu_properties() says. Tests lower it: with 80 a Hopper runs the kernels of GPUs before it.
-inline int& highest_compute_capability() {
-    static int highest = INT_MAX;
-    return highest;
+// No GPU is said to have more of anything. Tests lower it: a larger GPU then does what a smaller one would.
+inline GpuProperties& most_gpu_properties() {
+    static GpuProperties most{INT_MAX, INT_MAX, INT_MAX};
+    return most;
 }
 
 // Those of every GPU that this process sees, by index; asks the driver and creates no context.
@@ -65,7 +67,16 @@ inline GpuProperties gpu_properties() {
     static const std::vector<GpuProperties> gpus = query_gpus();
     int device;
     CUDA_CHECK(cudaGetDevice(&device));
-    GpuProperties gpu = gpus[device];
-    gpu.compute_capability = std::min(gpu.compute_capability, highest_compute_capability());
-    return gpu;
+    const GpuProperties &gpu = gpus[device], &most = most_gpu_properties();
+    return {std::min(gpu.compute_capability, most.compute_capability), std::min(gpu.num_sms, most.num_sms),
+            std::min(gpu.shared_bytes_per_sm, most.shared_bytes_per_sm)};
+}
+
+// Lets `kernel` have num_bytes of dynamic shared memory a block. Throws Error on a GPU that has less.
+template <class Kernel>
+inline void allow_dynamic_shared_bytes(Kernel* kernel, int num_bytes) {
+    const int most_bytes = gpu_properties().shared_bytes_per_block();
+    CHECK(num_bytes <= most_bytes, "a kernel needs %d bytes of shared memory a block, and this GPU has %d", num_bytes,
+          most_bytes);
+    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
 }

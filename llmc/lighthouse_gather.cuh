@@ -6,7 +6,7 @@
 // num_slots] from lighthouse_select.
 // Cost: memory bound. Forward reads the tokens under selected coarsest entries once, the coarsest means, and writes S
 // rows; backward reads S rows (again from L2) and writes T.
-// Reference: reference/lighthouse.h. Variants: dev/cuda/lighthouse_gather.cu, dev/cuda/lighthouse_scatter.cu.
+// Reference: reference/lighthouse.h. Variants: dev/cuda/lighthouse_gather.cu.
 #pragma once
 #include "lighthouse_rows.cuh"
 #include "rope.cuh"

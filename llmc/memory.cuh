@@ -2,7 +2,8 @@
 // address; it prints as a table, is held against what device and host have free before anything is allocated, and then
 // becomes one allocation a use. Nothing else here calls cudaMalloc, and no device memory is allocated after start-up.
 // (Outside the plan: page-locked places for tokens on their way, 16 bytes a row, and for --comm_transport host what is
-// on its way. NCCL allocates by itself, some of it when ranks first meet in a call of a kind: NCCL_MEMORY_ESTIMATE.)
+// on its way; with copy engines 2 MiB of the GPU for counts, comm_peer.cuh. NCCL allocates by itself, some of it when
+// ranks first meet in a call of a kind: NCCL_MEMORY_ESTIMATE.)
 // Pointers and views never own; the owners (device and pinned memory, stream, event) are below.
 #pragma once
 #include <array>

@@ -1,5 +1,5 @@
 // ptx.cuh: the PTX instructions of sm_80 and up that C++ has no word for, each once, under a name. Those that only
-// Hopper has are in ptx_hopper.cuh. Fragment layouts are in the PTX ISA, "Matrix fragments for mma.m16n8k16"; with g =
+// kernels for Hopper use are in ptx_hopper.cuh. Fragment layouts are in the PTX ISA, "Matrix fragments for mma.m16n8k16"; with g =
 // lane / 4 and t = lane % 4:
 //   A [16 x 16]  a[0] = (g, 2t..2t+1)  a[1] = (g+8, 2t..)  a[2] = (g, 2t+8..)  a[3] = (g+8, 2t+8..)
 //   B [16 x 8]   b0 = (2t..2t+1, g)    b1 = (2t+8.., g)

@@ -1,4 +1,4 @@
-// ptx_hopper.cuh: the PTX instructions that only sm_90a has, each once, under a name: mbarriers, TMA copies and their
+// ptx_hopper.cuh: the PTX instructions that only the kernels for sm_90a use, each once, under a name: mbarriers, TMA copies and their
 // tensor maps, clusters, wgmma, stmatrix, named barriers, setmaxnreg. The PTX ISA 9.7 sections are named beside them.
 //
 // Tiles in shared memory. All operands of wgmma and TMA here use the 128-byte swizzle: a tile of R rows and C columns
@@ -411,13 +411,6 @@ __device__ __forceinline__ void wgmma_pin(float (&registers)[count]) {
 #pragma unroll
     for (int i = 0; i < count; ++i) {
         asm volatile("" : "+f"(registers[i])::"memory");
-    }
-}
-template <int count>
-__device__ __forceinline__ void wgmma_pin(uint32_t (&registers)[count]) {
-#pragma unroll
-    for (int i = 0; i < count; ++i) {
-        asm volatile("" : "+r"(registers[i])::"memory");
     }
 }
 

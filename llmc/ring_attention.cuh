@@ -135,8 +135,8 @@ void ring_add(const RingSum& sum, HeadView<Part> parts, int64_t part_stride, int
 // ---- ring or gather ----------------------------------------------------------------------------
 // All that the ring can hide of a step is the shorter of its computation and its transfer; when that is less than what
 // a step costs to start (launches, the merge, the hand-shake of two ranks), gathering is quicker. As a rule the
-// computation decides: with H = Hkv = 8 and D = 128 it takes that long from n = 1105 on, the transfer from 366 on at
-// NCCL's rate, the one below, and from 732 on at that of copy engines. (Lighthouse attention at T = 98304 on two H200,
+// computation decides: with H = Hkv = 8 and D = 128 it takes that long from n = 1105 on, the transfer from 367 on at
+// NCCL's rate, the one below, and from 733 on at that of copy engines. (Lighthouse attention at T = 98304 on two H200,
 // far above it: 453 ms by the ring, 462 gathering.)
 constexpr double RING_STEP_SECONDS = 20e-6;
 constexpr double RING_FLOPS = 500e12;        // of flash attention on one GPU

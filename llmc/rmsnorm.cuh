@@ -486,7 +486,7 @@ inline void rmsnorm_backward(bf16* dx, float* dweight, bf16* norm_out, const bf1
                        : plan.packs == 2 ? rmsnorm_backward_kernel<2>
                        : plan.packs == 3 ? rmsnorm_backward_kernel<3>
                                          : rmsnorm_backward_kernel<RMSNORM_BACKWARD_PACKS>;
-        CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)plan.ring_bytes));
+        allow_dynamic_shared_bytes(kernel, (int)plan.ring_bytes);
         // The kernel has no use for an L1 cache; by itself the driver may leave it room that the last block needs.
         CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout,
                                         cudaSharedmemCarveoutMaxShared));

@@ -6,8 +6,9 @@
 // for each (position, frequency) of its rows and shares them among the heads. The angle is reduced in double precision,
 // in turns, so that it is exact at 10^6 positions. Reference: reference/rope.h. Variants: dev/cuda/rope_forward.cu.
 //
-// Kernels that write rows which then turn turn them themselves where they can, and spare this pass: the backward of
-// attention (flash_attention.cuh) and of Lighthouse's gather (lighthouse_gather.cuh). What they share stands here too.
+// Kernels that write rows which then turn turn them themselves where they can, and spare this pass: the qkv product
+// (fused_gemm.cuh), the backward of attention (flash_attention.cuh) and that of Lighthouse's gather
+// (lighthouse_gather.cuh). What they share stands here too.
 #pragma once
 #include <algorithm>
 

@@ -137,10 +137,10 @@ class RunFolder {
     bool is_lost() const { return lock_ && !lock_->holds(config_.output_dir); }
 
     // Before a checkpoint is written into it, at `step`. A lost folder is made again and locked like the first, unless
-    // it is another run's by now, whose checkpoints must not be pruned; and it gets again what --resume needs, as does
-    // one that lacks its settings or the lock's file alone.
+    // it is another run's by now, whose checkpoints must not be pruned; and it gets again what belongs there, as does
+    // one that lacks a single file.
     void hold(int64_t step) {
-        const std::string &folder = config_.output_dir, settings = saved_settings_path(folder);
+        const std::string& folder = config_.output_dir;
         if (is_lost()) {
             const bool is_same = lock_->is_of(folder);  // without the lock's file
             make_folder();
@@ -151,18 +151,25 @@ class RunFolder {
                   "checkpoint has no place",
                   folder.c_str());
         }
-        std::error_code error;
-        if (!metrics_ || std::filesystem::exists(settings, error) || error) {
+        if (!metrics_) {
             return;
         }
-        if (checkpoint::exists(metrics_path(folder))) {
+        const std::string settings = saved_settings_path(folder), metrics = metrics_path(folder);
+        const bool has_settings = checkpoint::exists(settings), has_metrics = checkpoint::exists(metrics);
+        if (!has_settings && !has_metrics) {
+            print_warning(config_.program, "--output_dir " + folder +
+                                               " has been removed or moved: it is made again, and metrics.jsonl "
+                                               "begins anew");
+        } else if (!has_settings) {
             print_warning(config_.program, settings + " has been removed: it is made again");
+        } else if (!has_metrics) {
+            print_warning(config_.program, metrics + " has been removed: it begins anew");
+        }
+        if (!has_settings) {
             write_settings();
-        } else {
-            print_warning(config_.program, format_string("--output_dir %s has been removed or moved: it is made again, "
-                                                         "and metrics.jsonl begins anew",
-                                                         folder.c_str()));
-            begin_files(step);
+        }
+        if (!has_metrics) {
+            metrics_.emplace(metrics, step);
         }
     }
 

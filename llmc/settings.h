@@ -52,7 +52,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     };
 
     group = "Model (with --init_from and --resume the shape comes from the checkpoint)";
-    add_unsaved("model", c.model_preset, "shape by name; the flags below change single fields of it",
+    add_unsaved("model", c.model_preset, "shape by name, instead of a --config file's; the flags below change parts",
                 "tiny|lighthouse-530m|llama3.2-1b|llama3-8b");
     add("vocab_size", c.model.vocab_size, "tokens in the vocabulary; 258: bytes, begin and end markers");
     add("num_layers", c.model.num_layers, "decoder blocks");
@@ -67,7 +67,7 @@ inline std::vector<Setting> list_settings(RunConfig& c) {
     add("rope_low_freq_factor", c.model.rope_scaling.low_freq_factor, "of Llama-3 frequency scaling");
     add("rope_high_freq_factor", c.model.rope_scaling.high_freq_factor, "of Llama-3 frequency scaling");
     add("rope_original_max_positions", c.model.rope_scaling.original_max_positions,
-        "of Llama-3 frequency scaling, tokens");
+        "of that scaling, tokens; default of a checkpoint without it: its positions");
     add("norm_eps", c.model.norm_eps, "added to the mean square in RMSNorm");
     add("init_std", c.model.init_std, "standard deviation of initial matrices");
     add("max_positions", c.model.max_positions, "written to config.json, tokens; 0: --seq_len");

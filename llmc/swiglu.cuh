@@ -1,7 +1,7 @@
 // swiglu.cuh: the feed-forward gate, out = gate * s * up with s = 1 / (1 + exp(-gate)).
 //   dgate = dout * up * s * (1 + gate * (1 - s)),   dup = dout * gate * s
 // Shapes: gate_up [rows, 2F], gate in columns [0, F), up in [F, 2F); out [rows, F]; rows = B * T; F a multiple of 8.
-// Cost: memory bound; forward moves 3F elements a row, backward 6F.
+// Cost: memory bound; forward moves 3F elements a row, backward 5F, 6F with the output.
 // Reference: reference/swiglu.h. Variants: dev/cuda/swiglu_forward.cu, dev/cuda/swiglu_backward.cu.
 #pragma once
 #include "cuda_common.cuh"

@@ -17,6 +17,7 @@
 #include "checkpoint.h"       // folders of weights, optimizer and training state
 #include "config.h"           // every setting
 #include "configure_run.h"    // settings from the command line
+#include "durable_file.h"     // a hash
 #include "influence.h"        // of later tokens on earlier losses
 #include "metrics.h"          // terminal, and what is logged
 #include "mfu.h"              // FLOPs and peaks

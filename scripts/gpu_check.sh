@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What needs one GPU, in one command, but for several ranks, which dev/test/e2e_ranks.sh trains: the whole model
-# against the CPU reference (test_gpt; on a Hopper also with the kernels of GPUs before it), the trainer against the
+# against the CPU reference (test_gpt; on a Hopper also as on GPUs before it), the trainer against the
 # CPU's on random models (dev/test/random_runs.py), from end to end and on bad input, every kernel variant of dev/cuda
 # against its reference, and compute-sanitizer (memcheck, racecheck, initcheck) on small sizes. Programs run side by
 # side, on all GPUs. Ends with 'N passed, N failed', and ', N left' where it was ended early, and records GPU, date,
@@ -163,7 +163,7 @@ for part in $parts; do
         wait # it looks at what the whole GPU has free
         start_check test_gpt 500 "$test_gpt"
         if [[ " $(scripts/gpu_capabilities.sh | tr '\n' ' ') " == *' 9.0 '* ]]; then
-            start_check test_gpt_before_hopper 500 "$test_gpt" --before_hopper
+            for gpu in a100 a10; do start_check "test_gpt_as_$gpu" 500 "$test_gpt" --as $gpu; done
         fi
         random_runs=(python3 dev/test/random_runs.py --gpu "${BIN:-./}train_gpt" --cpu "${BIN:-./}train_gpt_cpu" --jobs 4)
         start_check random_runs 600 "${random_runs[@]}" --runs 24

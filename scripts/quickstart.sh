@@ -39,5 +39,5 @@ fi
 
 output=runs/quickstart-$(date +%Y%m%d-%H%M%S)
 echo "== training, in $PWD, where the paths and commands below are right"
-"./$trainer" --model tiny "${data[@]}" --output_dir "$output" --eval_every 100 --eval_batches 16 \
+"./$trainer" "${data[@]}" --output_dir "$output" --eval_every 100 --eval_batches 16 \
     --sample_prompt '#include <' --sample_tokens 200 "${settings[@]}" "$@"

@@ -249,7 +249,7 @@ static void launch_kernel7(const AttentionBackwardOperands& x, const AttentionSh
     CUDA_CHECK(cudaMemsetAsync(args.dq_accumulator, 0, num_tiles * Tile::BLOCK_M * D * sizeof(float), stream));
     constexpr int SHARED_BYTES = sizeof(typename Tile::Shared);
     const auto kernel = flash_attention_backward_kernel7<Tile>;
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, SHARED_BYTES));
+    allow_dynamic_shared_bytes(kernel, SHARED_BYTES);
     kernel<<<args.num_blocks, Tile::CONSUMERS * WARPGROUP_SIZE, SHARED_BYTES, stream>>>(args);
     CUDA_CHECK_LAUNCH();
     hopper_finish_backward<Tile>(x, args, shape, stream);

@@ -151,7 +151,7 @@ static void launch_forward7(HeadView<bf16> out, float* lse, HeadView<const bf16>
     const HopperForwardArguments args = hopper_forward_arguments<Tile>(out, lse, q, k, v, shape);
     const auto kernel = flash_attention_forward_kernel7<Tile>;
     constexpr int num_bytes = (int)sizeof(typename Tile::Shared);
-    CUDA_CHECK(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_bytes));
+    allow_dynamic_shared_bytes(kernel, num_bytes);
     kernel<<<args.order.num_tiles * args.order.num_heads, WARPGROUP_SIZE * Tile::CONSUMERS, num_bytes, stream>>>(args);
     CUDA_CHECK_LAUNCH();
 }

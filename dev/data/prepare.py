@@ -50,7 +50,13 @@ def documents(arguments):
         load_dataset = package("datasets", "--dataset").load_dataset
         name, _, config = arguments.dataset.partition(":")
         for row in load_dataset(name, config or None, split="train", streaming=True):
-            yield row[arguments.column]
+            if arguments.column not in row:
+                sys.exit(f"--column {arguments.column}: {arguments.dataset} has the columns {', '.join(row)}")
+            text = row[arguments.column]
+            if not isinstance(text, (str, type(None))):
+                sys.exit(f"--column {arguments.column}: of {arguments.dataset} holds no text")
+            if text:
+                yield text
 
 
 def write_whole(path, parts):

@@ -33,7 +33,7 @@ TEST_F(ConfigureRun, ACheckpointIsLookedAtAtTheLengthItWasTrainedAt) {
     EXPECT_EQ(resolved(shorter).seq_len, 8);
     std::filesystem::remove(folder + "/manifest.json");
     std::filesystem::remove(folder + "/state.json");
-    EXPECT_EQ(resolved(evaluation).seq_len, RunConfig().seq_len) << "nothing says";
+    EXPECT_EQ(resolved(evaluation).seq_len, 16) << "config.json says how many positions it knows";
 }
 
 TEST_F(ConfigureRun, ASampleNeedsNoMoreThanItsPromptAndItsTokens) {
@@ -67,6 +67,11 @@ TEST_F(ConfigureRun, PositionsThatAreNewToAModelAreSaid) {
     EXPECT_EQ(err_, "");
     EXPECT_EQ(with({"32"}).model.max_positions, 32);
     EXPECT_NE(err_.find("--seq_len 32: " + folder + " is for up to 16 positions"), std::string::npos) << err_;
+    resolved({"--init_from", folder, "--max_steps", "0", "--val_data", config_.train_data[0], "--seq_len", "32"});
+    EXPECT_NE(err_.find("--seq_len 32: " + folder + " is for up to 16 positions"), std::string::npos) << "to evaluate";
+    std::filesystem::remove(folder + "/state.json");
+    EXPECT_EQ(resolved({"--init_from", folder, "--max_steps", "0", "--val_data", config_.train_data[0]}).seq_len, 16)
+        << "no more than it knows";
     EXPECT_EQ(with({"32", "--rope_theta", "80000"}).model.rope_theta, 8e4);
     EXPECT_NE(err_.find("--rope_theta 80000 (10000): not as in " + folder), std::string::npos) << err_;
     EXPECT_EQ(std::count(err_.begin(), err_.end(), '\n'), 1) << err_;

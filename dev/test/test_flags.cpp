@@ -576,6 +576,22 @@ TEST(Flags, ModelShapeComesFromTheCheckpoint) {
     }
 }
 
+TEST(Flags, SavedSettingsThatSomeoneHasGivenAnotherShapeAreRefused) {
+    const TemporaryFolder folder;
+    RunConfig edited = parse_line({"--train_data", "x"}).config;
+    edited.model.width = 256;
+    folder.write("settings.toml", settings_toml(edited));
+    ParsedFlags parsed = parse_line({"--resume", "--output_dir", folder.path.c_str()});
+    try {
+        take_model_shape(parsed, model_preset("tiny"), "step1");
+        FAIL() << "accepted";
+    } catch (const Error& error) {
+        EXPECT_NE(std::string(error.what()).find("settings.toml: says width = 256, and the run's checkpoint step1 has"),
+                  std::string::npos)
+            << error.what();
+    }
+}
+
 TEST(Flags, PositionsOfACheckpointMayBeRotatedOtherwise) {
     ModelConfig stored = model_preset("tiny");
     stored.rope_theta = 5e5;
@@ -594,6 +610,29 @@ TEST(Flags, PositionsOfACheckpointMayBeRotatedOtherwise) {
         EXPECT_EQ(parsed.config.model.rope_theta, 1e6);
         EXPECT_EQ(parsed.config.model.rope_scaling.factor, 4.0);
     }
+    stored.max_positions = 64;
+    for (const char* original : {"", "96"}) {
+        std::vector<const char*> words = {"--train_data", "x", "--rope_scaling_factor", "4"};
+        if (*original != 0) {
+            words.insert(words.end(), {"--rope_original_max_positions", original});
+        }
+        parsed = parse_line(words);
+        take_model_shape(parsed, stored, "hf");
+        EXPECT_EQ(parsed.config.model.rope_scaling.original_max_positions, *original == 0 ? 64 : 96);
+    }
+    // A run that was trained without: its settings have the default.
+    ParsedFlags saved = parse_line({"--train_data", "x"});
+    folder.write("settings.toml", settings_toml(saved.config));
+    parsed = parse_line({"--resume", "--output_dir", folder.path.c_str(), "--rope_scaling_factor", "4"});
+    take_model_shape(parsed, stored, "hf");
+    EXPECT_EQ(parsed.config.model.rope_scaling.original_max_positions, 64);
+    // And one with: what it has stays.
+    stored.rope_scaling.factor = 2.0, stored.rope_scaling.original_max_positions = 32;
+    parsed = parse_line({"--train_data", "x", "--rope_scaling_factor", "4"});
+    take_model_shape(parsed, stored, "hf");
+    EXPECT_EQ(parsed.config.model.rope_scaling.original_max_positions, 32);
+    stored.rope_scaling = RopeScaling();
+
     const auto factors = [&](double factor) {
         stored.rope_scaling.factor = factor;
         parsed = parse_line({"--train_data", "x", "--init_from", "hf", "--rope_low_freq_factor", "2"});

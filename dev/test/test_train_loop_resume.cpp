@@ -488,6 +488,16 @@ TEST_F(TrainLoop, FilesThatAKilledRunWasWritingAreInNobodysWay) {
     EXPECT_EQ(losses().size(), 10u);
 }
 
+TEST_F(TrainLoop, MetricsThatAreRemovedBeginAnew) {
+    FakeModel model(config_.model);
+    config_.checkpoint_every = 4;
+    model.on_update = [&](int n) { n == 3 ? std::filesystem::remove(config_.output_dir + "/metrics.jsonl") : false; };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_NE(err_.find("/metrics.jsonl has been removed: it begins anew"), std::string::npos) << err_;
+    EXPECT_EQ(losses().size(), (size_t)config_.max_steps - 4) << "those after the checkpoint";
+    EXPECT_EQ(events("checkpoint").size(), 2u);
+}
+
 TEST_F(TrainLoop, SettingsThatAreRemovedAreMadeAgain) {
     FakeModel model(config_.model);
     model.on_update = [&](int n) { n == 3 ? std::filesystem::remove(saved_settings_path(config_.output_dir)) : false; };
