@@ -28,6 +28,9 @@ NCCL_LIB_FOLDERS := $(wildcard $(addprefix $(dir $(HAVE_NCCL))../,lib lib64))
 NCCL_FLAGS := $(if $(HAVE_NCCL),-DLLMC_NCCL -I$(dir $(HAVE_NCCL)))
 NCCL_LIBS := $(if $(HAVE_NCCL),$(addprefix -L,$(NCCL_LIB_FOLDERS)) $(addprefix -Xlinker -rpath=,$(NCCL_LIB_FOLDERS)) -lnccl)
 
+# What ptxas reports; with -v also registers, and where it serialises products that should overlap (C75..).
+PTXAS ?= -warn-spills
+
 # ---- flags -----------------------------------------------------------------------------------------------------------
 OPTIMIZE  := $(if $(DEBUG),-O1 -g -DLLMC_DEBUG,-O3)
 # fp-contract is left on: fused multiply-adds; no -ffast-math: NaN checks and the reference's arithmetic depend on it.
@@ -40,7 +43,7 @@ GENCODE   += $(if $(filter 80,$(ARCH)),-gencode arch=compute_80$(comma)code=comp
 # STRICT concerns the C++ front ends: a spilled register, which ptxas reports, costs speed alone and stays a warning.
 NVCCFLAGS := -std=c++17 $(if $(DEBUG),-O1 -DLLMC_DEBUG,-O3) -lineinfo -I. $(GENCODE) $(if $(filter 90a,$(ARCH)),-DLLMC_HOPPER) \
              -Xcompiler -fopenmp,-Wall,-Wextra,-march=$(HOST_ARCH) $(if $(STRICT),-Xcompiler -Werror -Xcudafe --promote_warnings) \
-             -Xptxas -warn-spills -MMD -MP
+             -Xptxas $(PTXAS) -MMD -MP
 # In recipes: an empty command would begin with a flag's minus, by which make ignores that it fails.
 CUDA_COMPILER = $(or $(NVCC),$(error no nvcc: install the CUDA toolkit, or name its compiler with make NVCC=PATH))
 CUDALIBS  := -lcublasLt

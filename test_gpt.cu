@@ -523,35 +523,47 @@ static void test_memory(Checks& checks) {
     }
 }
 
-// AdamW's state on the host as far as the GPU has no room for it, on a GPU that another has filled: the plan made for
-// what is free before anything is loaded still fits when the model holds it against what is free then.
-static void test_resident_state(Checks& checks) {
-    Case c{"eight blocks, 1024 wide", model_config(32000, 8, 1024, 8, 8, 128, 1536, false), 1, 1024};
-    GpuModelSettings settings = c.settings(Recompute::none, false, Offload::optimizer);
-    settings.optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;
+// On a GPU that another has filled but for a little, what was planned for what is free before anything is loaded still
+// fits when the model holds its plan against what is free then: as much of AdamW's state on the GPU as there is room
+// for, and the longest sequence that --fit prints.
+static void test_full_gpu(Checks& checks) {
     size_t at_start, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&at_start, &total_bytes));
-    const size_t others = planned_memory(c.config, settings).num_bytes();
-    const int64_t num_elements = make_parameter_layout(make_parameter_table(c.config), 1).state_elements();
+    Case c{"eight blocks, 1024 wide", model_config(32000, 8, 1024, 8, 8, 128, 1536, false), 1, 1024};
+    GpuModelSettings offloading = c.settings(Recompute::none, false, Offload::optimizer);
+    offloading.optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;
+    const size_t others = planned_memory(c.config, offloading).num_bytes();
+    const int64_t num_elements = make_parameter_layout(make_parameter_table(c.config)).state_elements();
     const size_t half_of_state = 3 * sizeof(float) * num_elements / 2;
     const size_t left = DEVICE_MEMORY_RESERVE + others + half_of_state;
     CHECK(at_start > left, "%zu bytes of GPU memory are free, and this test needs %zu", at_start, left);
     constexpr size_t page = (size_t)2 << 20;  // that cudaMalloc takes at least
-    const size_t taken = (at_start - left) / page * page;
-    const DeviceMemory another(taken);
-    settings.resident_state_elements =
-        resident_state_that_fits(c.config, settings, free_memory(settings, at_start - taken));
-    const double share = (double)settings.resident_state_elements / (double)num_elements;
-    std::string message = "it fits";
-    try {
-        GpuModel model(c.config, settings);
-        accumulate(model, c, random_batches(c, checks.seed));
-        model.update(adamw_settings(1));
-    } catch (const Error& error) {
-        message = error.what();
-    }
-    checks.expect(message == "it fits" && share > 0.4 && share < 0.51, "state on a GPU that is nearly full", c.name,
-                  format_string("%.1f %% of it on the GPU: %s", 100.0 * share, message.c_str()));
+    const DeviceMemory another((at_start - left) / page * page);
+    const size_t free_at_start = at_start - (at_start - left) / page * page;
+
+    const auto trains = [&](const char* what, const Case& longer, GpuModelSettings settings, const std::string& how) {
+        settings.free_at_start = free_at_start;
+        std::string message = "it fits";
+        try {
+            GpuModel model(longer.config, settings);
+            accumulate(model, longer, random_batches(longer, checks.seed));
+            model.update(adamw_settings(1));
+        } catch (const Error& error) {
+            message = error.what();
+        }
+        checks.expect(message == "it fits", what, longer.name, how + ": " + message);
+    };
+    offloading.resident_state_elements =
+        resident_state_that_fits(c.config, offloading, free_memory(offloading, free_at_start));
+    const double share = (double)offloading.resident_state_elements / (double)num_elements;
+    checks.expect(share > 0.49 && share < 0.51, "share of the state on a full GPU", c.name,
+                  format_string("%.3f, where there is room for half", share));
+    trains("state on a full GPU", c, offloading, format_string("%.1f %% of it there", 100.0 * share));
+
+    const GpuModelSettings block = c.settings(Recompute::block, false);
+    c.T = longest_seq_len(c.config, block, free_memory(block, free_at_start));
+    checks.expect(c.T >= 1024, "longest sequence on a full GPU", c.name, std::to_string(c.T));
+    trains("the longest sequence that fits", c, c.settings(Recompute::block, false), std::to_string(c.T) + " tokens");
 }
 
 static void run_tests(Checks& checks, bool small) {
@@ -611,7 +623,7 @@ int main(int argc, char** argv) {
         const GpuDevice device = open_device(0);
         std::printf("test_gpt on %s\n", device.name.c_str());
         if (memory) {
-            test_resident_state(checks);  // first: nothing is loaded yet
+            test_full_gpu(checks);  // first: nothing is loaded yet
             test_memory(checks);
         } else {
             run_tests(checks, small);

@@ -12,7 +12,11 @@
 
 // --print_memory: the plan, and what else would fit; also of a run that does not. --fit: what would fit.
 static void print_memory(const RunConfig& config, const GpuModelSettings& settings, const FreeMemory& free) {
-    const std::string plan = config.print_memory ? largest_planned_memory(config.model, settings).table() : "";
+    std::string plan = config.print_memory ? largest_planned_memory(config.model, settings).table() : "";
+    if (config.print_memory && settings.by_nccl) {
+        plan += format_string("beside the plan NCCL takes about %.2f GiB of the GPU\n",
+                              NCCL_MEMORY_ESTIMATE / BYTES_PER_GIB);
+    }
     std::printf("%s%s", plan.c_str(), fit_table(config.model, settings, free).c_str());
     std::fflush(stdout);
 }
@@ -78,6 +82,7 @@ static int train(int argc, char** argv) {
         return 0;
     }
     const GpuDevice gpu = open_device(alone ? config.device : choose_device(*host));
+    settings.free_at_start = gpu.free_bytes;
     const FreeMemory free = free_memory(settings, gpu.free_bytes);
     settings.resident_state_elements = resident_state_that_fits(config.model, settings, free);
     if (config.print_memory && ranks.is_first()) {

@@ -36,9 +36,13 @@ inline FreeMemory free_memory(const GpuModelSettings& settings, size_t gpu_bytes
             settings.by_nccl ? NCCL_MEMORY_ESTIMATE : 0};
 }
 
-// What is free is read again when the plan is held against it, with streams and kernels that are there by then: 8 MiB
-// less (H200, CUDA 13.0).
-constexpr size_t DEVICE_MEMORY_DRIFT = (size_t)64 << 20;
+// What counts as free of the GPU where free_bytes are by now: what streams, kernels and communicators have taken since
+// it was opened is what memory is kept free for, so it counts still, as far as that goes. What has been planned or
+// printed (--fit) for the GPU as it was opened fits therefore.
+inline size_t counted_as_free(const GpuModelSettings& settings, size_t free_bytes) {
+    const size_t kept = DEVICE_MEMORY_RESERVE + (settings.by_nccl ? NCCL_MEMORY_ESTIMATE : 0);
+    return std::clamp(settings.free_at_start, free_bytes, free_bytes + kept);
+}
 
 // With --offload of the optimizer: how many elements of its state there is room for on the GPU beside all else. They
 // stay there, and need not travel in every step.
@@ -47,7 +51,7 @@ inline int64_t resident_state_that_fits(const ModelConfig& config, GpuModelSetti
         return 0;
     }
     settings.resident_state_elements = 0;
-    const size_t needed = planned_memory(config, settings).num_bytes() + DEVICE_MEMORY_DRIFT;
+    const size_t needed = planned_memory(config, settings).num_bytes();
     if (needed >= free.usable_gpu()) {
         return 0;
     }
@@ -193,7 +197,9 @@ inline void check_fits(const MemoryPlan& plan, const FreeMemory& free, const Mod
     GpuModelSettings other = settings;
     suggest_modes(other);
     while (advice.empty() && other.max_batch_size > 1) {
-        other.max_batch_size /= 2;
+        do {  // divisors: --global_batch is a multiple of them too
+            --other.max_batch_size;
+        } while (settings.max_batch_size % other.max_batch_size != 0);
         suggest_modes(other);
     }
     const LegalLengths legal = legal_lengths(settings);

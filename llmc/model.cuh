@@ -200,7 +200,7 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     plan_buffers(plan_, buffers_, config_, layout_, settings_);
     size_t free_bytes, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
-    check_fits(plan_, free_memory(settings_, free_bytes), config_, settings_);
+    check_fits(plan_, free_memory(settings_, counted_as_free(settings_, free_bytes)), config_, settings_);
     plan_.allocate();
     if (settings.peer_copies) {
         DeviceRange landing;

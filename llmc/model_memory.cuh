@@ -52,6 +52,7 @@ struct GpuModelSettings {
     bool peer_copies = false;  // large transfers go into memory that GPUs of a host share
     // Bytes of GPU and host that this rank may use, of what is free; 0: all. Ranks of one host divide what it has.
     size_t gpu_memory = 0, host_memory = 0;
+    size_t free_at_start = 0;  // of the GPU, when it was opened (counted_as_free); 0: it was not looked at
     int ranks_on_host = 1;
     std::map<std::string, int> in_memory_groups;  // of these ranks, those that share a limit (available_host_bytes)
 

@@ -120,8 +120,15 @@ elif [[ $(make -s found) == *'no nvcc'* ]]; then
     skip cuda "no nvcc here"
 else
     # For this machine's GPU or, without one, sm_80 and sm_90a.
-    check build_cuda_trainer make -s -j"$(nproc)" train_gpt test_gpt
+    check build_cuda_trainer bash -o pipefail -c "make -s -j$(nproc) PTXAS=-warn-spills,-v train_gpt test_gpt 2>&1 |
+        tee '$log/ptxas' | sed '/^ptxas info/d; /bytes stack frame/d'"
     check build_cuda_dev make -s -j"$(nproc)" dev
+    # Where ptxas serialises a warpgroup's products (C7510 and its like), a kernel is right, and half as fast.
+    if grep -q 'Used [0-9]* registers' "$log/ptxas"; then
+        check no_serialised_products bash -c "! grep C75 '$log/ptxas'"
+    else
+        skip no_serialised_products "train_gpt was built before"
+    fi
     if ! command -v "$python" >/dev/null; then
         skip divergent_collectives "no $python here (PYTHON=... names another)"
     elif cuobjdump=$(PYTHON=$python scripts/install_dependencies.sh cuobjdump); then

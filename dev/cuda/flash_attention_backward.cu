@@ -478,11 +478,11 @@ static void check_repeats(Harness& h, const std::string& label, DeviceBuffer<bf1
 
 // positions: of the rows of q and k, where dq and dk are turned back; else nullptr.
 static void check_case(Harness& h, const Variant<Launcher>& variant, const PreparedCase& c,
-                       const RopePositions* positions) {
+                       const RopePositions* positions, const char* more = "") {
     const AttentionShape& s = c.shape();
     const ModelConfig config = rope_config(s.H, s.Hkv, s.D);
     RopeRotation rotation;
-    std::string label = c.attention_case.label();
+    std::string label = c.attention_case.label() + more;
     if (positions != nullptr) {
         rotation = {make_rope_frequencies(config), *positions};
         label += " turned back " + positions_label(*positions);
@@ -581,6 +581,10 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         }
         if (!variant.launch.turns_back) {
             check_case(h, variant, c, nullptr);
+            if ((variant.number >= 20 || (variant.launch.only_hopper && !h.small)) && FewMultiprocessors::concern(s)) {
+                const FewMultiprocessors few;
+                check_case(h, variant, c, nullptr, few.LABEL);
+            }
             continue;
         }
         for (const RopePositions& positions : backward_positions(s.Tq)) {

@@ -64,6 +64,20 @@ inline std::vector<AttentionCase> attention_cases() {
     return cases;
 }
 
+// While it lives, launchers see a GPU of 3 multiprocessors: blocks that stay take many tiles each, of several groups of
+// heads, of cases small enough to be checked as a whole.
+struct FewMultiprocessors {
+    static constexpr int NUM = 3;
+    FewMultiprocessors() { most_gpu_properties().num_sms = NUM; }
+    ~FewMultiprocessors() { most_gpu_properties().num_sms = INT_MAX; }
+    FewMultiprocessors(const FewMultiprocessors&) = delete;
+    FewMultiprocessors& operator=(const FewMultiprocessors&) = delete;
+
+    static constexpr const char* LABEL = ", 3 multiprocessors";
+    // Whether a case has more tiles of 192 rows than that.
+    static bool concern(const AttentionShape& s) { return s.B * s.H * ceil_div<int64_t>(s.Tq, 192) > NUM; }
+};
+
 // Views of [B, T, H + 2 Hkv, D] packed rows: operands as the fused projection leaves them. T: max(Tq, Tk).
 struct PackedViews {
     HeadView<bf16> q, k, v;

@@ -238,34 +238,44 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {20, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, {}, 524288}},
 };
 
+static void check_case(Harness& h, const Variant<Launcher>& variant, const PreparedCase& c, const std::string& label) {
+    const AttentionShape& s = c.shape();
+    DeviceBuffer<bf16> out(padded_elements(s));
+    DeviceBuffer<float> lse((int64_t)s.B * s.H * s.Tq);
+    const PackedViews in = c.operands();
+    auto launch = [&] { variant.launch.launch(padded_view(out, s), lse, in.q, in.k, in.v, s, h.stream); };
+    launch();
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    const std::vector<bf16> buffer = out.download();
+    std::vector<char> read(buffer.size(), 0);
+    const std::vector<bf16> values = read_view(buffer, out, padded_view(out, s), s.B, s.Tq, s.H, s.D, &read);
+    const double floor = root_mean_square(c.exact.out);
+    h.compare("out", label, values, c.exact.out, c.limit(c.exact.out, c.rounded.out, floor), {s.B, s.Tq, s.H, s.D},
+              floor);
+    if (!out.guards_intact() || !rest_untouched(buffer, read)) {
+        h.expect(false, "out", label, "stray write");
+    }
+    // float32: a few roundings of the largest score and of the sum.
+    h.compare("lse", label, lse, c.exact.lse, 0x1p-21 * (4.0 + c.max_score), {s.B, s.H, s.Tq}, 1.0);
+    h.compare_repeats("out", label, out, launch, s.Tk == 1000 ? 50 : 2);
+}
+
+constexpr int FIRST_PERSISTENT = 10;  // variant
+
 static void check(Harness& h, const Variant<Launcher>& variant) {
     if (variant.number == VARIANTS.front().number) {
         check_attention_truth(h);
     }
+    const bool ships = variant.number == VARIANTS.back().number;
     for (const PreparedCase& c : prepared_cases(h)) {
-        const AttentionShape& s = c.shape();
-        if (!variant.launch.runs(s)) {
+        if (!variant.launch.runs(c.shape())) {
             continue;
         }
-        const std::string label = c.attention_case.label();
-        DeviceBuffer<bf16> out(padded_elements(s));
-        DeviceBuffer<float> lse((int64_t)s.B * s.H * s.Tq);
-        const PackedViews in = c.operands();
-        auto launch = [&] { variant.launch.launch(padded_view(out, s), lse, in.q, in.k, in.v, s, h.stream); };
-        launch();
-        CUDA_CHECK(cudaStreamSynchronize(h.stream));
-        const std::vector<bf16> buffer = out.download();
-        std::vector<char> read(buffer.size(), 0);
-        const std::vector<bf16> values = read_view(buffer, out, padded_view(out, s), s.B, s.Tq, s.H, s.D, &read);
-        const double floor = root_mean_square(c.exact.out);
-        h.compare("out", label, values, c.exact.out, c.limit(c.exact.out, c.rounded.out, floor), {s.B, s.Tq, s.H, s.D},
-                  floor);
-        if (!out.guards_intact() || !rest_untouched(buffer, read)) {
-            h.expect(false, "out", label, "stray write");
+        check_case(h, variant, c, c.attention_case.label());
+        if ((ships || (variant.number >= FIRST_PERSISTENT && !h.small)) && FewMultiprocessors::concern(c.shape())) {
+            const FewMultiprocessors few;
+            check_case(h, variant, c, c.attention_case.label() + few.LABEL);
         }
-        // float32: a few roundings of the largest score and of the sum.
-        h.compare("lse", label, lse, c.exact.lse, 0x1p-21 * (4.0 + c.max_score), {s.B, s.H, s.Tq}, 1.0);
-        h.compare_repeats("out", label, out, launch, s.Tk == 1000 ? 50 : 2);
     }
 }
 

@@ -154,6 +154,44 @@ static void check_against_host(Harness& h, const std::string& label, const std::
     h.compare(name, label, actual, exact, 2.0 * std::max(plain_error, unit_roundoff<bf16>()), {}, floor);
 }
 
+// Launch of both: a thread an element, flat grid. Bound: bandwidth.
+__global__ void fill_kernel(bf16* data, int64_t num_elements, float value) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    if (i < num_elements) {
+        data[i] = __float2bfloat16(value);
+    }
+}
+// range (=) the least and the largest, of whole numbers; begins as {INT_MAX, INT_MIN}.
+__global__ void range_kernel(int* range, const bf16* data, int64_t num_elements) {
+    const int64_t i = (int64_t)blockIdx.x * blockDim.x + threadIdx.x;
+    const int value = (int)__bfloat162float(data[min(i, num_elements - 1)]);
+    const int least = __reduce_min_sync(FULL_WARP, value), largest = __reduce_max_sync(FULL_WARP, value);
+    if (threadIdx.x % WARP_SIZE == 0) {
+        atomicMin(range, least);
+        atomicMax(range + 1, largest);
+    }
+}
+// No token is left out, and none has more contributors than levels: rows of ones scattered by the layer's selection
+// count them. Overwrites what the layer has saved of attention's output, and its output.
+static void check_contributors(Harness& h, const DeviceLayer& layer, const std::string& label) {
+    const LighthouseShape& shape = layer.shape;
+    const LighthouseSaved saved = layer.saved_parts();
+    const int64_t num_rows = shape.B * shape.geometry.S * shape.H * shape.D;
+    DeviceBuffer<int> range(std::vector<int>{INT_MAX, INT_MIN});
+    CUDA_CHECK(cudaDeviceSynchronize());
+    fill_kernel<<<ceil_div<int64_t>(num_rows, 256), 256, 0, h.stream>>>(saved.out, num_rows, 1.0f);
+    CUDA_CHECK_LAUNCH();
+    lighthouse_scatter(layer.tokens(layer.out), lighthouse_gathered_view<const bf16>(saved.out, shape.H, shape),
+                       saved.positions, shape, h.stream);
+    range_kernel<<<ceil_div<int64_t>(layer.out.size(), 256), 256, 0, h.stream>>>(range, layer.out.data(),
+                                                                                 layer.out.size());
+    CUDA_CHECK_LAUNCH();
+    CUDA_CHECK(cudaStreamSynchronize(h.stream));
+    const std::vector<int> counts = range.download();
+    h.expect(counts[0] >= 1 && counts[1] <= shape.geometry.levels, "contributors", label,
+             format_string("%d to %d of %d levels", counts[0], counts[1], shape.geometry.levels));
+}
+
 static void check_case(Harness& h, const LighthouseCase& c, LighthouseScorer scorer) {
     const LighthouseShape shape = c.shape(scorer);
     const LighthouseGeometry& g = shape.geometry;
@@ -403,6 +441,7 @@ static void check_large(Harness& h, const LighthouseCase& c) {
     // Float32 sums of up to a window's rows, rounded once.
     h.compare("large gathered rows", c.label(), rows_got, rows_expected, unit_roundoff<bf16>() + 1e-4);
     h.compare("large token rows", c.label(), tokens_got, tokens_expected, unit_roundoff<bf16>() + 1e-4);
+    check_contributors(h, layer, c.label());
 }
 
 static void check_golden(Harness& h, const std::string& file) {

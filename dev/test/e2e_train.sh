@@ -329,5 +329,15 @@ expect "the switch of a resumed run is logged" grep -q '"event":"attention_switc
 expect "its settings.toml is read by --config" "$trainer" --config "$work/resumed_dense/settings.toml" --output_dir "$work/again_dense"
 expect "and is the dense run that it says" test "$(grep -c '"event":"step".*"attention":"dense"' "$work/again_dense/metrics.jsonl")" -eq 6
 
+# ---- a sweep of it
+sweep() {
+    env "TRAINER=$trainer" "TRAIN_DATA=$work/corpus.txt" "OUTPUT_DIR=$work/sweep" SEQ_LEN=512 STEPS=3 SWITCH=2 scripts/sweep.sh pool 2,4 \
+        --num_layers 2 --width 64 --num_heads 2 --num_kv_heads 2 --head_dim 32 --ffn_width 128 --lighthouse_levels 2 \
+        --lighthouse_topk 128 --eval_batches 2 >"$work/sweep.out"
+}
+expect "a sweep of two values" sweep
+expect "its table has a row for each, with three losses" \
+    test "$(grep -Ec '^\| [24] \| [0-9]+ \| [0-9]+ \| [0-9]+ \|( [0-9]+\.[0-9]{4} \|){3}$' "$work/sweep/table.md")" -eq 2
+
 [ $failed -eq 0 ] && echo "all passed"
 exit $failed
