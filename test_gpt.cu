@@ -530,40 +530,45 @@ static void test_full_gpu(Checks& checks) {
     size_t at_start, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&at_start, &total_bytes));
     Case c{"eight blocks, 1024 wide", model_config(32000, 8, 1024, 8, 8, 128, 1536, false), 1, 1024};
-    GpuModelSettings offloading = c.settings(Recompute::none, false, Offload::optimizer);
-    offloading.optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;
-    const size_t others = planned_memory(c.config, offloading).num_bytes();
-    const int64_t num_elements = make_parameter_layout(make_parameter_table(c.config)).state_elements();
-    const size_t half_of_state = 3 * sizeof(float) * num_elements / 2;
-    const size_t left = DEVICE_MEMORY_RESERVE + others + half_of_state;
-    CHECK(at_start > left, "%zu bytes of GPU memory are free, and this test needs %zu", at_start, left);
-    constexpr size_t page = (size_t)2 << 20;  // that cudaMalloc takes at least
-    const DeviceMemory another((at_start - left) / page * page);
-    const size_t free_at_start = at_start - (at_start - left) / page * page;
-
-    const auto trains = [&](const char* what, const Case& longer, GpuModelSettings settings, const std::string& how) {
+    // work(bytes that are free) beside another that has left so many, and what every GPU keeps.
+    const auto with_free = [&](size_t num_bytes, const std::function<void(size_t)>& work) {
+        const size_t left = DEVICE_MEMORY_RESERVE + num_bytes;
+        CHECK(at_start > left, "%zu bytes of GPU memory are free, and this test needs %zu", at_start, left);
+        constexpr size_t page = (size_t)2 << 20;  // that cudaMalloc takes at least
+        const DeviceMemory another((at_start - left) / page * page);
+        work(at_start - (at_start - left) / page * page);
+    };
+    const auto trains = [&](const char* what, GpuModelSettings settings, size_t free_at_start, const std::string& how) {
         settings.free_at_start = free_at_start;
         std::string message = "it fits";
         try {
-            GpuModel model(longer.config, settings);
-            accumulate(model, longer, random_batches(longer, checks.seed));
+            GpuModel model(c.config, settings);
+            accumulate(model, c, random_batches(c, checks.seed));
             model.update(adamw_settings(1));
         } catch (const Error& error) {
             message = error.what();
         }
-        checks.expect(message == "it fits", what, longer.name, how + ": " + message);
+        checks.expect(message == "it fits", what, c.name, how + ": " + message);
     };
-    offloading.resident_state_elements =
-        resident_state_that_fits(c.config, offloading, free_memory(offloading, free_at_start));
-    const double share = (double)offloading.resident_state_elements / (double)num_elements;
-    checks.expect(share > 0.49 && share < 0.51, "share of the state on a full GPU", c.name,
-                  format_string("%.3f, where there is room for half", share));
-    trains("state on a full GPU", c, offloading, format_string("%.1f %% of it there", 100.0 * share));
-
-    const GpuModelSettings block = c.settings(Recompute::block, false);
-    c.T = longest_seq_len(c.config, block, free_memory(block, free_at_start));
-    checks.expect(c.T >= 1024, "longest sequence on a full GPU", c.name, std::to_string(c.T));
-    trains("the longest sequence that fits", c, c.settings(Recompute::block, false), std::to_string(c.T) + " tokens");
+    GpuModelSettings offloading = c.settings(Recompute::none, false, Offload::optimizer);
+    offloading.optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;
+    const int64_t num_elements = make_parameter_layout(make_parameter_table(c.config)).state_elements();
+    const size_t half_of_state = 3 * sizeof(float) * num_elements / 2;
+    with_free(planned_memory(c.config, offloading).num_bytes() + half_of_state, [&](size_t free_at_start) {
+        offloading.resident_state_elements =
+            resident_state_that_fits(c.config, offloading, free_memory(offloading, free_at_start));
+        const double share = (double)offloading.resident_state_elements / (double)num_elements;
+        checks.expect(share > 0.49 && share < 0.51, "share of the state on a full GPU", c.name,
+                      format_string("%.3f, where there is room for half", share));
+        trains("state on a full GPU", offloading, free_at_start, format_string("%.1f %% of it there", 100.0 * share));
+    });
+    const GpuModelSettings plain = c.settings(Recompute::block, false);
+    with_free(planned_memory(c.config, plain).num_bytes() + ((size_t)256 << 20), [&](size_t free_at_start) {
+        c.T = longest_seq_len(c.config, plain, free_memory(plain, free_at_start));
+        checks.expect(c.T > 1024, "longest sequence on a full GPU", c.name, std::to_string(c.T));
+        trains("the longest sequence that fits", c.settings(Recompute::block, false), free_at_start,
+               std::to_string(c.T) + " tokens");
+    });
 }
 
 static void run_tests(Checks& checks, bool small) {

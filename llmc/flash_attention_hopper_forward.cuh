@@ -123,7 +123,8 @@ struct HopperForwardTile {
         alignas(1024) bf16 v[STAGES][BLOCK_N * D];
         alignas(1024) bf16 q[Q_SLOTS][CONSUMERS][64 * D];  // a consumer's rows; its output leaves through them
         uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], q_full[Q_SLOTS], q_empty[Q_SLOTS];
-        ForwardWork work[Q_SLOTS];  // what q_full announces
+        ForwardWork
+            work[Q_SLOTS];  // what q_full announces; one lane of a warp reads it and says on q_empty that it has
     };
 
     static constexpr bool PING_PONG = CONSUMERS > 1;  // consumers issue products in turn
@@ -164,6 +165,13 @@ __device__ inline ForwardWork forward_work(const TileOrder::Place& place, const 
     work.num_key_tiles = max(1, (end + Tile::BLOCK_N - 1) / Tile::BLOCK_N);
     work.num_full_tiles = max(0, min(args.Tk, work.first_row + 1 + args.key_offset)) / Tile::BLOCK_N;
     return work;
+}
+
+// The work that a warp's first lane has.
+__device__ __forceinline__ ForwardWork work_of_first_lane(const ForwardWork& work) {
+    const auto of_first = [](int value) { return __shfl_sync(FULL_WARP, value, 0); };
+    return {of_first(work.b), of_first(work.h), of_first(work.first_row), of_first(work.num_key_tiles),
+            of_first(work.num_full_tiles)};
 }
 
 // ---- load --------------------------------------------------------------------------------------
@@ -469,7 +477,11 @@ __device__ inline void store_tiles(typename Tile::Shared& shared, const HopperFo
     while (true) {
         const int slot = q_state.stage;
         mbarrier_wait(shared_address(&shared.q_full[slot]), q_state.parity);
-        const ForwardWork work = shared.work[slot];
+        ForwardWork work = {};
+        if (threadIdx.x % WARP_SIZE == 0) {
+            work = shared.work[slot];
+        }
+        work = work_of_first_lane(work);
         if (work.num_key_tiles == 0) {
             return;
         }
@@ -644,7 +656,12 @@ struct ForwardConsumer {
     }
     __device__ __forceinline__ ForwardWork next_work() const {
         mbarrier_wait(shared_address(&shared.q_full[q_state.stage]), q_state.parity);
-        return shared.work[q_state.stage];
+        ForwardWork work = {};
+        if (lane == 0) {
+            work = shared.work[q_state.stage];
+            mbarrier_arrive(shared_address(&shared.q_empty[q_state.stage]));
+        }
+        return work_of_first_lane(work);
     }
 
     __device__ __forceinline__ void run() {
@@ -737,7 +754,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS_PER_SM)
 #pragma unroll
         for (int i = 0; i < Tile::Q_SLOTS; ++i) {
             mbarrier_init(shared_address(&shared.q_full[i]), 1);
-            mbarrier_init(shared_address(&shared.q_empty[i]), 1);
+            mbarrier_init(shared_address(&shared.q_empty[i]), NUM_CONSUMER_WARPS + 1);  // and the warp that stores
         }
         mbarrier_init_fence();
     }

@@ -16,6 +16,7 @@ struct Launcher {
     bool when_small = false;     // checked with --small too: what ships
     bool turns_back = false;     // dq and dk, by the rotation it is given
     bool dk_dv_repeat = true;
+    bool on_few_multiprocessors = false;  // checked there too
 
     bool runs(const AttentionShape& s) const {
         return (!only_64_and_128 || s.D == 64 || s.D == 128) && (!only_hopper || flash_attention_is_hopper(s)) &&
@@ -380,10 +381,12 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
 #endif
     {20,
      "what this GPU gets (llmc/flash_attention.cuh); Hopper: 14, at D = 64 variant 11 with delta in dP's product",
-     {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072, false, true, true}},
+     {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072, false, true, true, false,
+      true, true}},
     {21,
      "the same, deterministic",
-     {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072, false, true, true}},
+     {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072, false, true, true, false, true,
+      true}},
     {22,
      "variant 20, then rope_backward",
      {flash_attention_backward_then_rope, chosen_scratch<false>, false, false, 131072, false, false, false, true}},
@@ -581,7 +584,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         }
         if (!variant.launch.turns_back) {
             check_case(h, variant, c, nullptr);
-            if ((variant.number >= 20 || (variant.launch.only_hopper && !h.small)) && FewMultiprocessors::concern(s)) {
+            if (variant.launch.on_few_multiprocessors && FewMultiprocessors::concern(s)) {
                 const FewMultiprocessors few;
                 check_case(h, variant, c, nullptr, few.LABEL);
             }

@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "attention_truth.cuh"
+#include "llmc/gpu_properties.cuh"
 #include "llmc/reference/attention.h"
 
 enum class Scores { ordinary, large, dominant };  // dominant: one key that every query that sees it attends to
@@ -68,8 +69,9 @@ inline std::vector<AttentionCase> attention_cases() {
 // heads, of cases small enough to be checked as a whole.
 struct FewMultiprocessors {
     static constexpr int NUM = 3;
+    const int before = most_gpu_properties().num_sms;
     FewMultiprocessors() { most_gpu_properties().num_sms = NUM; }
-    ~FewMultiprocessors() { most_gpu_properties().num_sms = INT_MAX; }
+    ~FewMultiprocessors() { most_gpu_properties().num_sms = before; }
     FewMultiprocessors(const FewMultiprocessors&) = delete;
     FewMultiprocessors& operator=(const FewMultiprocessors&) = delete;
 

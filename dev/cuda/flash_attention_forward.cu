@@ -260,8 +260,6 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, const Prepa
     h.compare_repeats("out", label, out, launch, s.Tk == 1000 ? 50 : 2);
 }
 
-constexpr int FIRST_PERSISTENT = 10;  // variant
-
 static void check(Harness& h, const Variant<Launcher>& variant) {
     if (variant.number == VARIANTS.front().number) {
         check_attention_truth(h);
@@ -272,7 +270,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
             continue;
         }
         check_case(h, variant, c, c.attention_case.label());
-        if ((ships || (variant.number >= FIRST_PERSISTENT && !h.small)) && FewMultiprocessors::concern(c.shape())) {
+        if (ships && FewMultiprocessors::concern(c.shape())) {
             const FewMultiprocessors few;
             check_case(h, variant, c, c.attention_case.label() + few.LABEL);
         }

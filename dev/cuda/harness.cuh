@@ -7,8 +7,9 @@
 //   VARIANTS  std::vector<Variant<Launcher>>: number, idea, launcher; the last entry calls the header in llmc/
 //   check     void(Harness&, const Variant<Launcher>&): runs it on shapes that hurt, calls harness.compare and the like
 //   measure   void(Harness&, const Variant<Launcher>&): calls harness.measure_bandwidth or measure_flops
-// Options: --list, --variant N (repeatable), --check_only, --measure_only, --small, --seed N.
-// All checks come before the first timing. Exit status 1 when a check failed; last line 'N passed, N failed'.
+// Options: --list, --variant N (repeatable), --check_only, --measure_only, --small, --seed N, --multiprocessors N: as
+// on a GPU that has so many, on which blocks that stay take more of the work each. All checks come before the first
+// timing. Exit status 1 when a check failed; last line 'N passed, N failed'.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -20,6 +21,7 @@
 #include <vector>
 
 #include "llmc/cuda_common.cuh"
+#include "llmc/gpu_properties.cuh"
 
 // ---- random inputs -----------------------------------------------------------------------------
 // The same bits on host and device: integer arithmetic up to one exact conversion.
@@ -515,10 +517,12 @@ int run_variants(int argc, char** argv, const char* operation, const std::vector
                 wanted.push_back((int)number());
             } else if (option == "--seed") {
                 seed = (uint64_t)number();
+            } else if (option == "--multiprocessors") {
+                most_gpu_properties().num_sms = (int)std::clamp<long long>(number(), 1, INT_MAX);
             } else {
                 fail(
                     "%s: no such option; there are --list, --variant N, --check_only, --measure_only, --small, --seed "
-                    "N",
+                    "N, --multiprocessors N",
                     option.c_str());
             }
         }

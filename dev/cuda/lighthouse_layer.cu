@@ -3,6 +3,7 @@
 // attention on the same tokens. Bound: memory around the inner attention, tensor cores inside.
 //   lighthouse_layer [--without_dense] --shape T,levels,pool,topk,H,Hkv[,D] ...   times these shapes, checks nothing
 // Where the golden files are: dev/test/golden_lighthouse.h.
+#include <climits>
 #include <memory>
 
 #include "dev/cuda/attention_truth.cuh"
