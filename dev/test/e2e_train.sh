@@ -331,7 +331,7 @@ expect "and is the dense run that it says" test "$(grep -c '"event":"step".*"att
 
 # ---- a sweep of it
 sweep() {
-    env "TRAINER=$trainer" "TRAIN_DATA=$work/corpus.txt" "OUTPUT_DIR=$work/sweep" SEQ_LEN=512 STEPS=3 SWITCH=2 scripts/sweep.sh pool 2,4 \
+    env "TRAINER=$(realpath "$trainer")" "TRAIN_DATA=$work/corpus.txt" "OUTPUT_DIR=$work/sweep" SEQ_LEN=512 STEPS=3 SWITCH=2 scripts/sweep.sh pool 2,4 \
         --num_layers 2 --width 64 --num_heads 2 --num_kv_heads 2 --head_dim 32 --ffn_width 128 --lighthouse_levels 2 \
         --lighthouse_topk 128 --eval_batches 2 >"$work/sweep.out"
 }
