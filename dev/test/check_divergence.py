@@ -26,6 +26,7 @@ READ = {
     "lighthouse_gather_kernel": "a vote of the warp decides for all of it",
     "rmsnorm_backward_kernel": "whether a row is a warp's or a block's is the launch's choice",
     "gemm_hopper_kernel": "__syncwarp, which gathers the warp, in roles of one warp",
+    "flash_attention_hopper_forward_kernel": "the warp that stores: what its first lane has read decides for all",
     "flash_attention_hopper_backward_kernel": "__syncwarp in roles of one warp",
     # The naive variants of dev/: a warp is a row, by which it loops and ends.
     "flash_attention_forward_kernel1": "see above",
