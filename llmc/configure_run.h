@@ -167,8 +167,11 @@ inline void take_length_to_look_at(ParsedFlags& parsed, const ModelConfig& store
     const std::optional<TrainingState> state = checkpoint::find_state(config.checkpoint);
     const int64_t trained = state ? state->seq_len : 0;
     if (!config.resume) {  // which has it among the run's settings
-        const bool knows_fewer = stored.max_positions > 0 && stored.max_positions < config.seq_len;
-        config.seq_len = trained > 0 ? trained : knows_fewer ? stored.max_positions : config.seq_len;
+        if (trained > 0) {
+            config.seq_len = trained;
+        } else if (stored.max_positions > 0) {
+            config.seq_len = std::min(config.seq_len, stored.max_positions);
+        }
     }
     if (config.asks_for_sample && !config.has_validation_data() && parsed.given.count("attention") == 0) {
         config.attention = AttentionMode::dense;
