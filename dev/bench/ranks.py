@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Several GPUs of this machine against one: full optimizer steps of train_gpt, without MPI (scripts/spawn_ranks.sh).
 
-For every sequence length and attention, first one GPU, then each mesh:
+For every sequence length and attention, first each GPU alone, side by side, then each mesh:
     data N            N ranks with a sequence each; ideal: N times the tokens/s of one GPU
     context N ring    N ranks share one sequence, keys travel while attention computes
     context N gather  the same, all keys first
     context N heads   the same, each rank attends with all rows of some heads
 With ":nccl" (data:nccl, context:ring:nccl) all transfers go by NCCL, none by the GPUs' copy engines.
-Efficiency: tokens/s over N times those of one GPU on the same sequence length. What --profile says of the transfers is
+"one GPU" is their mean, and efficiency a mesh's tokens/s over the sum of all GPUs alone on the same sequence length:
+GPUs of one host differ by some per cent, and the slowest decides. What --profile says of the transfers is
 kept: the share that is hidden behind attention goes into the table, the rest, with its time axes, into ranks.json.
 Prints the table, and saves it after every row as ranks.json, at the end as ranks.png. A row that takes too long is
 ended with what it has timed; --keep goes on where an earlier call with the same --out stopped. Of a row that several
@@ -17,13 +18,14 @@ files of --from_json have, the last counts.
     python3 dev/bench/ranks.py --ranks 2 --seq_lens 98304 --attention lighthouse --meshes data,context:ring:nccl
     python3 dev/bench/ranks.py --ranks 4 --meshes context:ring,data --keep --out bench
     python3 dev/bench/ranks.py --from_json a/ranks.json b/ranks.json       table and plot of earlier runs; needs no GPU
-    CUDA_VISIBLE_DEVICES=1 python3 dev/bench/ranks.py --ranks 4 --meshes ""    one GPU alone, the second
 """
 import argparse
+import concurrent.futures
 import datetime
 import json
 import os
 import re
+import statistics
 import subprocess
 import sys
 
@@ -90,11 +92,30 @@ def row_flags(options, mesh, attention, T):
     return flags + options.flags.split()
 
 
+def run_each_alone(count, run):
+    """The mean over the first `count` GPUs of what run(env) times on each, all at once; of the rest the first GPU's."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
+    with concurrent.futures.ThreadPoolExecutor(len(visible)) as pool:
+        each = list(pool.map(lambda gpu: run({**os.environ, "CUDA_VISIBLE_DEVICES": gpu}), visible))
+    result = next((row for row in each if "error" in row), each[0])
+    if "error" not in result:
+        for key in ("tokens_per_second", "ms", "mfu"):
+            result["each_" + key] = [row[key] for row in each]
+            result[key] = statistics.mean(result["each_" + key])
+    return result
+
+
 def run_row(options, mesh, attention, T):
-    launch = [options.train_gpt] if mesh == "one" else ["bash", SPAWN, str(options.ranks), options.train_gpt]
-    data_parallel = options.ranks if mesh.startswith("data") else 1
     flags, steps = row_flags(options, mesh, attention, T), steps_to_time(options.steps, T)
-    result = run_trainer(launch, LLAMA_530M, T, 1, VOCABULARY, flags, steps, options.time_limit, data_parallel)
+
+    def run(launch, env=None):
+        return run_trainer(launch, LLAMA_530M, T, 1, VOCABULARY, flags, steps, options.time_limit,
+                           options.ranks if mesh.startswith("data") else 1, env)
+
+    if mesh == "one":
+        result = run_each_alone(options.ranks, lambda env: run([options.train_gpt], env))
+    else:
+        result = run(["bash", SPAWN, str(options.ranks), options.train_gpt])
     result.update(mesh=mesh, ranks=1 if mesh == "one" else options.ranks, attention=attention, T=T, flags=flags,
                   steps_asked=steps)
     output = result.pop("output", "")
@@ -170,7 +191,7 @@ def plot(rows, ranks, path):
         axes[0][column].set_title(f"530M, {attention}, {ranks} GPUs")
         axes[0][column].set_ylabel("tokens/s")
         axes[0][column].set_yscale("log")
-        axes[1][column].set_ylabel("% of as many times one GPU")
+        axes[1][column].set_ylabel("% of all GPUs alone")
         efficiencies = [row.get("efficiency", 1) for row in timed if row["attention"] == attention]
         axes[1][column].set_ylim(100 * min(efficiencies + [0.9]) - 5, 102)
         axes[1][column].axhline(100, color="gray", linewidth=0.8)
@@ -180,7 +201,8 @@ def plot(rows, ranks, path):
             axis.set_xscale("log", base=2)
             axis.set_xticks(lengths, lengths)
             axis.set_xlabel("tokens of a sequence")
-            axis.legend()
+            if axis.get_legend_handles_labels()[0]:
+                axis.legend()
             axis.grid(alpha=0.3)
     figure.tight_layout()
     figure.savefig(path, dpi=120)

@@ -102,9 +102,9 @@ def model_flags(model, T, B, V):
     return flags
 
 
-def run_trainer(launch, model, T, B, V, extra, steps, limit, data_parallel=1):
+def run_trainer(launch, model, T, B, V, extra, steps, limit, data_parallel=1, env=None):
     """launch: the trainer, or what starts its ranks, as a list; data_parallel: sequences that they train on side by
-    side, for each of B."""
+    side, for each of B; env: of its processes."""
     warm_up = steps_to_warm_up(T)
     tokens = T * B * data_parallel
     shard_tokens = max(4 * tokens, 2 * tokens + 4096) + 1
@@ -119,7 +119,7 @@ def run_trainer(launch, model, T, B, V, extra, steps, limit, data_parallel=1):
                    str(warm_up + steps), "--warmup_steps", "0", "--learning_rate", "1e-4", "--output_dir", out,
                    "--plain", *extra]
         note = ""
-        status, stdout, stderr = run_limited(command, limit)
+        status, stdout, stderr = run_limited(command, limit, env)
         if status is None:
             note = f"ended after {limit:.0f} s"
         timed = timed_steps(os.path.join(out, "metrics.jsonl"), warm_up)
