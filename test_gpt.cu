@@ -535,8 +535,9 @@ static void test_full_gpu(Checks& checks) {
         const size_t left = DEVICE_MEMORY_RESERVE + num_bytes;
         CHECK(at_start > left, "%zu bytes of GPU memory are free, and this test needs %zu", at_start, left);
         constexpr size_t page = (size_t)2 << 20;  // that cudaMalloc takes at least
-        const DeviceMemory another((at_start - left) / page * page);
-        work(at_start - (at_start - left) / page * page);
+        const size_t taken = (at_start - left) / page * page;
+        const DeviceMemory another(taken);
+        work(at_start - taken);
     };
     const auto trains = [&](const char* what, GpuModelSettings settings, size_t free_at_start, const std::string& how) {
         settings.free_at_start = free_at_start;

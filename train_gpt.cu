@@ -12,33 +12,46 @@
 
 // --print_memory: the plan, and what else would fit; also of a run that does not. --fit: what would fit.
 static void print_memory(const RunConfig& config, const GpuModelSettings& settings, const FreeMemory& free) {
-    std::string plan = config.print_memory ? largest_planned_memory(config.model, settings).table() : "";
-    if (config.print_memory && settings.by_nccl) {
-        plan += format_string("beside the plan NCCL takes about %.2f GiB of the GPU\n",
-                              NCCL_MEMORY_ESTIMATE / BYTES_PER_GIB);
-    }
+    const std::string plan = config.print_memory ? largest_planned_memory(config.model, settings).table() : "";
     std::printf("%s%s", plan.c_str(), fit_table(config.model, settings, free).c_str());
     std::fflush(stdout);
 }
 
-// --fit asks for this machine's GPU, or for one with --gpu_memory: then there need not be one here.
-static void print_fit(const RunConfig& config, GpuModelSettings settings, int device) {
+static GpuDevice open_own_device(const RunConfig& config, HostComm& host) {
+    return open_device(host.size() == 1 ? config.device : choose_device(host));
+}
+
+// What every rank has: the least of any. All ranks call it.
+static FreeMemory least_free(const FreeMemory& own, const RunRanks& ranks) {
+    FreeMemory least = own;
+    least.gpu = ranks.least(own.gpu, "comparison of free GPU memory");
+    least.host = ranks.least(own.host, "comparison of free host memory");
+    return least;
+}
+
+// --fit asks for the ranks' GPUs, or for such as --gpu_memory says: then there need not be one here. All ranks call it.
+static void print_fit(const RunConfig& config, GpuModelSettings settings, HostComm& host, const RunRanks& ranks) {
     size_t gpu_bytes = settings.gpu_memory;
-    if (!has_gpu()) {
+    if (ranks.largest(has_gpu(), "comparison of who has a GPU") == 0) {
         CHECK(settings.gpu_memory > 0,
               "--fit: there is no NVIDIA GPU here; say with --gpu_memory how many GiB the GPU in question has free");
         assumed_gpu() = H100_PROPERTIES;
-        std::printf("no GPU here: as for an H100\n");
+        if (ranks.is_first()) {
+            std::printf("no GPU here: as for an H100\n");
+        }
     } else {
-        const GpuDevice gpu = open_device(device);
+        const GpuDevice gpu = open_own_device(config, host);
         gpu_bytes = gpu_bytes > 0 ? gpu_bytes : gpu.free_bytes;
     }
-    FreeMemory free = free_memory(settings, gpu_bytes);
+    FreeMemory free = least_free(free_memory(settings, gpu_bytes), ranks);
     if (settings.host_memory > 0) {
         free.host = settings.host_memory;  // also more than this machine has
     }
     settings.resident_state_elements = resident_state_that_fits(config.model, settings, free);
-    print_memory(config, settings, free);
+    if (ranks.is_first()) {
+        print_memory(config, settings, free);
+        check_printed();
+    }
 }
 
 // What the run has taken of the GPU since it was opened: its plan, and what kernels and cuBLASLt need beside it. Other
@@ -74,19 +87,19 @@ static int train(int argc, char** argv) {
     settings.ranks_on_host = num_ranks_on_machine(host->identity());
     settings.in_memory_groups = host->identity().in_memory_groups;
     if (config.fit) {
-        if (ranks.is_first()) {
-            print_fit(config, settings, config.device);
-            check_printed();
-        }
+        print_fit(config, settings, *host, ranks);
         host->finish();
         return 0;
     }
-    const GpuDevice gpu = open_device(alone ? config.device : choose_device(*host));
+    const GpuDevice gpu = open_own_device(config, *host);
     settings.free_at_start = gpu.free_bytes;
     const FreeMemory free = free_memory(settings, gpu.free_bytes);
     settings.resident_state_elements = resident_state_that_fits(config.model, settings, free);
-    if (config.print_memory && ranks.is_first()) {
-        print_memory(config, settings, free);
+    if (config.print_memory) {
+        const FreeMemory least = least_free(free, ranks);
+        if (ranks.is_first()) {
+            print_memory(config, settings, least);
+        }
     }
     std::optional<Communicators> comms;
     if (!alone) {

@@ -14,13 +14,10 @@
 // Bytes that are there to be taken.
 struct FreeMemory {
     size_t gpu = 0, host = 0;
-    size_t gpu_for_nccl = 0;  // of gpu, what communicators will take
+    size_t gpu_kept = DEVICE_MEMORY_RESERVE;  // of gpu (gpu_bytes_kept)
 
-    // Some of both is kept: by the GPU for the driver, by the host for checkpoints on their way and all else that runs.
-    size_t usable_gpu() const {
-        const size_t kept = DEVICE_MEMORY_RESERVE + gpu_for_nccl;
-        return gpu > kept ? gpu - kept : 0;
-    }
+    // Some of both is kept: by the host for checkpoints on their way and all else that runs.
+    size_t usable_gpu() const { return gpu > gpu_kept ? gpu - gpu_kept : 0; }
     size_t usable_host() const { return host > HOST_MEMORY_RESERVE ? host - HOST_MEMORY_RESERVE : 0; }
     bool holds(const MemoryPlan& plan) const {
         return plan.num_bytes() <= usable_gpu() &&
@@ -28,27 +25,36 @@ struct FreeMemory {
     }
 };
 
+// What a rank keeps free of its GPU: for the driver, and for the communicators where it will have some.
+inline size_t gpu_bytes_kept(const GpuModelSettings& settings) {
+    return DEVICE_MEMORY_RESERVE + (settings.by_nccl ? NCCL_MEMORY_ESTIMATE : 0);
+}
+
 // For a rank with these settings: gpu_bytes are free on its GPU.
 inline FreeMemory free_memory(const GpuModelSettings& settings, size_t gpu_bytes) {
     auto limited = [](size_t bytes, size_t limit) { return limit > 0 ? std::min(bytes, limit) : bytes; };
     return {limited(gpu_bytes, settings.gpu_memory),
             limited(available_host_bytes("", settings.ranks_on_host, settings.in_memory_groups), settings.host_memory),
-            settings.by_nccl ? NCCL_MEMORY_ESTIMATE : 0};
+            gpu_bytes_kept(settings)};
 }
 
 // What counts as free of the GPU where free_bytes are by now: what streams, kernels and communicators have taken since
 // it was opened is what memory is kept free for, so it counts still, as far as that goes. What has been planned or
 // printed (--fit) for the GPU as it was opened fits therefore.
 inline size_t counted_as_free(const GpuModelSettings& settings, size_t free_bytes) {
-    const size_t kept = DEVICE_MEMORY_RESERVE + (settings.by_nccl ? NCCL_MEMORY_ESTIMATE : 0);
-    return std::clamp(settings.free_at_start, free_bytes, free_bytes + kept);
+    return std::clamp(settings.free_at_start, free_bytes, free_bytes + gpu_bytes_kept(settings));
 }
 
 // With --offload of the optimizer: how many elements of its state there is room for on the GPU beside all else. They
-// stay there, and need not travel in every step.
+// stay there, and need not travel in every step. All of them may fit where a part would not: only the others need
+// memory to pass through.
 inline int64_t resident_state_that_fits(const ModelConfig& config, GpuModelSettings settings, const FreeMemory& free) {
     if (!offloads_optimizer(settings.offload)) {
         return 0;
+    }
+    settings.resident_state_elements = INT64_MAX;
+    if (planned_memory(config, settings).num_bytes() <= free.usable_gpu()) {
+        return INT64_MAX;
     }
     settings.resident_state_elements = 0;
     const size_t needed = planned_memory(config, settings).num_bytes();
@@ -149,8 +155,8 @@ inline std::string fit_table(const ModelConfig& config, const GpuModelSettings& 
         "host's (of these %.2f and %.2f GiB stay free%s)\n%-28s",
         settings.max_batch_size, free.gpu / BYTES_PER_GIB, free.host / BYTES_PER_GIB,
         (free.gpu - free.usable_gpu()) / BYTES_PER_GIB, (free.host - free.usable_host()) / BYTES_PER_GIB,
-        free.gpu_for_nccl > 0
-            ? format_string(", %.2f of the first for NCCL, an estimate", free.gpu_for_nccl / BYTES_PER_GIB).c_str()
+        settings.by_nccl
+            ? format_string(", %.2f of the first for NCCL, an estimate", NCCL_MEMORY_ESTIMATE / BYTES_PER_GIB).c_str()
             : "",
         "");
     const auto ways = offload_choices(settings.mesh);

@@ -35,7 +35,7 @@ struct GpuModelSettings {
     Recompute recompute = Recompute::none;
     Offload offload = Offload::none;
     // Of AdamW's state offloaded: elements that are on the GPU all the same (resident_state_that_fits), a multiple of
-    // 64, and at a time of the others.
+    // 64 or more than there are, and at a time of the others.
     int64_t resident_state_elements = 0, optimizer_chunk_elements = OPTIMIZER_CHUNK_ELEMENTS;
     bool deterministic = false;
     bool cuda_graphs = false;           // replay what a micro-batch enqueues, where that is always the same

@@ -142,6 +142,12 @@ class RunRanks {
         world_.all_gather(all.data(), &value, sizeof value, operation);
         return *std::max_element(all.begin(), all.end());
     }
+    // The least value of any rank.
+    uint64_t least(uint64_t value, const std::string& operation) const {
+        std::vector<uint64_t> all(size());
+        world_.all_gather(all.data(), &value, sizeof value, operation);
+        return *std::min_element(all.begin(), all.end());
+    }
 
   private:
     // '+' and what was found, or '-' and what went wrong.

@@ -190,9 +190,12 @@ for part in $parts; do
                 # under racecheck cuBLAS crashes when it is left out.
                 exclude=
                 [ $tool = memcheck ] && exclude="--kernel-name-exclude regex=truth_|$cublas_kernels"
+                # On few multiprocessors blocks that stay take several tiles: what may race is the next one's.
+                few=
+                [ $tool = racecheck ] && [ -n "$arguments" ] && few="--multiprocessors 3"
                 # shellcheck disable=SC2086
                 start_check "$(basename "$program")_$tool" 900 \
-                    compute-sanitizer --tool $tool $exclude --error-exitcode 9 "$program" $arguments --small
+                    compute-sanitizer --tool $tool $exclude --error-exitcode 9 "$program" $arguments --small $few
             done
         done
     else

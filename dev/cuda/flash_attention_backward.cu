@@ -5,22 +5,26 @@
 #include "flash_attention_cases.cuh"
 #include "llmc/flash_attention.cuh"
 
+// What sets a variant apart, for what it is launched on and what is checked of it.
+enum Trait : unsigned {
+    ONLY_64_AND_128 = 1,  // head dims it exists for
+    ONLY_HOPPER = 2,      // and these of a GPU
+    DQ_REPEATS = 4,       // the same bits every launch
+    KEY_SUMS_VARY = 8,    // of dk and dv not
+    TAKES_FLOAT32 = 16,   // views of dk and dv
+    TURNS_BACK = 32,      // dq and dk, by the rotation it is given
+    SHIPS = 64,           // trained with: checked as on a GPU of few multiprocessors too, and more of it with --small
+};
 struct Launcher {
     void (*launch)(const AttentionBackwardOperands& x, const AttentionShape& shape, cudaStream_t stream);
     size_t (*scratch_bytes)(const AttentionShape& shape);
-    bool dq_repeats;
-    bool only_64_and_128;     // head dims it exists for
     int64_t longest_to_time;  // sequences
-    bool only_hopper = false;
-    bool takes_float32 = false;  // views of dk and dv
-    bool when_small = false;     // checked with --small too: what ships
-    bool turns_back = false;     // dq and dk, by the rotation it is given
-    bool dk_dv_repeat = true;
-    bool on_few_multiprocessors = false;  // checked there too
+    unsigned traits = 0;
 
+    bool has(Trait trait) const { return (traits & trait) != 0; }
     bool runs(const AttentionShape& s) const {
-        return (!only_64_and_128 || s.D == 64 || s.D == 128) && (!only_hopper || flash_attention_is_hopper(s)) &&
-               (!turns_back || s.Tq == s.Tk);
+        return (!has(ONLY_64_AND_128) || s.D == 64 || s.D == 128) &&
+               (!has(ONLY_HOPPER) || flash_attention_is_hopper(s)) && (!has(TURNS_BACK) || s.Tq == s.Tk);
     }
 };
 
@@ -325,83 +329,79 @@ static void flash_attention_backward_then_rope(const AttentionBackwardOperands& 
 static const std::vector<Variant<Launcher>> VARIANTS = {
     {1,
      "one warp a row of dq, then one a row of dk and dv, float32",
-     {flash_attention_backward1, mma_scratch<true>, true, false, 1024}},
+     {flash_attention_backward1, mma_scratch<true>, 1024, DQ_REPEATS}},
     {2,
      "mma.sync, 64 keys a block of 4 warps, 32 queries",
      {flash_attention_backward_tile<MmaBackwardTile<64, 4, 1, 32>, MmaBackwardTile<128, 4, 1, 32>>, mma_scratch<false>,
-      false, true, 32768}},
+      32768, ONLY_64_AND_128}},
     {3,
      "64 queries at a time",
      {flash_attention_backward_tile<MmaBackwardTile<64, 4, 1, 64>, MmaBackwardTile<128, 4, 1, 64>>, mma_scratch<false>,
-      false, true, 32768}},
+      32768, ONLY_64_AND_128}},
     {4,
      "128 keys a block of 8 warps: half the additions to dq",
      {flash_attention_backward_tile<MmaBackwardTile<64, 8, 1, 64>, MmaBackwardTile<128, 8, 1, 64>>, mma_scratch<false>,
-      false, true, 32768}},
+      32768, ONLY_64_AND_128}},
     {5,
      "the best of these for each D (llmc/flash_attention_mma_backward.cuh)",
-     {flash_attention_backward_mma<false>, mma_scratch<false>, false, false, 131072, false, true, true}},
+     {flash_attention_backward_mma<false>, mma_scratch<false>, 131072, TAKES_FLOAT32 | SHIPS}},
     {6,
      "the same, deterministic: dq by a second kernel that owns query rows",
-     {flash_attention_backward_mma<true>, mma_scratch<true>, true, false, 131072, false, true, true}},
+     {flash_attention_backward_mma<true>, mma_scratch<true>, 131072, TAKES_FLOAT32 | DQ_REPEATS | SHIPS}},
 #ifdef LLMC_HOPPER
     {7,
      "wgmma and TMA, every operand in shared memory, nothing overlaps",
-     {flash_attention_backward7, hopper_scratch<>, false, true, 32768, true}},
+     {flash_attention_backward7, hopper_scratch<>, 32768, ONLY_HOPPER}},
     {8,
      "producer and writer warps, P and dS in registers, two tiles in flight, masked tiles apart",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 1>, hopper_scratch<>, false, true, 131072, true}},
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 1>, hopper_scratch<>, 131072, ONLY_HOPPER}},
     {9,
      "dv's product starts before dS is computed",
-     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 1>, hopper_scratch<>, false, true, 131072, true}},
+     {flash_attention_backward_wgmma<DvStart::BEFORE_DS, 1>, hopper_scratch<>, 131072, ONLY_HOPPER}},
     {10,
      "variant 8, every second tile's scores start in the shadow of dk's product",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2>, hopper_scratch<>, false, true, 131072, true}},
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2>, hopper_scratch<>, 131072, ONLY_HOPPER}},
     {11,
      "three of four tiles' scores",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 4>, hopper_scratch<>, false, true, 131072, true}},
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 4>, hopper_scratch<>, 131072, ONLY_HOPPER}},
     {12,
      "variant 10, one block an SM that takes items",
-     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, 0, BackwardBlocks::ONE_AN_SM>, hopper_scratch<>, false, true,
-      131072, true}},
+     {flash_attention_backward_wgmma<DvStart::AFTER_DS, 2, 0, BackwardBlocks::ONE_AN_SM>, hopper_scratch<>, 131072,
+      ONLY_HOPPER}},
     {13,
      "variant 10, P rounded once dS is stored",
-     {flash_attention_backward_wgmma<DvStart::ROUNDED_AFTER_DS, 2>, hopper_scratch<>, false, true, 131072, true}},
+     {flash_attention_backward_wgmma<DvStart::ROUNDED_AFTER_DS, 2>, hopper_scratch<>, 131072, ONLY_HOPPER}},
     {14,
      "D = 128: five of eight steps of v from registers",
-     {flash_attention_backward_wgmma<DvStart::ROUNDED_AFTER_DS, 2, 5>, hopper_scratch<>, false, true, 131072, true}},
+     {flash_attention_backward_wgmma<DvStart::ROUNDED_AFTER_DS, 2, 5>, hopper_scratch<>, 131072, ONLY_HOPPER}},
     {15,
      "what ships, an item of one query head adding its dk and dv in memory",
-     {flash_attention_backward_in_memory, hopper_scratch<KeySums::IN_MEMORY>, false, true, 131072, true, true, true,
-      false, false}},
+     {flash_attention_backward_in_memory, hopper_scratch<KeySums::IN_MEMORY>, 131072,
+      ONLY_HOPPER | TAKES_FLOAT32 | KEY_SUMS_VARY | SHIPS}},
     {16,
      "the same, turning dq and dk back",
-     {flash_attention_backward_in_memory, hopper_scratch<KeySums::IN_MEMORY, true>, false, true, 131072, true, false,
-      true, true, false}},
+     {flash_attention_backward_in_memory, hopper_scratch<KeySums::IN_MEMORY, true>, 131072,
+      ONLY_HOPPER | TURNS_BACK | KEY_SUMS_VARY | SHIPS}},
 #endif
     {20,
      "what this GPU gets (llmc/flash_attention.cuh); Hopper: 14, at D = 64 variant 11 with delta in dP's product",
-     {flash_attention_backward_chosen<false>, chosen_scratch<false>, false, false, 131072, false, true, true, false,
-      true, true}},
+     {flash_attention_backward_chosen<false>, chosen_scratch<false>, 131072, TAKES_FLOAT32 | SHIPS}},
     {21,
      "the same, deterministic",
-     {flash_attention_backward_chosen<true>, chosen_scratch<true>, true, false, 131072, false, true, true, false, true,
-      true}},
+     {flash_attention_backward_chosen<true>, chosen_scratch<true>, 131072, TAKES_FLOAT32 | DQ_REPEATS | SHIPS}},
     {22,
      "variant 20, then rope_backward",
-     {flash_attention_backward_then_rope, chosen_scratch<false>, false, false, 131072, false, false, false, true}},
+     {flash_attention_backward_then_rope, chosen_scratch<false>, 131072, TURNS_BACK}},
     {23,
      "variant 20, dq and dk turned back (llmc/flash_attention.cuh)",
-     {flash_attention_backward_chosen<false>, chosen_scratch<false, true>, false, false, 131072, false, false, true,
-      true}},
+     {flash_attention_backward_chosen<false>, chosen_scratch<false, true>, 131072, TURNS_BACK | SHIPS}},
     {24,
      "the same, deterministic",
-     {flash_attention_backward_chosen<true>, chosen_scratch<true, true>, true, false, 131072, false, false, true,
-      true}},
+     {flash_attention_backward_chosen<true>, chosen_scratch<true, true>, 131072, TURNS_BACK | DQ_REPEATS | SHIPS}},
 };
 
 // With --small one shape for each kernel: of the Hopper kernels with two tiles without masks, which their loops take
-// together, and one whose queries are the last of a sequence.
+// together, and one whose queries are the last of a sequence, which is all that variants get that do not ship.
 static const std::vector<PreparedCase>& backward_cases(const Harness& h) {
     if (!h.small) {
         return prepared_cases(h);
@@ -514,6 +514,7 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, const Prepa
         return rows;
     };
     auto rounded = [](const std::vector<double>& rows) { return to_double(convert<bf16>(convert<float>(rows))); };
+    const bool dq_repeats = variant.launch.has(DQ_REPEATS), keys_repeat = !variant.launch.has(KEY_SUMS_VARY);
     std::vector<Gradient> parts;
     auto add_part = [&](const char* name, HeadView<bf16> view, int64_t T, int heads,
                         const std::vector<double>& expected, const std::vector<double>& plain, bool repeats) {
@@ -522,15 +523,13 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, const Prepa
         parts.back().values = read_view(buffer, gradients, view, s.B, T, heads, s.D, &read);
         h.compare(name, label, parts.back().values, expected, parts.back().limit, {s.B, T, heads, s.D}, floor);
     };
-    add_part("dq", d.q, s.Tq, s.H, turned(c.exact.dq, s.H), turned(rounded(c.rounded.dq), s.H),
-             variant.launch.dq_repeats);
-    add_part("dk", d.k, s.Tk, s.Hkv, turned(c.exact.dk, s.Hkv), turned(rounded(c.rounded.dk), s.Hkv),
-             variant.launch.dk_dv_repeat);
-    add_part("dv", d.v, s.Tk, s.Hkv, c.exact.dv, c.rounded.dv, variant.launch.dk_dv_repeat);
+    add_part("dq", d.q, s.Tq, s.H, turned(c.exact.dq, s.H), turned(rounded(c.rounded.dq), s.H), dq_repeats);
+    add_part("dk", d.k, s.Tk, s.Hkv, turned(c.exact.dk, s.Hkv), turned(rounded(c.rounded.dk), s.Hkv), keys_repeat);
+    add_part("dv", d.v, s.Tk, s.Hkv, c.exact.dv, c.rounded.dv, keys_repeat);
     if (!gradients.guards_intact() || !scratch.guards_intact() || !rest_untouched(buffer, read)) {
         h.expect(false, "dq dk dv", label, "stray write");
     }
-    if (variant.launch.takes_float32) {  // the same sums before they are rounded
+    if (variant.launch.has(TAKES_FLOAT32)) {  // the same sums before they are rounded
         const int64_t num_elements = s.B * s.Tk * s.Hkv * s.D;
         DeviceBuffer<float> whole(2 * num_elements);
         const auto view = [&](int64_t first) {
@@ -544,9 +543,9 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, const Prepa
         std::vector<bf16> expected = parts[1].values;
         expected.insert(expected.end(), parts[2].values.begin(), parts[2].values.end());
         const bool same = std::memcmp(rounded.data(), expected.data(), expected.size() * sizeof(bf16)) == 0;
-        h.expect((same || !variant.launch.dk_dv_repeat) && whole.guards_intact(), "dk dv float32", label,
+        h.expect((same || !keys_repeat) && whole.guards_intact(), "dk dv float32", label,
                  same ? "rounded, the bits of dk and dv" : "rounded, other bits than dk and dv");
-        if (!variant.launch.dk_dv_repeat) {
+        if (!keys_repeat) {
             auto compare_whole = [&](const char* name, const float* from, const std::vector<double>& exact,
                                      const std::vector<double>& plain) {
                 const double floor = c.gradient_floor(exact);
@@ -558,7 +557,7 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, const Prepa
         }
     }
     const int repeats = h.small ? 1 : s.Tk == 1000 ? 50 : 2;
-    if (variant.launch.dq_repeats && variant.launch.dk_dv_repeat) {
+    if (dq_repeats && keys_repeat) {
         h.compare_repeats("dq dk dv", label, gradients, launch, repeats);
     } else {
         check_repeats(h, label, gradients, parts, s, launch, repeats);
@@ -574,17 +573,14 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     if (variant.number == VARIANTS.front().number) {
         check_attention_truth(h);
     }
-    if (h.small && !variant.launch.when_small) {
-        return;
-    }
     for (const PreparedCase& c : backward_cases(h)) {
         const AttentionShape& s = c.shape();
-        if (!variant.launch.runs(s)) {
+        if (!variant.launch.runs(s) || (h.small && !variant.launch.has(SHIPS) && s.Tq == s.Tk)) {
             continue;
         }
-        if (!variant.launch.turns_back) {
+        if (!variant.launch.has(TURNS_BACK)) {
             check_case(h, variant, c, nullptr);
-            if (variant.launch.on_few_multiprocessors && FewMultiprocessors::concern(s)) {
+            if (variant.launch.has(SHIPS) && FewMultiprocessors::concern(s)) {
                 const FewMultiprocessors few;
                 check_case(h, variant, c, nullptr, few.LABEL);
             }
@@ -614,7 +610,7 @@ static void measure(Harness& h, const Variant<Launcher>& variant) {
         h.measure_flops(format_string("B%d T%lld H%d D%d causal", s.B, (long long)s.Tq, s.H, s.D),
                         2.5 * attention_flops(s), peak_bf16_tflops(), variant.idea, [&] {
                             variant.launch.launch({d.q, d.k, d.v, rows(dout), in.q, in.k, in.v, rows(out), lse, scratch,
-                                                   variant.launch.turns_back ? &rotation : nullptr},
+                                                   variant.launch.has(TURNS_BACK) ? &rotation : nullptr},
                                                   s, h.stream);
                         });
     }

@@ -76,8 +76,10 @@ struct FewMultiprocessors {
     FewMultiprocessors& operator=(const FewMultiprocessors&) = delete;
 
     static constexpr const char* LABEL = ", 3 multiprocessors";
-    // Whether a case has more tiles of 192 rows than that.
-    static bool concern(const AttentionShape& s) { return s.B * s.H * ceil_div<int64_t>(s.Tq, 192) > NUM; }
+    // Whether a case has more tiles of 192 rows than that, and this GPU more multiprocessors.
+    static bool concern(const AttentionShape& s) {
+        return s.B * s.H * ceil_div<int64_t>(s.Tq, 192) > NUM && gpu_properties().num_sms > NUM;
+    }
 };
 
 // Views of [B, T, H + 2 Hkv, D] packed rows: operands as the fused projection leaves them. T: max(Tq, Tk).

@@ -266,7 +266,8 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     }
     const bool ships = variant.number == VARIANTS.back().number;
     for (const PreparedCase& c : prepared_cases(h)) {
-        if (!variant.launch.runs(c.shape())) {
+        // With --small what does not ship gets two tiles of queries, of which the second has one.
+        if (!variant.launch.runs(c.shape()) || (h.small && !ships && c.shape().Tq != 129)) {
             continue;
         }
         check_case(h, variant, c, c.attention_case.label());

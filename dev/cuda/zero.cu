@@ -172,9 +172,12 @@ static Run run_whole(const ZeroLayout& layout, uint64_t seed, bool poison_one) {
 }
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
-    const int num_layers = h.small ? 2 : 5;
+    const int num_layers = h.small ? 1 : 5, width = h.small ? 24 : 72;
     for (const int64_t bucket_elements : {(int64_t)1, (int64_t)20000, ZERO_BUCKET_ELEMENTS}) {
-        const ZeroLayout layout = make_zero_layout(tensors_of(num_layers, 72), variant.launch, bucket_elements);
+        if (h.small && bucket_elements == 20000) {
+            continue;  // as many buckets as the next gives
+        }
+        const ZeroLayout layout = make_zero_layout(tensors_of(num_layers, width), variant.launch, bucket_elements);
         for (const bool poison_one : {false, true}) {
             const std::string label = format_string("ranks %d, %zu buckets%s", variant.launch, layout.buckets.size(),
                                                     poison_one ? ", a gradient that is infinite" : "");

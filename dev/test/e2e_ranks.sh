@@ -171,6 +171,15 @@ if [[ $parts = *' lighthouse '* ]]; then
         --lighthouse_topk 512 --recompute all_but_attention --context_exchange heads
     mesh data2_lighthouse2 lighthouse 4 "${host[@]}" --batch_size 1 --context_parallel 2 "${lighthouse[@]}" \
         --lighthouse_topk 512
+    tiles_for4=(--seq_len 4096 "${lighthouse[@]}" --lighthouse_topk 1024 --batch_size 2)
+    alone lighthouse_for4 "${tiles_for4[@]}"
+    mesh lighthouse4 lighthouse_for4 4 "${host[@]}" "${tiles_for4[@]}" --context_parallel 4
+    ungrouped_lighthouse=("${lighthouse[@]}" --lighthouse_topk 512 --batch_size 2 --num_kv_heads 8)
+    alone lighthouse_ungrouped "${ungrouped_lighthouse[@]}"
+    for exchange in ring heads; do
+        mesh lighthouse2_${exchange}_ungrouped lighthouse_ungrouped 2 "${host[@]}" "${ungrouped_lighthouse[@]}" \
+            --context_parallel 2 --context_exchange $exchange
+    done
 fi
 if [[ $parts = *' nccl '* ]]; then
     if [ "$gpus" -ge 2 ]; then
@@ -286,7 +295,9 @@ interrupt() {
         return 1
     fi
     ends "$name" "$limit"
-    if grep -q 'rank 0 .*step' "$work/$name.out"; then ok "$name: the error names rank and step"; else
+    if grep -qE 'rank 0 \([^)]+\), [^:]+, step [0-9]+' "$work/$name.out"; then
+        ok "$name: the error names rank, host, operation and step"
+    else
         bad "$name: the error: $(tail -3 "$work/$name.out")"
     fi
     for folder in "$work/$name"/step*; do

@@ -66,9 +66,10 @@ def draw(seed):
     if r.random() < 0.2:
         flags.update(rope_scaling_factor=8, rope_original_max_positions=64)
     batch, accumulated = r.choice([1, 1, 2, 3]), r.choice([1, 1, 2])
-    ranks, context = r.choice([(1, 1), (1, 1), (1, 1), (2, 1), (2, 2), (4, 2)])
+    ranks, context = r.choice([(1, 1), (1, 1), (1, 1), (2, 1), (2, 2), (4, 2), (3, 3), (4, 4)])
     if r.random() < 0.4:
-        levels, pool = r.choice([(2, 2), (2, 2), (2, 4), (2, 8), (3, 2), (3, 4), (4, 2)])
+        few = [(2, 2), (2, 2), (2, 4), (3, 2)]  # of more ranks each has its two tiles, and T is long enough
+        levels, pool = r.choice(few if context > 2 else few + [(2, 8), (3, 4), (4, 2)])
         tiles = r.choice([1, 2, 3]) if context == 1 else 2 * context
         top = pool ** (levels - 1)
         T = tiles * top * r.randint(128, 160 if top < 8 else 132)

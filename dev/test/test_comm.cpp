@@ -288,6 +288,20 @@ TEST(RunRanks, KnowWhenTheyLieOnMoreMachinesThanTheyMust) {
     EXPECT_TRUE(contains(placement_warning({"a", "b", "a", "b", "a", "b"}, 2), "and on 1.33 if"));
 }
 
+TEST(RunRanks, KnowTheLargestAndTheLeastOfAll) {
+    const std::string path = rendezvous_path();
+    expect_all_well(run_ranks(3, [&](int rank) {
+        TcpComm comm(rank, 3, path, 10.0);
+        const RunRanks ranks(comm, 1);
+        const int values[] = {-5, 7, 2};
+        CHECK(ranks.largest(values[rank], "comparison") == 7, "not the largest");
+        const uint64_t bytes[] = {(uint64_t)1 << 40, UINT64_MAX, ((uint64_t)1 << 40) - 1};
+        CHECK(ranks.least(bytes[rank], "comparison") == bytes[2], "not the least");
+        comm.finish();
+    }));
+    EXPECT_EQ(RunRanks().least(3, "comparison"), 3u);
+}
+
 // A checkpoint that takes longer to read than the time-out is, beside one whose disk stands still.
 TEST(RunRanks, WaitForALongDecisionThatGoesOn) {
     std::string path = rendezvous_path();
