@@ -1,10 +1,12 @@
 // check.h: how everything here fails. One exception type whose text is a whole sentence for the user; main catches it
-// once, prints it and ends with a non-zero status. Also words as a shell reads them, for commands in such texts, and the
-// overflow-safe arithmetic that sizes read from files go through.
+// once, prints it and ends with a non-zero status. Also numbers, and words as a shell reads them, for such texts, and
+// the overflow-safe arithmetic that sizes read from files go through.
 #pragma once
+#include <cmath>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <stdexcept>
 #include <string>
 
@@ -38,6 +40,20 @@ __attribute__((format(printf, 1, 2))) inline std::string format_string(const cha
     std::string text = format_string_v(format, arguments);
     va_end(arguments);
     throw Error(text);
+}
+
+// A number as short as reads back as the same one: what a sentence calls wrong must look it.
+inline std::string number_text(double value) {
+    if (value == std::floor(value) && std::fabs(value) < 1e9) {
+        return format_string("%.0f", value);
+    }
+    for (int digits = 1; digits < 17; ++digits) {
+        const std::string shorter = format_string("%.*g", digits, value);
+        if (std::strtod(shorter.c_str(), nullptr) == value) {
+            return shorter;
+        }
+    }
+    return format_string("%.17g", value);
 }
 
 // CHECK(rows > 0, "--batch_size %d: must be positive", rows): for input. Our own mistakes use assert.

@@ -160,19 +160,46 @@ inline std::vector<std::string> names_in(const std::string& folder) {
     return names;
 }
 
+// A symbolic link to what is not there, as when the disk it leads to is not mounted.
+inline bool is_link_to_nothing(const std::string& path) {
+    std::error_code error;
+    return fs::is_symlink(fs::symlink_status(path, error)) &&
+           fs::status(path, error).type() == fs::file_type::not_found;
+}
+
+// What in a folder has the name of a checkpoint, by step.
+inline std::map<int64_t, std::string> named_as_checkpoints(const std::string& output_dir) {
+    std::map<int64_t, std::string> paths;
+    for (const std::string& name : names_in(output_dir)) {
+        if (const std::optional<int64_t> step = step_of(name)) {
+            paths[*step] = output_dir + "/" + name;
+        }
+    }
+    return paths;
+}
+
 // All checkpoint folders by step, whole or not, and what may be one but cannot be looked at; empty when the output
 // folder does not exist.
 inline std::map<int64_t, std::string> list(const std::string& output_dir) {
     std::map<int64_t, std::string> folders;
-    for (const std::string& name : names_in(output_dir)) {
+    for (const auto& [step, path] : named_as_checkpoints(output_dir)) {
         std::error_code error;
-        const fs::file_status status = fs::status(output_dir + "/" + name, error);
-        const std::optional<int64_t> step = step_of(name);
-        if (step && (fs::is_directory(status) || !fs::status_known(status))) {
-            folders[*step] = output_dir + "/" + name;
+        const fs::file_status status = fs::status(path, error);
+        if (fs::is_directory(status) || !fs::status_known(status) || is_link_to_nothing(path)) {
+            folders[step] = path;
         }
     }
     return folders;
+}
+
+// Throws Error for a file where a checkpoint may have to go, which would replace it.
+inline void check_has_no_file_named_as_one(const std::string& output_dir) {
+    for (const auto& [step, path] : named_as_checkpoints(output_dir)) {
+        std::error_code error;
+        const fs::file_status status = fs::status(path, error);
+        CHECK(!fs::exists(status) || fs::is_directory(status),
+              "%s: is a file, and has the name of a checkpoint's folder: move it away", path.c_str());
+    }
 }
 
 inline void remove_folder(const std::string& folder) {
@@ -260,6 +287,9 @@ inline std::optional<std::string> find_newest_checkpoint(const std::string& outp
     const std::map<int64_t, std::string> folders = checkpoint::list(output_dir);
     for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
         try {
+            if (checkpoint::is_link_to_nothing(it->second)) {
+                throw UnreadableFile(it->second + ": is a link to nothing");
+            }
             checkpoint::verify(it->second, true, progress);
             return it->second;
         } catch (const UnreadableFile& error) {

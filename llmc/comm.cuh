@@ -241,6 +241,8 @@ class Communicators {
         CHECK(context_, "communicators: no other rank has this one's sequences");
         return *context_;
     }
+    // The host waits until all ranks are here.
+    void barrier(const std::string& operation) const { HostGroup(host_).barrier(operation); }
     // With `auto`: what comes into these ranges of device memory from now on may be copied there by the other GPUs of
     // the host. landing: one of them, or a part, for parts of the world's sums that are on their way. All ranks call
     // it, once; the memory must live until finish() or abandon().

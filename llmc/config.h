@@ -133,7 +133,8 @@ inline void validate(const RunConfig& c) {
         CHECK(value >= minimum, "--%s %lld: must be at least %lld", flag, (long long)value, (long long)minimum);
     };
     auto real_in_range = [](const char* flag, double value, double minimum, double maximum) {
-        CHECK(value >= minimum && value <= maximum, "--%s %g: must be from %g to %g", flag, value, minimum, maximum);
+        CHECK(value >= minimum && value <= maximum, "--%s %s: must be from %s to %s", flag, number_text(value).c_str(),
+              number_text(minimum).c_str(), number_text(maximum).c_str());
     };
     const double any = 3e38;  // that float32 holds
 
@@ -166,16 +167,19 @@ inline void validate(const RunConfig& c) {
           (long long)c.warmup_steps);
     real_in_range("final_learning_rate_fraction", c.final_learning_rate_fraction, 0.0, 1.0);
     // As the optimizer has them, in float32.
-    CHECK(c.beta1 >= 0.0 && (float)c.beta1 < 1.0f, "--beta1 %.12g: must be at least 0 and at most 0.9999999", c.beta1);
-    CHECK(c.beta2 >= 0.0 && (float)c.beta2 < 1.0f, "--beta2 %.12g: must be at least 0 and at most 0.9999999", c.beta2);
-    CHECK((float)c.adam_eps > 0.0f && c.adam_eps <= 1.0, "--adam_eps %g: must be from 1e-45 to 1", c.adam_eps);
+    CHECK(c.beta1 >= 0.0 && (float)c.beta1 < 1.0f, "--beta1 %s: must be at least 0 and at most 0.9999999",
+          number_text(c.beta1).c_str());
+    CHECK(c.beta2 >= 0.0 && (float)c.beta2 < 1.0f, "--beta2 %s: must be at least 0 and at most 0.9999999",
+          number_text(c.beta2).c_str());
+    CHECK((float)c.adam_eps > 0.0f && c.adam_eps <= 1.0, "--adam_eps %s: must be from 1e-45 to 1",
+          number_text(c.adam_eps).c_str());
     real_in_range("weight_decay", c.weight_decay, 0.0, any);
     real_in_range("max_grad_norm", c.max_grad_norm, 0.0, any);
     CHECK(c.max_grad_norm == 0.0 || (float)c.max_grad_norm > 0.0f,
-          "--max_grad_norm %g: must be 0 (no clipping) or at least 1e-45", c.max_grad_norm);
+          "--max_grad_norm %s: must be 0 (no clipping) or at least 1e-45", number_text(c.max_grad_norm).c_str());
 
-    CHECK(c.val_fraction >= 0.0 && c.val_fraction < 1.0, "--val_fraction %g: must be at least 0 and less than 1",
-          c.val_fraction);
+    CHECK(c.val_fraction >= 0.0 && c.val_fraction < 1.0, "--val_fraction %s: must be at least 0 and less than 1",
+          number_text(c.val_fraction).c_str());
     CHECK(c.max_steps == 0 || !c.train_data.empty() || c.fit,
           "--train_data: name the files to train on, e.g. --train_data 'corpus/*.txt' (--help lists all flags)");
     CHECK(c.max_steps > 0 || c.has_validation_data() || c.asks_for_sample || c.fit,
@@ -192,14 +196,16 @@ inline void validate(const RunConfig& c) {
     at_least("sample_every", c.sample_every, 0);
     at_least("sample_tokens", c.sample_tokens, 0);
     real_in_range("temperature", c.temperature, 0.0, any);
-    CHECK(c.top_p > 0.0 && c.top_p <= 1.0, "--top_p %g: must be greater than 0 and at most 1", c.top_p);
+    CHECK(c.top_p > 0.0 && c.top_p <= 1.0, "--top_p %s: must be greater than 0 and at most 1",
+          number_text(c.top_p).c_str());
 
     in_range("context_parallel", c.context_parallel, 1, 1 << 16);
     CHECK(c.context_exchange != ContextExchange::heads || c.model.num_kv_heads % c.context_parallel == 0,
           "--context_exchange heads: --num_kv_heads %d must be a multiple of --context_parallel %d; --context_exchange "
           "ring takes any",
           c.model.num_kv_heads, c.context_parallel);
-    CHECK(c.comm_timeout > 0.0, "--comm_timeout %g: must be greater than 0 seconds", c.comm_timeout);
+    CHECK(c.comm_timeout > 0.0, "--comm_timeout %s: must be greater than 0 seconds",
+          number_text(c.comm_timeout).c_str());
     CHECK(
         c.context_parallel * c.data_parallel == 1 || !offloads_optimizer(c.offload),
         "--offload %s: with %d ranks it must be none or activations; each holds a shard of the optimizer's state only",

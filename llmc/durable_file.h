@@ -50,7 +50,8 @@ class Xxh3Stream {
 // Bytes that this process has written into durable files, and again as they reach the disk: how long work goes on.
 inline std::atomic<uint64_t> durable_bytes{0};
 
-// A new file that is written from its beginning to its end. Whatever fails throws Error with the path and the reason.
+// A new file that is written from its beginning to its end. Whatever fails throws Error with the path and the reason;
+// what was not finished goes again.
 class DurableFile {
   public:
     // There must be no file at `path`. part_bytes: how much goes to the disk at a time.
@@ -63,6 +64,7 @@ class DurableFile {
     ~DurableFile() {
         if (file_ >= 0) {
             close(file_);
+            unlink(path_.c_str());
         }
     }
     DurableFile(const DurableFile&) = delete;
@@ -79,6 +81,13 @@ class DurableFile {
             send_to_disk();
         }
         hash_.update(data, num_bytes);
+    }
+    // Who may read and write it: as of the file that it is to replace, if there is one and the file system knows.
+    void take_permissions_of(const std::string& other) const {
+        struct stat status;
+        if (stat(other.c_str(), &status) == 0) {
+            fchmod(file_, status.st_mode & 07777);
+        }
     }
     // Waits until the bytes are on the disk. Nothing can be written afterwards.
     FileDigest finish() {

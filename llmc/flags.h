@@ -180,6 +180,9 @@ class CommandLine {
             CHECK(option.count() == 0 || !option.results().back().empty(), "--%s '': must name a %s, or be left out",
                   name, name == std::string("config") ? "file" : "folder");
         }
+        for (const std::string& toggle : toggles_without_word_) {
+            fail("%s '': must be true or false, or have nothing behind it", toggle.c_str());
+        }
         for (const std::string& extra : app_.remaining()) {
             CHECK(extra.size() > 1 && extra[0] == '-', "'%s': every value follows its flag, e.g. --train_data '%s'",
                   extra.c_str(), extra.c_str());
@@ -222,6 +225,9 @@ class CommandLine {
             const std::string name = word.rfind("--", 0) == 0 && equals != word.npos ? word.substr(2, equals - 2) : "";
             const Setting* const s = find_setting(settings_, name);
             const bool has_value = name == "config" || (s != nullptr && !s->is_toggle);
+            if (is_toggle_without_word(word, i + 1 < argc ? argv[i + 1] : nullptr)) {
+                toggles_without_word_.push_back(word.substr(0, equals));
+            }
             if (has_value) {
                 attached_.insert({name, word.substr(equals + 1)});
             }
@@ -235,7 +241,17 @@ class CommandLine {
         return words;
     }
 
+    // "--toggle=", or "--toggle" before an empty word, as of a shell's variable that is not set.
+    bool is_toggle_without_word(const std::string& word, const char* next) const {
+        const size_t equals = word.find('=');
+        const Setting* const s =
+            word.rfind("--", 0) == 0 ? find_setting(settings_, word.substr(2, equals - 2)) : nullptr;
+        return s != nullptr && s->is_toggle &&
+               (equals == std::string::npos ? next != nullptr && *next == '\0' : equals + 1 == word.size());
+    }
+
     const std::vector<Setting>& settings_;
+    Words toggles_without_word_;
     CLI::App app_;
     std::map<std::string, CLI::Option*> options_;
     std::map<std::string, Words> sink_;                            // CLI11 wants a variable for each option
@@ -264,7 +280,9 @@ inline SettingsLayer layer_of_resumed_run(const std::vector<Setting>& settings, 
     std::error_code error;
     CHECK(std::filesystem::exists(path, error) || error, "--resume: --output_dir %s holds no run: there is no %s",
           output_dir->back().c_str(), path.c_str());
-    CHECK(std::filesystem::is_regular_file(path, error), "%s: is no file", path.c_str());
+    const bool is_file = std::filesystem::is_regular_file(path, error);
+    CHECK(!error, "%s: cannot look at it: %s", path.c_str(), error.message().c_str());
+    CHECK(is_file, "%s: is no file", path.c_str());
     return layer_from_file(settings, path);
 }
 
@@ -277,6 +295,17 @@ inline std::string set_from(const SettingsLayer& layer, const Setting& s) {
         fail("%s '%s': must be %s", layer.origin.at(s.name).c_str(), words.back().c_str(), rule.what());
     }
     return s.get();
+}
+
+// Whether two layers name the same folder, if in other words.
+inline bool is_same_folder(const SettingsLayer& a, const SettingsLayer& b, const std::string& name) {
+    std::error_code error;  // of what is not there: compared as it is written
+    const auto canonical = [&](const SettingsLayer& layer) {
+        const std::filesystem::path path = std::filesystem::absolute(layer.values.at(name).back(), error);
+        const std::filesystem::path found = std::filesystem::weakly_canonical(path, error);
+        return (error ? path : found) / "";  // with or without a slash at its end
+    };
+    return canonical(a) == canonical(b);
 }
 
 // Reads the command line. A setting's value comes from, the first that has it: the command line, the --config file,
@@ -305,7 +334,8 @@ inline ParsedFlags parse_flags(int argc, const char* const* argv) {
         if (command_line.values.count(s.name) > 0) {
             parsed.given.insert(s.name), parsed.typed.insert(s.name);
             const std::string before = was_saved ? set_from(saved, s) : "";
-            if (set_from(command_line, s) != before && was_saved) {
+            const bool is_other = set_from(command_line, s) != before;
+            if (was_saved && is_other && !(s.name == "init_from" && is_same_folder(saved, command_line, s.name))) {
                 parsed.others.insert(s.name);
             }
         } else if (shape_is_typed && s.group == model.group) {
@@ -438,6 +468,16 @@ inline std::string check_cpu_flags(const ParsedFlags& parsed) {
 inline std::string take_model_shape(ParsedFlags& parsed, const ModelConfig& stored, const std::string& where) {
     RunConfig as_stored = parsed.config;
     as_stored.model = stored;
+    // Without a factor, what else there is of scaling says nothing.
+    const bool has_factor =
+        parsed.given.count("rope_scaling_factor") > 0 || parsed.saved.count("rope_scaling_factor") > 0;
+    if ((has_factor ? parsed.config : as_stored).model.rope_scaling.factor == 1.0) {
+        for (RopeScaling* const scaling : {&parsed.config.model.rope_scaling, &as_stored.model.rope_scaling}) {
+            const double factor = scaling->factor;
+            *scaling = RopeScaling();
+            scaling->factor = factor;
+        }
+    }
     const std::vector<Setting> asked = list_settings(parsed.config), has = list_settings(as_stored);
     std::string rotated;
     for (size_t i = 0; i < asked.size(); ++i) {

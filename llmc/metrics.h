@@ -83,6 +83,13 @@ class MetricsLog {
     MetricsLog(const MetricsLog&) = delete;
     MetricsLog& operator=(const MetricsLog&) = delete;
 
+    // Whether another file has its name by now, as after an editor's or a log rotation's work.
+    bool is_replaced() const {
+        struct stat own, named;
+        return fstat(fileno(file_), &own) == 0 && stat(path_.c_str(), &named) == 0 &&
+               (own.st_dev != named.st_dev || own.st_ino != named.st_ino);
+    }
+
     // One line {"event": event, "step": step, ...fields}. Numbers that are not finite become null: JSON has no others.
     // Throws Error when the line does not reach the file.
     void write(const char* event, int64_t step, const Json& fields) {
@@ -90,7 +97,7 @@ class MetricsLog {
         object.update(fields);
         const std::string line = to_text(object) + "\n";
         const bool written = std::fwrite(line.data(), 1, line.size(), file_) == line.size() && std::fflush(file_) == 0;
-        CHECK(written, "%s: cannot write: %s; make room, then go on from the newest checkpoint with --resume",
+        CHECK(written, "%s: cannot write: %s; make room; from the newest checkpoint, if there is one, --resume goes on",
               path_.c_str(), std::strerror(errno));
     }
 
@@ -110,6 +117,7 @@ class MetricsLog {
         CHECK(!error, "%s: cannot find: %s", path_.c_str(), error.message().c_str());
         std::remove(kept_path.c_str());  // of a run that was killed here
         DurableFile kept(kept_path);
+        kept.take_permissions_of(real_path);
         for (std::string line; std::getline(old, line);) {
             const std::optional<MetricsLine> parsed = parse_metrics_line(line);
             if (parsed && parsed->step <= (parsed->event == "attention_switch" ? last_step - 1 : last_step)) {

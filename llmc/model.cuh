@@ -201,6 +201,9 @@ inline GpuModel::GpuModel(const ModelConfig& config, const GpuModelSettings& set
     size_t free_bytes, total_bytes;
     CUDA_CHECK(cudaMemGetInfo(&free_bytes, &total_bytes));
     check_fits(plan_, free_memory(settings_, counted_as_free(settings_, free_bytes)), config_, settings_);
+    if (comms != nullptr) {  // or a rank would divide what a host has left after another has taken its share
+        comms->barrier("check of memory");
+    }
     plan_.allocate();
     if (settings.peer_copies) {
         DeviceRange landing;

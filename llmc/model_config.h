@@ -89,16 +89,18 @@ inline void validate(const ModelConfig& m) {
         fail("--num_kv_heads %d: must divide --num_heads %d; the nearest that does is %d", m.num_kv_heads, m.num_heads,
              nearest);
     }
-    CHECK(std::isfinite(m.rope_theta) && m.rope_theta > 1.0, "--rope_theta %g: must be greater than 1", m.rope_theta);
-    CHECK((float)m.norm_eps > 0.0f && m.norm_eps <= 1.0, "--norm_eps %g: must be from 1e-45 to 1", m.norm_eps);
-    CHECK((float)m.init_std > 0.0f && std::isfinite((float)m.init_std), "--init_std %g: must be from 1e-45 to 3e38",
-          m.init_std);
+    CHECK(std::isfinite(m.rope_theta) && m.rope_theta > 1.0, "--rope_theta %s: must be greater than 1",
+          number_text(m.rope_theta).c_str());
+    CHECK((float)m.norm_eps > 0.0f && m.norm_eps <= 1.0, "--norm_eps %s: must be from 1e-45 to 1",
+          number_text(m.norm_eps).c_str());
+    CHECK((float)m.init_std > 0.0f && std::isfinite((float)m.init_std), "--init_std %s: must be from 1e-45 to 3e38",
+          number_text(m.init_std).c_str());
     const RopeScaling& s = m.rope_scaling;
-    CHECK(std::isfinite(s.factor) && s.factor >= 1.0, "--rope_scaling_factor %g: must be at least 1 (1: off)",
-          s.factor);
+    CHECK(std::isfinite(s.factor) && s.factor >= 1.0, "--rope_scaling_factor %s: must be at least 1 (1: off)",
+          number_text(s.factor).c_str());
     CHECK(!s.enabled() || (s.low_freq_factor > 0 && s.high_freq_factor > s.low_freq_factor),
-          "--rope_high_freq_factor %g: must be greater than --rope_low_freq_factor %g, and both positive",
-          s.high_freq_factor, s.low_freq_factor);
+          "--rope_high_freq_factor %s: must be greater than --rope_low_freq_factor %s, and both positive",
+          number_text(s.high_freq_factor).c_str(), number_text(s.low_freq_factor).c_str());
     CHECK(!s.enabled() || s.original_max_positions > 0, "--rope_original_max_positions %lld: must be positive",
           (long long)s.original_max_positions);
     CHECK(m.max_positions >= 0, "--max_positions %lld: must not be negative", (long long)m.max_positions);

@@ -86,8 +86,9 @@ inline std::string make_output_dir() {
     std::strftime(date_time, sizeof date_time, "%Y%m%d-%H%M%S", std::localtime(&now));
     const std::string base = std::string("runs/") + date_time;
     std::string folder = base;
-    std::error_code ignored;  // mkdir says it too
-    std::filesystem::create_directories("runs", ignored);
+    std::error_code error;
+    std::filesystem::create_directories("runs", error);
+    CHECK(!error, "runs: cannot make this folder: %s; name another with --output_dir", error.message().c_str());
     for (int i = 2; mkdir(folder.c_str(), 0777) != 0; ++i) {
         CHECK(errno == EEXIST, "%s: cannot make this folder: %s; name another with --output_dir", folder.c_str(),
               std::strerror(errno));
@@ -104,7 +105,8 @@ class RunFolder {
     // config: the run's, which outlives this.
     explicit RunFolder(RunConfig& config) : config_(config) {}
 
-    // Makes config.output_dir, names it where it has no name yet, and locks it. Throws Error when it holds another run.
+    // Makes config.output_dir, names it where it has no name yet, and locks it. Throws Error when it holds another run,
+    // or what a checkpoint would replace.
     void take() {
         if (config_.output_dir.empty()) {
             config_.output_dir = make_output_dir();
@@ -113,12 +115,26 @@ class RunFolder {
         }
         lock_ = config_.output_lock ? config_.output_lock : lock_output(config_);  // of --resume, long since
         check_holds_no_run(config_, false);  // again: another may have been there since the settings were checked
+        checkpoint::check_has_no_file_named_as_one(config_.output_dir);
     }
 
-    // What --resume and the reader of the metrics look for. Of metrics that are there, those up to `step` stay.
-    void begin_files(int64_t step) {
-        write_settings();
-        metrics_.emplace(metrics_path(config_.output_dir), step);
+    // What --resume and the reader of the metrics look for. Of metrics that are there, those up to `step` stay; start:
+    // what the line says that begins this process's. Where a new run fails in it, there is nothing of it.
+    void begin_files(int64_t step, const Json& start) {
+        const std::string settings = saved_settings_path(config_.output_dir),
+                          metrics = metrics_path(config_.output_dir);
+        try {
+            metrics_.emplace(metrics, step);
+            log("start", step, start);
+            write_settings();
+        } catch (const Error&) {
+            metrics_.reset();
+            if (!config_.resume) {
+                std::remove(settings.c_str());
+                std::remove(metrics.c_str());
+            }
+            throw;
+        }
     }
 
     // Whether log() writes: from begin_files() on, until it fails.
@@ -126,6 +142,11 @@ class RunFolder {
     // A line of metrics.jsonl. Throws Error when it does not reach the file.
     void log(const char* event, int64_t step, const Json& fields) {
         try {
+            if (metrics_->is_replaced()) {
+                const std::string metrics = metrics_path(config_.output_dir);
+                print_warning(config_.program, metrics + " has been replaced by another file: that one goes on");
+                metrics_.emplace(metrics, step + 1);  // with all lines that it has
+            }
             metrics_->write(event, step, fields);
         } catch (const Error&) {
             metrics_.reset();
@@ -175,6 +196,8 @@ class RunFolder {
 
   private:
     void make_folder() const {
+        CHECK(!checkpoint::is_link_to_nothing(config_.output_dir), "--output_dir %s: is a link to nothing",
+              config_.output_dir.c_str());
         std::error_code error;
         std::filesystem::create_directories(config_.output_dir, error);
         CHECK(!error, "--output_dir %s: cannot make this folder: %s", config_.output_dir.c_str(),
@@ -187,6 +210,7 @@ class RunFolder {
         const std::string text = settings_toml(config_);
         std::remove(temporary.c_str());  // of a run that was killed here
         DurableFile file(temporary);
+        file.take_permissions_of(path);
         file.write(text.data(), text.size());
         file.finish();
         CHECK(std::rename(temporary.c_str(), path.c_str()) == 0, "%s: cannot write: %s", path.c_str(),

@@ -35,10 +35,12 @@ void parse(const Words& words, Integer& value) {
 }
 inline void parse(const Words& words, double& value) {
     char* end;
+    errno = 0;
     value = std::strtod(words.back().c_str(), &end);
     CHECK(
         !words.back().empty() && *end == '\0' && !std::isspace((unsigned char)words.back()[0]) && std::isfinite(value),
         "a number");
+    CHECK(value != 0.0 || errno != ERANGE, "0 or a number that a double holds: at least 4.94e-324");
 }
 inline void parse(const Words& words, bool& value) {
     CHECK(words.back() == "true" || words.back() == "false", "true or false");
@@ -83,18 +85,7 @@ template <class Integer, std::enable_if_t<std::is_integral_v<Integer> && !std::i
 std::string text(Integer value) {
     return std::to_string(value);
 }
-inline std::string text(double value) {  // the shortest form that reads back as the same number
-    if (value == std::floor(value) && std::fabs(value) < 1e9) {
-        return format_string("%.0f", value);
-    }
-    for (int digits = 1; digits < 17; ++digits) {
-        const std::string shorter = format_string("%.*g", digits, value);
-        if (std::strtod(shorter.c_str(), nullptr) == value) {
-            return shorter;
-        }
-    }
-    return format_string("%.17g", value);
-}
+inline std::string text(double value) { return number_text(value); }
 inline std::string text(bool value) { return value ? "true" : "false"; }
 inline std::string text(const std::string& value) { return toml_quote(value); }
 inline std::string text(const std::vector<std::string>& values) {

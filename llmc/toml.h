@@ -2,6 +2,8 @@
 // strings in either quotes, integers, decimals, true and false, arrays of those, and comments. Sections, dates and
 // tables are refused, as is everything else, by line number. (CLI11's own reader cuts strings at '#' and ','.)
 #pragma once
+#include <cerrno>
+#include <cstring>
 #include <fstream>
 #include <sstream>
 #include <string>
@@ -206,8 +208,9 @@ class TomlReader {
 
 // The entries of a settings file. Throws Error when it cannot be read or is not in the subset above.
 inline std::vector<TomlEntry> read_toml(const std::string& path) {
+    errno = 0;
     std::ifstream file(path, std::ios::binary);
-    CHECK(file.good(), "%s: cannot open this settings file", path.c_str());
+    CHECK(file.good(), "%s: cannot open this settings file: %s", path.c_str(), std::strerror(errno));
     constexpr size_t MAX_BYTES = (size_t)16 << 20;  // devices never end
     std::string all(MAX_BYTES + 1, '\0');
     file.read(all.data(), (std::streamsize)all.size());  // an empty file gives no settings

@@ -362,19 +362,24 @@ class TrainingRun {
         companions_ = checkpoint::read_companions(checkpoint::companion_source(config_.checkpoint, config_.output_dir),
                                                   config_, model_.config(), data_.train->stream().is_bytes());
         warn_of_tokenizer(*companions_, *data_.train, "--train_data");
+        if (!data_.train->stream().is_bytes() && checkpoint::reads_bytes(*companions_) &&
+            checkpoint::has_tokenizer(*companions_)) {
+            warn(config_.checkpoint +
+                 " has the tokenizer of bytes, and --train_data are token shards: this run's "
+                 "checkpoints have no tokenizer");
+            companions_.emplace();
+        }
         folder_.take();
         return config_.output_dir;
     }
     // The settings of the run and its metrics file. Rank 0 alone calls it.
     void begin_run() {
-        folder_.begin_files(state_.step);
-        folder_.log("start", state_.step,
-                    {{"program", config_.program},
-                     {"device", device_.name},
-                     {"checkpoint", config_.checkpoint},
-                     {"parameters", model_.parameters().num_elements()},
-                     {"data_parallel", ranks_.mesh().data_parallel},
-                     {"settings", settings_toml(config_)}});
+        folder_.begin_files(state_.step, {{"program", config_.program},
+                                          {"device", device_.name},
+                                          {"checkpoint", config_.checkpoint},
+                                          {"parameters", model_.parameters().num_elements()},
+                                          {"data_parallel", ranks_.mesh().data_parallel},
+                                          {"settings", settings_toml(config_)}});
     }
 
     // Raw text for a model that was trained on other tokens than bytes, as far as its folder says.
@@ -811,7 +816,9 @@ class TrainingRun {
     }
 
     std::string resume_command() const {
-        return shell_quote(config_.program) + " --resume --output_dir " + shell_quote(config_.output_dir) +
+        const std::string& folder = config_.output_dir;
+        const char* const joint = folder.compare(0, 1, "-") == 0 ? "=" : " ";  // or it would be taken for a flag
+        return shell_quote(config_.program) + " --resume --output_dir" + joint + shell_quote(folder) +
                (config_.print_influence ? " --print_influence" : "");  // which is not saved with the run
     }
 

@@ -573,6 +573,7 @@ static void measure_shape(Harness& h, const Variant<Launcher>& variant, int W, i
     }
 }
 static void measure(Harness& h, const Variant<Launcher>& variant) {
+    measure_shape(h, variant, 2, 98304);
     measure_shape(h, variant, 4, 32768);
     measure_shape(h, variant, 8, 131072);
 }

@@ -306,6 +306,30 @@ TEST_F(Checkpoint, EveryFlippedBitIsFound) {
     EXPECT_TRUE(loaded.untouched());
 }
 
+// Of a file that could not be finished nothing is left; one that replaces another may be read by the same.
+TEST_F(Checkpoint, FilesAreWholeOrGone) {
+    const std::string path = folder_ + "/file", other = folder_ + "/other";
+    { DurableFile(path).write("abc", 3); }
+    EXPECT_FALSE(fs::exists(path));
+    write_bytes(other, "old");
+    fs::permissions(other, fs::perms::owner_read);
+    DurableFile file(path);
+    file.take_permissions_of(folder_ + "/none");
+    file.take_permissions_of(other);
+    file.finish();
+    EXPECT_EQ(fs::status(path).permissions(), fs::perms::owner_read);
+}
+
+TEST_F(Checkpoint, AFileWithTheNameOfOneIsNotReplaced) {
+    StateModel model(small_model(true), 1);
+    save(model, 1);
+    EXPECT_NO_THROW(checkpoint::check_has_no_file_named_as_one(run_));
+    write_bytes(run_ + "/step00000007", "notes");
+    write_bytes(run_ + "/step7", "no such name");
+    EXPECT_MESSAGE(checkpoint::check_has_no_file_named_as_one(run_), run_ + "/step00000007: is a file");
+    EXPECT_EQ(checkpoint::list(run_).size(), 1u);
+}
+
 // What cannot be read may be whole: going on from an older one would waste what it holds.
 TEST_F(Checkpoint, OneThatCannotBeReadIsNotPassedOver) {
     StateModel model(small_model(true), 1), loaded(small_model(true), 0);
@@ -343,6 +367,9 @@ TEST_F(Checkpoint, OneThatCannotBeReadIsNotPassedOver) {
     fs::rename(newest, aside);
     fs::create_symlink(newest, newest);
     EXPECT_MESSAGE(find_newest_checkpoint(run_), "Too many levels of symbolic links; so nobody knows");
+    fs::remove(newest);
+    fs::create_symlink("/not/mounted", newest);
+    EXPECT_MESSAGE(find_newest_checkpoint(run_), newest + ": is a link to nothing; so nobody knows");
     config_.keep_checkpoints = 1;
     save(model, 3);
     EXPECT_EQ(names(run_), (std::vector<std::string>{"step00000002", "step00000003"}));

@@ -3,6 +3,7 @@
 
 #include <climits>
 #include <cstdio>
+#include <filesystem>
 #include <fstream>
 #include <limits>
 #include <random>
@@ -177,6 +178,14 @@ TEST(Flags, UnreadableValues) {
     expect_refused({"--schedule", "cosin"}, "must be cosine or linear or constant");
     expect_refused({"--lighthouse_dense_layers", "0,x"}, "whole numbers with commas");
     expect_refused({"--seq_len"}, "--seq_len: its value is missing");
+    // Smaller than a double holds: not 0, which would mean something else.
+    expect_refused({"--max_grad_norm", "1e-400"},
+                   "--max_grad_norm '1e-400': must be 0 or a number that a double holds");
+    EXPECT_EQ(parse_line({"--max_grad_norm", "0e-400"}).config.max_grad_norm, 0.0);
+    // Of a variable that the shell does not know.
+    expect_refused({"--byte_markers="}, "--byte_markers '': must be true or false");
+    expect_refused({"--byte_markers", "", "--seq_len", "5"}, "--byte_markers '': must be true or false");
+    EXPECT_TRUE(parse_line({"--deterministic", "--sample_prompt", ""}).config.deterministic);
 }
 
 TEST(Flags, ValuesThatBreakARule) {
@@ -192,6 +201,9 @@ TEST(Flags, ValuesThatBreakARule) {
     expect_refused({"--train_data", "x", "--width", "2147483647"}, "the nearest is 131072");
     expect_refused({"--train_data", "x", "--beta1", "1"}, "--beta1 1");
     expect_refused({"--train_data", "x", "--top_p", "0"}, "--top_p 0");
+    expect_refused({"--train_data", "x", "--top_p", "1.0000001"}, "--top_p 1.0000001: must be");
+    expect_refused({"--train_data", "x", "--norm_eps", "1.0000001"}, "--norm_eps 1.0000001: must be");
+    expect_refused({"--train_data", "x", "--temperature", "3.0000001e38"}, "--temperature 3.0000001e+38: must be");
     expect_refused({"--train_data", "x", "--val_fraction", "1"}, "--val_fraction 1");
     expect_refused({"--train_data", "x", "--learning_rate", "-1"}, "--learning_rate -1");
     expect_refused({"--train_data", "x", "--max_positions", "100"},
@@ -244,6 +256,11 @@ TEST(Flags, ARunGoesOnWithTheLineThatStartedIt) {
     line.push_back("--resume");
     EXPECT_EQ(refusal(line), "");
     EXPECT_EQ(parse_line({"--resume", "--output_dir", folder.path.c_str()}).config.init_from, "hf");
+    const std::string here = std::filesystem::current_path();
+    for (const std::string& same : {std::string("hf/"), std::string("./hf"), here + "/hf", std::string("x/../hf//")}) {
+        line[3] = same.c_str();
+        EXPECT_EQ(refusal(line), "") << same;
+    }
     line[3] = "another";
     expect_refused(line, "--resume and --init_from another contradict each other");
     folder.write("settings.toml", "train_data = ['x']\nsample_tokens = 0\n");
@@ -631,7 +648,16 @@ TEST(Flags, PositionsOfACheckpointMayBeRotatedOtherwise) {
     parsed = parse_line({"--train_data", "x", "--rope_scaling_factor", "4"});
     take_model_shape(parsed, stored, "hf");
     EXPECT_EQ(parsed.config.model.rope_scaling.original_max_positions, 32);
+    // Without a factor the rest says nothing: neither is it told, nor kept for a later one.
+    parsed = parse_line({"--train_data", "x", "--rope_scaling_factor", "1"});
+    EXPECT_EQ(take_model_shape(parsed, stored, "hf"), "--rope_scaling_factor 1 (2)");
+    EXPECT_EQ(parsed.config.model.rope_scaling.original_max_positions, RopeScaling().original_max_positions);
     stored.rope_scaling = RopeScaling();
+    saved.config.model.rope_theta = stored.rope_theta;
+    saved.config.model.rope_scaling.original_max_positions = 32;  // of a file that has it all the same
+    folder.write("settings.toml", settings_toml(saved.config));
+    parsed = parse_line({"--resume", "--output_dir", folder.path.c_str()});
+    EXPECT_EQ(take_model_shape(parsed, stored, "hf"), "");
 
     const auto factors = [&](double factor) {
         stored.rope_scaling.factor = factor;

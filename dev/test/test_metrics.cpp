@@ -142,6 +142,21 @@ TEST(MetricsLog, ASwitchIsOfTheStepsBehindIt) {
               "{\"event\":\"checkpoint\",\"step\":3}\n");
 }
 
+TEST(MetricsLog, KnowsWhenItsFileIsReplaced) {
+    TemporaryFolder folder;
+    const std::string path = folder.path + "/metrics.jsonl", other = folder.path + "/other";
+    MetricsLog log(path, 0);
+    log.write("step", 1, Json::object());
+    EXPECT_FALSE(log.is_replaced());
+    std::ofstream(path, std::ios::app) << "a line of another's\n";
+    EXPECT_FALSE(log.is_replaced());
+    std::filesystem::copy_file(path, other);
+    std::filesystem::rename(other, path);
+    EXPECT_TRUE(log.is_replaced());
+    std::filesystem::remove(path);
+    EXPECT_FALSE(log.is_replaced()) << "removed is something else";
+}
+
 TEST(MetricsLog, FailedWritesAreErrors) {
     EXPECT_THROW(MetricsLog("/no/such/folder/metrics.jsonl", 0), Error);
     TemporaryFolder folder;

@@ -215,6 +215,27 @@ TEST_F(TrainLoop, RawTextForAModelWithATokenizerOfItsOwnIsSaid) {
     EXPECT_NE(said().find("says of no tokenizer which it was trained with"), std::string::npos);
 }
 
+// And the other way round: what their tokenizer would make of the numbers is not what was trained on.
+TEST_F(TrainLoop, ShardsForAModelOfBytesLeaveItNoTokenizer) {
+    FakeModel model(config_.model), after(config_.model), again(config_.model);
+    config_.max_steps = 1;
+    run(model, config_);
+    EXPECT_TRUE(std::filesystem::exists(*find_newest_checkpoint(config_.output_dir) + "/tokenizer.json"));
+    RunConfig from = config_;
+    from.init_from = from.checkpoint = *find_newest_checkpoint(config_.output_dir);
+    from.train_data = {write_shard("/shard.bin", 8)}, from.output_dir = folder_ + "/second";
+    EXPECT_EQ(run(after, from), 0);
+    EXPECT_NE(err_.find(from.checkpoint + " has the tokenizer of bytes, and --train_data are token shards"),
+              std::string::npos)
+        << err_;
+    for (const char* name : {"tokenizer.json", "tokenizer.model", "generation_config.json"}) {
+        EXPECT_FALSE(std::filesystem::exists(from.output_dir + "/step00000001/" + name)) << name;
+    }
+    from = resumed(from), from.max_steps = 2;
+    EXPECT_EQ(run(again, from), 0);
+    EXPECT_EQ(err_.find("tokenizer"), std::string::npos) << "said once: " << err_;
+}
+
 // ---- what was left undone
 
 TEST_F(TrainLoop, SkipsInARowAreCountedAcrossAResume) {
@@ -496,6 +517,38 @@ TEST_F(TrainLoop, MetricsThatAreRemovedBeginAnew) {
     EXPECT_NE(err_.find("/metrics.jsonl has been removed: it begins anew"), std::string::npos) << err_;
     EXPECT_EQ(losses().size(), (size_t)config_.max_steps - 4) << "those after the checkpoint";
     EXPECT_EQ(events("checkpoint").size(), 2u);
+}
+
+TEST_F(TrainLoop, MetricsThatAreReplacedGoOnInTheNewFile) {
+    FakeModel model(config_.model);
+    const std::string metrics = config_.output_dir + "/metrics.jsonl", other = folder_ + "/other";
+    model.on_update = [&](int n) {
+        if (n == 3) {  // as sed -i does
+            std::filesystem::copy_file(metrics, other);
+            std::filesystem::rename(other, metrics);
+        }
+    };
+    EXPECT_EQ(run(model, config_), 0);
+    EXPECT_NE(err_.find("/metrics.jsonl has been replaced by another file: that one goes on"), std::string::npos)
+        << err_;
+    EXPECT_EQ(losses().size(), (size_t)config_.max_steps);
+    EXPECT_EQ(events("start").size(), 1u);
+}
+
+TEST_F(TrainLoop, AStartThatFailsLeavesNothingOfARun) {
+    const std::string settings = saved_settings_path(config_.output_dir);
+    std::filesystem::create_directories(config_.output_dir);
+    std::filesystem::create_symlink("/no/such/folder/x", config_.output_dir + "/metrics.jsonl");
+    FakeModel model(config_.model);
+    EXPECT_THROW(run(model, config_), Error);
+    EXPECT_FALSE(std::filesystem::exists(settings));
+    std::filesystem::remove(config_.output_dir + "/metrics.jsonl");
+    std::filesystem::create_directory(settings + ".new");  // the settings cannot be written
+    std::ofstream(settings + ".new/x") << "";
+    EXPECT_THROW(run(model, config_), Error);
+    EXPECT_FALSE(std::filesystem::exists(config_.output_dir + "/metrics.jsonl"));
+    std::filesystem::remove_all(settings + ".new");
+    EXPECT_EQ(run(model, config_), 0) << "the folder is as good as new";
 }
 
 TEST_F(TrainLoop, SettingsThatAreRemovedAreMadeAgain) {
