@@ -173,9 +173,10 @@ inline const Setting* find_setting(const std::vector<Setting>& settings, const s
 
 // ---- all settings as text -----------------------------------------------------------------------
 
-// The resolved settings as a settings file.
+// The resolved settings as a settings file. As many positions as a sequence has tokens are those of any --seq_len.
 inline std::string settings_toml(const RunConfig& config) {
     RunConfig copy = config;
+    copy.model.max_positions = copy.model.max_positions == copy.seq_len ? 0 : copy.model.max_positions;
     std::string toml = "# The settings of this run, as --config reads them.\n", group;
     for (const Setting& s : list_settings(copy)) {
         if (!s.saved) {

@@ -474,6 +474,13 @@ TEST(Flags, SavedSettingsReadBack) {
     const std::string saved = saved_settings_path(folder.path);
     EXPECT_EQ(settings_toml(parse_line({"--config", saved.c_str()}).config), toml);
 
+    // A run that was resumed knows the positions of its checkpoint; its settings are good for longer sequences too.
+    RunConfig resumed_once = original;
+    resumed_once.model.max_positions = resumed_once.seq_len;
+    EXPECT_EQ(settings_toml(resumed_once), toml);
+    resumed_once.model.max_positions = 2 * resumed_once.seq_len;
+    EXPECT_NE(settings_toml(resumed_once).find("max_positions = 512\n"), std::string::npos);
+
     const ModelConfig typed = parse_line({"--config", saved.c_str(), "--model", "llama3-8b"}).config.model;
     EXPECT_EQ(typed.width, 4096) << "a preset that is typed stands for the whole shape";
     EXPECT_EQ(typed.init_std, model_preset("llama3-8b").init_std);
