@@ -100,6 +100,13 @@ for script in dev/test/e2e_*.sh; do
     check "$(basename "$script" .sh)" bash "$script"
 done
 
+if command -v "$python" >/dev/null; then
+    check random_resumes "$python" dev/test/random_resumes.py --runs 40
+    check random_resumes_planted "$python" dev/test/random_resumes.py --runs 8 --planted
+else
+    skip random_resumes "no $python here (PYTHON=... names another)"
+fi
+
 echo "== outputs of other implementations"
 if [ -d "$LLMC_GOLDEN_DIR" ]; then
     check hugging_face_llama build/check_hf_golden "$LLMC_GOLDEN_DIR/hf_llama_gqa"
