@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <csignal>
+#include <filesystem>
 #include <cstdlib>
 #include <fstream>
 #include <iterator>
@@ -294,7 +295,10 @@ TEST_F(Safetensors, WriterRefusesTooManyTooFewAndTwice) {
         EXPECT_THROW(writer.finish(), Error) << "one is missing";
         EXPECT_THROW(writer.write(values, 2), Error) << "one too many";
     }
+    EXPECT_FALSE(std::filesystem::exists(path_)) << "half a file";
+    SafetensorsWriter(path_, {}, {}).finish();
     EXPECT_THROW(SafetensorsWriter(path_, {}, {}), Error) << "the file exists";
+    EXPECT_TRUE(std::filesystem::exists(path_)) << "another's stays";
     const std::string other = folder_ + "/y.safetensors";
     EXPECT_THROW(SafetensorsWriter(other, {{"a", Dtype::F32, {}, 0, 0}, {"a", Dtype::F32, {}, 0, 0}}, {}), Error);
     EXPECT_THROW(SafetensorsWriter(folder_ + "/none/y.safetensors", {}, {}), Error);
