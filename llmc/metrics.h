@@ -6,12 +6,14 @@
 #include <climits>
 #include <cstdio>
 #include <cstring>
+#include <fcntl.h>
 #include <filesystem>
 #include <fstream>
 #include <optional>
 #include <poll.h>
 #include <set>
 #include <string>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -64,7 +66,9 @@ inline std::set<std::string> events_of_step(const std::string& path, int64_t ste
     return events;
 }
 
-// Appends to a file of one JSON object a line, each flushed as it is written. Every object has "event" and "step".
+// Appends to a file of one JSON object a line, each flushed as it is written. Every object has "event" and "step". Room
+// for the next lines is taken beforehand, where the file system can: that a disk is full shows while the line of a step
+// that is done still fits.
 class MetricsLog {
   public:
     // Opens or creates `path`. Of a file that exists, lines of steps after `last_step` are dropped, as is a last line
@@ -74,12 +78,14 @@ class MetricsLog {
         drop_lines_after(last_step);
         file_ = std::fopen(path.c_str(), "ab");
         CHECK(file_ != nullptr, "%s: cannot write: %s", path.c_str(), std::strerror(errno));
-    }
-    ~MetricsLog() {
-        if (file_ != nullptr) {
-            std::fclose(file_);
+        try {
+            take_room();
+        } catch (const Error&) {
+            close();
+            throw;
         }
     }
+    ~MetricsLog() { close(); }
     MetricsLog(const MetricsLog&) = delete;
     MetricsLog& operator=(const MetricsLog&) = delete;
 
@@ -91,17 +97,49 @@ class MetricsLog {
     }
 
     // One line {"event": event, "step": step, ...fields}. Numbers that are not finite become null: JSON has no others.
-    // Throws Error when the line does not reach the file.
+    // Throws Error when the line does not reach the file, or the next one would not.
     void write(const char* event, int64_t step, const Json& fields) {
         Json object = {{"event", event}, {"step", step}};
         object.update(fields);
         const std::string line = to_text(object) + "\n";
         const bool written = std::fwrite(line.data(), 1, line.size(), file_) == line.size() && std::fflush(file_) == 0;
-        CHECK(written, "%s: cannot write: %s; make room; from the newest checkpoint, if there is one, --resume goes on",
-              path_.c_str(), std::strerror(errno));
+        check(written);
+        take_room();
     }
 
   private:
+    static constexpr off_t ROOM = 16 << 10;  // bytes, of many lines
+
+    void check(bool done) const {
+        CHECK(done, "%s: cannot write: %s; make room; from the newest checkpoint, if there is one, --resume goes on",
+              path_.c_str(), std::strerror(errno));
+    }
+    void take_room() {
+        struct stat status;
+        if (fstat(fileno(file_), &status) != 0 || status.st_size + ROOM / 2 <= end_of_room_) {
+            return;
+        }
+        rlimit limit;  // of a file's size, which the call does not look at
+        getrlimit(RLIMIT_FSIZE, &limit);
+        errno = EFBIG;
+        const bool taken = (limit.rlim_cur == RLIM_INFINITY || (rlim_t)(status.st_size + ROOM) <= limit.rlim_cur) &&
+                           fallocate(fileno(file_), FALLOC_FL_KEEP_SIZE, status.st_size, ROOM) == 0;
+        check(taken ||
+              (errno != ENOSPC && errno != EDQUOT && errno != EFBIG));  // others: it cannot be taken beforehand
+        end_of_room_ = status.st_size + ROOM;
+    }
+    void close() {
+        if (file_ == nullptr) {
+            return;
+        }
+        struct stat status;
+        if (fstat(fileno(file_), &status) == 0 && S_ISREG(status.st_mode)) {
+            (void)!ftruncate(fileno(file_), status.st_size);  // gives the rest of the room back
+        }
+        std::fclose(file_);
+        file_ = nullptr;
+    }
+
     // Samples may hold any bytes; those that are not UTF-8 are replaced.
     static std::string to_text(const Json& object) {
         return object.dump(-1, ' ', false, Json::error_handler_t::replace);
@@ -132,6 +170,7 @@ class MetricsLog {
 
     std::string path_;
     std::FILE* file_ = nullptr;
+    off_t end_of_room_ = 0;  // of the file
 };
 
 // ---- terminal -----------------------------------------------------------------------------------

@@ -163,14 +163,40 @@ TEST(MetricsLog, FailedWritesAreErrors) {
     EXPECT_THROW(MetricsLog(folder.path, 0), Error) << "a folder is not a file";
 
     // A limit on the size of files stands for a full disk.
-    MetricsLog log(folder.path + "/metrics.jsonl", 0);
+    const std::string path = folder.path + "/metrics.jsonl";
     rlimit unlimited, full;
     ASSERT_EQ(getrlimit(RLIMIT_FSIZE, &unlimited), 0);
-    full = unlimited, full.rlim_cur = 10;
+    full = unlimited;
     signal(SIGXFSZ, SIG_IGN);
-    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &full), 0);
-    EXPECT_THROW(log.write("step", 1, {{"loss", 0.1}}), Error);
-    ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &unlimited), 0);
+    {
+        MetricsLog log(path, 0);
+        full.rlim_cur = 10;
+        ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &full), 0);
+        EXPECT_THROW(log.write("step", 1, {{"loss", 0.1}}), Error);
+        ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &unlimited), 0);
+    }
+    // Wherever the disk ends, the last line that was tried is there, as those before.
+    for (const rlim_t room : {20000, 20001, 30000, 40000}) {
+        std::filesystem::remove(path);
+        full.rlim_cur = room;
+        ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &full), 0);
+        int last = 0;
+        {
+            MetricsLog log(path, 0);
+            EXPECT_THROW(
+                while (true) {
+                    log.write("step", ++last, {{"text", std::string(last % 97, 'x')}});
+                },
+                Error);
+        }
+        ASSERT_EQ(setrlimit(RLIMIT_FSIZE, &unlimited), 0);
+        EXPECT_EQ(events_of_step(path, last).size(), 1u) << "of " << last << " with room for " << room;
+        EXPECT_EQ(events_of_step(path, last + 1).size(), 0u);
+        EXPECT_GT(last, 50);
+        struct stat status;
+        ASSERT_EQ(stat(path.c_str(), &status), 0);
+        EXPECT_LE(512 * status.st_blocks, status.st_size + 8192) << "what was not needed is given back";
+    }
 }
 
 TEST(StepLine, Text) {
