@@ -111,9 +111,19 @@ inline void verify_contents(const std::string& folder, const Manifest& manifest,
     }
 }
 
+// A symbolic link to what is not there, as when the disk it leads to is not mounted.
+inline bool is_link_to_nothing(const std::string& path) {
+    std::error_code error;
+    return fs::is_symlink(fs::symlink_status(path, error)) &&
+           fs::status(path, error).type() == fs::file_type::not_found;
+}
+
 // The manifest of a checkpoint all of whose files are there and have the stated lengths and, with `contents`, hashes.
 // Throws Error saying what is wrong otherwise, UnreadableFile when that cannot be known. progress: as of digest_file.
 inline Manifest verify(const std::string& folder, bool contents, std::atomic<uint64_t>* progress = nullptr) {
+    if (is_link_to_nothing(folder)) {
+        throw UnreadableFile(folder + ": is a link to nothing");
+    }
     const std::string path = folder + "/" + MANIFEST;
     const Manifest manifest = parse_manifest(read_text_file(path), path);
     for (const char* name : {"config.json", WEIGHTS, STATE}) {
@@ -158,13 +168,6 @@ inline std::vector<std::string> names_in(const std::string& folder) {
     CHECK(!error || error == std::errc::no_such_file_or_directory, "%s: cannot list this folder: %s", folder.c_str(),
           error.message().c_str());
     return names;
-}
-
-// A symbolic link to what is not there, as when the disk it leads to is not mounted.
-inline bool is_link_to_nothing(const std::string& path) {
-    std::error_code error;
-    return fs::is_symlink(fs::symlink_status(path, error)) &&
-           fs::status(path, error).type() == fs::file_type::not_found;
 }
 
 // What in a folder has the name of a checkpoint, by step.
@@ -287,9 +290,6 @@ inline std::optional<std::string> find_newest_checkpoint(const std::string& outp
     const std::map<int64_t, std::string> folders = checkpoint::list(output_dir);
     for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
         try {
-            if (checkpoint::is_link_to_nothing(it->second)) {
-                throw UnreadableFile(it->second + ": is a link to nothing");
-            }
             checkpoint::verify(it->second, true, progress);
             return it->second;
         } catch (const UnreadableFile& error) {

@@ -137,9 +137,9 @@ inline void warn_of_shape(const RunConfig& config) {
                                     m.width, m.num_heads));
     }
     if (m.init_std > 1.0) {
-        print_warning(
-            config.program,
-            format_string("--init_std %g: transformers refuses a config.json in which it is above 1", m.init_std));
+        print_warning(config.program,
+                      format_string("--init_std %s: transformers refuses a config.json in which it is above 1",
+                                    number_text(m.init_std).c_str()));
     }
 }
 

@@ -180,9 +180,8 @@ class CommandLine {
             CHECK(option.count() == 0 || !option.results().back().empty(), "--%s '': must name a %s, or be left out",
                   name, name == std::string("config") ? "file" : "folder");
         }
-        for (const std::string& toggle : toggles_without_word_) {
-            fail("%s '': must be true or false, or have nothing behind it", toggle.c_str());
-        }
+        CHECK(toggles_without_word_.empty(), "--%s '': must be true or false, or have nothing behind it",
+              toggles_without_word_.front().c_str());
         for (const std::string& extra : app_.remaining()) {
             CHECK(extra.size() > 1 && extra[0] == '-', "'%s': every value follows its flag, e.g. --train_data '%s'",
                   extra.c_str(), extra.c_str());
@@ -222,16 +221,19 @@ class CommandLine {
         for (int i = argc - 1; i > 0; --i) {
             const std::string word = argv[i];
             const size_t equals = word.find('=');
-            const std::string name = word.rfind("--", 0) == 0 && equals != word.npos ? word.substr(2, equals - 2) : "";
+            const std::string name = word.rfind("--", 0) == 0 ? word.substr(2, equals - 2) : "";
             const Setting* const s = find_setting(settings_, name);
-            const bool has_value = name == "config" || (s != nullptr && !s->is_toggle);
-            if (is_toggle_without_word(word, i + 1 < argc ? argv[i + 1] : nullptr)) {
-                toggles_without_word_.push_back(word.substr(0, equals));
+            const bool is_toggle = s != nullptr && s->is_toggle, is_joint = equals != word.npos;
+            // As of a shell's variable that is not set.
+            const bool is_empty = is_joint ? equals + 1 == word.size() : i + 1 < argc && *argv[i + 1] == '\0';
+            if (is_toggle && is_empty) {
+                toggles_without_word_.push_back(name);
             }
+            const bool has_value = is_joint && (name == "config" || (s != nullptr && !is_toggle));
             if (has_value) {
                 attached_.insert({name, word.substr(equals + 1)});
             }
-            if (has_value && equals + 1 == word.size()) {
+            if (has_value && is_empty) {
                 words.push_back("");  // or CLI11 would take the word behind it
                 words.push_back("--" + name);
             } else {
@@ -241,17 +243,8 @@ class CommandLine {
         return words;
     }
 
-    // "--toggle=", or "--toggle" before an empty word, as of a shell's variable that is not set.
-    bool is_toggle_without_word(const std::string& word, const char* next) const {
-        const size_t equals = word.find('=');
-        const Setting* const s =
-            word.rfind("--", 0) == 0 ? find_setting(settings_, word.substr(2, equals - 2)) : nullptr;
-        return s != nullptr && s->is_toggle &&
-               (equals == std::string::npos ? next != nullptr && *next == '\0' : equals + 1 == word.size());
-    }
-
     const std::vector<Setting>& settings_;
-    Words toggles_without_word_;
+    Words toggles_without_word_;  // names of those before an empty one
     CLI::App app_;
     std::map<std::string, CLI::Option*> options_;
     std::map<std::string, Words> sink_;                            // CLI11 wants a variable for each option

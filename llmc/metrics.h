@@ -9,6 +9,7 @@
 #include <fcntl.h>
 #include <filesystem>
 #include <fstream>
+#include <memory>
 #include <optional>
 #include <poll.h>
 #include <set>
@@ -76,23 +77,15 @@ class MetricsLog {
     // symbolic link stays one. Throws Error when it cannot be read or written.
     MetricsLog(const std::string& path, int64_t last_step) : path_(path) {
         drop_lines_after(last_step);
-        file_ = std::fopen(path.c_str(), "ab");
+        file_.reset(std::fopen(path.c_str(), "ab"));
         CHECK(file_ != nullptr, "%s: cannot write: %s", path.c_str(), std::strerror(errno));
-        try {
-            take_room();
-        } catch (const Error&) {
-            close();
-            throw;
-        }
+        take_room();
     }
-    ~MetricsLog() { close(); }
-    MetricsLog(const MetricsLog&) = delete;
-    MetricsLog& operator=(const MetricsLog&) = delete;
 
     // Whether another file has its name by now, as after an editor's or a log rotation's work.
     bool is_replaced() const {
         struct stat own, named;
-        return fstat(fileno(file_), &own) == 0 && stat(path_.c_str(), &named) == 0 &&
+        return fstat(fileno(file_.get()), &own) == 0 && stat(path_.c_str(), &named) == 0 &&
                (own.st_dev != named.st_dev || own.st_ino != named.st_ino);
     }
 
@@ -102,8 +95,8 @@ class MetricsLog {
         Json object = {{"event", event}, {"step", step}};
         object.update(fields);
         const std::string line = to_text(object) + "\n";
-        const bool written = std::fwrite(line.data(), 1, line.size(), file_) == line.size() && std::fflush(file_) == 0;
-        check(written);
+        std::FILE* const file = file_.get();
+        check(std::fwrite(line.data(), 1, line.size(), file) == line.size() && std::fflush(file) == 0);
         take_room();
     }
 
@@ -115,30 +108,29 @@ class MetricsLog {
               path_.c_str(), std::strerror(errno));
     }
     void take_room() {
+        const int file = fileno(file_.get());
         struct stat status;
-        if (fstat(fileno(file_), &status) != 0 || status.st_size + ROOM / 2 <= end_of_room_) {
+        if (fstat(file, &status) != 0 || status.st_size + ROOM / 2 <= end_of_room_) {
             return;
         }
         rlimit limit;  // of a file's size, which the call does not look at
         getrlimit(RLIMIT_FSIZE, &limit);
         errno = EFBIG;
         const bool taken = (limit.rlim_cur == RLIM_INFINITY || (rlim_t)(status.st_size + ROOM) <= limit.rlim_cur) &&
-                           fallocate(fileno(file_), FALLOC_FL_KEEP_SIZE, status.st_size, ROOM) == 0;
+                           fallocate(file, FALLOC_FL_KEEP_SIZE, status.st_size, ROOM) == 0;
         check(taken ||
               (errno != ENOSPC && errno != EDQUOT && errno != EFBIG));  // others: it cannot be taken beforehand
         end_of_room_ = status.st_size + ROOM;
     }
-    void close() {
-        if (file_ == nullptr) {
-            return;
+    struct Close {
+        void operator()(std::FILE* file) const {
+            struct stat status;
+            if (fstat(fileno(file), &status) == 0) {
+                (void)!ftruncate(fileno(file), status.st_size);  // gives the rest of the room back
+            }
+            std::fclose(file);
         }
-        struct stat status;
-        if (fstat(fileno(file_), &status) == 0 && S_ISREG(status.st_mode)) {
-            (void)!ftruncate(fileno(file_), status.st_size);  // gives the rest of the room back
-        }
-        std::fclose(file_);
-        file_ = nullptr;
-    }
+    };
 
     // Samples may hold any bytes; those that are not UTF-8 are replaced.
     static std::string to_text(const Json& object) {
@@ -169,7 +161,7 @@ class MetricsLog {
     }
 
     std::string path_;
-    std::FILE* file_ = nullptr;
+    std::unique_ptr<std::FILE, Close> file_;
     off_t end_of_room_ = 0;  // of the file
 };
 

@@ -109,7 +109,7 @@ class RunRanks {
                 now = done.wait_for(interval) == std::future_status::ready ? READY : progress.load();
             } while (now == told && now != READY);
             told = now;
-            world_.all_gather(all.data(), &told, sizeof told, operation);
+            all = of_all(told, operation);
         }
         done.get();
     }
@@ -124,8 +124,7 @@ class RunRanks {
         if (mesh_.context_parallel == 1) {
             return;
         }
-        std::vector<uint64_t> all(size());
-        world_.all_gather(all.data(), &hash, sizeof hash, "comparison of sequences");
+        const std::vector<uint64_t> all = of_all(hash, "comparison of sequences");
         for (int rank = 0; rank < size(); ++rank) {
             const int first = rank - rank % mesh_.context_parallel;
             CHECK(
@@ -138,18 +137,23 @@ class RunRanks {
     }
     // The largest value of any rank.
     int largest(int value, const std::string& operation) const {
-        std::vector<int> all(size());
-        world_.all_gather(all.data(), &value, sizeof value, operation);
+        const std::vector<int> all = of_all(value, operation);
         return *std::max_element(all.begin(), all.end());
     }
     // The least value of any rank.
     uint64_t least(uint64_t value, const std::string& operation) const {
-        std::vector<uint64_t> all(size());
-        world_.all_gather(all.data(), &value, sizeof value, operation);
+        const std::vector<uint64_t> all = of_all(value, operation);
         return *std::min_element(all.begin(), all.end());
     }
 
   private:
+    // What each rank has, by rank.
+    template <class Value>
+    std::vector<Value> of_all(const Value& value, const std::string& operation) const {
+        std::vector<Value> all(size());
+        world_.all_gather(all.data(), &value, sizeof value, operation);
+        return all;
+    }
     // '+' and what was found, or '-' and what went wrong.
     static std::string outcome_of(const std::function<std::string()>& decide) {
         try {

@@ -176,7 +176,9 @@ inline const Setting* find_setting(const std::vector<Setting>& settings, const s
 // The resolved settings as a settings file. As many positions as a sequence has tokens are those of any --seq_len.
 inline std::string settings_toml(const RunConfig& config) {
     RunConfig copy = config;
-    copy.model.max_positions = copy.model.max_positions == copy.seq_len ? 0 : copy.model.max_positions;
+    if (copy.model.max_positions == copy.seq_len) {
+        copy.model.max_positions = 0;
+    }
     std::string toml = "# The settings of this run, as --config reads them.\n", group;
     for (const Setting& s : list_settings(copy)) {
         if (!s.saved) {

@@ -185,22 +185,6 @@ inline std::string looked_for_from(const std::string& name) {
     return name[0] == '/' || error ? "" : " from " + here.string();
 }
 
-// "FOLDER cannot be read: REASON" of the first such folder that a pattern leads through; empty when there is none.
-inline std::string unreadable_folder(const std::string& pattern) {
-    static thread_local std::string found;
-    found.clear();
-    const auto note = [](const char* folder, int error) {
-        if (found.empty() && error != ENOENT) {
-            found = format_string("%s cannot be read: %s", folder, std::strerror(error));
-        }
-        return 0;  // go on
-    };
-    glob_t matches = {};
-    glob(pattern.c_str(), 0, note, &matches);
-    globfree(&matches);
-    return found;
-}
-
 // The files that `patterns`, the values of `flag`, stand for: names of files as they are, patterns (*, ?, [a-z])
 // replaced by the files that they match, sorted. Throws Error for one that stands for nothing. Of what a pattern
 // matches, folders do not count, and empty files go to `empty`.
@@ -222,15 +206,22 @@ inline std::vector<std::string> expand_patterns(const std::string& flag, const s
         CHECK(("/" + pattern + "/").find("/**/") == std::string::npos,
               "%s '%s': ** stands for one folder here, as * does; name each depth: 'a/*.txt' 'a/*/*.txt'", flag.c_str(),
               pattern.c_str());
+        static thread_local std::string unread;  // of the first folder on the way that cannot be read
+        unread.clear();
+        const auto note = [](const char* folder, int error) {
+            if (unread.empty() && error != ENOENT) {
+                unread = format_string("%s cannot be read: %s", folder, std::strerror(error));
+            }
+            return 0;  // go on
+        };
         glob_t found = {};
-        const int result = glob(pattern.c_str(), 0, nullptr, &found);
+        const int result = glob(pattern.c_str(), 0, note, &found);
         const std::vector<std::string> matches(found.gl_pathv, found.gl_pathv + (result == 0 ? found.gl_pathc : 0));
         globfree(&found);
         CHECK(result == 0 || result == GLOB_NOMATCH, "%s '%s': cannot list the files of this pattern", flag.c_str(),
               pattern.c_str());
-        const std::string unread = matches.empty() ? unreadable_folder(pattern) : "";
-        CHECK(unread.empty(), "%s '%s': no file matches this pattern, but %s", flag.c_str(), pattern.c_str(),
-              unread.c_str());
+        CHECK(!matches.empty() || unread.empty(), "%s '%s': no file matches this pattern, but %s", flag.c_str(),
+              pattern.c_str(), unread.c_str());
         const size_t num_before = paths.size();
         for (const std::string& match : matches) {
             const bool known = stat(match.c_str(), &status) == 0;

@@ -75,7 +75,8 @@ class Story:
         self.num_in_time = 0  # signals that came before the end
 
     def start(self, resume, more=()):
-        words = list(self.words) if not resume or resume == "line" else []
+        """A process of a new run (resume ""), or that goes on by --resume "alone" or behind the whole "line"."""
+        words = [] if resume == "alone" else list(self.words)
         words += ["--output_dir", self.folder] + (["--resume"] if resume else []) + list(more)
         self.commands.append(shlex.join([self.trainer] + words))
         return subprocess.Popen([self.trainer] + words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
