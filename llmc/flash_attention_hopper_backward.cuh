@@ -356,12 +356,19 @@ __device__ __forceinline__ void backward_write(typename Tile::Shared& shared, co
 #pragma unroll 1
     for (int slot = 0;; slot ^= 1) {
         mbarrier_wait(shared_address(&shared.kv_full), slot);
-        const KeyBlock block = shared.block[slot];
+        // The leader reads and arrives: racecheck takes an arrival for the arriving lane's own reads alone. (All lanes
+        // arriving costs the writers' 24 registers a spill.) Of the others' block only what they need is there.
+        KeyBlock block = {};
+        if (leader) {
+            block = shared.block[slot];
+        }
+        block.b = __shfl_sync(FULL_WARP, block.b, 0);
         if (block.b < 0) {
             break;
         }
-        __syncwarp();
-        if (leader) {  // for its warp: all lanes arriving costs the writers' 24 registers a spill
+        block.first_tile = __shfl_sync(FULL_WARP, block.first_tile, 0);
+        block.end_tile = __shfl_sync(FULL_WARP, block.end_tile, 0);
+        if (leader) {
             mbarrier_arrive(shared_address(&shared.kv_empty));
         }
         // Deterministic, both are the same: what is computed anew, or constant, is not kept in one of 24 registers.
