@@ -8,14 +8,15 @@
 // by TMA: a warp loads, a warp stores. Each of the others owns 64 rows, whose scores, softmax and output never leave
 // its registers:
 //   issue S' = q k'^T of the next key tile | issue out += P v of this one | softmax of S' while P v runs | S' becomes P
-// and the consumers take turns in issuing, so one's softmax runs under another's products. Blocks are persistent, below
-// FORWARD_DRIFT_KEYS keys: each has a fixed list of tiles (TileWalk). Nothing drains between two tiles: k' above is
-// then the first of the next tile, and the finished output leaves through shared memory while the other consumer's
-// products run.
+// so that one's softmax runs under the others' products. Blocks are persistent, below FORWARD_DRIFT_KEYS keys: each has
+// a fixed list of tiles (TileWalk). Nothing drains between two tiles: k' above is then the first of the next tile, and
+// the finished output leaves through shared memory while the other consumers' products run. Where there are few tiles,
+// two consumers have the same 64 rows and every second key tile each, and add up what they found (KEY_TURNS).
 //
 // Bound: tensor cores at D = 128 (BLOCK_M x BLOCK_N x 2 D products against half as many clocks of exponentials and 75 %
 // as many of shared memory); tensor cores and exponentials alike at D = 64. From 32K up the chip's power limit lowers
-// the clock, so work that is left out counts twice. 4 Tq Tk D H operations, half of them when causal.
+// the clock, so work that is left out counts twice, and so do bytes: keys that come from L2 for 192 rows instead of 128
+// are worth 4 to 9 %. 4 Tq Tk D H operations, half of them when causal.
 // Reference: reference/attention.h. Variants: dev/cuda/flash_attention_forward.cu.
 #pragma once
 #include <climits>
@@ -83,26 +84,22 @@ struct ForwardWork {
 };
 
 // Where the scores' products read the queries. REGISTERS: every warp loads its 16 rows once a tile, D / 4 registers a
-// thread, and the products of a key tile read a fifth less of shared memory, which saves power: at D = 128 0.9 to 1.7 %
-// (H200, T = 8192 to 98304). A thread has 32 registers left there beside output, scores and P. With 160 keys ptxas
-// spills and lets no two products overlap (C7512); so it does at D = 64 with three consumers, whose threads have 160.
+// thread, and the products of a key tile read a fifth less of shared memory, which saves power: with two consumers at D
+// = 128, whose threads have 32 registers left beside output, scores and P, 0.9 to 1.7 % (H200, T = 8192 to 98304).
 enum class QueryOperand { SHARED, REGISTERS };
 
-// What variants of dev/cuda replace stands below Shared. Chosen on an H100, TFLOP/s at 8K / 32K / 128K: D = 128 705 /
-// 767 / 713, D = 64 495 / 610 / 568 (with rows still divided from the first one down). Tried beside: 160 keys at D =
-// 128 (689 / 703 / 713); two consumers at D = 64 (415 / 488 / 500), two stages there (422 / 567 / 578), a quarter of
-// the exponentials there by polynomials on the arithmetic pipes (460 / 559 / 516); key tiles multicast to a cluster of
-// two blocks at D = 128 (423 / 469 / 456, probably because both blocks wait for the slowest of four consumers).
-//
-// With few and short sequences the launch takes as long as its longest work: one consumer's steps are short, and
-// several blocks an SM run under one another's. They read k and v once for 64 rows: from L2, more than it gives once
-// all SMs are full. 104 registers, as with four consumers an SM, are too few for 64 keys.
+// What variants of dev/cuda replace stands below Shared. Below are the tiles that ship, with what they were chosen by.
 template <int D_, int CONSUMERS_, int BLOCK_N_, int STAGES_, int BLOCKS_PER_SM_ = 1,
-          QueryOperand QUERIES_ = QueryOperand::SHARED>
+          QueryOperand QUERIES_ = QueryOperand::SHARED, int KEY_TURNS_ = 1>
 struct HopperForwardTile {
     static constexpr int D = D_;
-    static constexpr int CONSUMERS = CONSUMERS_;  // warpgroups that compute, of 64 query rows each
-    static constexpr int BLOCK_M = CONSUMER_ROWS * CONSUMERS;
+    static constexpr int CONSUMERS = CONSUMERS_;  // warpgroups that compute
+    // More than one: all consumers, so many, have the same 64 query rows and take their key tiles in turn, without
+    // waiting for one another; at the end the first adds up what they have found. A tile has that many times fewer
+    // steps: for launches of so few tiles that the longest decides.
+    static constexpr int KEY_TURNS = KEY_TURNS_;
+    static constexpr int ROW_GROUPS = CONSUMERS / KEY_TURNS;  // of 64 query rows
+    static constexpr int BLOCK_M = CONSUMER_ROWS * ROW_GROUPS;
     static constexpr int BLOCK_N = BLOCK_N_;
     static constexpr int STAGES = STAGES_;  // of k and of v
     static constexpr int BLOCKS_PER_SM = BLOCKS_PER_SM_;
@@ -115,22 +112,26 @@ struct HopperForwardTile {
     static constexpr int LOADER_REGISTERS = CONSUMERS == 2 && BLOCKS_PER_SM == 1 ? 40 : 32;
     static constexpr int CONSUMER_REGISTERS =
         std::min(232, ((1 + CONSUMERS) * LAUNCH_REGISTERS - LOADER_REGISTERS) / CONSUMERS / 8 * 8);
-    static_assert(D % 64 == 0 && BLOCK_N % 16 == 0 && CONSUMERS >= 1 && CONSUMERS <= 3, "tile");
+    static_assert(D % 64 == 0 && BLOCK_N % 16 == 0 && CONSUMERS >= 1 && CONSUMERS <= 4, "tile");
     static_assert(CONSUMER_REGISTERS >= LAUNCH_REGISTERS && LOADER_REGISTERS <= LAUNCH_REGISTERS, "registers");
+    static_assert(KEY_TURNS == 1 || KEY_TURNS == CONSUMERS, "rows or keys are divided");
+    static_assert(STAGES % KEY_TURNS == 0 && (KEY_TURNS == 1 || STAGES / KEY_TURNS * BLOCK_N >= 2 * CONSUMER_ROWS),
+                  "a turn has stages of its own, in which its output fits at the end");
 
     struct Shared {
         alignas(1024) bf16 k[STAGES][BLOCK_N * D];
         alignas(1024) bf16 v[STAGES][BLOCK_N * D];
-        alignas(1024) bf16 q[Q_SLOTS][CONSUMERS][64 * D];  // a consumer's rows; its output leaves through them
+        alignas(1024) bf16 q[Q_SLOTS][ROW_GROUPS][64 * D];  // a consumer's rows; its output leaves through them
         uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], q_full[Q_SLOTS], q_empty[Q_SLOTS];
         ForwardWork
             work[Q_SLOTS];  // what q_full announces; one lane of a warp reads it and says on q_empty that it has
     };
 
-    static constexpr bool PING_PONG = CONSUMERS > 1;  // consumers issue products in turn
+    // Consumers issue products in turn. Four do better without (D = 64, B = 64, T = 1024: 3 %).
+    static constexpr bool PING_PONG = (CONSUMERS == 2 || CONSUMERS == 3) && KEY_TURNS == 1;
     static constexpr bool LAZY = true;  // rescale only when a row's maximum moves by more than a threshold
     // BLOCKS_PER_SM an SM, unless the shape yields or has FORWARD_DRIFT_KEYS keys; otherwise one a tile.
-    static constexpr bool PERSISTENT = true;
+    static constexpr bool PERSISTENT = KEY_TURNS == 1;
 };
 
 struct HopperForwardArguments {
@@ -145,7 +146,7 @@ struct HopperForwardArguments {
 };
 
 // Named barriers; 0 is __syncthreads.
-enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 4, OUT_BARRIER = 7 };  // + consumer
+enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 5, OUT_BARRIER = 9, PARTS_BARRIER = 13 };  // + which
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -205,9 +206,9 @@ struct ForwardLoader {
         const uint32_t full = shared_address(&shared.q_full[slot]);
         mbarrier_arrive_expect(full, Q_BYTES);
 #pragma unroll
-        for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
-            tma_load(shared_address(shared.q[slot][consumer]), &args.q, consumer_row(work, consumer, args), work.h,
-                     work.b, full, l2_policy_evict_first());
+        for (int group = 0; group < Tile::ROW_GROUPS; ++group) {
+            tma_load(shared_address(shared.q[slot][group]), &args.q, consumer_row(work, group, args), work.h, work.b,
+                     full, l2_policy_evict_first());
         }
     }
     __device__ void announce_end() {
@@ -435,26 +436,40 @@ __device__ __forceinline__ float rounding_of_largest(const SoftmaxRows& rows, in
     const float p = exp2_approx(fmaf(score, scale_log2, -(reference * scale_log2)));
     return __bfloat162float(__float2bfloat16(p)) - p;
 }
-// Normalises a warpgroup's 64 rows of the output, writes their lse, and leaves the rows as a TMA tile at `staging`,
-// which the warpgroup's own products have read. lse is that of the head, first_row the thread's first row, which need
-// not be one of its Tq. The output is divided by a sum with the largest P as it was rounded: with references that lag
-// behind, that rounding would otherwise be most of a peaked row's error.
-template <int D>
-__device__ __forceinline__ void finish_rows(float (&out)[D / 2], SoftmaxRows& rows, float scale_log2, uint32_t staging,
-                                            float* lse, int first_row, int Tq) {
-    const int lane = threadIdx.x % WARP_SIZE;
-    float inverse[2];
+// Of a thread's two rows, 8 apart, over the whole row: the sum of P, for lse, and what the output is divided by, a sum
+// with the largest P as it was rounded: with references that lag behind, that rounding would otherwise be most of a
+// peaked row's error.
+struct RowTotals {
+    float reference[2], sum[2], divisor[2];
+};
+// A whole warp calls it.
+__device__ __forceinline__ RowTotals row_totals(const SoftmaxRows& rows, float scale_log2) {
+    RowTotals totals;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         float sum = rows.sum[half];
         sum += __shfl_xor_sync(FULL_WARP, sum, 1);
         sum += __shfl_xor_sync(FULL_WARP, sum, 2);
-        const float rounding = rounding_of_largest(rows, half, scale_log2);
+        totals.reference[half] = rows.reference[half], totals.sum[half] = sum;
+        totals.divisor[half] = sum + rounding_of_largest(rows, half, scale_log2);
+    }
+    return totals;
+}
+// Normalises a warpgroup's 64 rows of the output, writes their lse, and leaves the rows as a TMA tile at `staging`,
+// which products have read. lse is that of the head, first_row the thread's first row, which need not be one of its Tq.
+template <int D>
+__device__ __forceinline__ void finish_rows(float (&out)[D / 2], const RowTotals& totals, float scale_log2,
+                                            uint32_t staging, float* lse, int first_row, int Tq) {
+    const int lane = threadIdx.x % WARP_SIZE;
+    float inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const float sum = totals.sum[half];
         const bool sees_nothing = sum == 0.0f;
-        inverse[half] = sees_nothing ? 0.0f : __fdividef(1.0f, sum + rounding);
+        inverse[half] = sees_nothing ? 0.0f : __fdividef(1.0f, totals.divisor[half]);
         const int row = first_row + 8 * half;
         if (lane % 4 == 0 && row >= 0 && row < Tq) {
-            lse[row] = sees_nothing ? -INFINITY : (rows.reference[half] * scale_log2 + __log2f(sum)) * LN_2;
+            lse[row] = sees_nothing ? -INFINITY : (totals.reference[half] * scale_log2 + __log2f(sum)) * LN_2;
         }
     }
     scale_rows(out, inverse);
@@ -485,11 +500,11 @@ __device__ inline void store_tiles(typename Tile::Shared& shared, const HopperFo
         if (work.num_key_tiles == 0) {
             return;
         }
-        for (int consumer = 0; consumer < Tile::CONSUMERS; ++consumer) {
-            named_barrier_sync(OUT_BARRIER + consumer, WARPGROUP_SIZE + WARP_SIZE);
+        for (int group = 0; group < Tile::ROW_GROUPS; ++group) {
+            named_barrier_sync(OUT_BARRIER + group, WARPGROUP_SIZE + WARP_SIZE);
             if (threadIdx.x % WARP_SIZE == 0) {
-                tma_store(&args.out, shared_address(shared.q[slot][consumer]), consumer_row(work, consumer, args),
-                          work.h, work.b);
+                tma_store(&args.out, shared_address(shared.q[slot][group]), consumer_row(work, group, args), work.h,
+                          work.b);
                 bulk_commit();
             }
         }
@@ -509,10 +524,12 @@ struct ForwardConsumer {
     using Shared = typename Tile::Shared;
     using TileQueries = Queries<Tile::D, Tile::QUERIES>;
     static constexpr int D = Tile::D, BLOCK_N = Tile::BLOCK_N;
+    static constexpr int KEY_TURNS = Tile::KEY_TURNS, ROW_GROUPS = Tile::ROW_GROUPS;
 
     Shared& shared;
     const HopperForwardArguments& args;
-    const int consumer, lane, thread_row;  // thread_row: the thread's first row within BLOCK_M
+    const int consumer, row_group, turn;  // which 64 rows are its own, and which of every KEY_TURNS key tiles
+    const int lane, thread_row;           // thread_row: the thread's first row within BLOCK_M
     PipelineState<Tile::STAGES> k_state, v_state;
     PipelineState<Tile::Q_SLOTS> q_state;
 
@@ -520,8 +537,12 @@ struct ForwardConsumer {
         : shared(shared),
           args(args),
           consumer(consumer),
+          row_group(consumer % ROW_GROUPS),
+          turn(consumer / ROW_GROUPS),
           lane(threadIdx.x % WARP_SIZE),
-          thread_row(CONSUMER_ROWS * consumer + threadIdx.x / WARP_SIZE % 4 * 16 + lane / 4) {}
+          thread_row(CONSUMER_ROWS * row_group + threadIdx.x / WARP_SIZE % 4 * 16 + lane / 4) {
+        k_state.stage = v_state.stage = turn;
+    }
 
     __device__ __forceinline__ void wait_turn() const {
         if constexpr (Tile::PING_PONG) {
@@ -539,6 +560,15 @@ struct ForwardConsumer {
             mbarrier_arrive(shared_address(&empty));
         }
     }
+    // Gives a stage of k or v back and goes on to this consumer's next one.
+    __device__ __forceinline__ void release_stage(const uint64_t (&empty)[Tile::STAGES],
+                                                  PipelineState<Tile::STAGES>& state) {
+        release(empty[state.stage]);
+#pragma unroll
+        for (int i = 0; i < KEY_TURNS; ++i) {
+            state.advance();
+        }
+    }
     __device__ __forceinline__ void wait_k() const {
         mbarrier_wait(shared_address(&shared.k_full[k_state.stage]), k_state.parity);
     }
@@ -546,7 +576,7 @@ struct ForwardConsumer {
     // runs, which might still read those of the tile before.
     __device__ __forceinline__ void take_queries(TileQueries& queries) const {
         if constexpr (Tile::QUERIES == QueryOperand::REGISTERS) {
-            const uint32_t tile = shared_address(shared.q[q_state.stage][consumer]);
+            const uint32_t tile = shared_address(shared.q[q_state.stage][row_group]);
 #pragma unroll
             for (int step = 0; step < D / 16; ++step) {
                 ldmatrix_x4(queries.fragments[step], fragment_address(tile, step));
@@ -559,7 +589,7 @@ struct ForwardConsumer {
             issue_scores<D, BLOCK_N>(scores, queries.fragments, wgmma_descriptor_k_major(shared_address(k)));
         } else {
             issue_scores<D, BLOCK_N>(scores,
-                                     wgmma_descriptor_k_major(shared_address(shared.q[q_state.stage][consumer])),
+                                     wgmma_descriptor_k_major(shared_address(shared.q[q_state.stage][row_group])),
                                      wgmma_descriptor_k_major(shared_address(k)));
         }
     }
@@ -576,12 +606,13 @@ struct ForwardConsumer {
     // The output leaves through the slot of the q it belongs to, q_state's being the next one's. Queries in shared
     // memory: after all of the consumer's products have read them; from registers, a warp overwrites its own rows
     // alone.
-    __device__ __forceinline__ void finish(float (&out)[D / 2], SoftmaxRows& rows, const ForwardWork& work) const {
+    __device__ __forceinline__ void finish(float (&out)[D / 2], const RowTotals& totals,
+                                           const ForwardWork& work) const {
         float* lse = args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq;
         const int slot = q_state.stage ^ 1;
-        finish_rows<D>(out, rows, args.scale_log2, shared_address(shared.q[slot][consumer]), lse,
+        finish_rows<D>(out, totals, args.scale_log2, shared_address(shared.q[slot][row_group]), lse,
                        work.first_row + thread_row, args.Tq);
-        named_barrier_arrive(OUT_BARRIER + consumer, WARPGROUP_SIZE + WARP_SIZE);
+        named_barrier_arrive(OUT_BARRIER + row_group, WARPGROUP_SIZE + WARP_SIZE);
     }
 
     // Scores and softmax of key tile n of `work` under the product of the key tile before it, whose P is p. NEW_TILE:
@@ -598,8 +629,7 @@ struct ForwardConsumer {
         pass_turn();
         wgmma_wait<1>();
         wgmma_pin(scores);
-        release(shared.k_empty[k_state.stage]);
-        k_state.advance();
+        release_stage(shared.k_empty, k_state);
         if (MASKED) {
             mask(scores, work, n);
         }
@@ -610,15 +640,14 @@ struct ForwardConsumer {
         complete_before_wait(score_rows.sum[0] + score_rows.sum[1]);
         wgmma_wait<0>();
         wgmma_pin(out);
-        release(shared.v_empty[v_state.stage]);
-        v_state.advance();
+        release_stage(shared.v_empty, v_state);
         round_to_operand(p, scores);
         if (NEW_TILE) {
             if (!Tile::PING_PONG && Tile::QUERIES == QueryOperand::SHARED) {
                 // All warps' products have read q; otherwise the wait for the turn has seen to it.
                 named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);
             }
-            finish(out, rows, finished);
+            finish(out, row_totals(rows, args.scale_log2), finished);
             rows = new_rows;
 #pragma unroll
             for (int i = 0; i < D / 2; ++i) {
@@ -642,16 +671,14 @@ struct ForwardConsumer {
             wait_turn();
             pass_turn();
             __syncwarp();
-            release(shared.k_empty[k_state.stage]);
-            k_state.advance();
+            release_stage(shared.k_empty, k_state);
         }
     }
     __device__ __forceinline__ void skip_v(int num_tiles) {
         for (int i = 0; i < num_tiles; ++i) {
             mbarrier_wait(shared_address(&shared.v_full[v_state.stage]), v_state.parity);
             __syncwarp();
-            release(shared.v_empty[v_state.stage]);
-            v_state.advance();
+            release_stage(shared.v_empty, v_state);
         }
     }
     __device__ __forceinline__ ForwardWork next_work() const {
@@ -664,7 +691,22 @@ struct ForwardConsumer {
         return work_of_first_lane(work);
     }
 
-    __device__ __forceinline__ void run() {
+    // Scores and softmax of the first key tile of a tile that nothing came before. Leaves its P.
+    __device__ __forceinline__ void first_step(uint32_t (&p)[BLOCK_N / 16][4], SoftmaxRows& rows,
+                                               const TileQueries& queries, const ForwardWork& work, int n) {
+        float scores[BLOCK_N / 2], factor[2];
+        wait_k();
+        issue_scores_of(scores, queries);
+        wgmma_wait<0>();
+        wgmma_pin(scores);
+        release_stage(shared.k_empty, k_state);
+        mask(scores, work, n);
+        softmax_tile<true, true, Tile::LAZY>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
+        round_to_operand(p, scores);
+    }
+
+    // Tiles whose rows are divided, one after another.
+    __device__ __forceinline__ void run_rows() {
         ForwardWork work = next_work();
         if (work.num_key_tiles == 0) {
             return;
@@ -679,20 +721,9 @@ struct ForwardConsumer {
         for (int i = 0; i < D / 2; ++i) {
             out[i] = 0.0f;
         }
-        {
-            float scores[BLOCK_N / 2], factor[2];
-            skip_k(work.num_key_tiles - own_tiles);
-            skip_v(work.num_key_tiles - own_tiles);
-            wait_k();
-            issue_scores_of(scores, queries);
-            wgmma_wait<0>();
-            wgmma_pin(scores);
-            release(shared.k_empty[k_state.stage]);
-            k_state.advance();
-            mask(scores, work, own_tiles - 1);
-            softmax_tile<true, true, Tile::LAZY>(scores, rows, factor, args.scale_log2, args.rescale_threshold);
-            round_to_operand(p, scores);
-        }
+        skip_k(work.num_key_tiles - own_tiles);
+        skip_v(work.num_key_tiles - own_tiles);
+        first_step(p, rows, queries, work, own_tiles - 1);
         while (true) {
             int n = own_tiles - 2;
             for (; n >= work.num_full_tiles; --n) {
@@ -719,19 +750,109 @@ struct ForwardConsumer {
         if (Tile::QUERIES == QueryOperand::SHARED) {
             named_barrier_sync(CONSUMER_BARRIER + consumer, WARPGROUP_SIZE);  // all warps' products have read q
         }
-        finish(out, rows, work);
+        finish(out, row_totals(rows, args.scale_log2), work);
+    }
+
+    // A thread's i-th float of what the consumer of turn `from` hands to the first one: output where that turn's keys
+    // were, totals where its first values were.
+    __device__ __forceinline__ float& part_of_out(int from, int i) const {
+        constexpr int STAGE_FLOATS = BLOCK_N * D / 2 / WARPGROUP_SIZE;  // of a thread
+        return reinterpret_cast<float*>(
+            shared.k[from + KEY_TURNS * (i / STAGE_FLOATS)])[i % STAGE_FLOATS * WARPGROUP_SIZE +
+                                                             threadIdx.x % WARPGROUP_SIZE];
+    }
+    __device__ __forceinline__ float& part_of_totals(int from, int i) const {
+        return reinterpret_cast<float*>(shared.v[from])[i * WARPGROUP_SIZE + threadIdx.x % WARPGROUP_SIZE];
+    }
+    // out and totals of keys that the consumer of another turn has seen, added.
+    __device__ __forceinline__ void add_part(float (&out)[D / 2], RowTotals& totals, int from) const {
+        float own_factor[2], factor[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float reference = part_of_totals(from, half), m = fmaxf(totals.reference[half], reference);
+            const auto factor_of = [&](float r) {
+                return m == -INFINITY ? 1.0f : exp2_approx((r - m) * args.scale_log2);
+            };
+            own_factor[half] = factor_of(totals.reference[half]), factor[half] = factor_of(reference);
+            totals.reference[half] = m;
+            totals.sum[half] = totals.sum[half] * own_factor[half] + part_of_totals(from, 2 + half) * factor[half];
+            totals.divisor[half] =
+                totals.divisor[half] * own_factor[half] + part_of_totals(from, 4 + half) * factor[half];
+        }
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) {
+            out[i] = out[i] * own_factor[i / 2 % 2] + part_of_out(from, i) * factor[i / 2 % 2];
+        }
+    }
+    // The block's tile, whose key tiles consumers take in turn. There may be fewer than consumers.
+    __device__ __forceinline__ void run_keys() {
+        const ForwardWork work = next_work();
+        float out[D / 2];
+        SoftmaxRows rows;
+        TileQueries queries;
+        take_queries(queries);
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) {
+            out[i] = 0.0f;
+        }
+        int n = work.num_key_tiles - 1 - turn;
+        if (n >= 0) {
+            uint32_t p[BLOCK_N / 16][4];
+            first_step(p, rows, queries, work, n);
+            for (n -= KEY_TURNS; n >= work.num_full_tiles; n -= KEY_TURNS) {
+                step<true, false>(out, p, rows, queries, work, n, work);
+            }
+            for (; n >= 0; n -= KEY_TURNS) {
+                step<false, false>(out, p, rows, queries, work, n, work);
+            }
+            issue_out_of(out, p);
+            wgmma_wait<0>();
+            wgmma_pin(out);
+        }
+        RowTotals totals = row_totals(rows, args.scale_log2);
+        if (turn > 0) {
+            named_barrier_sync(CONSUMER_BARRIER + turn, WARPGROUP_SIZE);  // all warps' products have read its stages
+#pragma unroll
+            for (int i = 0; i < D / 2; ++i) {
+                part_of_out(turn, i) = out[i];
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                part_of_totals(turn, half) = totals.reference[half];
+                part_of_totals(turn, 2 + half) = totals.sum[half];
+                part_of_totals(turn, 4 + half) = totals.divisor[half];
+            }
+            named_barrier_arrive(PARTS_BARRIER, KEY_TURNS * WARPGROUP_SIZE);
+            return;
+        }
+        named_barrier_sync(PARTS_BARRIER, KEY_TURNS * WARPGROUP_SIZE);  // all products have read q, too
+#pragma unroll
+        for (int from = 1; from < KEY_TURNS; ++from) {
+            add_part(out, totals, from);
+        }
+        q_state.advance();
+        finish(out, totals, work);
+    }
+
+    __device__ __forceinline__ void run() {
+        if constexpr (KEY_TURNS > 1) {
+            run_keys();
+        } else {
+            run_rows();
+        }
     }
 };
 #endif  // sm_90a
 
 // ---- kernel ------------------------------------------------------------------------------------
-// Launch: THREADS threads; BLOCKS_PER_SM blocks an SM, or one a tile (TileWalk).
+// Launch: THREADS threads; BLOCKS_PER_SM blocks an SM, or one a tile (TileWalk; always where keys are taken in turn).
 template <class Tile>
 __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS_PER_SM)
     flash_attention_hopper_forward_kernel(const __grid_constant__ HopperForwardArguments args) {
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL)
     using Shared = typename Tile::Shared;
     constexpr int NUM_CONSUMER_WARPS = 4 * Tile::CONSUMERS;
+    constexpr int NUM_STAGE_WARPS = 4 * Tile::ROW_GROUPS;  // that read a stage of k or v
     extern __shared__ __align__(1024) unsigned char shared_bytes[];
     Shared& shared = *reinterpret_cast<Shared*>(shared_bytes);
     const int warpgroup = __shfl_sync(FULL_WARP, threadIdx.x / WARPGROUP_SIZE, 0);
@@ -748,8 +869,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS_PER_SM)
         for (int i = 0; i < Tile::STAGES; ++i) {
             mbarrier_init(shared_address(&shared.k_full[i]), 1);
             mbarrier_init(shared_address(&shared.v_full[i]), 1);
-            mbarrier_init(shared_address(&shared.k_empty[i]), NUM_CONSUMER_WARPS);
-            mbarrier_init(shared_address(&shared.v_empty[i]), NUM_CONSUMER_WARPS);
+            mbarrier_init(shared_address(&shared.k_empty[i]), NUM_STAGE_WARPS);
+            mbarrier_init(shared_address(&shared.v_empty[i]), NUM_STAGE_WARPS);
         }
 #pragma unroll
         for (int i = 0; i < Tile::Q_SLOTS; ++i) {
@@ -770,7 +891,7 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS_PER_SM)
     } else {
         registers_increase<Tile::CONSUMER_REGISTERS>();
         ForwardConsumer<Tile> consumer(shared, args, Tile::CONSUMERS == 1 ? 0 : warpgroup - 1);
-        if (warpgroup == Tile::CONSUMERS) {
+        if (Tile::PING_PONG && warpgroup == Tile::CONSUMERS) {
             consumer.pass_turn();  // the first consumer begins
         }
         consumer.run();
@@ -834,20 +955,60 @@ inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const
     CUDA_CHECK_LAUNCH();
 }
 
-using HopperForwardTile64 = HopperForwardTile<64, 3, 128, 4>;
-using HopperForwardTile64Short = HopperForwardTile<64, 1, 64, 3, 3>;  // few and short sequences
-using HopperForwardTile128 = HopperForwardTile<128, 2, 128, 2, 1, QueryOperand::REGISTERS>;
+// Tiles, by the tiles a launch has. Where there are few it takes as long as its longest, otherwise as long as all
+// together; then a tile of more rows reads each key from L2 for more of them, and three or four consumers hide more of
+// one another's softmax than two. But larger tiles see more masked keys, and come out less even.
+//
+// TFLOP/s, one H200, causal, at B, H, T. D = 128, FEW and MEDIUM: 1, 8, 512 57, 42; 1024 169, 119; 2048 357, 291; 3072
+// 431, 472; 1, 2, 8192 575, 370. LONG and MEDIUM: 8, 8, 2048 554, 574; 1, 8, 4096 503, 619; 6144 725, 667; 4, 8, 8192
+// 780, 749; 1, 8, 32768 838, 772; 98304 756, 689; 131072 751, 651. Tried beside LONG: 64 keys 1 to 2 % less, a third
+// stage 1 to 2 %, without turns the same; 96 keys are spilled, and no two products overlap (C7512).
+// D = 64, FEW and SHORT: 1, 16, 512 58, 57; 1024 157, 146; 2048 285, 300; 1, 2, 4096 152, 108. SHORT, MEDIUM, LONG: 1,
+// 8, 4096 350, 337, 268; 1, 16, 3072 396, 428, 381; 4096 402, 465, 481; 64, 12, 1024 339, 360, 392; 4, 16, 8192 469,
+// 580, 582. Tried beside LONG: 48 keys 6 to 9 % less; three consumers with 96 keys or, without turns, 128 as MEDIUM or
+// less. FEW with 64 keys: C7512.
+using HopperForwardTile64Few = HopperForwardTile<64, 2, 48, 6, 2, QueryOperand::SHARED, 2>;
+using HopperForwardTile64Short = HopperForwardTile<64, 1, 64, 3, 3>;
+using HopperForwardTile64Medium = HopperForwardTile<64, 3, 128, 4>;
+using HopperForwardTile64Long = HopperForwardTile<64, 4, 64, 4>;
+using HopperForwardTile128Few = HopperForwardTile<128, 2, 64, 4, 1, QueryOperand::SHARED, 2>;
+using HopperForwardTile128Medium = HopperForwardTile<128, 2, 128, 2, 1, QueryOperand::REGISTERS>;
+using HopperForwardTile128Long = HopperForwardTile<128, 3, 80, 2>;
 
-// Whether the short tile is faster. H200, ms at (B, H, T), the short tile's and the usual one's: (1, 16, 1024) 0.017
-// and 0.022, (1, 16, 2048) 0.032 and 0.034, (32, 8, 512) 0.037 and 0.044; (64, 12, 1024) 0.297 and 0.291, (8, 12, 2048)
-// 0.129 and 0.123.
-inline bool hopper_forward_is_short(const AttentionShape& s) {
-    constexpr int64_t SHORT_KEYS = 512;       // of any number of sequences
-    constexpr int64_t FEW_TILES_KEYS = 2048;  // of usual tiles no more than
-    constexpr int64_t FEW_TILES_AN_SM = 2;    // so that the longest decide
-    const int64_t num_tiles = ceil_div<int64_t>(s.Tq, HopperForwardTile64::BLOCK_M) * s.B * s.H;
-    return s.D == 64 &&
-           (s.Tk <= SHORT_KEYS || (s.Tk <= FEW_TILES_KEYS && num_tiles <= FEW_TILES_AN_SM * gpu_properties().num_sms));
+// How many tiles' worth of keys the mean one of so many rows has, by the longest's.
+inline double forward_tile_share(const AttentionShape& s, int rows) {
+    if (!s.causal) {
+        return 1.0;
+    }
+    const double end = (double)std::max<int64_t>(1, std::min(s.Tk, s.Tq + attention_key_offset(s)));
+    const double begin = (double)std::max<int64_t>(0, std::min(s.Tk, attention_key_offset(s)));
+    return std::min(1.0, (begin + end + rows) / (2.0 * end));
+}
+// How long a launch takes if an SM has one tile at a time, in rows of the longest tile: long tiles with short ones
+// beside them, or all alike. speed: of a full SM, of the same D.
+template <class Tile>
+inline double forward_launch_rows(const AttentionShape& s, double speed) {
+    const double share = forward_tile_share(s, Tile::BLOCK_M);
+    const double tiles_an_sm = (double)(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M) * s.B * s.H) / gpu_properties().num_sms;
+    return (share > 0.75 ? std::ceil(tiles_an_sm) : std::max(1.0, tiles_an_sm * share)) * Tile::BLOCK_M / speed;
+}
+enum class ForwardTile { FEW, SHORT, MEDIUM, LONG };
+inline ForwardTile hopper_forward_tile(const AttentionShape& s) {
+    const double tiles_an_sm = (double)(ceil_div<int64_t>(s.Tq, CONSUMER_ROWS) * s.B * s.H) / gpu_properties().num_sms;
+    const bool all_alike = forward_tile_share(s, 0) > 0.75;
+    if (s.D == 64) {
+        return tiles_an_sm <= 2                                  ? ForwardTile::FEW
+               : s.Tk <= 512 || (tiles_an_sm <= 4 && !all_alike) ? ForwardTile::SHORT
+               : forward_launch_rows<HopperForwardTile64Medium>(s, 1.0) <=
+                       forward_launch_rows<HopperForwardTile64Long>(s, 1.03)
+                   ? ForwardTile::MEDIUM
+                   : ForwardTile::LONG;
+    }
+    return tiles_an_sm <= (all_alike ? 1 : 2) ? ForwardTile::FEW
+           : forward_launch_rows<HopperForwardTile128Medium>(s, 1.0) <=
+                   forward_launch_rows<HopperForwardTile128Long>(s, 1.05)
+               ? ForwardTile::MEDIUM
+               : ForwardTile::LONG;
 }
 
 // out (=), lse (=) [B, H, Tq], natural, of the scaled scores. A query that sees no key gets out 0 and lse -infinity.
@@ -856,11 +1017,13 @@ inline void flash_attention_hopper_forward(HeadView<bf16> out, float* lse, HeadV
                                            HeadView<const bf16> k, HeadView<const bf16> v, const AttentionShape& shape,
                                            cudaStream_t stream) {
     NVTX_RANGE();
-    if (hopper_forward_is_short(shape)) {
-        hopper_launch_forward<HopperForwardTile64Short>(out, lse, q, k, v, shape, stream);
-    } else if (shape.D == 64) {
-        hopper_launch_forward<HopperForwardTile64>(out, lse, q, k, v, shape, stream);
-    } else {
-        hopper_launch_forward<HopperForwardTile128>(out, lse, q, k, v, shape, stream);
-    }
+    const ForwardTile tile = hopper_forward_tile(shape);
+    const auto launch = shape.D == 64 ? tile == ForwardTile::FEW      ? hopper_launch_forward<HopperForwardTile64Few>
+                                        : tile == ForwardTile::SHORT  ? hopper_launch_forward<HopperForwardTile64Short>
+                                        : tile == ForwardTile::MEDIUM ? hopper_launch_forward<HopperForwardTile64Medium>
+                                                                      : hopper_launch_forward<HopperForwardTile64Long>
+                        : tile == ForwardTile::FEW    ? hopper_launch_forward<HopperForwardTile128Few>
+                        : tile == ForwardTile::MEDIUM ? hopper_launch_forward<HopperForwardTile128Medium>
+                                                      : hopper_launch_forward<HopperForwardTile128Long>;
+    launch(out, lse, q, k, v, shape, stream);
 }

@@ -1,5 +1,6 @@
-// ptx_hopper.cuh: the PTX instructions that only the kernels for sm_90a use, each once, under a name: mbarriers, TMA copies and their
-// tensor maps, clusters, wgmma, stmatrix, named barriers, setmaxnreg. The PTX ISA 9.7 sections are named beside them.
+// ptx_hopper.cuh: the PTX instructions that only the kernels for sm_90a use, each once, under a name: mbarriers, TMA
+// copies and their tensor maps, clusters, wgmma, stmatrix, named barriers, setmaxnreg. The PTX ISA 9.7 sections are
+// named beside them.
 //
 // Tiles in shared memory. All operands of wgmma and TMA here use the 128-byte swizzle: a tile of R rows and C columns
 // of bf16 is C / 64 blocks, one after the other, of R rows of 64 columns (128 bytes); within a row the 16-byte chunk at
@@ -440,8 +441,8 @@ __device__ __forceinline__ void wgmma_pin(float (&registers)[count]) {
 #define WGMMA_EIGHT(MODE, d, i)                                                                                 \
     MODE(d[i]), MODE(d[i + 1]), MODE(d[i + 2]), MODE(d[i + 3]), MODE(d[i + 4]), MODE(d[i + 5]), MODE(d[i + 6]), \
         MODE(d[i + 7])
-#define WGMMA_OUT_3(MODE, d) \
-    WGMMA_EIGHT(MODE, d, 0), WGMMA_EIGHT(MODE, d, 8), WGMMA_EIGHT(MODE, d, 16), WGMMA_EIGHT(MODE, d, 24)
+#define WGMMA_OUT_2(MODE, d) WGMMA_EIGHT(MODE, d, 0), WGMMA_EIGHT(MODE, d, 8), WGMMA_EIGHT(MODE, d, 16)
+#define WGMMA_OUT_3(MODE, d) WGMMA_OUT_2(MODE, d), WGMMA_EIGHT(MODE, d, 24)
 #define WGMMA_OUT_4(MODE, d) WGMMA_OUT_3(MODE, d), WGMMA_EIGHT(MODE, d, 32)
 #define WGMMA_OUT_5(MODE, d) WGMMA_OUT_4(MODE, d), WGMMA_EIGHT(MODE, d, 40)
 #define WGMMA_OUT_6(MODE, d) WGMMA_OUT_5(MODE, d), WGMMA_EIGHT(MODE, d, 48)
@@ -484,7 +485,9 @@ __device__ __forceinline__ void wgmma_pin(float (&registers)[count]) {
     WGMMA_FUNCTIONS_SS(wgmma_anew, N, LAST, WGMMA_ADD, "0", P0, P1, P2, P3)    \
     WGMMA_FUNCTIONS_RS(wgmma, N, LAST, WGMMA_ADD, "1", P0, P1, P2, P3, P4, P5) \
     WGMMA_FUNCTIONS_RS(wgmma_zero, N, LAST, WGMMA_SET, "0", P0, P1, P2, P3, P4, P5)
+WGMMA_FUNCTIONS(48, 2, "%24", "%25", "%26", "%27", "%28", "%29")
 WGMMA_FUNCTIONS(64, 3, "%32", "%33", "%34", "%35", "%36", "%37")
+WGMMA_FUNCTIONS(80, 4, "%40", "%41", "%42", "%43", "%44", "%45")
 WGMMA_FUNCTIONS(128, 7, "%64", "%65", "%66", "%67", "%68", "%69")
 WGMMA_FUNCTIONS(144, 8, "%72", "%73", "%74", "%75", "%76", "%77")
 WGMMA_FUNCTIONS(160, 9, "%80", "%81", "%82", "%83", "%84", "%85")

@@ -135,8 +135,8 @@ __global__ void __launch_bounds__(WARPGROUP_SIZE* Tile::CONSUMERS)
         wgmma_pin(out);
         __syncthreads();  // everybody has read k and v (and q)
     }
-    finish_rows<D>(out, rows, args.scale_log2, q, args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq, first_row,
-                   args.Tq);
+    finish_rows<D>(out, row_totals(rows, args.scale_log2), args.scale_log2, q,
+                   args.lse + ((int64_t)work.b * args.H + work.h) * args.Tq, first_row, args.Tq);
     named_barrier_sync(CONSUMER_BARRIER + warpgroup, WARPGROUP_SIZE);
     if (threadIdx.x % WARPGROUP_SIZE == 0) {
         tma_store(&args.out, q, consumer_row(work, warpgroup, args), work.h, work.b);
@@ -199,6 +199,8 @@ using Tile64Short = HopperForwardTile<64, 1, 64, 3, 3>;
 using Tile128 = HopperForwardTile<128, 2, 128, 2>;
 template <int BLOCK_N>
 using Tile128Registers = HopperForwardTile<128, 2, BLOCK_N, 2, 1, QueryOperand::REGISTERS>;
+using Tile64ThreeTurns = HopperForwardTile<64, 3, 64, 6, 1, QueryOperand::SHARED, 3>;
+using Tile128ThreeTurns = HopperForwardTile<128, 3, 64, 6, 1, QueryOperand::SHARED, 3>;
 #endif
 
 static const std::vector<Variant<Launcher>> VARIANTS = {
@@ -234,8 +236,15 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
     {17, "the same, one block a tile", {hopper_launch_forward<OneBlockATile<Tile64Short>>, {64}, 131072}},
     {18, "D 128: 11, queries in registers", {hopper_launch_forward<Tile128Registers<128>>, {128}, 524288}},
     {19, "the same with 144 keys", {hopper_launch_forward<Tile128Registers<144>>, {128}, 131072}},
+    {20,
+     "D 128: three consumers, 80 keys; D 64: four, 64 keys, no turns",
+     {hopper_forward<HopperForwardTile64Long, HopperForwardTile128Long>, {64, 128}, 524288}},
+    {21,
+     "two consumers take the key tiles of 64 rows in turn, D 64: 48 keys, two blocks an SM",
+     {hopper_forward<HopperForwardTile64Few, HopperForwardTile128Few>, {64, 128}, 131072}},
+    {22, "three, 64 keys", {hopper_forward<Tile64ThreeTurns, Tile128ThreeTurns>, {64, 128}, 131072}},
 #endif
-    {20, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, {}, 524288}},
+    {23, "what this GPU gets (llmc/flash_attention.cuh)", {flash_attention_forward, {}, 524288}},
 };
 
 static void check_case(Harness& h, const Variant<Launcher>& variant, const PreparedCase& c, const std::string& label) {
