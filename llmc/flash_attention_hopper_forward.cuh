@@ -13,10 +13,10 @@
 // the finished output leaves through shared memory while the other consumers' products run. Where there are few tiles,
 // two consumers have the same 64 rows and every second key tile each, and add up what they found (KEY_TURNS).
 //
-// Bound: tensor cores at D = 128 (BLOCK_M x BLOCK_N x 2 D products against half as many clocks of exponentials and 75 %
-// as many of shared memory); tensor cores and exponentials alike at D = 64. From 32K up the chip's power limit lowers
-// the clock, so work that is left out counts twice, and so do bytes: keys that come from L2 for 192 rows instead of 128
-// are worth 4 to 9 %. 4 Tq Tk D H operations, half of them when causal.
+// Bound: tensor cores at D = 128 (BLOCK_M x BLOCK_N x 2 D products against half as many clocks of exponentials and 75
+// to 87 % as many of shared memory); tensor cores and exponentials alike at D = 64. From 32K up the chip's power limit
+// lowers the clock, so work that is left out counts twice, and so do bytes: tiles of 192 rows, which read keys from L2
+// less often than those of 128, are worth 4 to 10 %. 4 Tq Tk D H operations, half of them when causal.
 // Reference: reference/attention.h. Variants: dev/cuda/flash_attention_forward.cu.
 #pragma once
 #include <climits>
@@ -29,7 +29,8 @@
 // The tiles of a block, without communication between blocks. Where there are as many blocks as tiles,
 // each has one, in TileOrder. Persistent blocks: in each group of heads the tiles lie from longest to shortest and are
 // dealt out in rounds of one a block, so that long and short ones add up; the next group starts where the last one
-// ended. Of causal attention with 132 blocks, the most a block has above the mean is 0.1 % from 64K up, 1.2 % at 18K.
+// ended. Of causal attention of 8 heads with 132 blocks, tiles of 192 rows, the most a block has above the mean is 8 %
+// at 8K, 1.3 % at 16K, 0.5 % at 32K, 0.1 % at 98K.
 struct TileWalk {
     int first_head = 0, round = 0, start = blockIdx.x;
 
@@ -936,8 +937,9 @@ inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float
 
 // From so many keys on, each tile is a block, started when another ends. Persistent blocks, whose lists are fixed,
 // drift apart, some multiprocessors being a little slower, and no longer read the same keys at about the same time:
-// H200, H = 8, D = 128, T = 524288: 1.90 TB from memory and 578 to 642 TFLOP/s, one block a tile 666; at 131072 651 and
-// 663, 98304 689 and 686, 32768 686 and 676, 8192 695 and 672.
+// H200, H = 8, D = 128, tiles of 128 rows, T = 524288: 1.90 TB from memory and 578 to 642 TFLOP/s, one block a tile
+// 666; at 131072 651 and 663, 98304 689 and 686, 32768 686 and 676, 8192 695 and 672. Tiles of 192 rows: 98304 756 and
+// 754, 32768 822 and 820, 8192 721 and 688; beyond 98304 not compared.
 constexpr int64_t FORWARD_DRIFT_KEYS = 131072;
 
 template <class Tile>
@@ -962,7 +964,7 @@ inline void hopper_launch_forward(HeadView<bf16> out, float* lse, HeadView<const
 // TFLOP/s, one H200, causal, at B, H, T. D = 128, FEW and MEDIUM: 1, 8, 512 57, 42; 1024 169, 119; 2048 357, 291; 3072
 // 431, 472; 1, 2, 8192 575, 370. LONG and MEDIUM: 8, 8, 2048 554, 574; 1, 8, 4096 503, 619; 6144 725, 667; 4, 8, 8192
 // 780, 749; 1, 8, 32768 838, 772; 98304 756, 689; 131072 751, 651. Tried beside LONG: 64 keys 1 to 2 % less, a third
-// stage 1 to 2 %, without turns the same; 96 keys are spilled, and no two products overlap (C7512).
+// stage up to 2 % less, without turns the same; 96 keys are spilled, and no two products overlap (C7512).
 // D = 64, FEW and SHORT: 1, 16, 512 58, 57; 1024 157, 146; 2048 285, 300; 1, 2, 4096 152, 108. SHORT, MEDIUM, LONG: 1,
 // 8, 4096 350, 337, 268; 1, 16, 3072 396, 428, 381; 4096 402, 465, 481; 64, 12, 1024 339, 360, 392; 4, 16, 8192 469,
 // 580, 582. Tried beside LONG: 48 keys 6 to 9 % less; three consumers with 96 keys or, without turns, 128 as MEDIUM or
@@ -975,7 +977,8 @@ using HopperForwardTile128Few = HopperForwardTile<128, 2, 64, 4, 1, QueryOperand
 using HopperForwardTile128Medium = HopperForwardTile<128, 2, 128, 2, 1, QueryOperand::REGISTERS>;
 using HopperForwardTile128Long = HopperForwardTile<128, 3, 80, 2>;
 
-// How many tiles' worth of keys the mean one of so many rows has, by the longest's.
+// How many keys the mean tile of so many rows sees, by the longest's. Where the first queries see no key, or the last
+// ones all do before their diagonal, as no launch of the trainer has it, this is less exact.
 inline double forward_tile_share(const AttentionShape& s, int rows) {
     if (!s.causal) {
         return 1.0;
