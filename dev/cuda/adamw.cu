@@ -112,7 +112,7 @@ static void check_case(Harness& h, const Variant<Launcher>& variant, int64_t n, 
 
 static void check(Harness& h, const Variant<Launcher>& variant) {
     check_large_gradients(h, variant);
-    for (int64_t n : {1, 3, 4, 1023, 100001}) {
+    for (int64_t n : {1, 3, 4, 1023, 1025, 100001}) {
         for (double beta2 : {0.95, 0.9999999}) {
             for (float norm_value : {0.5f, 4.0f, INFINITY, NAN}) {
                 if (!h.leaves_out(n)) {

@@ -24,7 +24,8 @@ static ContextCase context_case(int W, int B, int64_t T, int H, int Hkv, int D, 
 }
 static std::vector<ContextCase> context_cases(bool small) {
     if (small) {
-        return {context_case(2, 1, 64, 2, 1, 64), context_case(3, 2, 60, 2, 2, 40), context_case(2, 2, 64, 4, 4, 64)};
+        return {context_case(2, 1, 64, 2, 1, 64), context_case(3, 2, 60, 2, 2, 40), context_case(2, 2, 64, 4, 4, 64),
+                context_case(4, 1, 64, 2, 1, 64)};
     }
     return {
         context_case(2, 1, 4, 2, 1, 64),

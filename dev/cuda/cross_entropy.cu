@@ -96,11 +96,12 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         LogitKind kind;
     };
     for (const Case& c : {Case{1, 2, 1.0f, LogitKind::random}, Case{13, 3, 30.0f, LogitKind::random},
-                          Case{100, 257, 1.0f, LogitKind::random}, Case{70, 1000, 100.0f, LogitKind::random},
-                          Case{60, 2048, 1.0f, LogitKind::dominant}, Case{60, 2049, 1.0f, LogitKind::masked},
-                          Case{9, 5003, 1.0f, LogitKind::dominant}, Case{9, 5003, 1.0f, LogitKind::masked},
-                          Case{600, 50257, 5.0f, LogitKind::random}, Case{300, 128255, 1.0f, LogitKind::random},
-                          Case{2, 1 << 20, 1.0f, LogitKind::random}}) {
+                          Case{13, 384, 1.0f, LogitKind::random}, Case{13, 1000, 1.0f, LogitKind::random},
+                          Case{13, 2048, 1.0f, LogitKind::random}, Case{100, 257, 1.0f, LogitKind::random},
+                          Case{70, 1000, 100.0f, LogitKind::random}, Case{60, 2048, 1.0f, LogitKind::dominant},
+                          Case{60, 2049, 1.0f, LogitKind::masked}, Case{9, 5003, 1.0f, LogitKind::dominant},
+                          Case{9, 5003, 1.0f, LogitKind::masked}, Case{600, 50257, 5.0f, LogitKind::random},
+                          Case{300, 128255, 1.0f, LogitKind::random}, Case{2, 1 << 20, 1.0f, LogitKind::random}}) {
         if (h.leaves_out(c.rows * c.V)) {
             continue;
         }

@@ -126,11 +126,12 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         TokenMix mix;
         int64_t scratch_rows = 0;  // that the scratch memory was asked for, if more
     };
-    // From the thirteenth on for ranges: one that is not full, several, the longest (on 132 SMs); more column tiles
+    // From the fourteenth on for ranges: one that is not full, several, the longest (on 132 SMs); more column tiles
     // than SMs; warps without a row or a position; runs over all warps, over some, within one; tokens that do not
     // occur.
     for (const Case& c :
          {Case{1, 8, 2, TokenMix::uniform}, Case{64, 8, 2, TokenMix::all_one}, Case{65, 1000, 3, TokenMix::uniform},
+          Case{33, 1032, 1024, TokenMix::uniform},  // two tiles of columns, sorted
           Case{1000, 72, 259, TokenMix::half_one}, Case{12345, 64, 256, TokenMix::all_one},
           Case{3000, 1032, 128256, TokenMix::half_one}, Case{200000, 16, 100, TokenMix::half_one},
           Case{50000, 40, 3000, TokenMix::uniform}, Case{16896, 1032, 500, TokenMix::half_one},

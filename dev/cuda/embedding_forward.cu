@@ -51,7 +51,8 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
         int C;
         int64_t V;
     };
-    for (const Case& c : {Case{1, 8, 2}, Case{1000, 1000, 259}, Case{777, 1024, 128256}, Case{33, 16384, 1000}}) {
+    for (const Case& c :
+         {Case{1, 8, 2}, Case{200, 1000, 259}, Case{1000, 1000, 259}, Case{777, 1024, 128256}, Case{33, 16384, 1000}}) {
         if (h.leaves_out((c.rows + c.V) * c.C / 16)) {
             continue;
         }

@@ -60,6 +60,14 @@ inline std::vector<AttentionCase> attention_cases() {
         cases.push_back(attention_case(1, 333, 333, 2, 1, D, true, 0, Scores::large));
         cases.push_back(attention_case(1, 333, 333, 2, 1, D, true, 0, Scores::dominant));
     }
+    // The Hopper forward's tiles with --small (hopper_forward_tile): on 3 multiprocessors those of 192 and of 256 rows,
+    // with a second one for a block; on any those of 64 rows whose consumers take several key tiles each.
+    cases.push_back(attention_case(1, 769, 769, 1, 1, 64));
+    cases.push_back(attention_case(1, 193, 513, 4, 2, 64, true, 320));
+    cases.push_back(attention_case(1, 64, 194, 1, 1, 64, true, 130));
+    cases.push_back(attention_case(1, 64, 300, 2, 1, 128, true, 236));
+    cases.push_back(attention_case(1, 333, 333, 1, 1, 128, true, 0, Scores::large));
+    cases.push_back(attention_case(1, 333, 333, 1, 1, 128, true, 0, Scores::dominant));
     cases.push_back(attention_case(1, 4097, 4097, 2, 1, 128));
     cases.push_back(attention_case(1, 4097, 4097, 2, 1, 64));
     return cases;

@@ -220,6 +220,7 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     GemmWithWorkspace gemm;
     for (const auto& [M, N, K] : {std::array<int64_t, 3>{1, 8, 8},
                                   {7, 72, 40},
+                                  {7, 8, 264},  // a ring of stages is used again
                                   {333, 200, 136},
                                   {1000, 1024, 256},
                                   {40001, 16, 24},
@@ -230,7 +231,8 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
     }
     // T that is no multiple of 64, and D that is neither 64 nor 128, are for the kernels of their own.
     for (const Problem& p :
-         {rotated_problem(1, 1, 1, 64, 8, rope_one_run(64, 5)), rotated_problem(2, 4, 2, 64, 136, rope_one_run(1024)),
+         {rotated_problem(1, 1, 1, 64, 8, rope_one_run(64, 5)), rotated_problem(1, 1, 1, 128, 8, rope_one_run(64, 5)),
+          rotated_problem(2, 4, 2, 64, 136, rope_one_run(1024)),
           rotated_problem(3, 3, 1, 128, 200, {576, 256, {1040000, 7000}}),
           rotated_problem(1, 8, 8, 128, 512, rope_one_run(2112, 1 << 24)),
           rotated_problem(2, 5, 5, 64, 72, rope_one_run(264)),

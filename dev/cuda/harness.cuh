@@ -445,7 +445,8 @@ class Harness {
     // Reads more than twice the L2 cache, so that what is timed next finds neither its inputs nor dirty lines in it.
     void flush_l2();
 
-    static constexpr int64_t SMALL_ELEMENTS = 1 << 16;
+    // 129 rows, one more than two tiles of 64 have, of 512 elements: with fewer, no case of two tiles would be left.
+    static constexpr int64_t SMALL_ELEMENTS = 129 * 4 * 128;
 
     std::string program_, operation_;
     int variant_ = 0;
@@ -566,7 +567,11 @@ int run_variants(int argc, char** argv, const char* operation, const std::vector
         if (!measure_only) {
             harness.check_self();
             for (const Variant<Launcher>& v : selected) {
+                const int checks = harness.num_passed() + harness.num_failed();
                 guarded(v, "check", check);
+                if (harness.num_passed() + harness.num_failed() == checks) {
+                    harness.expect(false, "cases", v.idea, "none was checked");
+                }
             }
         }
         if (!check_only) {

@@ -37,13 +37,13 @@ static const std::vector<LighthouseCase> LIGHTHOUSE_CASES = {
     {1, 12288, 4, 4, 128, 8, 8, 128},      {1, 128 * 256, 3, 16, 128, 2, 1, 64},
     {2, 8192, 5, 2, 256, 4, 2, 128},       {2, 258, 2, 2, 128, 2, 1, 64},
 };
-// The least that launches every kernel: three ranges of D, each with three ranges of levels; and more candidates than
-// fit in shared memory.
+// The least that launches every kernel: three ranges of D, each with three ranges of levels; more candidates than fit
+// in shared memory; the pool that runs have; two kv heads and T that is no multiple of 8.
 static const std::vector<LighthouseCase> LIGHTHOUSE_SMALL_CASES = {
     {1, 256, 2, 2, 128, 1, 1, 8},          {1, 512, 3, 2, 128, 2, 1, 80},   {1, 512, 3, 2, 128, 1, 1, 256},
     {1, 1024, 4, 2, 128, 1, 1, 64},        {1, 1024, 4, 2, 128, 2, 1, 128}, {1, 1024, 4, 2, 128, 1, 1, 192},
     {1, 2048, 5, 2, 128, 1, 1, 8},         {1, 2048, 5, 2, 128, 1, 1, 104}, {1, 2048, 5, 2, 128, 1, 1, 256},
-    {1, 2 * 5000 * 2, 2, 2, 256, 1, 1, 8},
+    {1, 2 * 5000 * 2, 2, 2, 256, 1, 1, 8}, {1, 2048, 3, 4, 128, 1, 1, 64},  {1, 258, 2, 2, 128, 2, 2, 64},
 };
 // Those a program checks.
 inline const std::vector<LighthouseCase>& lighthouse_cases(const Harness& h) {

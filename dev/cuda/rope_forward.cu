@@ -57,7 +57,8 @@ static void check(Harness& h, const Variant<Launcher>& variant) {
           Case{3, 77, 3, 1, 24, rope_one_run(77, 12345), true},
           Case{1, 300, 8, 8, 128, rope_one_run(300, 1048576 - 300), false},
           Case{2, 65, 12, 4, 256, rope_one_run(65, 1 << 24), true}, Case{1, 130, 128, 8, 128, rope_one_run(130), false},
-          Case{2, 65, 4, 2, 64, {65, 33, {1000, 77}}, false}, Case{5, 3, 2, 2, 128, {3, 1, {9, 1 << 20}}, true}}) {
+          Case{1, 5, 64, 1, 256, rope_one_run(5, 77), false}, Case{2, 65, 4, 2, 64, {65, 33, {1000, 77}}, false},
+          Case{5, 3, 2, 2, 128, {3, 1, {9, 1 << 20}}, true}}) {
         const ModelConfig config = rope_config(c.H, c.Hkv, c.D, c.scaled);
         if (h.leaves_out(c.B * c.T * config.qkv_width() / 8)) {
             continue;
