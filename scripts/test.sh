@@ -38,7 +38,8 @@ check() {
     else
         failed=$((failed + 1))
         echo "FAIL $name ($((SECONDS - start)) s): $*"
-        tail -40 "$log/out" | sed 's/^/     /'
+        # What it says it failed at, with what follows, and how it ended.
+        { head -n -40 "$log/out" | grep -A 5 '^FAIL\|^\[  FAILED' | head -40 && echo ...; tail -40 "$log/out"; } | sed 's/^/     /'
     fi
 }
 old_bash="scripts/spawn_ranks.sh needs bash 5.1, this is $BASH_VERSION"

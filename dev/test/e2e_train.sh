@@ -73,11 +73,13 @@ ends_unread() { # a reader that has enough
     [ "${PIPESTATUS[0]}" -eq 0 ] && [ -d "$work/unwatched/step00000020" ]
 }
 expect "a run whose output nobody reads ends" ends_unread
+more_steps_than() { [ "$(losses "$1" | wc -l)" -gt "$2" ]; }
 ignores_hangup() { # as nohup has it
-    (trap '' HUP && exec "$trainer" "${small[@]}" --train_data "$work/corpus.txt" --output_dir "$work/nohup" --max_steps 200 \
-        --eval_every 0 >"$work/nohup.out" 2>&1) &
+    (trap '' HUP && exec "$trainer" "${small[@]}" --train_data "$work/corpus.txt" --output_dir "$work/nohup" --max_steps 100000 \
+        --decay_steps 20 --eval_every 0 >"$work/nohup.out" 2>&1) &
     local pid=$!
-    wait_for 60 grep -q '^step ' "$work/nohup.out" && kill -HUP $pid && wait $pid && [ -d "$work/nohup/step00000200" ]
+    wait_for 60 grep -q '^step ' "$work/nohup.out" && kill -HUP $pid && wait_for 60 more_steps_than nohup $(($(losses nohup | wc -l) + 20)) &&
+        kill -TERM $pid && wait $pid
 }
 expect "a run that is to ignore SIGHUP does" ignores_hangup
 if [ $on_gpu = no ]; then
@@ -221,7 +223,7 @@ expect "the printed command resumes" bash -c "$resume --max_steps $((stopped + 3
 expect "three more steps" test "$(losses stop_TERM | wc -l)" -eq $((stopped + 3))
 
 if [ $on_gpu = no ]; then # a GPU's step would be over before the second signal
-    start twice --seq_len 2048 --num_layers 8 --max_steps 100000
+    start twice --seq_len 4096 --num_layers 8 --max_steps 100000 # a step takes seconds
     wait_for 30 test -s "$work/twice/metrics.jsonl"
     kill -TERM "$pid"
     sleep 0.7
