@@ -78,8 +78,12 @@ ignores_hangup() { # as nohup has it
     (trap '' HUP && exec "$trainer" "${small[@]}" --train_data "$work/corpus.txt" --output_dir "$work/nohup" --max_steps 100000 \
         --decay_steps 20 --eval_every 0 >"$work/nohup.out" 2>&1) &
     local pid=$!
-    wait_for 60 grep -q '^step ' "$work/nohup.out" && kill -HUP $pid && wait_for 60 more_steps_than nohup $(($(losses nohup | wc -l) + 20)) &&
+    if wait_for 60 grep -q '^step ' "$work/nohup.out" && kill -HUP $pid && wait_for 60 more_steps_than nohup $(($(losses nohup | wc -l) + 20)); then
         kill -TERM $pid && wait $pid
+    else
+        kill -KILL $pid
+        return 1
+    fi
 }
 expect "a run that is to ignore SIGHUP does" ignores_hangup
 if [ $on_gpu = no ]; then
