@@ -124,8 +124,9 @@ struct HopperForwardTile {
         alignas(1024) bf16 v[STAGES][BLOCK_N * D];
         alignas(1024) bf16 q[Q_SLOTS][ROW_GROUPS][64 * D];  // a consumer's rows; its output leaves through them
         uint64_t k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES], q_full[Q_SLOTS], q_empty[Q_SLOTS];
-        ForwardWork
-            work[Q_SLOTS];  // what q_full announces; one lane of a warp reads it and says on q_empty that it has
+        uint64_t parts_full;  // what the other turns have found
+        // What q_full announces; one lane of a warp reads it and says on q_empty that it has.
+        ForwardWork work[Q_SLOTS];
     };
 
     // Consumers issue products in turn. Four do better without (D = 64, B = 64, T = 1024: 3 %).
@@ -147,7 +148,7 @@ struct HopperForwardArguments {
 };
 
 // Named barriers; 0 is __syncthreads.
-enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 5, OUT_BARRIER = 9, PARTS_BARRIER = 13 };  // + which
+enum HopperForwardBarrier { TURN_BARRIER = 1, CONSUMER_BARRIER = 5, OUT_BARRIER = 9 };  // + which
 
 #if !defined(__CUDA_ARCH__) || defined(__CUDA_ARCH_FEAT_SM90_ALL)
 
@@ -746,31 +747,31 @@ struct ForwardConsumer {
         finish(out, row_totals(rows, args.scale_log2), work);
     }
 
-    // A thread's i-th float of what the consumer of turn `from` hands to the first one: output where that turn's keys
-    // were, totals where its first values were.
+    // What a thread of the consumer of turn `from` hands to the first one's: the i-th float of its output where that
+    // turn's keys were, its totals where its first values were.
     __device__ __forceinline__ float& part_of_out(int from, int i) const {
         constexpr int STAGE_FLOATS = BLOCK_N * D / 2 / WARPGROUP_SIZE;  // of a thread
         return reinterpret_cast<float*>(
             shared.k[from + KEY_TURNS * (i / STAGE_FLOATS)])[i % STAGE_FLOATS * WARPGROUP_SIZE +
                                                              threadIdx.x % WARPGROUP_SIZE];
     }
-    __device__ __forceinline__ float& part_of_totals(int from, int i) const {
-        return reinterpret_cast<float*>(shared.v[from])[i * WARPGROUP_SIZE + threadIdx.x % WARPGROUP_SIZE];
+    __device__ __forceinline__ RowTotals& part_of_totals(int from) const {
+        return reinterpret_cast<RowTotals*>(shared.v[from])[threadIdx.x % WARPGROUP_SIZE];
     }
     // out and totals of keys that the consumer of another turn has seen, added.
     __device__ __forceinline__ void add_part(float (&out)[D / 2], RowTotals& totals, int from) const {
+        const RowTotals part = part_of_totals(from);
         float own_factor[2], factor[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const float reference = part_of_totals(from, half), m = fmaxf(totals.reference[half], reference);
+            const float m = fmaxf(totals.reference[half], part.reference[half]);
             const auto factor_of = [&](float r) {
                 return m == -INFINITY ? 1.0f : exp2_approx((r - m) * args.scale_log2);
             };
-            own_factor[half] = factor_of(totals.reference[half]), factor[half] = factor_of(reference);
+            own_factor[half] = factor_of(totals.reference[half]), factor[half] = factor_of(part.reference[half]);
             totals.reference[half] = m;
-            totals.sum[half] = totals.sum[half] * own_factor[half] + part_of_totals(from, 2 + half) * factor[half];
-            totals.divisor[half] =
-                totals.divisor[half] * own_factor[half] + part_of_totals(from, 4 + half) * factor[half];
+            totals.sum[half] = totals.sum[half] * own_factor[half] + part.sum[half] * factor[half];
+            totals.divisor[half] = totals.divisor[half] * own_factor[half] + part.divisor[half] * factor[half];
         }
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) {
@@ -805,16 +806,14 @@ struct ForwardConsumer {
             for (int i = 0; i < D / 2; ++i) {
                 part_of_out(turn, i) = out[i];
             }
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                part_of_totals(turn, half) = totals.reference[half];
-                part_of_totals(turn, 2 + half) = totals.sum[half];
-                part_of_totals(turn, 4 + half) = totals.divisor[half];
-            }
-            named_barrier_arrive(PARTS_BARRIER, KEY_TURNS * WARPGROUP_SIZE);
+            part_of_totals(turn) = totals;
+            // Each thread, for what it wrote: racecheck follows that.
+            mbarrier_arrive(shared_address(&shared.parts_full));
             return;
         }
-        named_barrier_sync(PARTS_BARRIER, KEY_TURNS * WARPGROUP_SIZE);  // all products have read q, too
+        // The other turns' products have read q by then, too, but this one's warps wait for one another.
+        mbarrier_wait(shared_address(&shared.parts_full), 0);
+        named_barrier_sync(CONSUMER_BARRIER + turn, WARPGROUP_SIZE);
 #pragma unroll
         for (int from = 1; from < KEY_TURNS; ++from) {
             add_part(out, totals, from);
@@ -865,6 +864,9 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::BLOCKS_PER_SM)
         for (int i = 0; i < Tile::Q_SLOTS; ++i) {
             mbarrier_init(shared_address(&shared.q_full[i]), 1);
             mbarrier_init(shared_address(&shared.q_empty[i]), NUM_CONSUMER_WARPS + 1);  // and the warp that stores
+        }
+        if (Tile::KEY_TURNS > 1) {
+            mbarrier_init(shared_address(&shared.parts_full), (Tile::KEY_TURNS - 1) * WARPGROUP_SIZE);
         }
         mbarrier_init_fence();
     }
