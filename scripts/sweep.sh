@@ -5,7 +5,8 @@
 # FLAGs go to every run and win. STEPS (600), SWITCH (400: the step at which attention becomes dense), SEQ_LEN (32768),
 # TRAINER (./train_gpt) and OUTPUT_DIR (runs/sweep_AXIS, which must hold no sweep yet) come from the environment, and as
 # FLAGs are refused. The default model has 26 M parameters.
-# A value whose geometry SEQ_LEN does not allow is refused by the trainer and listed as such; the others run.
+# A value whose geometry SEQ_LEN does not allow is refused by the trainer and listed as such; the others run. A signal
+# ends the sweep once the run under way has finished its step and saved; a second one, at once.
 #   TRAIN_DATA=build/corpus.txt scripts/sweep.sh topk 256,512,1024 --num_layers 12
 # Relative paths are from the repository's folder, where this goes first.
 set -uo pipefail
@@ -62,22 +63,52 @@ loss() {
     if [ -n "$value" ]; then printf '%.4f' "$value"; else printf '%s' -; fi
 }
 
-rows="" failed=0
+# The trainer has a process group of its own, so that one signal reaches it once, whoever the terminal sends it to.
+set -m
+job="" signal=""
+forward() {
+    signal=$1
+    [ -z "$job" ] || kill -TERM "$job" 2>/dev/null
+}
+trap 'forward 1' HUP
+trap 'forward 2' INT
+trap 'forward 15' TERM
+
+rows="" failed=0 trained=""
 for value in ${values//,/ }; do
-    run=$output/$value
+    run=$output/$value metrics=$output/$value/metrics.jsonl
     echo "== --lighthouse_$axis $value"
-    if ! "$trainer" --num_layers 8 --width 512 --num_heads 8 --num_kv_heads 8 --head_dim 64 --ffn_width 1408 \
+    "$trainer" --num_layers 8 --width 512 --num_heads 8 --num_kv_heads 8 --head_dim 64 --ffn_width 1408 \
         --train_data "$TRAIN_DATA" --seq_len "$seq_len" --batch_size 1 --max_steps "$steps" --warmup_steps $((steps / 20)) \
         --learning_rate 1.5e-3 --eval_every "$switch" --eval_batches 8 --sample_tokens 0 --attention lighthouse \
         --lighthouse_levels 3 --lighthouse_pool 4 --lighthouse_topk "$(nearest_topk 64)" --lighthouse_dense_layers 0,-1 \
-        --lighthouse_steps "$switch" "--lighthouse_$axis" "$value" --output_dir "$run" --plain "$@" >"$run.log" 2>&1; then
+        --lighthouse_steps "$switch" "--lighthouse_$axis" "$value" --output_dir "$run" --plain "$@" </dev/null >"$run.log" 2>&1 &
+    job=$!
+    while true; do
+        wait "$job" && status=0 || status=$?
+        kill -0 "$job" 2>/dev/null || break # else it was a signal that ended the wait
+    done
+    job=""
+    if [ -n "$signal" ]; then
+        echo "sweep: stopped by a signal during --lighthouse_$axis $value; trained to the end: ${trained:-none}; there is no table" >&2
+        exit $((128 + signal))
+    fi
+    # A trainer that got a signal saves and ends well, but before its last step.
+    last_step=$(grep '"event":"step"' "$metrics" 2>/dev/null | tail -1 | grep -o '"step":[0-9]*' | cut -d: -f2)
+    if [ $status -eq 0 ] && [ "${last_step:-0}" -ne "$steps" ]; then
+        failed=$((failed + 1))
+        rows+="| $value | stopped at step ${last_step:-0} of $steps |"$'\n'
+        echo "stopped at step ${last_step:-0} of $steps"
+        continue
+    fi
+    if [ $status -ne 0 ]; then
         failed=$((failed + 1))
         rows+="| $value | $(tail -1 "$run.log") |"$'\n'
         tail -1 "$run.log"
         continue
     fi
-    metrics=$run/metrics.jsonl
-    sub_sequence=$(grep -o 'S [0-9]*' "$run.log" | head -1 | cut -d' ' -f2)
+    trained+=${trained:+, }$value
+    sub_sequence=$(sed -n 's/^lighthouse  T [0-9]*, S \([0-9]*\),.*/\1/p' "$run.log" | head -1)
     # Tokens/s: the median of the steps under each attention.
     speed() { grep '"event":"step"' "$metrics" | grep "\"attention\":\"$1\"" | grep -o '"tokens_per_second":[^,}]*' | cut -d: -f2 |
         sort -g | awk '{ a[NR] = $1 } END { if (NR) printf "%.0f", a[int((NR + 1) / 2)]; else print "-" }'; }

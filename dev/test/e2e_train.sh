@@ -336,14 +336,37 @@ expect "its settings.toml is read by --config" "$trainer" --config "$work/resume
 expect "and is the dense run that it says" test "$(grep -c '"event":"step".*"attention":"dense"' "$work/again_dense/metrics.jsonl")" -eq 6
 
 # ---- a sweep of it
+mkdir "$work/DATASETS 2024"
+cp "$work/corpus.txt" "$work/DATASETS 2024/"
+# sweep NAME STEPS VALUES: a sweep into $work/NAME, dense from its last step on. Its process is what calls this in a
+# subshell.
 sweep() {
-    env "TRAINER=$(realpath "$trainer")" "TRAIN_DATA=$work/corpus.txt" "OUTPUT_DIR=$work/sweep" SEQ_LEN=512 STEPS=3 SWITCH=2 scripts/sweep.sh pool 2,4 \
-        --num_layers 2 --width 64 --num_heads 2 --num_kv_heads 2 --head_dim 32 --ffn_width 128 --lighthouse_levels 2 \
-        --lighthouse_topk 128 --eval_batches 2 >"$work/sweep.out"
+    exec env "TRAINER=$(realpath "$trainer")" "TRAIN_DATA=$work/DATASETS 2024/*.txt" "OUTPUT_DIR=$work/$1" SEQ_LEN=512 "STEPS=$2" "SWITCH=$(($2 - 1))" \
+        scripts/sweep.sh pool "$3" --num_layers 2 --width 64 --num_heads 2 --num_kv_heads 2 --head_dim 32 --ffn_width 128 \
+        --lighthouse_levels 2 --lighthouse_topk 128 --eval_batches 2 >"$work/$1.out" 2>&1
 }
-expect "a sweep of two values" sweep
-expect "its table has a row for each, with three losses" \
-    test "$(grep -Ec '^\| [24] \| [0-9]+ \| [0-9]+ \| [0-9]+ \|( [0-9]+\.[0-9]{4} \|){3}$' "$work/sweep/table.md")" -eq 2
+swept() { (sweep "$@"); }
+expect "a sweep of two values" swept sweep 3 2,4
+expect "its table has a row for each, with its S and three losses" \
+    test "$(grep -Ec '^\| (2 \| 512|4 \| 640) \| [0-9]+ \| [0-9]+ \|( [0-9]+\.[0-9]{4} \|){3}$' "$work/sweep/table.md")" -eq 2
+(sweep stopped 1000000 2,4) &
+pid=$!
+wait_for 60 grep -q '"event":"step"' "$work/stopped/2/metrics.jsonl"
+kill -TERM $pid
+wait $pid
+expect "a sweep that gets a signal ends with it" test $? -eq 143
+expect "and says what it has" grep -q 'stopped by a signal during --lighthouse_pool 2; trained to the end: none' "$work/stopped.out"
+expect "it has waited for the run, which has saved" test -n "$(find "$work/stopped/2" -path '*/step*/manifest.json')"
+expect "and has neither begun the next nor made a table" test ! -e "$work/stopped/4" -a ! -e "$work/stopped/table.md"
+(sweep cut 1000000 2) &
+pid=$!
+wait_for 60 grep -q '"event":"step"' "$work/cut/2/metrics.jsonl"
+for process in /proc/[0-9]*; do # the trainer alone
+    if tr '\0' ' ' <"$process/cmdline" 2>/dev/null | grep -q -- "--output_dir $work/cut/2 "; then kill -TERM "${process#/proc/}"; fi
+done
+wait $pid
+expect "a sweep whose run was stopped fails" test $? -eq 1
+expect "and lists no loss of it" grep -Eq '^\| 2 \| stopped at step [0-9]+ of 1000000 \|$' "$work/cut/table.md"
 
 [ $failed -eq 0 ] && echo "all passed"
 exit $failed
