@@ -147,6 +147,13 @@ script_refused "a sweep that never becomes dense" "SWITCH 9: must be below STEPS
 script_refused "a sweep's length as a flag" "--seq_len: set SEQ_LEN in the environment" "${sweep[@]}" scripts/sweep.sh pool --seq_len 64
 script_refused "what a sweep varies as a flag" "--lighthouse_pool=2: it is what this sweep varies" "${sweep[@]}" scripts/sweep.sh pool --lighthouse_pool=2
 script_refused "a corpus in place of a folder" "is no file that could be replaced" scripts/make_corpus.sh "$work/sweep" 1
+echo mine >"$work/corpus_out.tmp"
+ln -s corpus_target "$work/corpus_out"
+scripts/make_corpus.sh "$work/corpus_out" 1 >"$work/out" 2>&1
+[ -L "$work/corpus_out" ] && [ "$(stat -c %s "$work/corpus_target")" -eq 1048576 ] && ok "a corpus goes where a link points" || bad "a corpus through a link: $(ls -l "$work"/corpus_*; cat "$work/out")"
+[ "$(cat "$work/corpus_out.tmp")" = mine ] && ok "and touches no file beside it" || bad "a corpus replaced $work/corpus_out.tmp"
+script_refused "a corpus where there is no room" "" bash -c 'ulimit -f 100; exec scripts/make_corpus.sh "$0" 1' "$work/corpus_cut"
+[ -z "$(ls "$work" | grep corpus_cut)" ] && ok "which leaves nothing" || bad "a corpus that failed left $(ls "$work" | grep corpus_cut)"
 script_refused "dependencies of what there is not" "'gpu' is unknown; there are" scripts/install_dependencies.sh gpu
 script_refused "a grace that is no number" "SPAWN_GRACE 'x'" env SPAWN_GRACE=x scripts/spawn_ranks.sh 2 true
 
