@@ -150,7 +150,8 @@ class MetricsLog {
         kept.take_permissions_of(real_path);
         for (std::string line; std::getline(old, line);) {
             const std::optional<MetricsLine> parsed = parse_metrics_line(line);
-            if (parsed && parsed->step <= (parsed->event == "attention_switch" ? last_step - 1 : last_step)) {
+            const bool is_whole = !old.eof();  // others' lines, such as notes, stay where they are
+            if (parsed ? parsed->step <= (parsed->event == "attention_switch" ? last_step - 1 : last_step) : is_whole) {
                 line += '\n';
                 kept.write(line.data(), line.size());
             }

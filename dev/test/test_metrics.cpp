@@ -86,10 +86,24 @@ TEST(MetricsLog, ResumeDropsLaterStepsAndCutLines) {
     std::istringstream lines(read_all(path));
     std::string steps;
     for (std::string line; std::getline(lines, line);) {
-        steps += std::to_string(Json::parse(line)["step"].get<int>());
+        steps += line.size() > 300000 ? "?" : std::to_string(Json::parse(line)["step"].get<int>());
     }
-    EXPECT_EQ(steps, "01234");
+    EXPECT_EQ(steps, "0123??4") << "a step that cannot be read is not a later one";
     EXPECT_NE(read_all(path).find("40}"), std::string::npos);
+}
+
+TEST(MetricsLog, ResumeKeepsLinesOfOthers) {
+    TemporaryFolder folder;
+    const std::string path = folder.path + "/metrics.jsonl";
+    MetricsLog(path, 0).write("step", 1, {{"loss", 1}});
+    const std::string notes =
+        "{\"note\":\"other data from here on\"}\n# by hand\n\n{\"event\":\"mine\",\"step\":\"2\"}\n";
+    std::ofstream(path, std::ios::app) << notes;
+    const std::string kept = read_all(path);
+    MetricsLog(path, 1).write("step", 2, {{"loss", 2}});
+    std::ofstream(path, std::ios::app) << "cut of";
+    MetricsLog(path, 1);
+    EXPECT_EQ(read_all(path), kept) << "neither what is written again nor what a crash cut off";
 }
 
 TEST(MetricsLog, TheEventsOfAStep) {
