@@ -5,6 +5,7 @@
 #include <atomic>
 #include <cstdio>
 #include <filesystem>
+#include <fnmatch.h>
 #include <map>
 #include <numeric>
 #include <omp.h>
@@ -26,6 +27,7 @@
 #include "run_folder.h"           // where a run may write
 #include "settings.h"             // as text, to compare
 #include "standard_files.h"       // where messages go
+#include "tokenizer.h"            // names of files for the terminal
 #include "tokens.h"               // whether the data can be read
 
 // The CPU's threads of this process, by --num_threads.
@@ -84,6 +86,33 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
     return parsed;
 }
 
+// Throws Error when a pattern for data stands for what the run itself writes, too: once resumed it would train on that.
+inline void check_data_leaves_out_output(const RunConfig& config) {
+    namespace fs = std::filesystem;
+    std::error_code error;  // of a folder that cannot be looked into: it is taken by its name
+    for (const auto& [flag, patterns] :
+         {std::pair("--train_data", config.train_data), {"--val_data", config.val_data}}) {
+        for (const std::string& pattern : patterns) {
+            const size_t wildcard = pattern.find_first_of("*?[");
+            if (wildcard == std::string::npos || checkpoint::exists(pattern)) {
+                continue;
+            }
+            // The folders before the first wildcard as they are, whatever they are called by.
+            const size_t slash = pattern.rfind('/', wildcard), begin = slash == std::string::npos ? 0 : slash + 1;
+            const fs::path folder = fs::weakly_canonical(begin == 0 ? "." : pattern.substr(0, begin), error);
+            const std::string whole = (fs::path(glob_escape(folder.string())) / pattern.substr(begin)).string();
+            const std::string output = fs::weakly_canonical(config.output_dir, error).string();
+            for (const std::string& written : {metrics_path(output), saved_settings_path(output)}) {
+                CHECK(
+                    fnmatch(whole.c_str(), written.c_str(), FNM_PATHNAME | FNM_PERIOD) != 0,
+                    "%s '%s': stands for %s, too, which the run writes: name a pattern that leaves it out, or another "
+                    "--output_dir",
+                    flag, pattern.c_str(), written.c_str());
+            }
+        }
+    }
+}
+
 // One line for all files of which the same is to be said.
 inline void warn_of_each(const RunConfig& config, const char* flag, const std::vector<std::string>& files,
                          const std::string& what, const std::string& so) {
@@ -91,7 +120,8 @@ inline void warn_of_each(const RunConfig& config, const char* flag, const std::v
         const std::string others = files.size() == 1   ? ""
                                    : files.size() == 2 ? " (so is another)"
                                                        : format_string(" (so are %zu others)", files.size() - 1);
-        print_warning(config.program, std::string(flag) + ": " + files[0] + " " + what + others + ": " + so);
+        print_warning(config.program,
+                      std::string(flag) + ": " + terminal_safe(files[0]) + " " + what + others + ": " + so);
     }
 }
 
@@ -268,6 +298,9 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     }
     if (config.max_steps > 0 && !config.output_dir.empty()) {
         check_holds_no_run(config, ranks.size() == 1);
+    }
+    if (!config.output_dir.empty()) {
+        check_data_leaves_out_output(config);
     }
     const RunData data = open_data(config);  // for what it refuses: before the time and memory that a model takes
     if (ranks.is_first()) {

@@ -54,6 +54,41 @@ TEST_F(ConfigureRun, ASampleNeedsNoMoreThanItsPromptAndItsTokens) {
     EXPECT_EQ(length({"--init_from", folder, "--seq_len", "12"}, "400"), 12);
 }
 
+TEST_F(ConfigureRun, APatternForDataLeavesOutWhatTheRunWrites) {
+    std::filesystem::create_directories(folder_ + "/text/run");
+    std::filesystem::create_directory_symlink(folder_ + "/text", folder_ + "/link");
+    std::filesystem::copy_file(config_.train_data[0], folder_ + "/text/a.txt");
+    std::filesystem::copy_file(config_.train_data[0], folder_ + "/text/metrics.txt");
+    const auto refusal = [&](const char* flag, const std::string& pattern, const std::string& output) -> std::string {
+        const std::string text = folder_ + "/text/a.txt";
+        std::vector<std::string> flags = {flag, folder_ + pattern, "--output_dir", folder_ + output, "--seq_len", "16"};
+        if (std::string(flag) == "--val_data") {
+            flags.insert(flags.end(), {"--train_data", text});
+        }
+        try {
+            resolved(flags);
+        } catch (const Error& error) {
+            testing::internal::GetCapturedStderr();  // resolved() has not come to it
+            return error.what();
+        }
+        return "";
+    };
+    const std::string first = folder_ + "/text/metrics.jsonl";
+    EXPECT_EQ(refusal("--train_data", "/text/*", "/text").find("--train_data '" + folder_ + "/text/*': stands for "),
+              0u);
+    EXPECT_NE(refusal("--train_data", "/text/*", "/text").find(first), std::string::npos);
+    EXPECT_NE(refusal("--val_data", "/text/m*", "/text").find(first), std::string::npos);
+    EXPECT_NE(refusal("--train_data", "/link/*", "/text").find(first), std::string::npos) << "under another name";
+    EXPECT_NE(refusal("--train_data", "/text/*", "/text/run/..").find(first), std::string::npos);
+    EXPECT_NE(refusal("--train_data", "/t*t/[a-z]*", "/text").find(first), std::string::npos);
+    EXPECT_NE(refusal("--train_data", "/text/*", "/link").find(first), std::string::npos);
+    for (const char* pattern : {"/text/*.txt", "/text/[ab]*", "/text/?.*t"}) {
+        EXPECT_EQ(refusal("--train_data", pattern, "/text"), "") << pattern;
+    }
+    EXPECT_EQ(refusal("--train_data", "/text/*", "/text/run"), "") << "folders do not count";
+    EXPECT_EQ(refusal("--train_data", "/text/metrics.txt", "/text"), "") << "a name";
+}
+
 TEST_F(ConfigureRun, PositionsThatAreNewToAModelAreSaid) {
     const std::string folder = trained_checkpoint();
     const std::vector<std::string> training = {"--init_from", folder, "--train_data", config_.train_data[0],
