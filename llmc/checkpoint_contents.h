@@ -60,8 +60,8 @@ inline std::string piece_name(const ParameterTensor& tensor, StateKind kind, con
 
 // What tells training data from others without reading them, in words: number, names (not folders: data may move) and
 // lengths of the files, and how many of their tokens are trained on. ASCII, so that JSON gives it back as it is.
-inline std::string data_identity(const SequenceSet& data) {
-    const std::vector<TokenFile>& files = data.stream().files();
+inline std::string data_identity(const TokenStream& stream, int64_t num_tokens) {
+    const std::vector<TokenFile>& files = stream.files();
     const auto name_of = [](const TokenFile& file) { return file.path.substr(file.path.rfind('/') + 1); };
     const auto shown = [&](const TokenFile& file) { return JsonObject::shown(name_of(file)); };
     Xxh3Stream hash;  // of all files: those between the first and the last are not shown
@@ -70,10 +70,11 @@ inline std::string data_identity(const SequenceSet& data) {
         hash.update(entry.data(), entry.size());
     }
     const std::string last = files.size() > 1 ? " to " + shown(files.back()) : "";
-    return format_string("%s, %s%s, names and lengths %016llx, %lld tokens", data.stream().description().c_str(),
+    return format_string("%s, %s%s, names and lengths %016llx, %lld tokens", stream.description().c_str(),
                          shown(files.front()).c_str(), last.c_str(), (unsigned long long)hash.digest().xxh3,
-                         (long long)data.num_tokens());
+                         (long long)num_tokens);
 }
+inline std::string data_identity(const SequenceSet& data) { return data_identity(data.stream(), data.num_tokens()); }
 
 inline std::string state_text(const TrainingState& state, const RunConfig& config) {
     RunConfig copy = config;

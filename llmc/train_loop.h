@@ -228,6 +228,7 @@ class TrainingRun {
     // has mistaken a file.
     void note_data() {
         if (!data_.train) {
+            note_validated_part();
             return;
         }
         const std::string now = checkpoint::data_identity(*data_.train);
@@ -248,6 +249,21 @@ class TrainingRun {
                               (unsigned long long)*state_.shuffle_seed));
         }
         state_.shuffle_seed = config_.shuffle_seed;
+    }
+
+    // An evaluation of --val_fraction's part trusts that the run was trained on what comes before it.
+    void note_validated_part() const {
+        if (!config_.splits_train_data() || !data_.validation || state_.data.empty()) {
+            return;
+        }
+        const TokenStream& stream = data_.validation->stream();
+        const std::string now = checkpoint::data_identity(stream, stream.num_tokens() - data_.validation->num_tokens());
+        if (state_.data != now) {
+            warn(
+                format_string("--train_data: %s was trained on other data (%s) than what comes before "
+                              "--val_fraction's part here (%s), which may hold what was trained on",
+                              config_.checkpoint.c_str(), terminal_safe(state_.data).c_str(), now.c_str()));
+        }
     }
 
     // Normal random numbers that depend on seed, tensor and element alone; norms are 1.

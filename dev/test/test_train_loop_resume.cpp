@@ -122,7 +122,22 @@ TEST_F(TrainLoop, GoingOnWithOtherDataIsSaid) {
     write("moved/b.txt", 3001);
     warned({folder_ + "/moved/*.txt"}, f, "from here on (3 files of bytes");
 
-    // A checkpoint of before these were written down; and evaluation, which trains on none.
+    // Evaluation trains on none, but --val_fraction's part of other data may hold what was trained on.
+    const auto said_of_evaluation = [&](std::vector<std::string> train_data, std::vector<std::string> val_data) {
+        RunConfig evaluation = resumed(first);
+        evaluation.max_steps = 0;
+        evaluation.train_data = std::move(train_data), evaluation.val_data = std::move(val_data);
+        FakeModel again(config_.model);
+        EXPECT_EQ(run(again, evaluation), 0);
+        return err_;
+    };
+    EXPECT_EQ(said_of_evaluation(first.train_data, {}), "");
+    EXPECT_NE(said_of_evaluation({folder_ + "/moved/*.txt"}, {}).find("which may hold what was trained on"),
+              std::string::npos)
+        << err_;
+    EXPECT_EQ(said_of_evaluation({folder_ + "/moved/*.txt"}, {folder_ + "/data.txt"}), "") << "that is validated";
+
+    // A checkpoint of before these were written down.
     const std::string old = find_newest_checkpoint(config_.output_dir).value(), path = old + "/state.json";
     Json state = Json::parse(read_text_file(path));
     state.erase("data");
