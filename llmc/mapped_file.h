@@ -7,6 +7,7 @@
 #include <cstring>
 #include <string>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 #include <utility>
 
@@ -19,7 +20,7 @@ namespace mapped_files {
 inline void on_bus_error(int, siginfo_t* info, void*) {
     static const char message[] =
         "a file that is being read (training data, or a checkpoint) became shorter, or its disk cannot be read: "
-        "stopped; the newest checkpoint is as it was\n";
+        "stopped; the newest checkpoint, if there is one, is as it was\n";
     if (info->si_code == BUS_ADRERR && write(STDERR_FILENO, message, sizeof message - 1) > 0) {
         _exit(1);
     }
@@ -45,10 +46,16 @@ class MappedFile {
         if (size_ == 0) {
             return;
         }
+        struct stat status = {};
+        fstat(file.descriptor(), &status);  // which RegularFile has done
+        identity_ = {status.st_dev, status.st_ino};
         void* memory = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file.descriptor(), 0);
         const int error = errno;
         CHECK(memory != MAP_FAILED, "%s: cannot read into memory: %s%s", path.c_str(), std::strerror(error),
-              error == ENOMEM ? " (of very many files, join some: sysctl vm.max_map_count is the limit)" : "");
+              error != ENOMEM ? ""
+              : size_ < MANY_FILES_BYTES
+                  ? " (of very many files, join some: sysctl vm.max_map_count is the limit)"
+                  : " (a process has no room for so many bytes: divide the file, and read some parts at a time)");
         data_ = (const unsigned char*)memory;
         mapped_files::install_handler();
     }
@@ -60,7 +67,8 @@ class MappedFile {
     MappedFile(MappedFile&& other) noexcept
         : path_(std::move(other.path_)),
           data_(std::exchange(other.data_, nullptr)),
-          size_(std::exchange(other.size_, 0)) {}
+          size_(std::exchange(other.size_, 0)),
+          identity_(other.identity_) {}
     MappedFile(const MappedFile&) = delete;
     MappedFile& operator=(const MappedFile&) = delete;
     MappedFile& operator=(MappedFile&&) = delete;
@@ -69,8 +77,23 @@ class MappedFile {
     const unsigned char* data() const { return data_; }
     uint64_t size() const { return size_; }
 
+    // Throws Error when the file has become shorter since it was mapped, so that whoever is about to read it can still
+    // save what he has. One that was removed or replaced stays whole in the mapping.
+    void check_not_shorter() const {
+        struct stat status;
+        const bool is_the_same =
+            stat(path_.c_str(), &status) == 0 && Identity{status.st_dev, status.st_ino} == identity_;
+        CHECK(!is_the_same || (uint64_t)status.st_size >= size_,
+              "%s: became shorter while it is read: %lld bytes of %llu are left", path_.c_str(),
+              (long long)status.st_size, (unsigned long long)size_);
+    }
+
   private:
+    using Identity = std::pair<dev_t, ino_t>;
+    static constexpr uint64_t MANY_FILES_BYTES = (uint64_t)1 << 46;  // half of a process's addresses
+
     std::string path_;
     const unsigned char* data_ = nullptr;
     uint64_t size_ = 0;
+    Identity identity_;
 };

@@ -36,6 +36,8 @@ class Tokenizer {
                 tokens.push_back(BEGIN_MARKER);
             }
             for (const unsigned char byte : prompt) {
+                CHECK(byte < vocab_size_, "--sample_prompt: has the byte %d, and --vocab_size is %lld", (int)byte,
+                      (long long)vocab_size_);
                 tokens.push_back(byte);
             }
         } else {

@@ -263,12 +263,13 @@ class TokenStream {
     const std::vector<std::string>& empty() const { return empty_; }  // files that a pattern matched, left out
 
     // Tokens [begin, begin + count) of the stream, which has them. Throws Error, naming file and position, for a token
-    // outside the vocabulary.
+    // outside the vocabulary, and for a file that has become shorter.
     void read(int64_t begin, int64_t count, int32_t* out) const {
         size_t file = std::upper_bound(ends_.begin(), ends_.end(), begin) - ends_.begin();
         while (count > 0) {
             const int64_t file_begin = file == 0 ? 0 : ends_[file - 1];
             const int64_t now = std::min(count, ends_[file] - begin);
+            mapped_[file].check_not_shorter();
             files_[file].read(begin - file_begin, now, out);
             begin += now, count -= now, out += now, ++file;
         }

@@ -94,6 +94,8 @@ TEST_F(TokenizerTest, WithoutDataAnEmptyPromptNeedsAMarker) {
     EXPECT_EQ(Tokenizer(true, true, 258).encode_prompt(""), (Ids{256}));
     EXPECT_EQ(Tokenizer(true, false, 256).encode_prompt("a"), (Ids{'a'}));
     EXPECT_THROW(Tokenizer(true, false, 256).encode_prompt(""), Error);
+    EXPECT_EQ(Tokenizer(true, false, 98).encode_prompt("a"), (Ids{'a'}));
+    EXPECT_THROW(Tokenizer(true, false, 97).encode_prompt("a"), Error) << "not in the vocabulary";
     EXPECT_THROW(Tokenizer(false, true, 258).encode_prompt(""), Error);
 }
 

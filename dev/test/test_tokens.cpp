@@ -356,6 +356,20 @@ TEST_F(Tokens, DataOfAnotherVocabularyAreRefusedWhenTheyAreOpened) {
     EXPECT_NE(error([&] { open_data(c); }).find("token 300 "), std::string::npos);
 }
 
+TEST_F(Tokens, AFileThatBecomesShorterIsNamedBeforeItIsRead) {
+    const std::string first = write("first", std::string(5000, 'a')), second = write("second", std::string(5000, 'b'));
+    const TokenStream s = stream({first, second}, false);
+    EXPECT_EQ(read(s, 9000, 1), (Ids{'b'}));
+    ASSERT_EQ(truncate(second.c_str(), 100), 0);
+    const std::string what = error([&] { read(s, 9000, 1); });
+    EXPECT_EQ(what.find(second + ": became shorter"), 0u) << what;
+    EXPECT_EQ(read(s, 0, 1), (Ids{'a'}));
+    std::filesystem::remove(first);
+    EXPECT_EQ(read(s, 4999, 1), (Ids{'a'})) << "is whole until nobody reads it";
+    write("first", "a");
+    EXPECT_EQ(read(s, 4999, 1), (Ids{'a'})) << "another file of this name";
+}
+
 TEST_F(Tokens, SeparateValidationDataAreReadInFileOrder) {
     RunConfig c;
     c.train_data = {write("train", std::string(100, 't'))};
