@@ -94,7 +94,7 @@ for value in ${values//,/ }; do
         exit $((128 + signal))
     fi
     # A trainer that got a signal saves and ends well, but before its last step.
-    last_step=$(grep '"event":"step"' "$metrics" 2>/dev/null | tail -1 | grep -o '"step":[0-9]*' | cut -d: -f2)
+    last_step=$(grep -E '"event":"(step|skip)"' "$metrics" 2>/dev/null | tail -1 | grep -o '"step":[0-9]*' | cut -d: -f2)
     if [ $status -eq 0 ] && [ "${last_step:-0}" -ne "$steps" ]; then
         failed=$((failed + 1))
         rows+="| $value | stopped at step ${last_step:-0} of $steps |"$'\n'
