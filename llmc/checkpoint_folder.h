@@ -283,25 +283,46 @@ inline void prune(const std::string& output_dir, int64_t newest, int64_t keep, c
 // The newest checkpoint in `output_dir` that is whole: every file's hash is compared with its manifest, which reads it
 // once. No value when there is none. Newer ones that are damaged are passed over; `damaged` gets a sentence for each,
 // by its step. Throws Error for a newer one that cannot be read: it may be whole, and a run that went on from an older
-// one would prune it later. progress: as of digest_file.
+// one would prune it later. progress: as of digest_file. Who evaluates has no lock: where a run under way prunes what
+// is being read, it has written a newer one, which is looked for.
 inline std::optional<std::string> find_newest_checkpoint(const std::string& output_dir,
                                                          std::map<int64_t, std::string>* damaged = nullptr,
                                                          std::atomic<uint64_t>* progress = nullptr) {
-    const std::map<int64_t, std::string> folders = checkpoint::list(output_dir);
-    for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
-        try {
-            checkpoint::verify(it->second, true, progress);
-            return it->second;
-        } catch (const UnreadableFile& error) {
-            fail(
-                "%s; so nobody knows whether this checkpoint is whole: make it readable, or move its folder away to "
-                "go on from the one before",
-                error.what());
-        } catch (const Error& error) {
-            if (damaged != nullptr) {
-                (*damaged)[it->first] = error.what();
+    for (int looks_left = 8;; --looks_left) {
+        bool removed = false;
+        const std::map<int64_t, std::string> folders = checkpoint::list(output_dir);
+        for (auto it = folders.rbegin(); it != folders.rend() && !removed; ++it) {
+            try {
+                checkpoint::verify(it->second, true, progress);
+                return it->second;
+            } catch (const UnreadableFile& error) {
+                fail(
+                    "%s; so nobody knows whether this checkpoint is whole: make it readable, or move its folder away "
+                    "to go on from the one before",
+                    error.what());
+            } catch (const Error& error) {
+                removed = looks_left > 0 && !checkpoint::exists(it->second);
+                if (!removed && damaged != nullptr) {
+                    (*damaged)[it->first] = error.what();
+                }
             }
         }
+        if (!removed) {
+            return std::nullopt;
+        }
     }
-    return std::nullopt;
+}
+
+// read(), which reads the checkpoint in `folder`. Throws its Error or, where the folder is gone by then, one that says
+// so.
+template <class Read>
+auto read_while_it_is_there(const std::string& folder, const Read& read) {
+    try {
+        return read();
+    } catch (const Error&) {
+        CHECK(checkpoint::exists(folder),
+              "%s: was removed while it was read, as a run under way does with --keep_checkpoints: start again",
+              folder.c_str());
+        throw;
+    }
 }

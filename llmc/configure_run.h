@@ -272,12 +272,14 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
         config.train_data.clear(), config.val_data.clear();  // those of --resume's run, which evaluate it
     }
     if (!config.checkpoint.empty()) {
-        const ModelConfig stored = load_hf_config(config.checkpoint);
+        const ModelConfig stored =
+            read_while_it_is_there(config.checkpoint, [&] { return load_hf_config(config.checkpoint); });
         if (config.max_steps == 0 && !config.fit && !is_given("seq_len")) {
             take_length_to_look_at(parsed, stored);
         }
         const std::string rotated = take_model_shape(parsed, stored, config.checkpoint);
-        check_holds_model(config.checkpoint, config.model);  // before memory is taken for what only config.json knows
+        // Before memory is taken for what only config.json knows.
+        read_while_it_is_there(config.checkpoint, [&] { check_holds_model(config.checkpoint, config.model); });
         if (ranks.is_first()) {
             warn_of_positions(config, stored, rotated);
         }

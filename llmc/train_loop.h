@@ -153,8 +153,9 @@ class TrainingRun {
         if (data) {
             return Tokenizer(data->stream(), config_.byte_markers, config_.model.vocab_size);
         }
-        const checkpoint::Companions companions =
-            checkpoint::read_companions(config_.checkpoint, config_, model_.config(), true);
+        const checkpoint::Companions companions = read_while_it_is_there(config_.checkpoint, [&] {
+            return checkpoint::read_companions(config_.checkpoint, config_, model_.config(), true);
+        });
         const bool is_bytes = checkpoint::has_tokenizer(companions) && checkpoint::reads_bytes(companions);
         return Tokenizer(is_bytes, companions.tokens.begin == BEGIN_MARKER, config_.model.vocab_size);
     }
@@ -162,7 +163,9 @@ class TrainingRun {
     // Weights and optimizer of a fresh run, of --init_from or of --resume.
     void load_or_initialize() {
         if (config_.resume) {
-            state_ = load_checkpoint(model_, config_.checkpoint, ranks_, true);  // read when it was found
+            state_ = read_while_it_is_there(config_.checkpoint, [&] {
+                return load_checkpoint(model_, config_.checkpoint, ranks_, true);  // read when it was found
+            });
             skipped_at_start_ = state_.skipped_in_a_row;
             if (state_.skipped_in_a_row >= config_.max_skipped) {
                 state_.skipped_in_a_row = 0;  // that ended the run before; this one may try as often

@@ -149,6 +149,22 @@ TEST_F(TrainLoop, GoingOnWithOtherDataIsSaid) {
     EXPECT_EQ(said({folder_ + "/data.txt"}, f), "");
 }
 
+TEST_F(TrainLoop, ACheckpointThatIsRemovedBeforeItIsReadIsSaid) {
+    FakeModel model(config_.model), again(config_.model);
+    config_.max_steps = 1;
+    run(model, config_);
+    RunConfig evaluation = resumed(config_);
+    evaluation.max_steps = 0;
+    std::filesystem::remove_all(evaluation.checkpoint);
+    try {
+        run(again, evaluation);
+        FAIL() << "what is gone was read";
+    } catch (const Error& error) {
+        EXPECT_EQ(std::string(error.what()).find(evaluation.checkpoint + ": was removed while it was read"), 0u)
+            << error.what();
+    }
+}
+
 TEST_F(TrainLoop, AnotherShuffleSeedIsSaid) {
     FakeModel model(config_.model), after(config_.model);
     config_.max_steps = 2, config_.decay_steps = 100;
