@@ -42,13 +42,10 @@ class MappedFile {
     // Throws Error when `path` is not a regular file that can be read. An empty file has size 0 and no memory.
     explicit MappedFile(const std::string& path) : path_(path) {
         const RegularFile file(path);
-        size_ = file.num_bytes();
+        size_ = file.num_bytes(), identity_ = file.identity();
         if (size_ == 0) {
             return;
         }
-        struct stat status = {};
-        fstat(file.descriptor(), &status);  // which RegularFile has done
-        identity_ = {status.st_dev, status.st_ino};
         void* memory = mmap(nullptr, size_, PROT_READ, MAP_SHARED, file.descriptor(), 0);
         const int error = errno;
         CHECK(memory != MAP_FAILED, "%s: cannot read into memory: %s%s", path.c_str(), std::strerror(error),
@@ -81,19 +78,17 @@ class MappedFile {
     // save what he has. One that was removed or replaced stays whole in the mapping.
     void check_not_shorter() const {
         struct stat status;
-        const bool is_the_same =
-            stat(path_.c_str(), &status) == 0 && Identity{status.st_dev, status.st_ino} == identity_;
+        const bool is_the_same = stat(path_.c_str(), &status) == 0 && identity_of(status) == identity_;
         CHECK(!is_the_same || (uint64_t)status.st_size >= size_,
               "%s: became shorter while it is read: %lld bytes of %llu are left", path_.c_str(),
               (long long)status.st_size, (unsigned long long)size_);
     }
 
   private:
-    using Identity = std::pair<dev_t, ino_t>;
     static constexpr uint64_t MANY_FILES_BYTES = (uint64_t)1 << 46;  // half of a process's addresses
 
     std::string path_;
     const unsigned char* data_ = nullptr;
     uint64_t size_ = 0;
-    Identity identity_;
+    FileIdentity identity_;
 };

@@ -86,7 +86,7 @@ class MetricsLog {
     bool is_replaced() const {
         struct stat own, named;
         return fstat(fileno(file_.get()), &own) == 0 && stat(path_.c_str(), &named) == 0 &&
-               (own.st_dev != named.st_dev || own.st_ino != named.st_ino);
+               identity_of(own) != identity_of(named);
     }
 
     // One line {"event": event, "step": step, ...fields}. Numbers that are not finite become null: JSON has no others.

@@ -10,6 +10,7 @@
 #include <unistd.h>
 
 #include "check.h"
+#include "regular_file.h"
 
 // The kernel's lock (flock) of the file .lock in a folder, from construction to the end of the object or of the
 // process, however that ends. The file stays: were it removed, a process that had just opened it would lock what nobody
@@ -78,7 +79,7 @@ class OutputLock {
     static std::string lock_path(const std::string& output_dir) { return output_dir + "/.lock"; }
     static bool is_at(const std::string& path, const struct stat& what) {
         struct stat now;
-        return stat(path.c_str(), &now) == 0 && now.st_dev == what.st_dev && now.st_ino == what.st_ino;
+        return stat(path.c_str(), &now) == 0 && identity_of(now) == identity_of(what);
     }
 
     int file_;

@@ -7,6 +7,7 @@
 #include <string>
 #include <sys/stat.h>
 #include <unistd.h>
+#include <utility>
 
 #include "check.h"
 
@@ -16,30 +17,33 @@ struct UnreadableFile : Error {
     using Error::Error;
 };
 
+// Which file it is, by whatever name.
+using FileIdentity = std::pair<dev_t, ino_t>;
+inline FileIdentity identity_of(const struct stat& status) { return {status.st_dev, status.st_ino}; }
+
 class RegularFile {
   public:
     // Throws Error when there is no file of this name, UnreadableFile when it cannot be opened or is no regular file: a
     // pipe is refused, not waited for.
     explicit RegularFile(const std::string& path)
         : path_(path), file_(open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
-        struct stat status;
-        const bool known = file_ >= 0 && fstat(file_, &status) == 0;
-        if (!known || !S_ISREG(status.st_mode)) {
+        const bool known = file_ >= 0 && fstat(file_, &status_) == 0;
+        if (!known || !S_ISREG(status_.st_mode)) {
             const int error = errno;
             close_file();
-            const std::string reason = !known                    ? std::string("cannot open: ") + std::strerror(error)
-                                       : S_ISDIR(status.st_mode) ? "is a folder, not a file"
-                                                                 : "is a device or pipe, not a file";
+            const std::string reason = !known                     ? std::string("cannot open: ") + std::strerror(error)
+                                       : S_ISDIR(status_.st_mode) ? "is a folder, not a file"
+                                                                  : "is a device or pipe, not a file";
             CHECK(known || error != ENOENT, "%s: %s", path.c_str(), reason.c_str());
             throw UnreadableFile(path + ": " + reason);
         }
-        num_bytes_ = (uint64_t)status.st_size;
     }
     ~RegularFile() { close_file(); }
     RegularFile(const RegularFile&) = delete;
     RegularFile& operator=(const RegularFile&) = delete;
 
-    uint64_t num_bytes() const { return num_bytes_; }  // when it was opened
+    uint64_t num_bytes() const { return (uint64_t)status_.st_size; }  // when it was opened
+    FileIdentity identity() const { return identity_of(status_); }
     int descriptor() const { return file_; }
 
     // The next bytes, at most max_bytes, into `out`; how many: 0 at the end of the file alone. Throws UnreadableFile.
@@ -63,5 +67,5 @@ class RegularFile {
 
     std::string path_;
     int file_;
-    uint64_t num_bytes_ = 0;
+    struct stat status_ = {};
 };
