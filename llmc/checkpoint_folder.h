@@ -284,33 +284,31 @@ inline void prune(const std::string& output_dir, int64_t newest, int64_t keep, c
 // once. No value when there is none. Newer ones that are damaged are passed over; `damaged` gets a sentence for each,
 // by its step. Throws Error for a newer one that cannot be read: it may be whole, and a run that went on from an older
 // one would prune it later. progress: as of digest_file. Who evaluates has no lock: where a run under way prunes what
-// is being read, it has written a newer one, which is looked for.
+// is being read, it has written a newer one, which is looked for, looks_left times.
 inline std::optional<std::string> find_newest_checkpoint(const std::string& output_dir,
                                                          std::map<int64_t, std::string>* damaged = nullptr,
-                                                         std::atomic<uint64_t>* progress = nullptr) {
-    for (int looks_left = 8;; --looks_left) {
-        bool removed = false;
-        const std::map<int64_t, std::string> folders = checkpoint::list(output_dir);
-        for (auto it = folders.rbegin(); it != folders.rend() && !removed; ++it) {
-            try {
-                checkpoint::verify(it->second, true, progress);
-                return it->second;
-            } catch (const UnreadableFile& error) {
-                fail(
-                    "%s; so nobody knows whether this checkpoint is whole: make it readable, or move its folder away "
-                    "to go on from the one before",
-                    error.what());
-            } catch (const Error& error) {
-                removed = looks_left > 0 && !checkpoint::exists(it->second);
-                if (!removed && damaged != nullptr) {
-                    (*damaged)[it->first] = error.what();
-                }
+                                                         std::atomic<uint64_t>* progress = nullptr,
+                                                         int looks_left = 8) {
+    const std::map<int64_t, std::string> folders = checkpoint::list(output_dir);
+    for (auto it = folders.rbegin(); it != folders.rend(); ++it) {
+        try {
+            checkpoint::verify(it->second, true, progress);
+            return it->second;
+        } catch (const UnreadableFile& error) {
+            fail(
+                "%s; so nobody knows whether this checkpoint is whole: make it readable, or move its folder away to "
+                "go on from the one before",
+                error.what());
+        } catch (const Error& error) {
+            if (looks_left > 0 && !checkpoint::exists(it->second)) {
+                return find_newest_checkpoint(output_dir, damaged, progress, looks_left - 1);
+            }
+            if (damaged != nullptr) {
+                (*damaged)[it->first] = error.what();
             }
         }
-        if (!removed) {
-            return std::nullopt;
-        }
     }
+    return std::nullopt;
 }
 
 // read(), which reads the checkpoint in `folder`. Throws its Error or, where the folder is gone by then, one that says

@@ -86,30 +86,36 @@ inline std::optional<ParsedFlags> read_command_line(int argc, const char* const*
     return parsed;
 }
 
+// Whether a pattern for data stands for the file of this canonical path, which need not be there.
+inline bool stands_for(const std::string& pattern, const std::string& path) {
+    namespace fs = std::filesystem;
+    const size_t wildcard = pattern.find_first_of("*?[");
+    if (wildcard == std::string::npos || checkpoint::exists(pattern)) {
+        return false;  // a name
+    }
+    // The folders before the first wildcard as they are, whatever they are called by.
+    const size_t slash = pattern.rfind('/', wildcard), begin = slash == std::string::npos ? 0 : slash + 1;
+    std::error_code error;  // of a folder that cannot be looked into: it is taken by its name
+    const fs::path folder = fs::weakly_canonical(begin == 0 ? "." : pattern.substr(0, begin), error);
+    const std::string whole = (fs::path(glob_escape(folder.string())) / pattern.substr(begin)).string();
+    return fnmatch(whole.c_str(), path.c_str(), FNM_PATHNAME | FNM_PERIOD) == 0;
+}
+
 // Throws Error when a pattern for data stands for what the run itself writes, too: once resumed it would train on that.
 inline void check_data_leaves_out_output(const RunConfig& config) {
-    namespace fs = std::filesystem;
-    std::error_code error;  // of a folder that cannot be looked into: it is taken by its name
-    for (const auto& [flag, patterns] :
-         {std::pair("--train_data", config.train_data), {"--val_data", config.val_data}}) {
+    std::error_code error;
+    const std::string output = std::filesystem::weakly_canonical(config.output_dir, error).string();
+    const auto check = [&](const char* flag, const std::vector<std::string>& patterns, const std::string& written) {
         for (const std::string& pattern : patterns) {
-            const size_t wildcard = pattern.find_first_of("*?[");
-            if (wildcard == std::string::npos || checkpoint::exists(pattern)) {
-                continue;
-            }
-            // The folders before the first wildcard as they are, whatever they are called by.
-            const size_t slash = pattern.rfind('/', wildcard), begin = slash == std::string::npos ? 0 : slash + 1;
-            const fs::path folder = fs::weakly_canonical(begin == 0 ? "." : pattern.substr(0, begin), error);
-            const std::string whole = (fs::path(glob_escape(folder.string())) / pattern.substr(begin)).string();
-            const std::string output = fs::weakly_canonical(config.output_dir, error).string();
-            for (const std::string& written : {metrics_path(output), saved_settings_path(output)}) {
-                CHECK(
-                    fnmatch(whole.c_str(), written.c_str(), FNM_PATHNAME | FNM_PERIOD) != 0,
-                    "%s '%s': stands for %s, too, which the run writes: name a pattern that leaves it out, or another "
-                    "--output_dir",
-                    flag, pattern.c_str(), written.c_str());
-            }
+            CHECK(!stands_for(pattern, written),
+                  "%s '%s': stands for %s, too, which the run writes: name a pattern that leaves it out, or another "
+                  "--output_dir",
+                  flag, pattern.c_str(), written.c_str());
         }
+    };
+    for (const std::string& written : {metrics_path(output), saved_settings_path(output)}) {
+        check("--train_data", config.train_data, written);
+        check("--val_data", config.val_data, written);
     }
 }
 
@@ -131,9 +137,9 @@ inline void warn_of_files(const RunConfig& config, const RunData& data) {
     const auto identity = [](const TokenFile& file) {
         struct stat status = {};  // zeros where the file is gone by now
         stat(file.path.c_str(), &status);
-        return std::pair(status.st_dev, status.st_ino);
+        return identity_of(status);
     };
-    std::set<std::pair<dev_t, ino_t>> trained, said;
+    std::set<FileIdentity> trained, said;
     std::vector<std::string> twice, validated;
     if (data.train) {
         warn_of_each(config, "--train_data", data.train->stream().empty(), "is empty", "left out");
