@@ -95,16 +95,12 @@ for value in ${values//,/ }; do
     fi
     # A trainer that got a signal saves and ends well, but before its last step.
     last_step=$(grep -E '"event":"(step|skip)"' "$metrics" 2>/dev/null | tail -1 | grep -o '"step":[0-9]*' | cut -d: -f2)
-    if [ $status -eq 0 ] && [ "${last_step:-0}" -ne "$steps" ]; then
+    if [ $status -ne 0 ] || [ "${last_step:-0}" -ne "$steps" ]; then
+        why="stopped at step ${last_step:-0} of $steps"
+        [ $status -eq 0 ] || why=$(tail -1 "$run.log")
         failed=$((failed + 1))
-        rows+="| $value | stopped at step ${last_step:-0} of $steps |"$'\n'
-        echo "stopped at step ${last_step:-0} of $steps"
-        continue
-    fi
-    if [ $status -ne 0 ]; then
-        failed=$((failed + 1))
-        rows+="| $value | $(tail -1 "$run.log") |"$'\n'
-        tail -1 "$run.log"
+        rows+="| $value | $why |"$'\n'
+        echo "$why"
         continue
     fi
     trained+=${trained:+, }$value
