@@ -84,6 +84,7 @@ for value in ${values//,/ }; do
         --lighthouse_levels 3 --lighthouse_pool 4 --lighthouse_topk "$(nearest_topk 64)" --lighthouse_dense_layers 0,-1 \
         --lighthouse_steps "$switch" "--lighthouse_$axis" "$value" --output_dir "$run" --plain "$@" </dev/null >"$run.log" 2>&1 &
     job=$!
+    [ -z "$signal" ] || kill -TERM "$job" # it came when there was no job to forward it to
     while true; do
         wait "$job" && status=0 || status=$?
         kill -0 "$job" 2>/dev/null || break # else it was a signal that ended the wait
