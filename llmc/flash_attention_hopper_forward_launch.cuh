@@ -36,7 +36,7 @@ inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float
     args.end_row = round_up(args.Tq, CONSUMER_ROWS);
     args.H = s.H, args.heads_per_kv_head = s.H / s.Hkv;
     args.scale_log2 = s.scale * LOG2_E;
-    args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
+    args.inverse_scale_log2 = 1.0f / args.scale_log2;
     args.order = attention_tile_order(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M), s.B, s.H, args.heads_per_kv_head,
                                       s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
     return args;
@@ -85,6 +85,12 @@ using HopperForwardTile128Few = HopperForwardTile<128, 2, 64, 4, 1, QueryOperand
 using HopperForwardTile128Medium = HopperForwardTile<128, 2, 128, 2, 1, QueryOperand::REGISTERS>;
 using HopperForwardTile128Long = HopperForwardTile<128, 3, 80, 2>;
 
+// A tile for rows of few keys.
+template <class Tile>
+struct EveryTile : Tile {
+    static constexpr References REFERENCES = References::EVERY_TILE;
+};
+
 // How many keys the mean tile of so many rows sees, by the longest's. Where the first queries see no key, or the last
 // ones all do before their diagonal, as no launch of the trainer has it, this is less exact.
 inline double forward_tile_share(const AttentionShape& s, int rows) {
@@ -129,7 +135,11 @@ inline void flash_attention_hopper_forward(HeadView<bf16> out, float* lse, HeadV
                                            HeadView<const bf16> k, HeadView<const bf16> v, const AttentionShape& shape,
                                            cudaStream_t stream) {
     NVTX_RANGE();
-    auto launch = [&](auto tile) { hopper_launch_forward<decltype(tile)>(out, lse, q, k, v, shape, stream); };
+    auto launch = [&](auto tile) {
+        using Tile = decltype(tile);
+        shape.Tk <= EVERY_TILE_KEYS ? hopper_launch_forward<EveryTile<Tile>>(out, lse, q, k, v, shape, stream)
+                                    : hopper_launch_forward<Tile>(out, lse, q, k, v, shape, stream);
+    };
     const bool is_64 = shape.D == 64;
     switch (hopper_forward_tile(shape)) {
         case ForwardTile::FEW:

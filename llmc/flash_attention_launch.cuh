@@ -11,10 +11,6 @@
 
 // ---- constants ---------------------------------------------------------------------------------
 constexpr float LN_2 = 0.6931471805599453f;
-// The softmax's reference maximum of a row follows the true one only when it falls this far behind, in powers of two:
-// P then reaches 2^8 at most, and almost no tile rescales the output. The price: P of the largest score is not 1, so it
-// is rounded too (dev/RESULTS.md, "Errors").
-constexpr float RESCALE_THRESHOLD_LOG2 = 8.0f;
 // What one group of heads may keep in the L2 cache while the blocks of a launch walk over it. Less than the
 // caches of an A100 and an H100 hold, 40 and 50 MB.
 constexpr int64_t L2_GROUP_BYTES = 32 << 20;

@@ -15,6 +15,10 @@
 #pragma once
 #include "flash_attention_mma_tiles.cuh"
 
+// A row's reference follows its maximum only when it falls this far behind, in powers of two: P then reaches 2^8 at
+// most, and almost no tile rescales the output. The price: P of the largest score is not 1, so it is rounded too.
+constexpr float RESCALE_THRESHOLD_LOG2 = 8.0f;
+
 struct MmaForwardArguments {
     HeadView<bf16> out;
     float* lse;

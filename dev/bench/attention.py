@@ -16,8 +16,8 @@ FLOP: 4 T^2 D H / 2 forward, 2.5 times that backward, per sequence.
 
 --errors: each program's out, dq, dk and dv of the same random operands (bf16) against attention in float64: norm of the
 difference by norm of the truth, and largest difference by largest element. All round their results to bf16, which alone
-makes about 0.0017. Ends with status 1 where this project's norm is more than 1.04 times the best peer's, with peaked
-scores more than 1.08 times: what dev/RESULTS.md ("Errors") records, up to 1.03 and 1.07, and a little for other peers.
+makes about 0.0017. Ends with status 1 where this project's norm is more than 1.01 times the best peer's for out, 1.02
+times for the gradients: what dev/RESULTS.md ("Errors") records, up to 1.000 and 1.009, and a little for other peers.
 """
 import argparse
 import json
@@ -43,9 +43,10 @@ SHAPES = {
     "batch4": (4, 8, 8, 128, [8192]),
 }
 # B, H, Hkv, D, T, standard deviation of the scores
-ERROR_SHAPES = [(1, 8, 8, 128, 8192, 1.0), (1, 8, 8, 128, 4096, 4.0), (2, 16, 4, 128, 1000, 1.0),
-                (1, 16, 16, 64, 8192, 1.0), (2, 8, 8, 64, 4096, 4.0), (2, 16, 4, 64, 1000, 1.0)]
-WORST_RATIO = {1.0: 1.04, 4.0: 1.08}  # by that deviation
+ERROR_SHAPES = [(1, 8, 8, 128, 8192, 1.0), (1, 8, 8, 128, 8192, 2.0), (1, 8, 8, 128, 4096, 4.0),
+                (2, 16, 4, 128, 1000, 1.0), (1, 16, 16, 64, 8192, 1.0), (2, 8, 8, 64, 4096, 4.0),
+                (2, 16, 4, 64, 1000, 1.0)]
+WORST_RATIO = {"out": 1.01, "dq": 1.02, "dk": 1.02, "dv": 1.02}
 PASSES = ("forward", "backward")
 COLORS = {"this": "tab:green", "cudnn": "tab:orange", "fa2": "tab:blue"}  # the programs there always are
 PEER_COLORS = ["tab:red", "tab:purple", "tab:brown", "tab:gray"]  # of what --peer names, in turn
@@ -214,7 +215,7 @@ def compare_errors(programs):
         operands = make(H, spread), make(Hkv), make(Hkv), make(H)
         truth = true_results(*operands)
         found = {name: program.results(*operands) for name, program in programs.items()}
-        for i, what in enumerate(("out", "dq", "dk", "dv")):
+        for i, what in enumerate(WORST_RATIO):
             norms, cells = {}, []
             for name in programs:
                 difference = found[name][i].double() - truth[i]
@@ -223,7 +224,7 @@ def compare_errors(programs):
                 cells.append(f"{norms[name]:12.6f} {largest:8.5f}")
             best = min((norm for name, norm in norms.items() if name != "this"), default=None)
             ratio = norms["this"] / best if "this" in norms and best else None
-            good = good and (ratio is None or ratio <= WORST_RATIO[spread])
+            good = good and (ratio is None or ratio <= WORST_RATIO[what])
             print(f"{B:2} {f'{H}/{Hkv}':>5} {D:4} {T:6} {spread:6} {what:>4} " + " ".join(cells) +
                   (f"  {ratio:.3f}" if ratio else "  -"), flush=True)
     return good

@@ -405,7 +405,8 @@ static const std::vector<Variant<Launcher>> VARIANTS = {
 // These two are all that variants get that do not ship.
 static const std::vector<PreparedCase>& backward_cases(const Harness& h) {
     if (!h.small) {
-        return prepared_cases(h);
+        static const std::vector<PreparedCase> all_cases = prepare_cases(h, attention_cases());
+        return all_cases;
     }
     static const std::vector<PreparedCase> small_cases = [&] {
         std::vector<PreparedCase> prepared;

@@ -13,7 +13,9 @@
 #include "llmc/gpu_properties.cuh"
 #include "llmc/reference/attention.h"
 
-enum class Scores { ordinary, large, dominant };  // dominant: one key that every query that sees it attends to
+// dominant: one key that every query that sees it attends to. below: negative scores, those of the second half of the
+// keys so far below zero that powers of two of what the others are above them overflow.
+enum class Scores { ordinary, large, dominant, below };
 
 struct AttentionCase {
     AttentionShape shape;
@@ -22,7 +24,7 @@ struct AttentionCase {
     std::string label() const {
         const AttentionShape& s = shape;
         const std::string mask = s.causal ? format_string("causal%+lld", (long long)s.causal_offset) : "full";
-        const char* kinds[] = {"", " large scores", " dominant key"};
+        const char* kinds[] = {"", " large scores", " dominant key", " scores below zero"};
         return format_string("B%d T%lldx%lld H%d/%d D%d %s%s", s.B, (long long)s.Tq, (long long)s.Tk, s.H, s.Hkv, s.D,
                              mask.c_str(), kinds[(int)scores]);
     }
@@ -70,6 +72,25 @@ inline std::vector<AttentionCase> attention_cases() {
     cases.push_back(attention_case(1, 333, 333, 1, 1, 128, true, 0, Scores::dominant));
     cases.push_back(attention_case(1, 4097, 4097, 2, 1, 128));
     cases.push_back(attention_case(1, 4097, 4097, 2, 1, 64));
+    return cases;
+}
+
+// Those, and what makes a difference to the forward alone. (Of many queries that all attend to one key, that key's
+// gradient is what their roundings leave of almost nothing: its error may be several times a plain implementation's.)
+inline std::vector<AttentionCase> forward_attention_cases() {
+    std::vector<AttentionCase> cases = attention_cases();
+    for (const int D : {64, 128, 72, 256}) {
+        cases.push_back(attention_case(1, 333, 333, 2, 1, D, true, 0, Scores::below));
+    }
+    // The Hopper forward's tiles with more than EVERY_TILE_KEYS keys, on 3 multiprocessors those of 256 rows, of 192,
+    // and with two and three consumers of 64 or 128 keys.
+    for (const Scores scores : {Scores::ordinary, Scores::large, Scores::dominant, Scores::below}) {
+        cases.push_back(attention_case(1, 193, 2241, 2, 1, 64, true, 2048, scores));
+        cases.push_back(attention_case(1, 129, 2177, 4, 2, 128, true, 2048, scores));
+    }
+    cases.push_back(attention_case(1, 769, 2817, 1, 1, 64, true, 2048));
+    cases.push_back(attention_case(1, 97, 2145, 4, 2, 128, true, 2048));
+    cases.push_back(attention_case(1, 2112, 2112, 16, 16, 64));  // and, on an H200, D = 64's one consumer
     return cases;
 }
 
@@ -165,6 +186,7 @@ inline PreparedCase prepare_case(const AttentionCase& c, uint64_t seed) {
     const AttentionShape& s = c.shape;
     PreparedCase prepared;
     prepared.attention_case = c;
+    constexpr float BELOW = 48.0f;  // its square, scaled, is 200 and more up to D = 128
     const float q_scale = c.scores == Scores::large ? 300.0f : 1.0f;
     std::vector<bf16> qkv = random_vector<bf16>(packed_elements(s), seed);
     const PackedViews views = packed_views(qkv.data(), s);
@@ -177,6 +199,18 @@ inline PreparedCase prepare_case(const AttentionCase& c, uint64_t seed) {
                 }
             }
         }
+        if (c.scores == Scores::below) {
+            for (int64_t t = 0; t < s.Tq; ++t) {
+                for (int64_t h = 0; h < s.H; ++h) {
+                    views.q.row(b, t, h)[0] = __float2bfloat16(-BELOW);
+                }
+            }
+            for (int64_t t = 0; t < s.Tk; ++t) {
+                for (int64_t h = 0; h < s.Hkv; ++h) {
+                    views.k.row(b, t, h)[0] = __float2bfloat16(t < s.Tk / 2 ? 1.0f : BELOW);
+                }
+            }
+        }
         if (c.scores == Scores::dominant) {
             for (int64_t h = 0; h < s.Hkv; ++h) {
                 for (int d = 0; d < s.D; ++d) {
@@ -185,7 +219,7 @@ inline PreparedCase prepare_case(const AttentionCase& c, uint64_t seed) {
             }
         }
     }
-    prepared.max_score = s.scale * s.D * q_scale * 3.0;
+    prepared.max_score = s.scale * (s.D * q_scale * 3.0 + (c.scores == Scores::below ? BELOW * BELOW : 0.0));
     prepared.qkv = std::make_unique<DeviceBuffer<bf16>>(qkv);
     prepared.dout = std::make_unique<DeviceBuffer<bf16>>(random_vector<bf16>(padded_elements(s), seed + 1));
     const PackedViews operands = prepared.operands();
@@ -195,18 +229,15 @@ inline PreparedCase prepare_case(const AttentionCase& c, uint64_t seed) {
     }
     return prepared;
 }
-// All cases, or with --small those of few elements, each head dim among them; prepared once, at the first call.
-inline const std::vector<PreparedCase>& prepared_cases(const Harness& h) {
-    static const std::vector<PreparedCase> cases = [&] {
-        std::vector<PreparedCase> prepared;
-        for (const AttentionCase& c : attention_cases()) {
-            if (!h.leaves_out(c.shape.B * c.shape.Tq * c.shape.H * c.shape.D)) {
-                prepared.push_back(prepare_case(c, h.seed));
-            }
+// The cases, or with --small those of few elements, each head dim among them.
+inline std::vector<PreparedCase> prepare_cases(const Harness& h, const std::vector<AttentionCase>& cases) {
+    std::vector<PreparedCase> prepared;
+    for (const AttentionCase& c : cases) {
+        if (!h.leaves_out(c.shape.B * c.shape.Tq * c.shape.H * c.shape.D)) {
+            prepared.push_back(prepare_case(c, h.seed));
         }
-        return prepared;
-    }();
-    return cases;
+    }
+    return prepared;
 }
 
 // ---- the truth ---------------------------------------------------------------------------------
