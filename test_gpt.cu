@@ -8,15 +8,18 @@
 // differs more, four times.
 //   test_gpt [--small] [--seed N]     --small: for compute-sanitizer: few models, all of D 16 with the norm scorer; the
 //                                     kernels of others are run by dev/cuda's programs with --small
+//   test_gpt --part gradients|bits|training   one of three parts that may run side by side
 //   test_gpt --as a100|a10            on a larger GPU: with the kernels and as much shared memory as such a one has
 //   test_gpt --memory                 the plan of memory alone; nothing else may use the GPU meanwhile
 #define LLMC_POISON  // activations and workspace start as NaN
+#include <algorithm>
 #include <cstdio>
 #include <filesystem>
 #include <functional>
 #include <memory>
 #include <string>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "dev/test/gpt_cases.cuh"   // shapes, weights, tokens
@@ -572,7 +575,8 @@ static void test_full_gpu(Checks& checks) {
     });
 }
 
-static void run_tests(Checks& checks, bool small) {
+// ---- parts -------------------------------------------------------------------------------------
+static void test_all_gradients(Checks& checks, bool small) {
     for (const Case& c : compared_cases(small)) {
         test_gradients(checks, c, small);
         test_evaluation(checks, c);
@@ -581,6 +585,9 @@ static void run_tests(Checks& checks, bool small) {
             test_cuda_graphs(checks, c);
         }
     }
+    test_chunks_of_smaller_batches(checks);
+}
+static void test_all_bits(Checks& checks, bool small) {
     for (const Case& c : selecting_cases(small)) {
         test_bits(checks, c, small);
         if (!small) {  // small: Lighthouse attention meets offload in test_resume
@@ -591,6 +598,8 @@ static void run_tests(Checks& checks, bool small) {
     if (!small) {
         test_offload(checks, slow_copies_case(), {Recompute::block}, {Offload::activations, Offload::all});
     }
+}
+static void test_training(Checks& checks, bool small) {
     const std::vector<Case> cases = compared_cases(small);
     for (size_t i = small ? 1 : 0; i < cases.size(); i += 3) {  // small: the one with Lighthouse
         test_steps(checks, cases[i], small);
@@ -603,13 +612,15 @@ static void run_tests(Checks& checks, bool small) {
         }
     }
     test_refusals(checks);
-    test_chunks_of_smaller_batches(checks);
 }
+static const std::vector<std::pair<std::string, void (*)(Checks& checks, bool small)>> PARTS = {
+    {"gradients", test_all_gradients}, {"bits", test_all_bits}, {"training", test_training}};
 
 int main(int argc, char** argv) {
     try {
         Checks checks;
         bool small = false, memory = false;
+        std::string part;
         for (int i = 1; i < argc; ++i) {
             const std::string option = argv[i];
             if (option == "--small") {
@@ -618,12 +629,17 @@ int main(int argc, char** argv) {
                 const std::string gpu = argv[++i];
                 CHECK(gpu == "a100" || gpu == "a10", "--as %s: there are a100 and a10", gpu.c_str());
                 most_gpu_properties() = gpu == "a100" ? A100_PROPERTIES : A10_PROPERTIES;
+            } else if (option == "--part" && i + 1 < argc) {
+                part = argv[++i];
+                CHECK(std::any_of(PARTS.begin(), PARTS.end(), [&](const auto& p) { return p.first == part; }),
+                      "--part %s: there are gradients, bits and training", part.c_str());
             } else if (option == "--memory") {
                 memory = true;
             } else if (option == "--seed" && i + 1 < argc) {
                 checks.seed = std::strtoull(argv[++i], nullptr, 10);
             } else {
-                fail("%s: no such option; there are --small, --as GPU, --memory and --seed N", option.c_str());
+                fail("%s: no such option; there are --small, --part PART, --as GPU, --memory and --seed N",
+                     option.c_str());
             }
         }
         const GpuDevice device = open_device(0);
@@ -632,7 +648,11 @@ int main(int argc, char** argv) {
             test_full_gpu(checks);  // first: nothing is loaded yet
             test_memory(checks);
         } else {
-            run_tests(checks, small);
+            for (const auto& [name, test] : PARTS) {
+                if (part.empty() || part == name) {
+                    test(checks, small);
+                }
+            }
         }
         std::printf("%d passed, %d failed\n", checks.num_passed, checks.num_failed);
         return checks.num_failed == 0 ? 0 : 1;

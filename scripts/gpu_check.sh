@@ -25,7 +25,7 @@ programs_dir=${BUILD:-build}/dev
 # What the published implementation gives, for lighthouse_layer, looked for where test.sh does.
 [ -z "${LLMC_GOLDEN_DIR:-}" ] && [ -d ../shared/golden ] && export LLMC_GOLDEN_DIR=../shared/golden
 # The programs that take longest under the sanitizer, beside test_gpt.
-longest="lighthouse_select flash_attention_forward context_attention zero rmsnorm_backward long_context flash_attention_backward"
+longest="flash_attention_backward flash_attention_forward lighthouse_select zero context_attention long_context"
 test_gpt=${BIN:-./}test_gpt
 
 source_hash() {
@@ -180,22 +180,26 @@ for part in $parts; do
         export OMP_NUM_THREADS=1
         # What takes longest starts first: the whole part lasts as long as its slowest program.
         sanitized=$({ for name in $longest; do program_list | grep "/$name\$"; done; program_list; } | awk '!seen[$0]++')
-        for program in "$test_gpt" $sanitized; do
-            arguments=--check_only
-            [ "$program" = "$test_gpt" ] && arguments=
-            for tool in racecheck memcheck initcheck; do
-                # It does not know what other processes have written.
-                [ "$tool $(basename "$program")" = "initcheck peer_copies" ] && continue
-                # memcheck leaves out float64 references on the GPU and cuBLAS. initcheck must know what they wrote, and
-                # under racecheck cuBLAS crashes when it is left out.
-                exclude=
-                [ $tool = memcheck ] && exclude="--kernel-name-exclude regex=truth_|$cublas_kernels"
-                # On few multiprocessors blocks that stay take several tiles: what may race is the next one's.
-                few=
-                [ $tool = racecheck ] && [ -n "$arguments" ] && few="--multiprocessors 3"
-                # shellcheck disable=SC2086
-                start_check "$(basename "$program")_$tool" 900 \
-                    compute-sanitizer --tool $tool $exclude --error-exitcode 9 "$program" $arguments --small $few
+        # sanitize TOOL NAME PROGRAM ARGUMENTS...
+        sanitize() {
+            local tool=$1 name=$2 exclude=()
+            shift 2
+            # memcheck leaves out float64 references on the GPU and cuBLAS. initcheck must know what they wrote, and
+            # under racecheck cuBLAS crashes when it is left out.
+            [ "$tool" = memcheck ] && exclude=(--kernel-name-exclude "regex=truth_|$cublas_kernels")
+            start_check "${name}_$tool" 900 compute-sanitizer --tool "$tool" "${exclude[@]}" --error-exitcode 9 "$@" --small
+        }
+        for tool in racecheck initcheck memcheck; do
+            for test in gradients bits training; do
+                sanitize $tool "test_gpt_$test" "$test_gpt" --part $test
+            done
+            # On few multiprocessors blocks that stay take several tiles: what may race is the next one's.
+            few=()
+            [ $tool = racecheck ] && few=(--multiprocessors 3)
+            for program in $sanitized; do
+                name=$(basename "$program")
+                # initcheck does not know what other processes have written.
+                [ "$tool $name" = "initcheck peer_copies" ] || sanitize $tool "$name" "$program" --check_only "${few[@]}"
             done
         done
     else
