@@ -1,11 +1,8 @@
 // flash_attention_hopper_softmax.cuh: the online softmax of the attention forward for sm_90a, of 16 rows a warp: scores
 // become P, references move, sums and what the output is divided by.
 //
-// A thread has two rows' scores as wgmma leaves them (ptx_hopper.cuh), four threads a row. P = 2^(scale_log2 (score -
-// reference)) is rounded to bf16 for its product with v. Where the reference is the row's largest score, its P is one,
-// and exact; a power of two is as good. A reference that stays behind spares rescaling the output, for which products
-// wait, but then the largest P, which may be most of the row's sum, is rounded too (dev/RESULTS.md, "Errors"). So
-// references follow the maxima that matter; but for those between a row's first, if that is negative, and zero, which
+// A thread has two rows' scores as wgmma leaves them (ptx_hopper.cuh), four threads a row. References follow the maxima
+// that matter (softmax_reference.cuh); but for those between a row's first, if that is negative, and zero, which
 // integers do not put in order.
 //
 // Bound: the exponentials, and all else that a score costs: a conversion, a fused multiply-add, a sum, half a maximum.
@@ -16,26 +13,14 @@
 #include <cstdint>
 
 #ifdef __CUDACC__
-#include "cuda_common.cuh"
 #include "ptx.cuh"
 #endif
+#include "softmax_reference.cuh"
 
-// ---- which maxima ------------------------------------------------------------------------------
-// Which scores move a row's reference.
-enum class References {
-    ANY,         // every maximum, whatever the scores: a row's first key tile, and those with masks
-    EVERY_TILE,  // every maximum, by less work, of rows whose references are not negative
-    WHERE_HEAVY  // a maximum that will be more than LIGHT_SHARE of its row's sum; of such rows
-};
 // Rows of at most so many keys take EVERY_TILE, which has no branch: that costs them more than rescaling.
 constexpr int EVERY_TILE_KEYS = 2048;
-// A part of a row's sum that may be rounded; of fewer keys than EVERY_TILE_KEYS proportionally less. With it out's
-// error is cuDNN's. H200, D = 128, T = 8192, TFLOP/s of a 64th, 96th, 128th: 714, 709, 700; no reference ever moved:
-// 719.
-constexpr float LIGHT_SHARE = 1.0f / 64;
-// WHERE_HEAVY, by how many powers of two a score passes its reference at most.
-constexpr float MOST_LAG = 8.0f;
-// ANY, by how many powers of two a reference is raised at most so as not to be negative.
+// ANY, which a row's first key tile and those with masks take, and rows whose references are negative: by how many
+// powers of two a reference is raised at most so as not to be negative.
 constexpr float MOST_RAISE = 64.0f;
 
 // ---- a tile of scores --------------------------------------------------------------------------
@@ -46,20 +31,7 @@ struct SoftmaxRows {
     float rounding[2] = {0.0f, 0.0f};             // what rounding P adds to it: of rows with a single key tile
     int limit[2];                                 // WHERE_HEAVY: bits of the largest score that moves nothing
 };
-// How many of its key tiles a consumer has seen, with this one, and how many there are.
-struct KeyProgress {
-    int seen, all;
-};
 
-// Over the four threads of a row.
-__device__ __forceinline__ float row_max(float x) {
-    x = fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 1));
-    return fmaxf(x, __shfl_xor_sync(FULL_WARP, x, 2));
-}
-__device__ __forceinline__ int row_max(int x) {
-    x = max(x, __shfl_xor_sync(FULL_WARP, x, 1));
-    return max(x, __shfl_xor_sync(FULL_WARP, x, 2));
-}
 // The largest scores of a thread's rows.
 template <int count>
 __device__ __forceinline__ void find_maxima(const float (&scores)[count], float (&maximum)[2]) {
@@ -121,15 +93,10 @@ __device__ __forceinline__ void follow_every_tile(const float (&scores)[count], 
 // rows.limit (=): as far above the references as P stays light, if the sums grow on as they have.
 template <int BLOCK_N>
 __device__ __forceinline__ void find_limits(SoftmaxRows& rows, float inverse_scale_log2, const KeyProgress& progress) {
-    const float all = (float)progress.all;
-    const float share = LIGHT_SHARE * fminf(1.0f, all * BLOCK_N / EVERY_TILE_KEYS);
-    const float share_so_far = share * __fdividef(all, (float)progress.seen);
+    const float share = light_share<BLOCK_N>(progress);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        // Near enough: the sum of one of the row's four threads, times four.
-        const float sum = 4.0f * __shfl_sync(FULL_WARP, rows.sum[half], threadIdx.x % WARP_SIZE / 4 * 4);
-        const float lag = fminf(fmaxf(__log2f(share_so_far * sum), 0.0f), MOST_LAG);
-        rows.limit[half] = __float_as_int(rows.reference[half] + lag * inverse_scale_log2);
+        rows.limit[half] = __float_as_int(rows.reference[half] + light_lag(rows.sum[half], share) * inverse_scale_log2);
     }
 }
 // References::WHERE_HEAVY. Returns whether any reference of the warp has moved; where none has, factor is as it was.

@@ -14,10 +14,7 @@
 // dev/cuda/flash_attention_forward.cu.
 #pragma once
 #include "flash_attention_mma_tiles.cuh"
-
-// A row's reference follows its maximum only when it falls this far behind, in powers of two: P then reaches 2^8 at
-// most, and almost no tile rescales the output. The price: P of the largest score is not 1, so it is rounded too.
-constexpr float RESCALE_THRESHOLD_LOG2 = 8.0f;
+#include "softmax_reference.cuh"
 
 struct MmaForwardArguments {
     HeadView<bf16> out;
@@ -25,8 +22,7 @@ struct MmaForwardArguments {
     HeadView<const bf16> q, k, v;
     int64_t Tq, Tk, key_offset;
     int H, heads_per_kv_head, D;
-    float scale_log2;         // scale * log2(e): 2^(scale_log2 q.k) is what the softmax adds up
-    float rescale_threshold;  // RESCALE_THRESHOLD_LOG2 in units of q.k
+    float scale_log2, inverse_scale_log2;  // scale * log2(e): 2^(scale_log2 q.k) is what the softmax adds up
     TileOrder order;
 };
 
@@ -39,6 +35,11 @@ struct MmaForwardTile {
     static constexpr int WARPS = 4, THREADS = WARPS * WARP_SIZE;
     static constexpr int BLOCK_M = WARPS * 16 * M_TILES;
     static constexpr int MIN_BLOCKS = 2;  // resident on an SM: 255 registers a thread
+    // Without a branch, every maximum costs what it takes to multiply the output: little at a small D. H200, TFLOP/s at
+    // T = 1024, 2048, 4096, 8192 of no reference moved below 2^8, ANY, WHERE_HEAVY, the last with scores of deviation 1
+    // and 2: D = 64 90, 171, 271, 305; 88, 165, 275, 306; 83, 161, 257, 306 and 83, 156, 249, 283. D = 128 59, 134,
+    // 222, 371; 55, 125, 204, 339; 54, 128, 223, 375 and 54, 122, 204, 348.
+    static constexpr References REFERENCES = D <= 64 ? References::ANY : References::WHERE_HEAVY;
     struct Shared {
         alignas(128) bf16 q[BLOCK_M * D];  // at the end the output's tile
         alignas(128) bf16 k[STAGES][BLOCK_N * D];
@@ -47,15 +48,24 @@ struct MmaForwardTile {
     };
 };
 
-// Online softmax of one tile: scores become P = 2^(scale_log2 score - shift) with the shift of each row's reference
-// maximum, row_sum (+=) P, and out is rescaled when a reference moves.
-template <int M_TILES, int N_TILES, int OUT_TILES>
+// A warp's rows. A thread has 2 M_TILES of them, four threads a row.
+template <int M_TILES>
+struct MmaSoftmaxRows {
+    float reference[M_TILES][2];  // of q.k; the same in the four threads of a row
+    float limit[M_TILES][2];      // WHERE_HEAVY: the largest score that does not move it, as of when one last passed it
+    float sum[M_TILES][2];        // this thread's part of the sum of P
+};
+
+// Online softmax of one tile: scores become P = 2^(scale_log2 (score - reference)), added to the rows' sums. Where a
+// score passes its row's reference, or will then weigh enough, that becomes the row's largest and the sum and out are
+// rescaled.
+template <References REFERENCES, int M_TILES, int N_TILES, int OUT_TILES>
 __device__ __forceinline__ void online_softmax(float (&scores)[M_TILES][N_TILES][4],
-                                               float (&out)[M_TILES][OUT_TILES][4], float (&row_max)[M_TILES][2],
-                                               float (&row_sum)[M_TILES][2], float scale_log2,
-                                               float rescale_threshold) {
+                                               float (&out)[M_TILES][OUT_TILES][4], MmaSoftmaxRows<M_TILES>& rows,
+                                               float scale_log2, float inverse_scale_log2,
+                                               const KeyProgress& progress) {
     float tile_max[M_TILES][2];
-    bool moves = false;
+    bool passes = false;
 #pragma unroll
     for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
@@ -66,22 +76,25 @@ __device__ __forceinline__ void online_softmax(float (&scores)[M_TILES][N_TILES]
                 maximum = fmaxf(maximum, fmaxf(scores[m][n][2 * half], scores[m][n][2 * half + 1]));
             }
             tile_max[m][half] = maximum;
-            moves |= maximum > row_max[m][half] + rescale_threshold;
+            passes |= maximum > rows.limit[m][half];
         }
     }
-    if (__any_sync(FULL_WARP, moves)) {
+    if (REFERENCES == References::ANY || __any_sync(FULL_WARP, passes)) {
+        const float share = light_share<8 * N_TILES>(progress);
 #pragma unroll
         for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-                float maximum = fmaxf(row_max[m][half], tile_max[m][half]);
-                maximum = fmaxf(maximum, __shfl_xor_sync(FULL_WARP, maximum, 1));
-                maximum = fmaxf(maximum, __shfl_xor_sync(FULL_WARP, maximum, 2));
-                // Equal when both are -infinity: their difference must not be formed.
-                const float factor =
-                    maximum == row_max[m][half] ? 1.0f : exp2_approx((row_max[m][half] - maximum) * scale_log2);
-                row_max[m][half] = maximum;
-                row_sum[m][half] *= factor;
+                const float maximum = row_max(tile_max[m][half]);
+                float& reference = rows.reference[m][half];
+                const float limit = REFERENCES == References::ANY
+                                        ? reference
+                                        : reference + light_lag(rows.sum[m][half], share) * inverse_scale_log2;
+                const bool moves = maximum > limit;
+                const float factor = moves ? exp2_approx((reference - maximum) * scale_log2) : 1.0f;
+                reference = moves ? maximum : reference;
+                rows.limit[m][half] = moves ? maximum : limit;
+                rows.sum[m][half] *= factor;
 #pragma unroll
                 for (int n = 0; n < OUT_TILES; ++n) {
                     out[m][n][2 * half] *= factor;
@@ -95,14 +108,15 @@ __device__ __forceinline__ void online_softmax(float (&scores)[M_TILES][N_TILES]
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             // A row that has seen no key yet has only scores of -infinity: any finite shift gives P = 0.
-            const float shift = row_max[m][half] == -INFINITY ? 0.0f : row_max[m][half] * scale_log2;
+            const float reference = rows.reference[m][half];
+            const float shift = reference == -INFINITY ? 0.0f : reference * scale_log2;
 #pragma unroll
             for (int n = 0; n < N_TILES; ++n) {
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     float& score = scores[m][n][2 * half + i];
                     score = exp2_approx(fmaf(score, scale_log2, -shift));
-                    row_sum[m][half] += score;
+                    rows.sum[m][half] += score;
                 }
             }
         }
@@ -143,12 +157,13 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
         v_position -= BLOCK_N * args.v.stride_t;
     };
 
-    float out[M_TILES][D / 8][4], row_max[M_TILES][2], row_sum[M_TILES][2];
+    float out[M_TILES][D / 8][4];
+    MmaSoftmaxRows<M_TILES> rows;
     set_zero(out);
 #pragma unroll
     for (int i = 0; i < 2 * M_TILES; ++i) {
-        row_max[i / 2][i % 2] = -INFINITY;
-        row_sum[i / 2][i % 2] = 0.0f;
+        rows.reference[i / 2][i % 2] = rows.limit[i / 2][i % 2] = -INFINITY;
+        rows.sum[i / 2][i % 2] = 0.0f;
     }
     if (num_key_tiles > 0) {
         load_rows<BLOCK_M, D, THREADS>(q_tile, args.q.row(block.b, block.first_row, block.h), args.q.stride_t,
@@ -186,7 +201,8 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
             mask_scores(scores, QueryBlock<Tile>(args, opaque(blockIdx.x)).warp_row, (int64_t)tile * BLOCK_N,
                         args.key_offset, args.Tk);
         }
-        online_softmax(scores, out, row_max, row_sum, args.scale_log2, args.rescale_threshold);
+        online_softmax<Tile::REFERENCES>(scores, out, rows, args.scale_log2, args.inverse_scale_log2,
+                                         {num_key_tiles - tile, num_key_tiles});
         uint32_t p[M_TILES][BLOCK_N / 16][4];
         pack_operand(p, scores);
         multiply_add(out, p, FragmentReader<D>::rows_first(shared_address(shared.v[stage]), lane), 0, 0);
@@ -199,14 +215,14 @@ __global__ void __launch_bounds__(Tile::THREADS, Tile::MIN_BLOCKS)
     for (int m = 0; m < M_TILES; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float sum = row_sum[m][half];
+            float sum = rows.sum[m][half];
             sum += __shfl_xor_sync(FULL_WARP, sum, 1);
             sum += __shfl_xor_sync(FULL_WARP, sum, 2);
             factor[m][half] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: a row that sees no key
             const int64_t row = again.warp_row + 16 * m + 8 * half + lane / 4;
             if (lane % 4 == 0 && row < args.Tq) {
                 args.lse[(int64_t)again.head * args.Tq + row] =
-                    sum == 0.0f ? -INFINITY : (row_max[m][half] * args.scale_log2 + log2f(sum)) * LN_2;
+                    sum == 0.0f ? -INFINITY : (rows.reference[m][half] * args.scale_log2 + log2f(sum)) * LN_2;
             }
         }
     }
@@ -237,7 +253,7 @@ inline MmaForwardArguments mma_forward_arguments(HeadView<bf16> out, float* lse,
     args.Tq = shape.Tq, args.Tk = shape.Tk, args.key_offset = attention_key_offset(shape);
     args.H = shape.H, args.heads_per_kv_head = shape.H / shape.Hkv, args.D = shape.D;
     args.scale_log2 = shape.scale * LOG2_E;
-    args.rescale_threshold = RESCALE_THRESHOLD_LOG2 / args.scale_log2;
+    args.inverse_scale_log2 = 1.0f / args.scale_log2;
     return args;
 }
 
