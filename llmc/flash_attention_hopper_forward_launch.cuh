@@ -39,6 +39,7 @@ inline HopperForwardArguments hopper_forward_arguments(HeadView<bf16> out, float
     args.inverse_scale_log2 = 1.0f / args.scale_log2;
     args.order = attention_tile_order(ceil_div<int64_t>(s.Tq, Tile::BLOCK_M), s.B, s.H, args.heads_per_kv_head,
                                       s.Tk * s.D * 2 * (int64_t)sizeof(bf16));
+    args.order.share_multiprocessors(Tile::BLOCKS_PER_SM, gpu_properties().num_sms);
     return args;
 }
 

@@ -20,17 +20,31 @@ constexpr int GROUP_TILES_AN_SM = 3;
 
 // ---- what a launch works through ----------------------------------------------------------------
 // A flat grid over (tile, head), B * heads heads in all. The heads are taken in groups; within a group all heads'
-// longest tiles come first, so that the short ones fill the gaps at the end.
+// longest tiles come first, so that the short ones fill the gaps at the end. Where all tiles run at once, several on a
+// multiprocessor, there are no gaps; then every second wave of blocks, one a multiprocessor, takes its tiles from the
+// shortest up, so that a long one has a short one beside it. H200, Hopper's forward, D = 64, B = 1, H = 16, T = 1024:
+// 158 TFLOP/s instead of 144.
 struct TileOrder {
     int num_tiles;
     int num_heads;
     int heads_per_group;
+    int wave = INT32_MAX;  // tiles
 
+    // Of tiles that are so many blocks each, of which a multiprocessor has room for so many.
+    void share_multiprocessors(int blocks_an_sm, int num_sms, int blocks_a_tile = 1) {
+        if ((int64_t)num_tiles * num_heads * blocks_a_tile <= (int64_t)blocks_an_sm * num_sms) {
+            wave = std::max(1, num_sms / blocks_a_tile);
+        }
+    }
     struct Place {
         int tile;  // 0: the first to start
         int head;  // b * heads + h
     };
     __device__ Place place(int block) const {
+        if (block >= wave && block / wave % 2 == 1) {
+            const int first = block / wave * wave, end = min(first + wave, num_tiles * num_heads);
+            block = first + (end - 1 - block);
+        }
         const int first_head = block / (num_tiles * heads_per_group) * heads_per_group;
         const int heads = min(heads_per_group, num_heads - first_head);
         const int within = block - num_tiles * first_head;

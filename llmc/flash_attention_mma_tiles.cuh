@@ -242,9 +242,12 @@ __device__ __forceinline__ void mask_scores(float (&scores)[M_TILES][N_TILES][4]
 
 // ---- launch -------------------------------------------------------------------------------------
 template <class Tile, class Arguments>
-inline void mma_launch(void (*kernel)(Arguments), const Arguments& args, int blocks_per_tile, cudaStream_t stream) {
+inline void mma_launch(void (*kernel)(Arguments), Arguments args, int blocks_per_tile, cudaStream_t stream) {
     const int num_bytes = (int)sizeof(typename Tile::Shared);
     allow_dynamic_shared_bytes(kernel, num_bytes);
+    int blocks_an_sm;
+    CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks_an_sm, kernel, Tile::THREADS, num_bytes));
+    args.order.share_multiprocessors(blocks_an_sm, gpu_properties().num_sms, blocks_per_tile);
     kernel<<<args.order.num_tiles * args.order.num_heads * blocks_per_tile, Tile::THREADS, num_bytes, stream>>>(args);
     CUDA_CHECK_LAUNCH();
 }

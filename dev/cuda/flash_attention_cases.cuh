@@ -70,6 +70,8 @@ inline std::vector<AttentionCase> attention_cases() {
     cases.push_back(attention_case(1, 64, 300, 2, 1, 128, true, 236));
     cases.push_back(attention_case(1, 333, 333, 1, 1, 128, true, 0, Scores::large));
     cases.push_back(attention_case(1, 333, 333, 1, 1, 128, true, 0, Scores::dominant));
+    // On an H200 a second wave of tiles beside the first (TileOrder), of 64 rows and of 128.
+    cases.push_back(attention_case(2, 775, 775, 10, 5, 64));
     cases.push_back(attention_case(1, 4097, 4097, 2, 1, 128));
     cases.push_back(attention_case(1, 4097, 4097, 2, 1, 64));
     return cases;
