@@ -59,8 +59,8 @@ def flops(B, H, D, T, direction):
 class LineProgram:
     """dev/cuda/attention_timing.cu, or a peer that speaks as it does: a line in, a line out."""
 
-    def __init__(self, binary):
-        self.binary = binary
+    def __init__(self, binary, spread=1.0):
+        self.binary, self.spread = binary, spread
         self.process = subprocess.Popen([binary], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
     def ask(self, line):
@@ -77,7 +77,8 @@ class LineProgram:
 
     def time(self, direction, shape, T, runs):
         B, H, Hkv, D = shape
-        return [float(word) for word in self.ask(f"{direction} {B} {H} {Hkv} {D} {T} 1 {runs}").split()]
+        spread = "" if self.spread == 1 else f" {self.spread}"
+        return [float(word) for word in self.ask(f"{direction} {B} {H} {Hkv} {D} {T} 1 {runs}{spread}").split()]
 
     def results(self, q, k, v, dout):
         """out, dq, dk, dv of operands [B, T, heads, D] in bf16."""
@@ -102,8 +103,8 @@ class LineProgram:
 class TorchPeer:
     """scaled_dot_product_attention with one backend."""
 
-    def __init__(self, backend):
-        self.backend = backend
+    def __init__(self, backend, spread=1.0):
+        self.backend, self.spread = backend, spread
         self.key = None
 
     def prepare(self, shape, T):
@@ -112,8 +113,9 @@ class TorchPeer:
             return
         self.drop()
         B, H, Hkv, D = shape
-        make = lambda heads: torch.randn(B, T, heads, D, device="cuda", dtype=torch.bfloat16)
-        self.q, self.k, self.v = [make(heads).transpose(1, 2).requires_grad_() for heads in (H, Hkv, Hkv)]
+        make = lambda heads, scale=1.0: (torch.randn(B, T, heads, D, device="cuda") * scale).bfloat16()
+        self.q, self.k, self.v = [x.transpose(1, 2).requires_grad_()
+                                  for x in (make(H, self.spread), make(Hkv), make(Hkv))]
         self.dout = make(H).transpose(1, 2)
         self.key = (shape, T)
 
@@ -267,6 +269,7 @@ def main():
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--passes", default=",".join(PASSES), help="forward, backward, deterministic")
     parser.add_argument("--errors", action="store_true", help="errors against float64 instead of times; see above")
+    parser.add_argument("--spread", type=float, default=1.0, help="standard deviation of the scores that are timed")
     parser.add_argument("--shortest", type=int, default=0)
     parser.add_argument("--longest", type=int, default=131072)
     parser.add_argument("--rounds", type=int, default=6, help="turns each program gets, best an even number")
@@ -309,22 +312,22 @@ def main():
     programs = {}
     selected = options.only.split(",")
     if "this" in selected:
-        programs["this"] = LineProgram(options.timing)
+        programs["this"] = LineProgram(options.timing, options.spread)
     if "cudnn" in selected or "fa2" in selected:
         import torch
         from torch.nn.attention import SDPBackend
         print(f"{torch.cuda.get_device_name()}, PyTorch {torch.__version__}, CUDA {torch.version.cuda}, "
               f"cuDNN {torch.backends.cudnn.version()}")
         if "cudnn" in selected:
-            programs["cudnn"] = TorchPeer(SDPBackend.CUDNN_ATTENTION)
+            programs["cudnn"] = TorchPeer(SDPBackend.CUDNN_ATTENTION, options.spread)
         if "fa2" in selected:
-            programs["fa2"] = TorchPeer(SDPBackend.FLASH_ATTENTION)
+            programs["fa2"] = TorchPeer(SDPBackend.FLASH_ATTENTION, options.spread)
     if options.errors:
         good = compare_errors(programs)
         if "this" in programs:
             programs["this"].close()
         return 0 if good else 1
-    programs.update((name, LineProgram(binary)) for name, binary in peers.items())
+    programs.update((name, LineProgram(binary, options.spread)) for name, binary in peers.items())
 
     results, failed = {}, False
     names = list(programs)

@@ -1,11 +1,13 @@
 // attention_timing.cu: times what flash_attention.cuh runs on this GPU, on shapes that come a line at a time, so that a
 // script can time a peer between them (dev/bench/attention.py). Packed qkv operands, as the trainer has them.
-//   in   pass B H Hkv D T causal runs      pass: forward, backward or deterministic; T queries and T keys
-//   out  ok ms ms ms ...                   one for each run, after one that is not timed
+//   in   pass B H Hkv D T causal runs [spread]   pass: forward, backward or deterministic; T queries and T keys;
+//                                                spread: standard deviation of the scores, 1 if it is left out
+//   out  ok ms ms ms ...                         one for each run, after one that is not timed
 //   in   results B H Hkv D T causal FOLDER
-//   out  ok                                of bf16 operands in the folder's files qkv [B, T, H + 2 Hkv, D] and dout
-//                                          [B, T, H, D] it has left out and dqkv there, shaped as dout and qkv
-//   out  error and a sentence              where something is wrong
+//   out  ok                                      of bf16 operands in the folder's files qkv [B, T, H + 2 Hkv, D] and
+//                                                dout [B, T, H, D] it has left out and dqkv there, shaped as dout and
+//                                                qkv
+//   out  error and a sentence                    where something is wrong
 // An empty line or the end of the input ends the program; operands of the last shape are kept. Before each run the GPU
 // is held busy until its kernels are queued, so that times are the GPU's alone.
 #include <fstream>
@@ -33,13 +35,15 @@ static void write_file(const std::string& path, const DeviceBuffer<bf16>& buffer
 // The operands and results of a shape.
 struct TimedShape {
     AttentionShape shape;
+    float spread;
     DeviceBuffer<bf16> qkv, gradients, out, dout;
     DeviceBuffer<float> lse;
     DeviceBuffer<char> scratch;
     PackedViews in, d;
 
-    explicit TimedShape(const AttentionShape& s)
+    explicit TimedShape(const AttentionShape& s, float spread = 1.0f)
         : shape(s),
+          spread(spread),
           qkv(packed_elements(s)),
           gradients(packed_elements(s)),
           out(s.B * s.Tq * s.H * s.D),
@@ -50,7 +54,7 @@ struct TimedShape {
           in(packed_views(qkv, s)),
           d(packed_views(gradients, s)) {}
     void fill_random() {
-        qkv.fill_random(1);
+        qkv.fill_random(1, std::sqrt(spread));  // scores are products of two of these
         dout.fill_random(2);
         forward(nullptr);  // the backward's out and lse
         CUDA_CHECK(cudaDeviceSynchronize());
@@ -82,8 +86,10 @@ struct TimedShape {
 // at the power limit a kernel is the faster the longer the GPU has rested.
 constexpr int64_t HOLD_CLOCKS = 2000000;
 
-static bool same(const AttentionShape& a, const AttentionShape& b) {
-    return a.B == b.B && a.H == b.H && a.Hkv == b.Hkv && a.D == b.D && a.Tq == b.Tq && a.causal == b.causal;
+static bool same(const TimedShape& timed, const AttentionShape& b, float spread) {
+    const AttentionShape& a = timed.shape;
+    return timed.spread == spread && a.B == b.B && a.H == b.H && a.Hkv == b.Hkv && a.D == b.D && a.Tq == b.Tq &&
+           a.causal == b.causal;
 }
 
 int main() {
@@ -100,13 +106,18 @@ int main() {
                 std::string pass, folder;
                 AttentionShape s;
                 int causal, runs = 1;
+                float spread = 1.0f;
                 words >> pass >> s.B >> s.H >> s.Hkv >> s.D >> s.Tq >> causal;
                 const bool wants_results = pass == "results";
                 wants_results ? words >> folder : words >> runs;
-                CHECK(words && runs >= 1 &&
+                const bool is_whole = !words.fail();
+                if (is_whole && !wants_results && !words.eof()) {
+                    words >> spread;
+                }
+                CHECK(is_whole && !words.fail() && runs >= 1 && spread > 0.0f &&
                           (wants_results || pass == "forward" || pass == "backward" || pass == "deterministic"),
-                      "'%s' is not: forward|backward|deterministic B H Hkv D T causal runs, or results B H Hkv D T "
-                      "causal FOLDER",
+                      "'%s' is not: forward|backward|deterministic B H Hkv D T causal runs [spread], or results B H "
+                      "Hkv D T causal FOLDER",
                       line.c_str());
                 s.Tk = s.Tq, s.causal = causal != 0, s.scale = 1.0f / std::sqrt((float)s.D);
                 if (wants_results) {
@@ -115,9 +126,9 @@ int main() {
                     std::cout << "ok" << std::endl;
                     continue;
                 }
-                if (timed == nullptr || !same(timed->shape, s)) {
+                if (timed == nullptr || !same(*timed, s, spread)) {
                     timed.reset();
-                    auto next = std::make_unique<TimedShape>(s);
+                    auto next = std::make_unique<TimedShape>(s, spread);
                     next->fill_random();
                     timed = std::move(next);
                 }
