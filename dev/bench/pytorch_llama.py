@@ -116,8 +116,9 @@ def add_arguments(parser):
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--steps", type=int, default=6, help="timed steps; the median counts")
     parser.add_argument("--warmup_steps", type=int, default=3)
-    parser.add_argument("--compile", choices=("block", "model", "none"), default="block",
-                        help="what torch.compile gets: each block and the head, the whole model, or nothing")
+    parser.add_argument("--compile", choices=("block", "model", "block_alone", "none"), default="block",
+                        help="what torch.compile gets: each block and the head, the whole model, each block (the head "
+                             "then has all tokens' logits in float32), or nothing")
     parser.add_argument("--recompute", choices=("none", "block"), default="none",
                         help="block: the backward computes each block's forward again, from its input")
 
@@ -134,9 +135,10 @@ def train(o, make_block):
         cos, sin = angles.cos().float(), angles.sin().float()
         tokens = torch.randint(o.vocab_size, (o.batch_size, o.seq_len + 1))
     inputs, targets = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-    if o.compile == "block":
+    if o.compile in ("block", "block_alone"):
         for block in model.blocks:
             block.compile()
+    if o.compile == "block":
         model.head = torch.compile(model.head)
     elif o.compile == "model":
         model.compile()
