@@ -17,8 +17,10 @@ given (--num_layers ... --vocab_size, --steps, --warmup_steps), the row's --ligh
 gate; flags in COMMAND come before these. Its last line of output must be JSON with at least tokens_per_second, ms and
 peak_gib; a field "recompute" is shown. PyTorch's own column stays dense.
 
-From 262144 tokens on a step takes seconds to minutes: there one step warms up and two are timed, unless --steps says
-otherwise. What has been measured when --time_limit ends a run counts, with a word about it.
+Twenty steps of short sequences are timed, after ten: for about a second a GPU at its power limit runs at a lower clock
+than then for good. From 65536 tokens on it is five after three, from 262144, where a step takes seconds to minutes, two
+after one. --steps says otherwise of those that are timed. What has been measured when --time_limit ends a run counts,
+with a word about it.
 
 GiB of train_gpt are what it planned and took before the first step, without kernels and CUDA's context (about half a
 GiB); of PyTorch the largest sum of its tensors, without these, and without what its allocator holds beyond them.
@@ -70,15 +72,15 @@ ROWS = {
 }
 # A step of two million tokens takes minutes, so it is asked for by name.
 DEFAULT_ROWS = [name for name in ROWS if name != "530m_2m_lighthouse"]
-LONG = 262144  # tokens of a sequence from which steps are few
+SHORT, LONG = 65536, 262144  # tokens of a sequence below which steps are many, from which they are few
 
 
 def steps_to_time(asked, T):
-    return asked or (5 if T < LONG else 2)
+    return asked or (20 if T < SHORT else 5 if T < LONG else 2)
 
 
 def steps_to_warm_up(T):
-    return 3 if T < LONG else 1
+    return 10 if T < SHORT else 3 if T < LONG else 1
 
 
 def write_random_shard(path, num_tokens, vocab_size):
@@ -280,7 +282,7 @@ def main():
     parser.add_argument("--rows", help="names with commas between them [all but 530m_2m_lighthouse]")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
-    parser.add_argument("--steps", type=int, help="timed steps; the median counts [5, of long sequences 2]")
+    parser.add_argument("--steps", type=int, help="timed steps; the median counts [20, from 65536 tokens on 5, from 262144 on 2]")
     parser.add_argument("--time_limit", type=float, default=600, help="seconds a program may take [600]")
     parser.add_argument("--only", choices=("all", "train_gpt", "pytorch", "lighthouse_peer"), default="all")
     parser.add_argument("--lighthouse_peer", type=shlex.split, metavar="COMMAND",
