@@ -251,7 +251,8 @@ def main():
     parser.add_argument("--meshes", default=",".join(MESHES),
                         help="beside one GPU: none, or of " + ", ".join(ALL_MESHES))
     parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
-    parser.add_argument("--steps", type=int, help="timed steps; the median counts [20, from 65536 tokens on 5, from 262144 on 2]")
+    parser.add_argument("--steps", type=int,
+                        help="timed steps; the median counts [20, from 65536 tokens on 5, from 262144 on 2]")
     parser.add_argument("--time_limit", type=float, default=240, help="seconds a row may take [240]")
     parser.add_argument("--comm_timeout", type=float, default=120, help="seconds without progress that end a row [120]")
     parser.add_argument("--flags", default="", help="further flags of the trainer, in one argument")

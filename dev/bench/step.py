@@ -282,7 +282,8 @@ def main():
     parser.add_argument("--rows", help="names with commas between them [all but 530m_2m_lighthouse]")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--train_gpt", default="./train_gpt", help="the trainer's binary")
-    parser.add_argument("--steps", type=int, help="timed steps; the median counts [20, from 65536 tokens on 5, from 262144 on 2]")
+    parser.add_argument("--steps", type=int,
+                        help="timed steps; the median counts [20, from 65536 tokens on 5, from 262144 on 2]")
     parser.add_argument("--time_limit", type=float, default=600, help="seconds a program may take [600]")
     parser.add_argument("--only", choices=("all", "train_gpt", "pytorch", "lighthouse_peer"), default="all")
     parser.add_argument("--lighthouse_peer", type=shlex.split, metavar="COMMAND",
