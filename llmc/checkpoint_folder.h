@@ -100,7 +100,7 @@ inline void verify_contents(const std::string& folder, const Manifest& manifest,
     for (size_t i = 0; i < files.size(); ++i) {
         try {
             verify_file(folder, files[i].first, files[i].second, true, progress);
-        } catch (const Error&) {
+        } catch (...) {
             errors[i] = std::current_exception();
         }
     }
@@ -168,6 +168,22 @@ inline std::vector<std::string> names_in(const std::string& folder) {
     CHECK(!error || error == std::errc::no_such_file_or_directory, "%s: cannot list this folder: %s", folder.c_str(),
           error.message().c_str());
     return names;
+}
+
+// The manifest of a folder that was written here; no value without one, or with a manifest.json of another tool's.
+// Throws Error for one of ours that is damaged: what its first line does not say any more, the files beside it do,
+// which checkpoints alone have.
+inline std::optional<Manifest> own_manifest(const std::string& folder) {
+    const std::string path = folder + "/" + MANIFEST;
+    if (!exists(path)) {
+        return std::nullopt;
+    }
+    const std::string text = read_text_file(path);
+    bool is_ours = text.find(MANIFEST_FORMAT) != std::string::npos;
+    for (const std::string& name : names_in(folder)) {
+        is_ours = is_ours || name == STATE || name.rfind(OPTIMIZER, 0) == 0;
+    }
+    return is_ours ? std::optional<Manifest>(parse_manifest(text, path)) : std::nullopt;
 }
 
 // What in a folder has the name of a checkpoint, by step.

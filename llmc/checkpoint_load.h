@@ -24,24 +24,6 @@
 
 namespace checkpoint {
 
-// ---- whose folder it is ------------------------------------------------------------------------
-
-// The manifest of a folder that was written here; no value without one, or with a manifest.json of another tool's.
-// Throws Error for one of ours that is damaged: what its first line does not say any more, the files beside it do,
-// which checkpoints alone have.
-inline std::optional<Manifest> own_manifest(const std::string& folder) {
-    const std::string path = folder + "/" + MANIFEST;
-    if (!exists(path)) {
-        return std::nullopt;
-    }
-    const std::string text = read_text_file(path);
-    bool is_ours = text.find(MANIFEST_FORMAT) != std::string::npos;
-    for (const std::string& name : names_in(folder)) {
-        is_ours = is_ours || name == STATE || name.rfind(OPTIMIZER, 0) == 0;
-    }
-    return is_ours ? std::optional<Manifest>(parse_manifest(text, path)) : std::nullopt;
-}
-
 // ---- tensors of a folder -----------------------------------------------------------------------
 
 // The tensors of several safetensors files as one set.

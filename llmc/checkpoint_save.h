@@ -3,6 +3,7 @@
 #pragma once
 #include <cerrno>
 #include <cstdint>
+#include <cstdio>
 #include <cstring>
 #include <fcntl.h>
 #include <filesystem>
@@ -70,9 +71,24 @@ class PartialFolder {
     bool kept_;
 };
 
+// Gives a folder that has a checkpoint's name, but nothing that a checkpoint has, another one.
+inline void move_aside(const std::string& folder) {
+    std::string aside = folder + "-moved";
+    for (int i = 2; exists(aside); ++i) {
+        aside = folder + "-moved" + std::to_string(i);
+    }
+    rename_folder(folder, aside);
+    std::fprintf(stderr, "%s: is no checkpoint, and a checkpoint gets its name: it is called %s now\n", folder.c_str(),
+                 aside.c_str());
+}
+
 // Puts the finished folder in the place of `folder`, which may exist: its old contents stay until the new ones stand.
 inline void publish(PartialFolder& partial, const std::string& folder, const std::string& output_dir) {
     sync_folder(partial.path());
+    const auto has = [&](const char* name) { return exists(folder + "/" + name); };
+    if (exists(folder) && !has(MANIFEST) && !has(STATE) && !has(WEIGHTS)) {
+        move_aside(folder);
+    }
     if (!exists(folder)) {
         rename_folder(partial.path(), folder);
         partial.keep();
@@ -147,14 +163,20 @@ inline std::string with_max_length(const std::string& text, int64_t max_position
     return json_text(json);
 }
 
-// Those of `source`; without one, of text as bytes, if it is that. Throws Error for a file that cannot be read.
+// Those of `source`; without one, of text as bytes, if it is that. Throws Error for a file that cannot be read and, of
+// a folder written here, for one that is not what its manifest says.
 inline Companions read_companions(const std::string& source, const RunConfig& config, const ModelConfig& m,
                                   bool is_bytes) {
     Companions companions;
     if (!source.empty()) {
         const std::string path = source + "/config.json";
         companions.tokens = parse_special_tokens(parse_json(read_text_file(path), path));
+        const Manifest manifest = own_manifest(source).value_or(Manifest());
         for (const char* name : COMPANIONS) {
+            const auto listed = manifest.find(name);
+            if (listed != manifest.end()) {
+                verify_file(source, name, listed->second, true);  // what is carried on is said to be whole
+            }
             if (exists(source + "/" + name)) {
                 companions.files[name] = read_text_file(source + "/" + name);
             }

@@ -104,7 +104,8 @@ inline bool stands_for(const std::string& pattern, const std::string& path) {
 // Throws Error when a pattern for data stands for what the run itself writes, too: once resumed it would train on that.
 inline void check_data_leaves_out_output(const RunConfig& config) {
     std::error_code error;
-    const std::string output = std::filesystem::weakly_canonical(config.output_dir, error).string();
+    const std::string folder = config.output_dir.empty() ? "runs/00000000-000000" : config.output_dir;
+    const std::string output = std::filesystem::weakly_canonical(folder, error).string();
     const auto check = [&](const char* flag, const std::vector<std::string>& patterns, const std::string& written) {
         for (const std::string& pattern : patterns) {
             CHECK(!stands_for(pattern, written),
@@ -113,7 +114,13 @@ inline void check_data_leaves_out_output(const RunConfig& config) {
                   flag, pattern.c_str(), written.c_str());
         }
     };
-    for (const std::string& written : {metrics_path(output), saved_settings_path(output)}) {
+    std::vector<std::string> files = {metrics_path(output), saved_settings_path(output)};
+    for (const char* name :
+         {"config.json", checkpoint::WEIGHTS, checkpoint::STATE, checkpoint::MANIFEST, checkpoint::TOKENIZER,
+          checkpoint::SENTENCEPIECE, "optimizer-00000-of-00001.safetensors"}) {
+        files.push_back(output + "/" + checkpoint::folder_name(0) + "/" + name);
+    }
+    for (const std::string& written : files) {
         check("--train_data", config.train_data, written);
         check("--val_data", config.val_data, written);
     }
@@ -307,7 +314,7 @@ inline RunConfig resolve_run(ParsedFlags parsed, const RunRanks& ranks) {
     if (config.max_steps > 0 && !config.output_dir.empty()) {
         check_holds_no_run(config, ranks.size() == 1);
     }
-    if (!config.output_dir.empty()) {
+    if (!config.output_dir.empty() || config.max_steps > 0) {
         check_data_leaves_out_output(config);
     }
     const RunData data = open_data(config);  // for what it refuses: before the time and memory that a model takes

@@ -47,6 +47,15 @@ class Xxh3Stream {
     uint64_t num_bytes_ = 0;
 };
 
+// fsync, once more where a signal that asks for a checkpoint has interrupted it. False: see errno.
+inline bool sync_to_disk(int file) {
+    int status;
+    do {
+        status = fsync(file);
+    } while (status != 0 && errno == EINTR);
+    return status == 0;
+}
+
 // Bytes that this process has written into durable files, and again as they reach the disk: how long work goes on.
 inline std::atomic<uint64_t> durable_bytes{0};
 
@@ -91,7 +100,7 @@ class DurableFile {
     }
     // Waits until the bytes are on the disk. Nothing can be written afterwards.
     FileDigest finish() {
-        check(fsync(file_) == 0);
+        check(sync_to_disk(file_));
         durable_bytes += written_ - on_disk_;
         const int file = file_;
         file_ = -1;
@@ -126,11 +135,12 @@ class DurableFile {
     Xxh3Stream hash_;
 };
 
-// Waits until the names of the files in `folder` are on the disk: after files are made, renamed or removed in it.
+// Waits until the names of the files in `folder` are on the disk: after files are made, renamed or removed in it. Some
+// file systems (vboxsf, OrangeFS) know no such thing for folders.
 inline void sync_folder(const std::string& folder) {
     const int file = open(folder.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
     CHECK(file >= 0, "%s: cannot open this folder: %s", folder.c_str(), std::strerror(errno));
-    const bool synced = fsync(file) == 0;
+    const bool synced = sync_to_disk(file) || errno == EINVAL || errno == ENOTSUP;
     const int error = errno;
     close(file);
     CHECK(synced, "%s: cannot write this folder to the disk: %s", folder.c_str(), std::strerror(error));

@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "config.h"    // what is filled
+#include "json.h"      // a file's text
 #include "mfu.h"       // its part of --help
 #include "settings.h"  // every setting by name
 #include "toml.h"      // settings files
@@ -276,6 +277,12 @@ inline SettingsLayer layer_of_resumed_run(const std::vector<Setting>& settings, 
     const bool is_file = std::filesystem::is_regular_file(path, error);
     CHECK(!error, "%s: cannot look at it: %s", path.c_str(), error.message().c_str());
     CHECK(is_file, "%s: is no file", path.c_str());
+    // Without some of its settings the run would go on with defaults in their place.
+    const std::string text = read_text_file(path);
+    const std::string whole = text.substr(0, text.find_last_not_of(" \t\r\n") + 1), end = SETTINGS_END;
+    CHECK(whole.size() >= end.size() && whole.compare(whole.size() - end.size(), end.size(), end) == 0,
+          "%s: is cut off: it does not end with the line '%s' (add it if nothing is missing)", path.c_str(),
+          SETTINGS_END);
     return layer_from_file(settings, path);
 }
 

@@ -39,7 +39,8 @@ inline std::shared_ptr<OutputLock> lock_output(const RunConfig& config) {
     return lock;
 }
 
-// Throws Error when --output_dir is a checkpoint or lies in one, which goes as a whole when its run removes it.
+// Throws Error when --output_dir is a checkpoint or lies in one, which goes as a whole when its run removes it, or has
+// the name that a checkpoint of a run gets.
 inline void check_is_in_no_checkpoint(const std::string& output_dir) {
     std::error_code error;
     std::filesystem::path folder = std::filesystem::absolute(output_dir.empty() ? "runs" : output_dir, error);
@@ -51,6 +52,12 @@ inline void check_is_in_no_checkpoint(const std::string& output_dir) {
               "--output_dir %s: would lie in %s, a checkpoint, which its own run may remove with all that is in it: "
               "name a folder outside",
               output_dir.empty() ? "runs/DATE" : output_dir.c_str(), folder.c_str());
+        const std::string parent = folder.parent_path().string();
+        const bool is_of_a_run =
+            checkpoint::exists(metrics_path(parent)) || checkpoint::exists(saved_settings_path(parent));
+        CHECK(!is_of_a_run || !checkpoint::step_of(folder.filename().string()),
+              "--output_dir %s: %s is the name of a checkpoint of the run in %s: name a folder outside",
+              output_dir.empty() ? "runs/DATE" : output_dir.c_str(), folder.c_str(), parent.c_str());
     }
 }
 

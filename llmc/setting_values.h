@@ -52,7 +52,7 @@ inline void parse(const Words& words, std::vector<std::string>& value) { value =
 inline void parse(const Words& words, std::vector<int>& value) {
     value.clear();
     for (const std::string& word : words) {
-        if (word == "none" || word.empty()) {
+        if (word == "none") {
             continue;
         }
         for (size_t begin = 0; begin <= word.size();) {

@@ -173,6 +173,9 @@ inline const Setting* find_setting(const std::vector<Setting>& settings, const s
 
 // ---- all settings as text -----------------------------------------------------------------------
 
+// The last line of a run's settings: one that lacks it is cut off.
+constexpr const char* SETTINGS_END = "# The end of the settings.";
+
 // The resolved settings as a settings file. As many positions as a sequence has tokens are those of any --seq_len.
 inline std::string settings_toml(const RunConfig& config) {
     RunConfig copy = config;
@@ -190,7 +193,7 @@ inline std::string settings_toml(const RunConfig& config) {
         }
         toml += s.name + " = " + s.get() + "\n";
     }
-    return toml;
+    return toml + "\n" + SETTINGS_END + "\n";
 }
 
 // The resolved settings as a table for the terminal: several `name value` columns under each group's heading.

@@ -48,7 +48,7 @@ class TrainingRun {
         stop_signal::install_handlers();
         open_data();
         load_or_initialize();
-        first_step_ = state_.step, first_adam_step_ = state_.adam_step;
+        first_step_ = state_.step;
         const bool is_trained = config_.max_steps > 0 && state_.step >= config_.max_steps;
         attention_ = config_.attention_at(is_trained ? state_.step - 1 : state_.step);
         model_.set_attention(attention_);
@@ -81,7 +81,7 @@ class TrainingRun {
             if (result.skipped && state_.skipped_in_a_row >= config_.max_skipped) {
                 return stop_after_skips(result);
             }
-            if (state_.step == config_.max_steps && state_.adam_step == first_adam_step_) {
+            if (state_.step == config_.max_steps && state_.adam_step == 0) {
                 return end_untrained(result);
             }
             if (is_due(config_.eval_every)) {
@@ -435,10 +435,10 @@ class TrainingRun {
     }
     // Whether the metrics lack an event of this step that is logged once.
     bool is_missing(const char* event) const { return state_.step > first_step_ || events_at_start_.count(event) == 0; }
-    // Whether a run that has trained all its steps was ended before what is due after the last. After one that was
-    // skipped nothing may have been due.
+    // Whether a run that has done all its steps was ended before what is due after the last. After --max_skipped
+    // skipped ones, or where all were, nothing was due.
     bool lacks_its_end() const {
-        return state_.step == config_.max_steps && skipped_at_start_ == 0 &&
+        return state_.step == config_.max_steps && skipped_at_start_ < config_.max_skipped && state_.adam_step > 0 &&
                ((data_.validation && is_missing("validation")) || (config_.sample_tokens > 0 && is_missing("sample")));
     }
 
@@ -901,16 +901,15 @@ class TrainingRun {
                 (long long)position_before(state_.skipped_in_a_row), way_back().c_str());
         });
     }
-    // All steps of this process were skipped, if fewer in a row than --max_skipped: whoever waits for a trained model
-    // is told.
+    // All steps of the run were skipped, if fewer in a row than --max_skipped: whoever waits for a trained model is
+    // told.
     int end_untrained(const StepResult& result) {
         return stop_because(result, [&] {
-            const int64_t num_steps = state_.step - first_step_;
             return format_string(
                 "nothing was trained: the loss or gradient norm of all %lld steps was not finite (last: %s): %s holds "
                 "the weights this run began with; look at them, and at the data from sequence %lld on",
-                (long long)num_steps, result.first_bad_tensor.c_str(), checkpoint_.c_str(),
-                (long long)position_before(num_steps));
+                (long long)state_.step, result.first_bad_tensor.c_str(), checkpoint_.c_str(),
+                (long long)position_before(state_.step - first_step_));
         });
     }
 
@@ -953,7 +952,7 @@ class TrainingRun {
     std::optional<checkpoint::Companions> companions_;  // rank 0's, of all checkpoints
     std::string checkpoint_;                            // the newest this run has written
     int64_t saved_step_ = -1;                           // its step
-    int64_t first_step_ = 0, first_adam_step_ = 0;      // of this process
+    int64_t first_step_ = 0;                            // of this process
     int64_t skipped_at_start_ = 0;                      // steps in a row, of the checkpoint it goes on from
     int stop_signal_ = 0;                               // what asked to stop, once all ranks know
     Clock::time_point second_step_start_;

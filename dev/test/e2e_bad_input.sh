@@ -193,6 +193,8 @@ refused "a run inside a checkpoint, by a relative name" "would lie in .*, a chec
 refused "a run inside a checkpoint, without a name" "runs/DATE: would lie in .*, a checkpoint" "${data[@]}" "${shape[@]}"
 cd "$OLDPWD" || exit 1
 refused "a checkpoint as the output folder" "would lie in .*, a checkpoint, which its own run may remove" "${data[@]}" "${shape[@]}" --output_dir "$first"
+refused "a run under the name of another's checkpoint" "step00009999 is the name of a checkpoint of the run in " "${data[@]}" "${shape[@]}" --output_dir "$work/run/step00009999"
+refused "the same, further in" "step00009999 is the name of a checkpoint of the run in " "${data[@]}" "${shape[@]}" --output_dir "$work/run/step00009999/a/b"
 refused "a run's folder to start from" "is the folder of a run; name one of its checkpoints, the newest is .*$(basename "$first")" "${data[@]}" --init_from "$work/run" --output_dir "$work/a"
 refused "two settings files" "is given 2 times" "${data[@]}" --config "$work/corpus.txt" --config "$work/corpus.txt" --output_dir "$work/a"
 refused "a device as settings" "not a settings file of at most 16 MiB" "${data[@]}" --config /dev/zero --output_dir "$work/a"
@@ -313,6 +315,8 @@ for file in "$checkpoint"/*; do
     done
 done
 if grep FAIL "$work/cuts"; then failed=1; else ok "checkpoint cut at $(wc -l <"$work/cuts") places: $(tail -1 "$work/cuts")"; fi
+truncate -s -40 "$work/run/settings.toml"
+resume_refused "settings that are cut off" "settings.toml: is cut off" --output_dir "$work/run"
 rm "$work/run/settings.toml"
 resume_refused "resume without settings" "settings.toml" --output_dir "$work/run"
 

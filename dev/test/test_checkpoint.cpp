@@ -224,6 +224,52 @@ TEST_F(Checkpoint, CompanionsAreNotTakenFromADamagedCheckpoint) {
     EXPECT_EQ(checkpoint::companion_source(folder_ + "/gone", run_), before);
 }
 
+TEST_F(Checkpoint, CompanionsOfACheckpointToStartFromAreWhatItsManifestSays) {
+    ModelConfig bytes = small_model(true);
+    bytes.vocab_size = 258;
+    StateModel model(bytes, 1);
+    const std::string folder = save(model, 1), path = folder + "/tokenizer.json", whole = read_bytes(path);
+    const auto refusal = [&]() -> std::string {
+        try {
+            checkpoint::read_companions(folder, config_, bytes, true);
+            return "";
+        } catch (const Error& error) {
+            return error.what();
+        }
+    };
+    EXPECT_EQ(refusal(), "");
+    write_bytes(path, whole.substr(0, whole.size() / 2));
+    EXPECT_NE(refusal().find("/tokenizer.json: has "), std::string::npos) << refusal();
+    write_bytes(path, std::string(whole.size(), ' '));
+    EXPECT_NE(refusal().find("/tokenizer.json: is damaged"), std::string::npos) << refusal();
+    fs::remove(path);
+    EXPECT_NE(refusal().find("/tokenizer.json"), std::string::npos) << refusal();
+    fs::remove(folder + "/manifest.json");
+    fs::remove(folder + "/state.json");
+    for (const std::string& name : names(folder)) {
+        if (name.rfind("optimizer-", 0) == 0) {
+            fs::remove(folder + "/" + name);
+        }
+    }
+    EXPECT_EQ(refusal(), "") << "as another program may have left it";
+}
+
+TEST_F(Checkpoint, AFolderOfItsNameThatIsNoneIsKept) {
+    StateModel model(small_model(true), 1);
+    for (const char* aside : {"/step00000003-moved", "/step00000003-moved2"}) {
+        fs::remove_all(run_ + "/step00000003");
+        fs::create_directories(run_ + "/step00000003/mine");
+        write_bytes(run_ + "/step00000003/mine/notes.txt", aside);
+        testing::internal::CaptureStderr();
+        EXPECT_EQ(save(model, 3), run_ + "/step00000003");
+        EXPECT_NE(testing::internal::GetCapturedStderr().find("step00000003: is no checkpoint"), std::string::npos);
+        EXPECT_EQ(read_bytes(run_ + aside + "/mine/notes.txt"), aside);
+        EXPECT_EQ(find_newest_checkpoint(run_), run_ + "/step00000003");
+    }
+    save(model, 3);
+    EXPECT_EQ(names(run_).size(), 3u) << "a checkpoint is replaced";
+}
+
 TEST_F(Checkpoint, VerificationCountsWhatItHasRead) {
     StateModel model(small_model(true), 1);
     const std::string folder = save(model, 1);

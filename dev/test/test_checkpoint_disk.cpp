@@ -16,12 +16,16 @@ namespace {
 // else.
 std::vector<std::string> disk_log;
 std::set<std::string> disk_fails_at;  // the calls that fail
+int disk_error = EIO;                 // with this; EINTR: once each
 
 bool disk_takes(const std::string& call) {
     disk_log.push_back(call);
     const bool fails = disk_fails_at.count(call) > 0;
     if (fails) {
-        errno = EIO;
+        errno = disk_error;
+    }
+    if (disk_error == EINTR) {
+        disk_fails_at.erase(call);
     }
     return !fails;
 }
@@ -82,6 +86,30 @@ TEST_F(Checkpoint, LongFilesGoToTheDiskAsTheyAreWritten) {
     disk_fails_at = {"wait for 0"};
     EXPECT_THROW(write("broken"), Error);
     disk_fails_at.clear();
+}
+
+TEST_F(Checkpoint, FoldersThatCannotBeSyncedAndSignalsCostNone) {
+    StateModel model(small_model(true), 1);
+    const auto save_when = [&](int error, const std::set<std::string>& calls) {
+        fs::remove_all(run_);
+        fs::create_directories(run_);
+        disk_error = error, disk_fails_at = calls;
+        try {
+            return save(model, 5);
+        } catch (const Error& failure) {
+            return std::string(failure.what());
+        }
+    };
+    const std::string folder = run_ + "/step00000005";
+    const std::set<std::string> folders = {"fsync .partial-step00000005", "fsync run"};
+    for (const int unknown : {EINVAL, ENOTSUP}) {  // as vboxsf says it
+        EXPECT_EQ(save_when(unknown, folders), folder);
+    }
+    EXPECT_NE(save_when(EIO, folders).find(": cannot write this folder to the disk: "), std::string::npos);
+    EXPECT_NE(save_when(EINVAL, {"fsync state.json"}).find("state.json: cannot write: "), std::string::npos);
+    EXPECT_EQ(save_when(EINTR, {"fsync state.json", "fsync .partial-step00000005"}), folder) << "a signal came";
+    EXPECT_EQ(find_newest_checkpoint(run_), folder);
+    disk_error = EIO, disk_fails_at.clear();
 }
 
 TEST_F(Checkpoint, IsOnTheDiskBeforeItHasItsName) {

@@ -86,6 +86,9 @@ TEST_F(ConfigureRun, APatternForDataLeavesOutWhatTheRunWrites) {
         EXPECT_EQ(refusal("--train_data", pattern, "/text"), "") << pattern;
     }
     EXPECT_EQ(refusal("--train_data", "/text/*", "/text/run"), "") << "folders do not count";
+    EXPECT_NE(refusal("--train_data", "/*/*/*", "/text").find("/text/step00000000/config.json"), std::string::npos);
+    EXPECT_NE(refusal("--train_data", "/*/*/*.safetensors", "/text").find("/model.safetensors"), std::string::npos);
+    EXPECT_NE(refusal("--val_data", "/text/step*/tok*", "/text").find("/tokenizer.json"), std::string::npos);
     EXPECT_EQ(refusal("--train_data", "/text/metrics.txt", "/text"), "") << "a name";
 }
 
@@ -116,7 +119,7 @@ TEST_F(ConfigureRun, PositionsThatAreNewToAModelAreSaid) {
 }
 
 TEST_F(ConfigureRun, ARunGoesOnWithAsManyRanksASequenceAsThereAre) {
-    std::ofstream(folder_ + "/settings.toml") << "context_parallel = 4\ntrain_data = ['x']\n";
+    std::ofstream(folder_ + "/settings.toml") << "context_parallel = 4\ntrain_data = ['x']\n" << SETTINGS_END;
     const char* const words[] = {"train_gpt", "--resume", "--output_dir", folder_.c_str(), "--context_parallel", "4"};
     const auto fits = [&](int num_words, int num_ranks) {
         ParsedFlags parsed = parse_flags(num_words, words);

@@ -177,6 +177,7 @@ TEST(Flags, UnreadableValues) {
     expect_refused({"--tied_embeddings", "maybe"}, "must be true or false");
     expect_refused({"--schedule", "cosin"}, "must be cosine or linear or constant");
     expect_refused({"--lighthouse_dense_layers", "0,x"}, "whole numbers with commas");
+    expect_refused({"--lighthouse_dense_layers", ""}, "whole numbers with commas");
     expect_refused({"--seq_len"}, "--seq_len: its value is missing");
     // Smaller than a double holds: not 0, which would mean something else.
     expect_refused({"--max_grad_norm", "1e-400"},
@@ -263,7 +264,7 @@ TEST(Flags, ARunGoesOnWithTheLineThatStartedIt) {
     }
     line[3] = "another";
     expect_refused(line, "--resume and --init_from another contradict each other");
-    folder.write("settings.toml", "train_data = ['x']\nsample_tokens = 0\n");
+    folder.write("settings.toml", std::string("train_data = ['x']\nsample_tokens = 0\n") + SETTINGS_END);
     expect_refused({"--resume", "--output_dir", folder.path.c_str(), "--sample_prompt", "a"},
                    "--sample_prompt and --sample_tokens 0, saved with the run, contradict");
 }
@@ -295,7 +296,7 @@ TEST(Flags, TheCpuRefusesWhatOnlyAGpuHas) {
     EXPECT_EQ(said({"--config", file.c_str(), "--profile", "false", "--recompute", "none"}), "");
     refused({"--config", file.c_str(), "--recompute", "all_but_attention"}, "--recompute: is about a GPU");
     refused({"--config", folder.write("fit.toml", "fit = true\n").c_str()}, "--fit: ");
-    folder.write("settings.toml", "offload = 'all'\n");
+    folder.write("settings.toml", std::string("offload = 'all'\n") + SETTINGS_END);
     EXPECT_EQ(said({"--resume", "--output_dir", folder.path.c_str()}),
               "--offload (of a settings file): about a GPU, without effect on the CPU");
 }
@@ -494,6 +495,21 @@ TEST(Flags, SavedSettingsReadBack) {
 }
 
 // A run may be resumed with what makes others of its settings idle; the file keeps these, and is read all the same.
+// With defaults in the place of what is missing another run would go on under its name.
+TEST(Flags, SavedSettingsThatAreCutOffAreRefused) {
+    TemporaryFolder folder;
+    const std::vector<const char*> resume = {"--resume", "--output_dir", folder.path.c_str()};
+    const std::string toml = settings_toml(parse_line({"--train_data", "x", "--learning_rate", "1e-4"}).config);
+    for (size_t length = 0; length + 1 < toml.size(); ++length) {
+        folder.write("settings.toml", toml.substr(0, length));
+        ASSERT_NE(refusal(resume).find("/settings.toml: is cut off"), std::string::npos) << length;
+    }
+    for (const char* end : {"", "\n", "\r\n\n "}) {
+        folder.write("settings.toml", toml.substr(0, toml.size() - 1) + end);
+        EXPECT_EQ(parse_line(resume).config.learning_rate, 1e-4);
+    }
+}
+
 TEST(Flags, SettingsOfAResumedRunReadBack) {
     using Line = std::vector<const char*>;
     struct Case {

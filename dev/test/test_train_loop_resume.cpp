@@ -389,6 +389,39 @@ TEST_F(TrainLoop, WhatAKilledRunLacksAtItsEndIsMadeUpFor) {
     EXPECT_NE(out_.find("nothing is left to train"), std::string::npos) << out_;
 }
 
+// As the run that nobody interrupted: its last step was skipped, and it ends as any other.
+TEST_F(TrainLoop, ALastStepThatWasSkippedEndsARunAsAnyOtherDoes) {
+    config_.val_data = config_.train_data, config_.checkpoint_every = config_.max_steps - 1;
+    config_.keep_checkpoints = 0;
+    FakeModel model(config_.model), again(config_.model), after(config_.model);
+    model.is_bad = [&](int n) { return n == config_.max_steps; };
+    again.is_bad = [](int) { return true; };
+    EXPECT_EQ(run(model, config_), 0);
+    ASSERT_EQ(events("validation").size(), 1u);
+    const std::string last = config_.output_dir + "/" + checkpoint::folder_name(config_.max_steps);
+    ASSERT_TRUE(std::filesystem::exists(last));
+    std::filesystem::remove_all(last);
+    EXPECT_EQ(run(again, resumed(config_)), 0) << err_;
+    EXPECT_EQ(again.num_updates, 1);
+    EXPECT_EQ(events("validation").size(), 1u);
+    // Killed between its last save and its evaluation.
+    std::vector<std::string> lines;
+    std::ifstream metrics(config_.output_dir + "/metrics.jsonl");
+    for (std::string line; std::getline(metrics, line);) {
+        lines.push_back(line);
+    }
+    std::ofstream file(config_.output_dir + "/metrics.jsonl");
+    for (const std::string& line : lines) {
+        if (Json::parse(line)["event"] != "validation") {
+            file << line << "\n";
+        }
+    }
+    file.close();
+    EXPECT_EQ(run(after, resumed(config_)), 0);
+    EXPECT_NE(out_.find("what was due after the last step is made up for"), std::string::npos) << out_;
+    EXPECT_EQ(events("validation").size(), 1u);
+}
+
 TEST_F(TrainLoop, WhatAnInterruptedSaveLeftGoesWhenTheRunIsResumed) {
     FakeModel model(config_.model);
     EXPECT_EQ(run(model, config_), 0);
