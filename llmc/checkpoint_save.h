@@ -173,13 +173,13 @@ inline Companions read_companions(const std::string& source, const RunConfig& co
         companions.tokens = parse_special_tokens(parse_json(read_text_file(path), path));
         const Manifest manifest = own_manifest(source).value_or(Manifest());
         for (const char* name : COMPANIONS) {
-            const auto listed = manifest.find(name);
-            if (listed != manifest.end()) {
+            if (!exists(source + "/" + name)) {
+                continue;
+            }
+            if (const auto listed = manifest.find(name); listed != manifest.end()) {
                 verify_file(source, name, listed->second, true);  // what is carried on is said to be whole
             }
-            if (exists(source + "/" + name)) {
-                companions.files[name] = read_text_file(source + "/" + name);
-            }
+            companions.files[name] = read_text_file(source + "/" + name);
         }
         if (const auto found = companions.files.find(TOKENIZER_CONFIG); found != companions.files.end()) {
             found->second = with_max_length(found->second, max_positions_of(config, m));
